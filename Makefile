@@ -1,0 +1,49 @@
+# make example   trains a federated classifier and draws its curves
+# make test      lint, types and tests: what CI runs
+# make bench     every benchmark (installs their rivals into .venv-bench)
+# make build     wheel and sdist
+# make lock      resolves requirements.lock anew
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: example test bench build lock clean
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+PYTEST_ARGS ?= -n 2
+EXAMPLE_ARGS ?=
+
+example: .venv/installed
+	$(BIN)/python examples/train_digits.py $(EXAMPLE_ARGS)
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+build: .venv/installed
+	$(BIN)/python -m build --no-isolation
+
+# One stamp for the whole environment: nothing is installed twice.
+.venv/installed: requirements.lock setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Set it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# TFF 0.87.0 pins jaxlib==0.4.14, which is gone; 0.4.13 is the nearest that is there.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet uv
+	printf '%s\n' 'tensorflow-federated==0.87.0' | \
+	  .venv-lock/bin/uv pip compile - setup.cfg --extra examples --extra test \
+	    --override <(printf '%s\n' 'jax==0.4.13' 'jaxlib==0.4.13') \
+	    --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+	    --generate-hashes --no-emit-index-url --upgrade \
+	    --custom-compile-command 'make lock' --output-file requirements.lock --quiet
+
+clean:
+	rm -rf .venv .venv-lock .venv-bench build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,26 @@
+"""One TFF runtime for the whole session, ended before the interpreter is."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+# The context that `import tensorflow_federated` sets would complain at exit.
+tff.test.set_no_default_context()
+
+# Two logical devices stand in for a host and an accelerator wherever placement is tested.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration(), tf.config.LogicalDeviceConfiguration()],
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tff_runtime():
+    """TFF's own local runtime; dropping the context ends its worker process."""
+    tff.backends.native.set_sync_local_cpp_execution_context()
+    yield
+    tff.test.set_no_default_context()

@@ -1,0 +1,7 @@
+"""Keras optimizers, and pipelines around them, as pure TFF optimizers."""
+
+from tff_optim._requirements import check_tff
+
+check_tff()  # before the imports below, which would fail less readably
+
+__all__: list[str] = []
