@@ -6,6 +6,7 @@ tensors of the state, Keras' own `update_step` runs on them, and the new tensors
 """
 
 import collections
+import contextlib
 import copy
 import functools
 import json
@@ -169,9 +170,29 @@ def _depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> b
     return False
 
 
-def _scratch_graph() -> Any:
-    # Not a plain `tf.Graph`, in which `tensor == tensor` compares identities.
-    return tf.__internal__.FuncGraph("scratch").as_default()
+@contextlib.contextmanager
+def _scratch_graph() -> Iterator[None]:
+    """A graph that is thrown away, as if under eager execution."""
+    eager = tf.__internal__.eager_context.eager_mode()
+    with eager, tf.__internal__.FuncGraph("scratch").as_default():
+        yield
+
+
+def _call_traced(function: Callable[..., Any], *arguments: Any, jit_compile: bool = False) -> Any:
+    """Calls a function that runs Keras code, traced where that code means what its author meant.
+
+    Under a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is not
+    an operation but compares identities. So there the function is traced outside of that graph.
+    """
+    if tf.compat.v1.executing_eagerly_outside_functions():
+        if jit_compile:
+            function = tf.function(function, jit_compile=True)
+        return function(*arguments)
+    specs = tf.nest.map_structure(tf.type_spec_from_value, arguments)
+    with tf.__internal__.eager_context.eager_mode():
+        traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
+        traced = traced.get_concrete_function(*specs)
+    return traced(*arguments)
 
 
 def _build_template(
@@ -384,8 +405,11 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
                     f"`specs` must have known shapes, since slots are made of them; found "
                     f"{spec.shape} for the weight {name!r}."
                 )
+        return _call_traced(lambda: self._initialize(flat, names))
+
+    def _initialize(self, specs: Any, names: Any) -> "collections.OrderedDict[str, Any]":
         with device_scope(self.device):
-            zeros = [tf.zeros(spec.shape, spec.dtype) for spec in flat]
+            zeros = [tf.zeros(spec.shape, spec.dtype) for spec in specs]
             copied = _build(self.keras_optimizer, self._initial, zeros, names)
             state: collections.OrderedDict[str, Any] = collections.OrderedDict()
             if self._learning_rate is not None:
@@ -414,63 +438,63 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
           ValueError: If structures, shapes or dtypes do not fit each other, or no gradient is given.
         """
         leaves, names = tf.nest.flatten(weights), _paths(weights)
+        values = [tf.convert_to_tensor(leaf) for leaf in leaves]
+        flat_gradients = _check_gradients(weights, gradients, values, names)
+        if not values:
+            return state, weights
+        template = _build_template(self.keras_optimizer, self._initial, values, names)
+        _check_state(state, template, self._state_keys())
+        self._name_weights(template, leaves, names)
+        given = [i for i, gradient in enumerate(flat_gradients) if gradient is not None]
         with device_scope(self.device):
-            values = [tf.convert_to_tensor(leaf) for leaf in leaves]
-            flat_gradients = _check_gradients(weights, gradients, values, names)
-            if not values:
-                return state, weights
-            template = _build_template(self.keras_optimizer, self._initial, values, names)
-            _check_state(state, template, self._state_keys())
-            self._name_weights(template, leaves, names)
-            given = [i for i, gradient in enumerate(flat_gradients) if gradient is not None]
             clipped = self.keras_optimizer._deduplicate_sparse_grad(
                 self.keras_optimizer._clip_gradients([flat_gradients[i] for i in given])
             )
-            step = functools.partial(self._step, template, given)
-            in_plain_graph = not tf.inside_function() and not tf.executing_eagerly()
-            if self.keras_optimizer.jit_compile:
-                step = tf.function(step, jit_compile=True)
-            elif in_plain_graph:
-                # There `tensor == tensor` compares identities, which an `update_step` may rely on.
-                step = tf.function(step)
-            new_state, new_values = step(state, values, clipped)
+        new_state, new_values = _call_traced(
+            functools.partial(self._step, template, given),
+            tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state)),
+            values,
+            clipped,
+            jit_compile=self.keras_optimizer.jit_compile,
+        )
         return new_state, tf.nest.pack_sequence_as(weights, new_values)
 
     def _step(
         self, template: _Copy, given: list[int], state: Any, values: Any, gradients: Any
     ) -> tuple[Any, list[tf.Tensor]]:
-        optimizer = template.optimizer
-        optimizer._iterations.bind(state[_ITERATIONS])
-        current_rate = getattr(optimizer, "_current_learning_rate", None)
-        if current_rate is not None:
-            current_rate.bind(tf.zeros(current_rate.shape, current_rate.dtype))
-        if self._learning_rate is not None:
-            optimizer._learning_rate.bind(tf.cast(state[_LR], self._learning_rate.dtype))
-        for name in self._numbers:
-            optimizer.__dict__[name] = NumberCell(state[name])
-        for cell, value in zip(template.weights, values):
-            cell.bind(value)
-        slots = dict(state[_SLOTS])
-        if template.from_weights:
-            names = [cell.name for cell in template.weights]
-            fresh = _build(self.keras_optimizer, self._initial, values, names)
-            first = tf.equal(state[_ITERATIONS], 0)
-            for name, key in zip(template.slots, slots):
-                if name in template.from_weights:
-                    slots[key] = tf.where(first, fresh.slots[name].value(), slots[key])
-        for cell, value in zip(template.slots.values(), slots.values()):
-            cell.bind(value)
+        with device_scope(self.device):
+            optimizer = template.optimizer
+            optimizer._iterations.bind(state[_ITERATIONS])
+            current_rate = getattr(optimizer, "_current_learning_rate", None)
+            if current_rate is not None:
+                current_rate.bind(tf.zeros(current_rate.shape, current_rate.dtype))
+            if self._learning_rate is not None:
+                optimizer._learning_rate.bind(tf.cast(state[_LR], self._learning_rate.dtype))
+            for name in self._numbers:
+                optimizer.__dict__[name] = NumberCell(state[name])
+            for cell, value in zip(template.weights, values):
+                cell.bind(value)
+            slots = dict(state[_SLOTS])
+            if template.from_weights:
+                names = [cell.name for cell in template.weights]
+                fresh = _build(self.keras_optimizer, self._initial, values, names)
+                first = tf.equal(state[_ITERATIONS], 0)
+                for name, key in zip(template.slots, slots):
+                    if name in template.from_weights:
+                        slots[key] = tf.where(first, fresh.slots[name].value(), slots[key])
+            for cell, value in zip(template.slots.values(), slots.values()):
+                cell.bind(value)
 
-        _run_step(template, [template.weights[i] for i in given], gradients)
+            _run_step(template, [template.weights[i] for i in given], gradients)
 
-        new_state = collections.OrderedDict(state)
-        new_state[_ITERATIONS] = optimizer._iterations.value()
-        if self._learning_rate is not None:
-            new_state[_LR] = optimizer._learning_rate.value()
-        new_state[_SLOTS] = collections.OrderedDict(
-            (key, cell.value()) for key, cell in zip(slots, template.slots.values())
-        )
-        return new_state, [cell.value() for cell in template.weights]
+            new_state = collections.OrderedDict(state)
+            new_state[_ITERATIONS] = optimizer._iterations.value()
+            if self._learning_rate is not None:
+                new_state[_LR] = optimizer._learning_rate.value()
+            new_state[_SLOTS] = collections.OrderedDict(
+                (key, cell.value()) for key, cell in zip(slots, template.slots.values())
+            )
+            return new_state, [cell.value() for cell in template.weights]
 
     def _state_keys(self) -> list[str]:
         rate = [] if self._learning_rate is None else [_LR]
