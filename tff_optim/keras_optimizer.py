@@ -20,7 +20,7 @@ import tensorflow_federated as tff
 import tree
 
 from tff_optim.devices import DevicePolicy, device_scope, select_device
-from tff_optim.state_cells import NumberCell, ReadOnlyCell, VariableCell
+from tff_optim.state_cells import NumberCell, ReadOnlyCell, VariableCell, current_graph
 
 _Keras = tf.keras.optimizers.Optimizer
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY
@@ -95,10 +95,10 @@ def _read_variables(optimizer: Any) -> dict[int, np.ndarray]:
 
     def read(variable: tf.Variable) -> tf.Variable:
         with tf.init_scope():
-            if not tf.executing_eagerly():
+            if tf.is_symbolic_tensor(variable.handle):
                 raise ValueError(
-                    "`optimizer` must be built outside of a `tf.Graph` and of a TFF computation; "
-                    "found one whose variables have no values yet."
+                    "`optimizer` was made inside a `tf.Graph` or a TFF computation, where its "
+                    "variables have no values. Pass a callable that makes it, such as its class."
                 )
             values[id(variable)] = variable.numpy()
         return variable
@@ -124,8 +124,16 @@ def _build(
             cells[id(variable)] = VariableCell(initial[id(variable)], name)
         return cells[id(variable)]
 
+    graph = current_graph()
+
     def create(next_creator: Any, **arguments: Any) -> VariableCell:
         del next_creator  # no variable is made
+        if current_graph() is not graph:
+            raise ValueError(
+                f"`build` makes the variable {arguments.get('name')!r} in a `tf.init_scope` or a "
+                "`tf.function` of its own, where a pure optimizer cannot replace it by state. Make "
+                "it without, with `add_variable`."
+            )
         value = arguments["initial_value"]
         value = value() if callable(value) else value
         created.append(VariableCell(value, arguments.get("name") or "", arguments.get("dtype")))
@@ -136,7 +144,6 @@ def _build(
     if weights:
         with tf.variable_creator_scope(create):
             clone.build(weights)
-        _replace_variables(clone, _refuse_lifted_variable)
     own = {id(clone._iterations), id(clone._learning_rate)}
     own.add(id(getattr(clone, "_current_learning_rate", None)))  # follows from the iterations
     slots: collections.OrderedDict[str, VariableCell] = collections.OrderedDict()
@@ -146,13 +153,6 @@ def _build(
             name += "_"
         slots[name] = cell
     return _Copy(clone, weights, slots, [])
-
-
-def _refuse_lifted_variable(variable: tf.Variable) -> None:
-    raise ValueError(
-        f"`build` makes the variable {variable.name!r} in a `tf.init_scope`, where a pure optimizer "
-        "cannot replace it by state. Make it without that scope, with `add_variable`."
-    )
 
 
 def _depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> bool:
@@ -171,10 +171,20 @@ def _depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> b
 
 
 @contextlib.contextmanager
+def _eager_world() -> Iterator[None]:
+    """Steps out of a plain `tf.Graph`, the root of every TFF computation; elsewhere does nothing."""
+    if tf.compat.v1.executing_eagerly_outside_functions():
+        yield
+    else:
+        # A new graph, since TFF looks after every variable that is made while its own is current.
+        with tf.Graph().as_default(), tf.__internal__.eager_context.eager_mode():
+            yield
+
+
+@contextlib.contextmanager
 def _scratch_graph() -> Iterator[None]:
-    """A graph that is thrown away, as if under eager execution."""
-    eager = tf.__internal__.eager_context.eager_mode()
-    with eager, tf.__internal__.FuncGraph("scratch").as_default():
+    """A graph that is thrown away."""
+    with _eager_world(), tf.__internal__.FuncGraph("scratch").as_default():
         yield
 
 
@@ -189,7 +199,7 @@ def _call_traced(function: Callable[..., Any], *arguments: Any, jit_compile: boo
             function = tf.function(function, jit_compile=True)
         return function(*arguments)
     specs = tf.nest.map_structure(tf.type_spec_from_value, arguments)
-    with tf.__internal__.eager_context.eager_mode():
+    with _eager_world():
         traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
         traced = traced.get_concrete_function(*specs)
     return traced(*arguments)
@@ -405,21 +415,21 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
                     f"`specs` must have known shapes, since slots are made of them; found "
                     f"{spec.shape} for the weight {name!r}."
                 )
-        return _call_traced(lambda: self._initialize(flat, names))
 
-    def _initialize(self, specs: Any, names: Any) -> "collections.OrderedDict[str, Any]":
+        def make_slots() -> "collections.OrderedDict[str, tf.Tensor]":
+            with device_scope(self.device):
+                zeros = [tf.zeros(spec.shape, spec.dtype) for spec in flat]
+                copied = _build(self.keras_optimizer, self._initial, zeros, names)
+            return collections.OrderedDict((n, cell.value()) for n, cell in copied.slots.items())
+
+        state: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        if self._learning_rate is not None:
+            state[_LR] = self._learning_rate
+        for name, value in self._numbers.items():
+            state[name] = np.float64(value)
         with device_scope(self.device):
-            zeros = [tf.zeros(spec.shape, spec.dtype) for spec in specs]
-            copied = _build(self.keras_optimizer, self._initial, zeros, names)
-            state: collections.OrderedDict[str, Any] = collections.OrderedDict()
-            if self._learning_rate is not None:
-                state[_LR] = self._learning_rate
-            for name, value in self._numbers.items():
-                state[name] = np.float64(value)
             state[_ITERATIONS] = tf.constant(0, tf.int64)
-            state[_SLOTS] = collections.OrderedDict(
-                (name, cell.value()) for name, cell in copied.slots.items()
-            )
+        state[_SLOTS] = _call_traced(make_slots)
         return state
 
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
@@ -542,11 +552,14 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
                     f"`hparams` may hold {', '.join(known) or 'nothing'}; found {name!r}. Other "
                     "arguments of the Keras optimizer are fixed when it is built."
                 )
-            dtype = tf.as_dtype(state[name].dtype) if hasattr(state[name], "dtype") else tf.float64
-            new_state[name] = (
-                tf.cast(value, dtype) if tf.is_tensor(value) else dtype.as_numpy_dtype(value)
-            )
+            new_state[name] = _like(value, state[name])
         return new_state
+
+
+def _like(value: Any, number: Any) -> Any:
+    """The value in the dtype of a number of the state: a tensor stays one, else a NumPy scalar."""
+    dtype = tf.as_dtype(np.asarray(number).dtype if np.isscalar(number) else number.dtype)
+    return tf.cast(value, dtype) if tf.is_tensor(value) else dtype.as_numpy_dtype(value)
 
 
 def _check_gradients(
@@ -679,7 +692,7 @@ def _resolve(optimizer: Any) -> Any:
     )
 
 
-def _check_supported(optimizer: Any) -> None:
+def _check_supported(optimizer: Any) -> Any:
     name = type(optimizer).__name__
     overridden = [
         method
@@ -707,12 +720,14 @@ def _check_supported(optimizer: Any) -> None:
             "tensors, not those variables: exclude by `var_names`, and pass `weight_names` if they "
             "have no names."
         )
+    return optimizer
 
 
 def build_keras_optimizer(
     optimizer: str | Mapping[str, Any] | Callable[[], Any] | tf.keras.optimizers.Optimizer,
     *,
     device: str | DevicePolicy | None = None,
+    learning_rate: Any = None,
     weight_names: Sequence[str] | None = None,
 ) -> KerasOptimizer:
     """Makes a pure TFF optimizer of any Keras optimizer.
@@ -740,6 +755,9 @@ def build_keras_optimizer(
         arguments that returns a Keras optimizer, such as its class.
       device: A device such as `"/GPU:0"` or a `DevicePolicy` for the state and the step; None for
         the policy in force, which leaves it to TensorFlow unless set.
+      learning_rate: A rate that takes the place of the optimizer's own: a number, or a scalar tensor
+        of the TFF computation in which the optimizer is built, as with
+        `tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule`.
       weight_names: The names of the weights in the order of `tf.nest.flatten`, for
         `exclude_from_weight_decay(var_names=...)`. None takes the names of variables or the keys of
         a dictionary, where there are any.
@@ -760,15 +778,32 @@ def build_keras_optimizer(
     >>> weights[0].numpy().round(4)
     array([0.9, 2.1], dtype=float32)
     """
-    made = _resolve(optimizer)
-    _check_supported(made)
-    made = _copy_containers(made)
-    initial = _read_variables(made)
+    inside_computation = not tf.compat.v1.executing_eagerly_outside_functions()
+    with _eager_world():
+        try:
+            made = _copy_containers(_check_supported(_resolve(optimizer)))
+        except TypeError as error:
+            if not inside_computation:
+                raise
+            raise ValueError(
+                "`optimizer` could not be made inside a TFF computation. If it uses a tensor of that "
+                "computation as its learning rate, pass it as `learning_rate` instead."
+            ) from error
+        initial = _read_variables(made)
+        numbers = _find_numbers(made, initial)
+    rate = initial.get(id(made._learning_rate))
+    if learning_rate is not None:
+        if rate is None:
+            raise ValueError(
+                "`learning_rate` cannot replace the schedule of `optimizer`; found "
+                f"{learning_rate!r}. Make the optimizer with a number as its rate."
+            )
+        rate = _like(learning_rate, rate)
     return KerasOptimizer(
         keras_optimizer=made,
         device=select_device(device),
         weight_names=None if weight_names is None else tuple(weight_names),
         initial=initial,
-        learning_rate=initial.get(id(made._learning_rate)),
-        numbers=_find_numbers(made, initial),
+        learning_rate=rate,
+        numbers=numbers,
     )
