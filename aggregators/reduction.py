@@ -125,11 +125,11 @@ def federated_reduction(value: Any, reduction: Reduction) -> Any:
     """
     value = tff.to_value(value, None)
     member = _client_member(value)
-    zero = tff.tensorflow.computation(reduction.zero)
+    zero = tff.tensorflow.computation(lambda: reduction.zero())
     total = zero.type_signature.result
     accumulate = _checked("accumulate", reduction.accumulate, (total, member), total)
     merge = _merge_computation(reduction.merge, total)
-    report = tff.tensorflow.computation(reduction.report, total)
+    report = tff.tensorflow.computation(lambda total: reduction.report(total), total)
     return tff.federated_aggregate(value, zero(), accumulate, merge, report)
 
 
@@ -213,8 +213,11 @@ def _checked(argument: str, function: Any, parameter: tuple[Any, Any], result: A
             )
         computation = function
     else:
-        # `tf.function` for the control flow that people write in Python.
-        computation = tff.tensorflow.computation(tf.function(function), list(parameter))
+        # `tf.function` for the control flow that people write in Python; the lambda since TFF takes
+        # no functions with default arguments, as most of TensorFlow's own have.
+        computation = tff.tensorflow.computation(
+            tf.function(lambda a, b: function(a, b)), list(parameter)
+        )
     returns = computation.type_signature.result
     if not result.is_assignable_from(returns):
         raise TypeError(
