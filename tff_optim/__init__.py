@@ -4,4 +4,7 @@ from tff_optim._requirements import check_tff
 
 check_tff()  # before the imports below, which would fail less readably
 
-__all__: list[str] = []
+from tff_optim import projections, regularizers, transforms
+from tff_optim.pipeline import build_optimizer
+
+__all__ = ["build_optimizer", "projections", "regularizers", "transforms"]
