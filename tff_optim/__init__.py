@@ -5,6 +5,20 @@ from tff_optim._requirements import check_tff
 check_tff()  # before the imports below, which would fail less readably
 
 from tff_optim import projections, regularizers, transforms
+from tff_optim.computations import build_optimizer_computations
+from tff_optim.devices import DevicePolicy, get_device_policy, select_device, set_device_policy
+from tff_optim.keras_optimizer import build_keras_optimizer
 from tff_optim.pipeline import build_optimizer
 
-__all__ = ["build_optimizer", "projections", "regularizers", "transforms"]
+__all__ = [
+    "DevicePolicy",
+    "build_keras_optimizer",
+    "build_optimizer",
+    "build_optimizer_computations",
+    "get_device_policy",
+    "projections",
+    "regularizers",
+    "select_device",
+    "set_device_policy",
+    "transforms",
+]
