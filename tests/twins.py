@@ -1,9 +1,20 @@
-"""NumPy twins: the same rules written down once more, in float64, one tensor at a time.
+"""NumPy twins: the same rules written down once more, in float64.
 
-Each twin keeps its own state and steps with `twin(weights, gradients)`, both lists of arrays.
+Each twin keeps its own state and steps with `twin(weights, gradients)`, both lists of arrays, to the
+new gradients. Where a gradient is `None` nothing happens, but steps are counted all the same.
 """
 
 import numpy as np
+
+
+def leafwise(rule, slot, *columns):
+    """`rule(slot or 0, *leaves)` for each leaf whose last column, the gradient, is not `None`."""
+    slot = slot or [0.0 if g is None else np.zeros_like(g) for g in columns[-1]]
+    return [s if row[-1] is None else rule(s, *row) for s, *row in zip(slot, *columns, strict=True)]
+
+
+def present(rule, *columns):
+    return [None if row[-1] is None else rule(*row) for row in zip(*columns, strict=True)]
 
 
 class Momentum:
@@ -11,11 +22,10 @@ class Momentum:
         self.beta, self.nesterov, self.v = beta, nesterov, None
 
     def __call__(self, weights, gradients):
-        v = self.v or [np.zeros_like(g) for g in gradients]
-        self.v = [self.beta * a + g for a, g in zip(v, gradients, strict=True)]
+        self.v = leafwise(lambda v, g: self.beta * v + g, self.v, gradients)
         if self.nesterov:
-            return [self.beta * a + g for a, g in zip(self.v, gradients, strict=True)]
-        return self.v
+            return present(lambda v, g: self.beta * v + g, self.v, gradients)
+        return present(lambda v, g: v, self.v, gradients)
 
 
 class EWMA:
@@ -23,9 +33,8 @@ class EWMA:
         self.beta, self.s = beta, None
 
     def __call__(self, weights, gradients):
-        s = self.s or [np.zeros_like(g) for g in gradients]
-        self.s = [self.beta * a + (1 - self.beta) * g for a, g in zip(s, gradients, strict=True)]
-        return self.s
+        self.s = leafwise(lambda s, g: self.beta * s + (1 - self.beta) * g, self.s, gradients)
+        return present(lambda s, g: s, self.s, gradients)
 
 
 class YogiMomentum:
@@ -33,11 +42,9 @@ class YogiMomentum:
         self.beta, self.s = beta, None
 
     def __call__(self, weights, gradients):
-        s = self.s or [np.zeros_like(g) for g in gradients]
-        self.s = [
-            a - np.sign(a - g) * (1 - self.beta) * g for a, g in zip(s, gradients, strict=True)
-        ]
-        return self.s
+        rule = lambda s, g: s - np.sign(s - g) * (1 - self.beta) * g  # noqa: E731
+        self.s = leafwise(rule, self.s, gradients)
+        return present(lambda s, g: s, self.s, gradients)
 
 
 class Adagrad:
@@ -45,9 +52,8 @@ class Adagrad:
         self.epsilon, self.s = epsilon, None
 
     def __call__(self, weights, gradients):
-        s = self.s or [np.zeros_like(g) for g in gradients]
-        self.s = [a + g**2 for a, g in zip(s, gradients, strict=True)]
-        return [g / (np.sqrt(a) + self.epsilon) for a, g in zip(self.s, gradients, strict=True)]
+        self.s = leafwise(lambda s, g: s + g**2, self.s, gradients)
+        return present(lambda s, g: g / (np.sqrt(s) + self.epsilon), self.s, gradients)
 
 
 class RMSProp:
@@ -55,8 +61,8 @@ class RMSProp:
         self.average, self.epsilon = EWMA(beta), epsilon
 
     def __call__(self, weights, gradients):
-        s = self.average(weights, [g**2 for g in gradients])
-        return [g / (np.sqrt(a) + self.epsilon) for a, g in zip(s, gradients, strict=True)]
+        s = self.average(weights, present(np.square, gradients))
+        return present(lambda s, g: g / (np.sqrt(s) + self.epsilon), s, gradients)
 
 
 class Adam:
@@ -70,14 +76,13 @@ class Adam:
     def __call__(self, weights, gradients):
         self.t += 1
         m = self.m(weights, gradients)
-        v = self.v(weights, [g**2 for g in gradients])
-        m = [a / (1 - self.beta_1**self.t) for a in m]
-        v = [a / (1 - self.beta_2**self.t) for a in v]
+        v = self.v(weights, present(np.square, gradients))
+        m = present(lambda m: m / (1 - self.beta_1**self.t), m)
+        v = present(lambda v: v / (1 - self.beta_2**self.t), v)
         if self.amsgrad:
-            if self.maximum is not None:
-                v = [np.maximum(a, b) for a, b in zip(v, self.maximum, strict=True)]
-            self.maximum = v
-        return [a / (np.sqrt(b) + self.epsilon) for a, b in zip(m, v, strict=True)]
+            self.maximum = leafwise(np.maximum, self.maximum, v)
+            v = present(lambda a, g: a, self.maximum, gradients)
+        return present(lambda m, v: m / (np.sqrt(v) + self.epsilon), m, v)
 
 
 class Yogi(Adam):
@@ -89,11 +94,7 @@ class ClipByNorm:
         self.max_norm = max_norm
 
     def __call__(self, weights, gradients):
-        norms = [np.sqrt(np.sum(g**2)) for g in gradients]
-        return [
-            g if n <= self.max_norm else g * self.max_norm / n
-            for g, n in zip(gradients, norms, strict=True)
-        ]
+        return present(lambda g: g / max(1.0, np.sqrt(np.sum(g**2)) / self.max_norm), gradients)
 
 
 class ClipByGlobalNorm:
@@ -101,8 +102,8 @@ class ClipByGlobalNorm:
         self.max_norm = max_norm
 
     def __call__(self, weights, gradients):
-        norm = np.sqrt(sum(np.sum(g**2) for g in gradients))
-        return [g if norm <= self.max_norm else g * self.max_norm / norm for g in gradients]
+        norm = np.sqrt(sum(np.sum(g**2) for g in gradients if g is not None))
+        return present(lambda g: g / max(1.0, norm / self.max_norm), gradients)
 
 
 class FedProx:
@@ -112,10 +113,7 @@ class FedProx:
     def __call__(self, weights, gradients):
         if self.reference is None:
             self.reference = [w.copy() for w in weights]
-        return [
-            g + self.alpha * (w - r)
-            for g, w, r in zip(gradients, weights, self.reference, strict=True)
-        ]
+        return present(lambda w, r, g: g + self.alpha * (w - r), weights, self.reference, gradients)
 
 
 class L1L2:
@@ -123,14 +121,11 @@ class L1L2:
         self.l1, self.l2 = l1, l2
 
     def __call__(self, weights, gradients):
-        return [
-            g + self.l1 * np.sign(w) + 2 * self.l2 * w
-            for g, w in zip(gradients, weights, strict=True)
-        ]
+        return present(lambda w, g: g + self.l1 * np.sign(w) + 2 * self.l2 * w, weights, gradients)
 
 
 class Pipeline:
-    """`rate` and `decay` are functions of the number of steps taken before."""
+    """The whole step, to new weights; `rate` and `decay` are functions of the steps taken before."""
 
     def __init__(self, rate, parts=(), decay=lambda t: 0.0, projection=lambda w: w):
         self.rate, self.parts, self.decay, self.projection = rate, parts, decay, projection
@@ -142,6 +137,6 @@ class Pipeline:
         rate, decay = self.rate(self.t), self.decay(self.t)
         self.t += 1
         return [
-            self.projection(w - (rate * g + decay * w))
+            w if g is None else self.projection(w - (rate * g + decay * w))
             for w, g in zip(weights, gradients, strict=True)
         ]

@@ -4,7 +4,6 @@ import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tree
 
@@ -28,14 +27,21 @@ def widen(leaf: tf.Tensor | None) -> tf.Tensor | None:
     return None if leaf is None else tf.cast(leaf, compute_dtype(leaf.dtype))
 
 
-def dense(leaf: Any) -> tf.Tensor | None:
-    """`leaf` as a dense tensor, or `None`; repeated rows of `tf.IndexedSlices` are added up."""
-    if isinstance(leaf, tf.IndexedSlices):
-        rows = tf.convert_to_tensor(leaf.values)
+def dense(gradient: Any, weight: tf.Tensor) -> tf.Tensor | None:
+    """`gradient` as a dense tensor, or `None`; repeated rows of `tf.IndexedSlices` are added up."""
+    if isinstance(gradient, tf.IndexedSlices):
+        if not gradient.shape.is_compatible_with(weight.shape):
+            raise ValueError(
+                f"`gradients` must match `weights`: expected the shape {weight.shape}; found rows "
+                f"of a tensor of shape {gradient.shape}."
+            )
+        rows = tf.convert_to_tensor(gradient.values)
         # The sum over repeated rows is taken in float32 too, not only what follows.
-        slices = tf.IndexedSlices(widen(rows), leaf.indices, leaf.dense_shape)
+        slices = tf.IndexedSlices(
+            widen(rows), gradient.indices, tf.constant(weight.shape.as_list(), tf.int32)
+        )
         return tf.cast(tf.convert_to_tensor(slices), rows.dtype)
-    return None if leaf is None else tf.convert_to_tensor(leaf)
+    return None if gradient is None else tf.convert_to_tensor(gradient)
 
 
 def number(value: Any, dtype: tf.DType) -> tf.Tensor:
@@ -60,7 +66,7 @@ def named_leaves(structure: Any) -> list[tuple[str, Any]]:
 def spec_of(leaf: Any) -> tf.TensorSpec:
     """Shape and dtype of a tensor, a NumPy array (what a restored state holds) or a number."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        leaf = np.asarray(leaf)
+        leaf = tf.constant(leaf)  # a plain number, in the dtype that TensorFlow gives it
     return tf.TensorSpec(leaf.shape, leaf.dtype)
 
 
@@ -140,7 +146,7 @@ def map_leaves(
     """
     flat_slots = []
     for name, slot in slots.items():
-        check_same_structure(slot, gradients, name, "`gradients`")
+        check_same_structure(slot, gradients, f"{name}` of `state", "`gradients`")
         flat_slots.append(tf.nest.flatten(slot))
         for (path, g), s in zip(named_leaves(gradients), flat_slots[-1], strict=True):
             if g is not None and not spec_of(s).is_compatible_with(spec_of(g)):

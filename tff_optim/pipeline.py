@@ -12,8 +12,7 @@ from tff_optim import devices, hyperparameters, leaves, projections
 from tff_optim.regularizers import Penalty
 from tff_optim.transforms.interface import GradientTransform
 
-_RATES = (tff.learning.optimizers.LEARNING_RATE_KEY, "weight_decay")
-_GROUPS = ("regularizers", "transforms")
+_PARTS = "parts"
 
 
 def _as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
@@ -34,20 +33,9 @@ def _as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
     return tuple(parts)
 
 
-def _names(parts: Sequence[GradientTransform]) -> list[str]:
-    """State keys: the class, numbered from its second use on (`Momentum`, `Momentum_2`)."""
-    seen: collections.Counter[str] = collections.Counter()
-    names = []
-    for part in parts:
-        name = type(part).__name__
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return names
-
-
-@attrs.frozen(slots=False)
-class Pipeline(tff.learning.optimizers.Optimizer):
-    """An optimizer made of parts; `tff_optim.build_optimizer` makes and describes it."""
+@attrs.frozen
+class Pipeline:
+    """What a pipeline is made of; the arguments of `build_optimizer`, checked."""
 
     learning_rate: Any = hyperparameters.non_negative()
     regularizers: tuple[GradientTransform, ...] = ()
@@ -56,12 +44,58 @@ class Pipeline(tff.learning.optimizers.Optimizer):
     projection: tuple[projections.Projection, ...] = ()
     device: str | None = None
     jit_compile: bool = hyperparameters.flag(False)
-    # Made once: a function made in every call would be traced and compiled in every call.
-    _compiled: Any = attrs.field(init=False, eq=False, repr=False)
 
-    def __attrs_post_init__(self) -> None:
-        compiled = tf.function(self._step, jit_compile=True, autograph=False)
-        object.__setattr__(self, "_compiled", compiled)
+    @property
+    def decays(self) -> bool:
+        """Whether there is a decay term: none if it is exactly 0, rather than one times 0."""
+        return self.weight_decay != 0.0
+
+    @property
+    def rate_names(self) -> list[str]:
+        """Those of learning rate and weight decay that are numbers in the state."""
+        names = hyperparameters.numbers(self)
+        return names if self.decays else [name for name in names if name != "weight_decay"]
+
+    @property
+    def parts(self) -> dict[str, GradientTransform]:
+        """All parts in order, by class, numbered from its second use on: `Adam`, `Adam_2`."""
+        seen: collections.Counter[str] = collections.Counter()
+        parts = {}
+        for part in (*self.regularizers, *self.transforms):
+            name = type(part).__name__
+            seen[name] += 1
+            parts[name if seen[name] == 1 else f"{name}_{seen[name]}"] = part
+        return parts
+
+
+class PipelineOptimizer(tff.learning.optimizers.Optimizer):
+    """Runs a `Pipeline`; `tff_optim.build_optimizer` makes and describes it.
+
+    Not an attrs class itself: TFF hands optimizers to a `tf.function`, and `tf.nest` would take
+    such an argument apart into its fields.
+
+    Attributes:
+      pipeline: The parts; optimizers of equal ones are equal.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        self._pipeline = pipeline
+        # Made once: a function made in every call would be traced and compiled in every call.
+        self._compiled = tf.function(self._step, jit_compile=True, autograph=False)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The parts."""
+        return self._pipeline
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, PipelineOptimizer) and self.pipeline == other.pipeline
+
+    def __hash__(self) -> int:
+        return hash(self.pipeline)
+
+    def __repr__(self) -> str:
+        return f"PipelineOptimizer({self.pipeline!r})"
 
     def initialize(self, specs: Any) -> Any:
         """Returns the state before the first step: see `build_optimizer`."""
@@ -71,28 +105,27 @@ class Pipeline(tff.learning.optimizers.Optimizer):
                     f"`specs` at '{path}' must be of a floating dtype and a known shape; "
                     f"found {spec}."
                 )
-        projections.check_used(self.projection, specs)
+        projections.check_used(self.pipeline.projection, specs)
         specs = leaves.compute_specs(specs)
-        with devices.device_scope(self.device):
-            state = hyperparameters.initialize(self, counts_steps=True)
-            if not self._decays():
+        with devices.device_scope(self.pipeline.device):
+            state = hyperparameters.initialize(self.pipeline, counts_steps=True)
+            if not self.pipeline.decays:
                 del state["weight_decay"]
-            for group, parts in self._groups():
-                state[group] = collections.OrderedDict(
-                    (name, part.initialize(specs)) for name, part in parts.items()
-                )
+            state[_PARTS] = collections.OrderedDict(
+                (name, part.initialize(specs)) for name, part in self.pipeline.parts.items()
+            )
         return state
 
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """Takes one step: see `build_optimizer`."""
         self._check_state(state)
         leaves.check_same_structure(gradients, weights, "gradients", "`weights`")
-        with devices.device_scope(self.device):
+        with devices.device_scope(self.pipeline.device):
             # Variables are read, and sparse gradients added up, before anything is computed.
             weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
-            gradients = tf.nest.map_structure(leaves.dense, gradients)
+            gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
             _check_gradients(gradients, weights)
-            step = self._compiled if self.jit_compile else self._step
+            step = self._compiled if self.pipeline.jit_compile else self._step
             return step(state, weights, gradients)
 
     def _step(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
@@ -100,13 +133,12 @@ class Pipeline(tff.learning.optimizers.Optimizer):
         new_state = self._advance_rates(state)
         wide = tf.nest.map_structure(leaves.widen, weights)
         direction = tf.nest.map_structure(leaves.widen, gradients)
-        for group, parts in self._groups():
-            new_state[group] = collections.OrderedDict()
-            for name, part in parts.items():
-                old = state[group][name]
-                new, changed = part.next(old, wide, direction)
-                _check_result(name, changed, direction, new, old)
-                new_state[group][name], direction = new, changed
+        new_state[_PARTS] = collections.OrderedDict()
+        for name, part in self.pipeline.parts.items():
+            old = state[_PARTS][name]
+            new, changed = part.next(old, wide, direction)
+            _check_result(name, changed, direction, new, old)
+            new_state[_PARTS][name], direction = new, changed
         updated = [
             self._update(path, w, d, rates)
             for (path, w), d in zip(
@@ -128,32 +160,27 @@ class Pipeline(tff.learning.optimizers.Optimizer):
         if direction is None:
             return w
         step = leaves.number(rates["learning_rate"], w.dtype) * direction
-        if self._decays():
+        if self.pipeline.decays:
             step += leaves.number(rates["weight_decay"], w.dtype) * w
         w -= step
-        for projection in self.projection:
+        for projection in self.pipeline.projection:
             w = projection(path, w)
         return w
 
     def get_hparams(self, state: Any) -> hyperparameters.Hparams:
-        """The numbers that can be changed between rounds: rates, then those of each part.
+        """The numbers that can be changed between rounds.
 
         Args:
           state: A state of this optimizer.
 
         Returns:
-          `learning_rate` and `weight_decay` where they are numbers, and `regularizers` and
-          `transforms` with the hparams of each part by its name in the state. Parts without any
-          are left out.
+          `learning_rate` and `weight_decay` where they are numbers, then the hparams of each part
+          as `Part.name`: `Adam.beta_1`, say.
         """
-        hparams = collections.OrderedDict((name, state[name]) for name in self._rate_names())
-        for group, parts in self._groups():
-            of_parts = collections.OrderedDict()
-            for name, part in parts.items():
-                if found := part.get_hparams(state[group][name]):
-                    of_parts[name] = found
-            if of_parts:
-                hparams[group] = of_parts
+        hparams = collections.OrderedDict((name, state[name]) for name in self.pipeline.rate_names)
+        for part_name, part in self.pipeline.parts.items():
+            for name, value in part.get_hparams(state[_PARTS][part_name]).items():
+                hparams[f"{part_name}.{name}"] = value
         return hparams
 
     def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
@@ -167,46 +194,32 @@ class Pipeline(tff.learning.optimizers.Optimizer):
           ValueError: If a name is missing or unknown, or a plain number is out of range.
           TypeError: If a value is neither a number nor a tensor.
         """
-        known = self.get_hparams(state)
-        leaves.check_keys(hparams, list(known), "hparams")
+        leaves.check_keys(hparams, list(self.get_hparams(state)), "hparams")
         new_state = collections.OrderedDict(state)
-        for name in self._rate_names():
-            new_state[name] = hyperparameters.checked(self, name, hparams[name])
-        for group, parts in self._groups():
-            if group not in known:
-                continue
-            leaves.check_keys(hparams[group], list(known[group]), f"hparams of {group}")
-            new_state[group] = collections.OrderedDict(state[group])
-            for name, values in hparams[group].items():
-                new_state[group][name] = parts[name].set_hparams(state[group][name], values)
+        for name in self.pipeline.rate_names:
+            new_state[name] = hyperparameters.checked(self.pipeline, name, hparams[name])
+        new_state[_PARTS] = collections.OrderedDict()
+        for part_name, part in self.pipeline.parts.items():
+            old = state[_PARTS][part_name]
+            own = collections.OrderedDict(
+                (name, hparams[f"{part_name}.{name}"]) for name in part.get_hparams(old)
+            )
+            new_state[_PARTS][part_name] = part.set_hparams(old, own)
         return new_state
 
-    def _decays(self) -> bool:
-        # Exactly 0 means that there is no such term, rather than one multiplied by 0.
-        return self.weight_decay != 0.0
-
-    def _groups(self) -> list[tuple[str, dict[str, GradientTransform]]]:
-        groups = [(group, getattr(self, group)) for group in _GROUPS]
-        return [(g, dict(zip(_names(p), p, strict=True))) for g, p in groups if p]
-
-    def _rate_names(self) -> list[str]:
-        names = hyperparameters.numbers(self)
-        return names if self._decays() else [n for n in names if n != "weight_decay"]
-
     def _rates(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return hyperparameters.current(self, {"weight_decay": 0.0} | dict(state))
+        return hyperparameters.current(self.pipeline, {"weight_decay": 0.0} | dict(state))
 
     def _advance_rates(self, state: Mapping[str, Any]) -> Any:
-        new_state = collections.OrderedDict((name, state[name]) for name in self._rate_names())
+        new_state = collections.OrderedDict(
+            (name, state[name]) for name in self.pipeline.rate_names
+        )
         new_state[hyperparameters.STEP] = leaves.number(state[hyperparameters.STEP], tf.int64) + 1
         return new_state
 
     def _check_state(self, state: Any) -> None:
-        groups = self._groups()
-        expected = [*self._rate_names(), hyperparameters.STEP, *(group for group, _ in groups)]
-        leaves.check_keys(state, expected, "state")
-        for group, parts in groups:
-            leaves.check_keys(state[group], list(parts), f"state of {group}")
+        leaves.check_keys(state, [*self.pipeline.rate_names, hyperparameters.STEP, _PARTS], "state")
+        leaves.check_keys(state[_PARTS], list(self.pipeline.parts), "parts` of `state")
 
 
 def _check_gradients(gradients: Any, weights: Any) -> None:
@@ -222,11 +235,8 @@ def _check_gradients(gradients: Any, weights: Any) -> None:
 
 
 def _check_result(name: str, changed: Any, given: Any, new_state: Any, old_state: Any) -> None:
-    leaves.check_like(changed, given, f"gradients returned by {name}", "those it was given")
-    new, old = (
-        tf.nest.map_structure(tf.convert_to_tensor, state) for state in (new_state, old_state)
-    )
-    leaves.check_like(new, old, f"state returned by {name}", "the state it was given")
+    leaves.check_like(changed, given, f"gradients` returned by `{name}", "those it was given")
+    leaves.check_like(new_state, old_state, f"state` returned by `{name}", "the state it was given")
 
 
 def build_optimizer(
@@ -238,7 +248,7 @@ def build_optimizer(
     projection: Any = None,
     device: str | devices.DevicePolicy | None = None,
     jit_compile: bool = False,
-) -> Pipeline:
+) -> PipelineOptimizer:
     """Builds an optimizer from regularizers, gradient transforms, rates and a projection.
 
     One step, with `g` the gradients and `w` the weights before it:
@@ -254,8 +264,8 @@ def build_optimizer(
     as it is, and so do its slots. `tf.IndexedSlices` are made dense, repeated rows added up.
 
     The state is an `OrderedDict` of `learning_rate` and `weight_decay` (where they are numbers;
-    no decay if it is exactly 0), `step` (int64), and the states of the parts under `regularizers`
-    and `transforms`. It holds everything: saved and loaded, training goes on as if it had not
+    no decay if it is exactly 0), `step` (int64), and the states of the regularizers and transforms
+    under `parts`, by class. It holds everything: saved and loaded, training goes on as if it had not
     stopped. The numbers in it, those of the parts included, are the hparams: set them between
     rounds and nothing is traced again. A schedule is evaluated at the number of steps taken
     before: the first step uses its first value.
@@ -291,7 +301,7 @@ def build_optimizer(
 
     After declearn's `Optimizer` (https://gitlab.inria.fr/magnet/declearn).
     """
-    return Pipeline(
+    pipeline = Pipeline(
         learning_rate=learning_rate,
         regularizers=_as_parts("regularizers", regularizers),
         transforms=_as_parts("transforms", transforms),
@@ -300,3 +310,4 @@ def build_optimizer(
         device=devices.select_device(device),
         jit_compile=jit_compile,
     )
+    return PipelineOptimizer(pipeline)

@@ -48,7 +48,7 @@ class FedProx(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         alpha = hyperparameters.current(self, state)["alpha"]
-        leaves.check_like(state[_REFERENCE], weights, "reference", "the weights")
+        leaves.check_like(state[_REFERENCE], weights, "reference` of `state", "`weights`")
         # A branch, not `tf.where`: it hands tensors on instead of writing them once more.
         reference = tf.nest.pack_sequence_as(
             weights, _choose(state[_STARTED], state[_REFERENCE], weights)
@@ -95,7 +95,7 @@ class Penalty(GradientTransform):
         del attribute  # There is only one.
         if not isinstance(value, tf.keras.regularizers.Regularizer):
             raise TypeError(
-                "`regularizer` of `Penalty` must be a tf.keras.regularizers.Regularizer, "
+                "`regularizer` of `Penalty` must be a tf.keras.regularizers.Regularizer; "
                 f"found {value!r}."
             )
 

@@ -1,5 +1,6 @@
 """Transforms that add noise."""
 
+import math
 from typing import Any
 
 import attrs
@@ -82,9 +83,24 @@ class GaussianNoise(GradientTransform):
                 own_seed = tf.random.experimental.stateless_fold_in(
                     seed, tf.constant(position, tf.int64), alg=_ALGORITHM
                 )
-                noise = tf.random.stateless_normal(g.shape, own_seed, dtype=g.dtype, alg=_ALGORITHM)
+                noise = _standard_normal(g.shape, g.dtype, own_seed)
                 g = g + leaves.number(stddev, g.dtype) * noise
             noisy.append(g)
         new_state = hyperparameters.advance(self, state)
         new_state["seed"] = state["seed"]
         return new_state, tf.nest.pack_sequence_as(gradients, noisy)
+
+
+def _standard_normal(shape: tf.TensorShape, dtype: tf.DType, seed: tf.Tensor) -> tf.Tensor:
+    """Box and Muller's normal numbers, from random bits.
+
+    TensorFlow's own normal numbers for one seed differ between XLA and its kernels; its bits do not.
+    """
+    size = shape.num_elements()
+    bits = tf.random.stateless_uniform(
+        [2, (size + 1) // 2], seed, minval=None, maxval=None, dtype=tf.uint32, alg=_ALGORITHM
+    )
+    uniform = (tf.cast(bits, dtype) + 0.5) * 2.0**-32  # in (0, 1]: its logarithm is finite
+    radius, angle = tf.sqrt(-2 * tf.math.log(uniform[0])), 2 * math.pi * uniform[1]
+    pairs = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=0)
+    return tf.reshape(pairs[:size], shape)
