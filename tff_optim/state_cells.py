@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import tensorflow as tf
 
 
-def _current_graph() -> Any:
+def current_graph() -> Any:
+    """The graph that operations are added to now, or None when they are executed at once."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
@@ -30,7 +31,7 @@ class VariableCell:
 
     def __init__(self, value: Any, name: str, dtype: Any = None):
         self._value = tf.convert_to_tensor(value, dtype)
-        self._graph = _current_graph()
+        self._graph = current_graph()
         self.name = name
         # Keras identifies a variable by `_unique_id` and names its slots after `_shared_name`.
         self._unique_id = self._shared_name = name
@@ -67,12 +68,12 @@ class VariableCell:
     def bind(self, value: Any) -> None:
         """Replaces the value from outside the step, in whatever graph the step will run in."""
         self._value = tf.convert_to_tensor(value)
-        self._graph = _current_graph()
+        self._graph = current_graph()
 
     def assign(self, value: Any, **unused: Any) -> "VariableCell":
         """Replaces the value; shape and dtype stay what they are."""
         del unused  # `use_locking`, `name` and `read_value` have no meaning for a tensor.
-        if _current_graph() is not self._graph:
+        if current_graph() is not self._graph:
             raise ValueError(
                 f"The optimizer assigns the variable {self._shared_name!r} inside `tf.cond`, "
                 "`tf.while_loop` or a `tf.function` of its own. In a pure step that value cannot "
