@@ -3,6 +3,7 @@
 from tff_optim.transforms.adaptive import Adagrad, Adam, RMSProp, Yogi
 from tff_optim.transforms.clipping import ClipByGlobalNorm, ClipByNorm
 from tff_optim.transforms.interface import GradientTransform
+from tff_optim.transforms.keras_transform import KerasTransform
 from tff_optim.transforms.momentum import EWMA, Momentum, YogiMomentum
 from tff_optim.transforms.noise import GaussianNoise
 
@@ -14,6 +15,7 @@ __all__ = [
     "ClipByNorm",
     "GaussianNoise",
     "GradientTransform",
+    "KerasTransform",
     "Momentum",
     "RMSProp",
     "Yogi",

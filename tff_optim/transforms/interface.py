@@ -19,6 +19,7 @@ class GradientTransform(abc.ABC):
     Example:
       Signs of gradients, scaled.
 
+      >>> import tensorflow as tf
       >>> class Sign(GradientTransform):
       ...     def initialize(self, specs):
       ...         return ()
