@@ -146,6 +146,14 @@ def initialize(part: Any, counts_steps: bool = False) -> Hparams:
     return state
 
 
+def check_state(
+    part: Any, state: Any, slots: tuple[str, ...] = (), counts_steps: bool = False
+) -> None:
+    """Raises `ValueError` unless `state` has the entries of `initialize` and the `slots`."""
+    steps = [STEP] if counts_steps or has_schedule(part) else []
+    leaves.check_keys(state, [*numbers(part), *steps, *slots], f"{type(part).__name__}` of `state")
+
+
 def current(part: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     """The values for this step, by name: from the state, or the schedule's."""
     values = {}

@@ -23,6 +23,9 @@ class FedProx(GradientTransform):
     round, so the reference is the model of the round, and the training loop passes nothing. An
     optimizer whose state lives on keeps the weights of its very first step.
 
+    `tff.learning.algorithms.build_weighted_fed_prox` of TFF 0.87 adds the term with the opposite
+    sign, which pushes clients away from the model; this one pulls, as in the paper.
+
     Attributes:
       alpha: How hard it pulls; a number of at least 0 or a Keras schedule.
 
@@ -47,6 +50,7 @@ class FedProx(GradientTransform):
 
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
+        hyperparameters.check_state(self, state, slots=(_STARTED, _REFERENCE))
         alpha = hyperparameters.current(self, state)["alpha"]
         leaves.check_like(state[_REFERENCE], weights, "reference` of `state", "`weights`")
         # A branch, not `tf.where`: it hands tensors on instead of writing them once more.

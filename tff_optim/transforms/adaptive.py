@@ -40,6 +40,7 @@ class Adagrad(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state, slots=("square_sum",))
         values = hyperparameters.current(self, state)
 
         def step(g: tf.Tensor, square_sum: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -84,6 +85,7 @@ class RMSProp(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state, slots=("square_average",))
         values = hyperparameters.current(self, state)
 
         def step(g: tf.Tensor, average: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -200,6 +202,8 @@ def _next_moments(
     gradients: Any,
     average_squares: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor],
 ) -> tuple[Any, Any]:
+    names = ("average", "square_average") + ("square_maximum",) * part.amsgrad
+    hyperparameters.check_state(part, state, slots=names, counts_steps=True)
     values = hyperparameters.current(part, state)
     carried = hyperparameters.advance(part, state)
     # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1.
@@ -220,7 +224,6 @@ def _next_moments(
         result = m / leaves.number(correction_1, g.dtype) / (tf.sqrt(corrected) + epsilon)
         return result, m, v, *maximum
 
-    names = ["average", "square_average"] + ["square_maximum"] * part.amsgrad
     slots = {name: state[name] for name in names}
     gradients, new_slots = leaves.map_leaves(step, gradients, slots)
     return carried | new_slots, gradients

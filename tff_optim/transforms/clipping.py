@@ -35,6 +35,7 @@ class ClipByNorm(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state)
         max_norm = hyperparameters.current(self, state)["max_norm"]
 
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
@@ -74,6 +75,7 @@ class ClipByGlobalNorm(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state)
         max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
         present = [g for g in tf.nest.flatten(gradients) if g is not None]
         # One number per tensor: float64 costs nothing here, and holds every dtype's squares.

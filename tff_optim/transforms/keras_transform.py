@@ -34,7 +34,8 @@ def _step_only(given: Any) -> KerasOptimizer:
         warnings.warn(
             f"`KerasTransform` of {name} leaves out {', and '.join(dropped)}.", stacklevel=3
         )
-    config.update({_LEARNING_RATE: 1.0, "use_ema": False, _WEIGHT_DECAY: None})
+    config |= {_LEARNING_RATE: 1.0, _WEIGHT_DECAY: None}
+    config |= {"use_ema": False, "ema_momentum": 0.99, "ema_overwrite_frequency": None}
     try:
         rebuilt = type(keras).from_config(dict(config))
     except ValueError:  # AdamW insists on a number.

@@ -44,6 +44,7 @@ class Momentum(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state, slots=("velocity",))
         values = hyperparameters.current(self, state)
 
         def step(g: tf.Tensor, velocity: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -83,6 +84,7 @@ class EWMA(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state, slots=("average",))
         values = hyperparameters.current(self, state)
 
         def step(g: tf.Tensor, average: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -125,6 +127,7 @@ class YogiMomentum(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state, slots=("average",))
         values = hyperparameters.current(self, state)
 
         def step(g: tf.Tensor, average: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -73,6 +73,7 @@ class GaussianNoise(GradientTransform):
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state, slots=("seed",), counts_steps=True)
         stddev = hyperparameters.current(self, state)["stddev"]
         seed = tf.random.experimental.stateless_fold_in(
             state["seed"], leaves.number(state[hyperparameters.STEP], tf.int64), alg=_ALGORITHM
