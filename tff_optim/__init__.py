@@ -4,4 +4,6 @@ from tff_optim._requirements import check_tff
 
 check_tff()  # before the imports below, which would fail less readably
 
-__all__: list[str] = []
+from tff_optim.resident import ResidentProcess
+
+__all__ = ["ResidentProcess"]
