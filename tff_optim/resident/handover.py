@@ -5,6 +5,7 @@ through a directory in memory: one write and one read, several times faster than
 without gRPC's limit of 2 GB a message. Elsewhere they cross in gRPC messages.
 """
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -12,11 +13,11 @@ import warnings
 from typing import Any
 
 import attrs
-import grpc
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.resident import host as host_lib
 from tff_optim.resident import leaves
 from tff_optim.resident import worker as worker_lib
 from tff_optim.resident.host import CohortExecutor, Host
@@ -194,10 +195,8 @@ class Exchange:
 
     def __exit__(self, *unused: object) -> None:
         for suffix in (".index", ".data-00000-of-00001"):
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.remove(self.prefix + suffix)
-            except FileNotFoundError:
-                pass
 
 
 async def _read_file(executor: CohortExecutor, path: str) -> object:
@@ -236,10 +235,10 @@ async def look_for_files(executor: CohortExecutor) -> None:
         # A local worker runs in its directory: a relative path tells it from any other.
         path = worker_lib.TOKEN_FILE if is_local else os.path.join(directory, worker_lib.TOKEN_FILE)
         host.shares_files = await _read_file(executor, path) == token
-    except grpc.RpcError as e:
-        if e.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    except Exception as e:
+        if host_lib.is_cut(e):
             raise
-        host.shares_files = False
+        host.shares_files = False  # TensorFlow found no such file there
     if is_local and not host.shares_files:
         raise worker_lib.WorkerStartError(
             f"Another TFF worker answers at {host.worker.target}, the port of the "

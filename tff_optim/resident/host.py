@@ -7,13 +7,14 @@ its own, and the caller watches it: an ended or unreachable worker becomes a
 
 import asyncio
 import collections
+import contextlib
 import queue
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
 from tff_optim.resident import worker as worker_lib
@@ -23,6 +24,14 @@ _T = TypeVar("_T")
 
 # As many executors, one per cohort size, as TFF's own factory keeps.
 _NUM_EXECUTORS = 10
+
+
+def is_cut(error: Exception) -> bool:
+    """Whether a call failed because of the connection rather than of what was computed."""
+    return isinstance(error, grpc.Call) and error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+    )
 
 
 class ConnectionCutError(RuntimeError):
@@ -80,10 +89,9 @@ class _Stub(tff.framework.RemoteExecutorStub):
 
 def _throw_away(garbage: "queue.SimpleQueue[Callable[[], Any] | None]") -> None:
     while (request := garbage.get()) is not None:
-        try:
+        # The worker may be gone or the channel closed, and the value with it.
+        with contextlib.suppress(grpc.RpcError, tff.framework.RetryableError, ValueError):
             request()
-        except (grpc.RpcError, tff.framework.RetryableError, ValueError):
-            pass  # the worker is gone or the channel closed, and the value with it
 
 
 class CohortExecutor:
@@ -175,7 +183,7 @@ class Host:
             call.abandoned = True
             raise
         if call.error is None:
-            return call.result  # type: ignore[return-value]
+            return call.result
         if isinstance(call.error, (grpc.RpcError, tff.framework.RetryableError)):
             self._explain(call.error)
         raise call.error
@@ -202,15 +210,14 @@ class Host:
         raise self.lost
 
     def _explain(self, error: Exception) -> None:
-        code = error.code() if isinstance(error, grpc.Call) else None
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        if is_cut(error):
             self.check()
             self._look()
             raise ConnectionCutError(
                 f"The connection to the {self.worker.name} was cut in the middle of a call."
             ) from error
-        if code == grpc.StatusCode.FAILED_PRECONDITION:
-            self._lose(f"it was started anew ({error.details()})")  # type: ignore[attr-defined]
+        if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            self._lose(f"it was started anew ({error.details()})")
 
     def close(self) -> None:
         """Ends a local worker; closes the connection to a remote one."""
@@ -221,12 +228,12 @@ class Host:
             self.worker.close()
 
 
-class Call(threading.Thread):
+class Call(threading.Thread, Generic[_T]):
     """Work in a daemon thread: it never keeps Python from ending."""
 
-    def __init__(self, work: Callable[[], Awaitable[Any]]):
+    def __init__(self, work: Callable[[], Awaitable[_T]]):
         super().__init__(daemon=True)
-        self._work: Callable[[], Awaitable[Any]] | None = work
+        self._work: Callable[[], Awaitable[_T]] | None = work
         self.abandoned = False
         self.done = threading.Event()
         self.result: Any = None

@@ -1,5 +1,6 @@
 """A round in pieces: TFF's mergeable form, compiled for values that stay in the worker."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,4 +126,4 @@ def split(
     pieces = [client_data[i : i + size] for i in range(0, total, size)] or [client_data]
     used = min(num_workers, len(pieces))
     bounds = [len(pieces) * i // used for i in range(used + 1)]
-    return [pieces[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [pieces[a:b] for a, b in itertools.pairwise(bounds)]

@@ -59,7 +59,7 @@ def round_in_pieces(
         ]
         first = home.start(_share_work(parts, data_type, state, shares[0], home, copies))
         try:
-            results = [home.finish(first)]
+            results: list[Any] = [home.finish(first)]
             for host, call in zip(hosts[1:], calls, strict=False):
                 results.append(host.finish(call))
         except BaseException:

@@ -1,5 +1,6 @@
 """TFF worker processes: started here or elsewhere, watched, and never left behind."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
 from tff_optim.resident.errors import WorkerLostError, WorkerStartError
@@ -73,11 +74,9 @@ def reserve_port() -> tuple[int, socket.socket]:
 def _end(process: subprocess.Popen[bytes], directory: str, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked copy of this object must not end its parent's worker
-    try:
+    with contextlib.suppress(ProcessLookupError):
         # The watcher keeps the group's number from being given to another process.
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     if process.stdin is not None:
         process.stdin.close()
