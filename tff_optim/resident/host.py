@@ -42,6 +42,16 @@ class _AbandonedError(RuntimeError):
     """Nobody waits for this call any more."""
 
 
+class _Silent:
+    """A channel that is not watched: gRPC's watching thread may fail when a channel closes."""
+
+    def __init__(self, channel: grpc.Channel):
+        self.unary_unary = channel.unary_unary
+
+    def subscribe(self, *unused: Any, **also_unused: Any) -> None:
+        pass
+
+
 class _Stub(tff.framework.RemoteExecutorStub):
     """TFF's stub, with values thrown away in a thread of their own.
 
@@ -50,9 +60,13 @@ class _Stub(tff.framework.RemoteExecutorStub):
     """
 
     def __init__(self, channel: grpc.Channel):
-        self._stub = tff.framework.RemoteExecutorGrpcStub(channel)
+        self.use(channel)
         self._garbage: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         threading.Thread(target=_throw_away, args=(self._garbage,), daemon=True).start()
+
+    def use(self, channel: grpc.Channel) -> None:
+        """Sends what follows through another connection: values outlive the one they came by."""
+        self._stub = tff.framework.RemoteExecutorGrpcStub(_Silent(channel))
 
     def _ask(self, method: Callable[[Any], Any], request: Any) -> Any:
         if getattr(threading.current_thread(), "abandoned", False):
@@ -213,6 +227,9 @@ class Host:
         if is_cut(error):
             self.check()
             self._look()
+            # A channel that once failed waits, up to minutes, before it tries again.
+            self.worker.channel = worker_lib.open_channel(self.worker.target)
+            self._stub.use(self.worker.channel)
             raise ConnectionCutError(
                 f"The connection to the {self.worker.name} was cut in the middle of a call."
             ) from error

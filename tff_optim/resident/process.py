@@ -1,5 +1,6 @@
 """ResidentProcess: a learning process whose server state stays in the worker."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -121,7 +122,7 @@ class ResidentProcess:
 
             return host.run(work)
 
-        return self._persist(attempt).references()
+        return self.persist(attempt).references()
 
     def next(self, state: Any, client_data: Sequence[Any]) -> Any:
         """Runs one round.
@@ -153,7 +154,7 @@ class ResidentProcess:
             hosts = [self._host(i) for i in range(len(shares))]
             return rounds.round_in_pieces(self._parts, self._data_type, resident, shares, hosts)
 
-        new_state, metrics = self._persist(attempt)
+        new_state, metrics = self.persist(attempt)
         metrics = tff.types.type_to_py_container(metrics, self._metrics_type)
         return tff.learning.templates.LearningProcessOutput(
             new_state.references(), tff.tensorflow.transform_result(metrics)
@@ -187,7 +188,7 @@ class ResidentProcess:
         Raises:
             TypeError: It is not a state of the wrapped process.
         """
-        return self._persist(lambda: self._take_in(plain_state)).references()
+        return self.persist(lambda: self._take_in(plain_state)).references()
 
     def close(self) -> None:
         """Ends the local workers and closes the connections; states in them are gone."""
@@ -260,23 +261,26 @@ class ResidentProcess:
 
         return host.run(work)
 
-    def _persist(self, attempt: Callable[[], _T]) -> _T:
-        """Tries twice: a cut connection, or a lost worker without state, costs only time."""
-        try:
-            return attempt()
-        except ConnectionCutError:
-            pass
-        except WorkerLostError:
-            home = self._hosts[0]
-            if home is not None and home.lost is not None:
-                raise
-        try:
-            return attempt()
-        except ConnectionCutError as e:
-            raise WorkerLostError(
-                f"{e} It was cut again when the call was repeated. States in the worker may "
-                "still be there: try again once the network is back."
-            ) from e
+    def persist(self, attempt: Callable[[], _T]) -> _T:
+        """Tries again where a cut connection, or a lost worker without state, costs only time."""
+        deadline = time.monotonic() + self._heartbeat
+        replaced = 0
+        while True:
+            try:
+                return attempt()
+            except ConnectionCutError as e:
+                if time.monotonic() > deadline:
+                    raise WorkerLostError(
+                        f"{e} It was cut again each time the call was repeated, for "
+                        f"{self._heartbeat:g} seconds. States in the worker may still be there: "
+                        "try again once the network is back."
+                    ) from e
+                time.sleep(0.2)
+            except WorkerLostError:
+                home = self._hosts[0]
+                replaced += 1
+                if (home is not None and home.lost is not None) or replaced > 1:
+                    raise
 
     def _compile(self, name: str, build: Callable[[], Any]) -> Any:
         if name not in self._compiled:
@@ -299,7 +303,7 @@ class ResidentProcess:
 
             return resident.executor.host.run(work)
 
-        return leaves.pack(self._persist(attempt), carrier.type)
+        return leaves.pack(self.persist(attempt), carrier.type)
 
     def _write(self, name: str, computation: Any, state: Any, part: Any) -> Any:
         compiled = self._compile(name, lambda: handover.lift(computation, num_arguments=2))
@@ -319,7 +323,7 @@ class ResidentProcess:
 
             return executor.host.run(work)
 
-        return self._persist(attempt).references()
+        return self.persist(attempt).references()
 
 
 def _check_positive(name: str, value: float) -> None:

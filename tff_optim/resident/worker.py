@@ -22,12 +22,13 @@ _MAX_MESSAGE = 2**31 - 1  # TFF's own channels stop at 2e9 bytes; this is protob
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_send_message_length", _MAX_MESSAGE),
-    # A probe must open a connection of its own, or it would learn nothing about the network.
+    # A new channel must not inherit the broken connection, and the waiting, of an old one.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
 )
+
+_HTTP2_SETTINGS = 4
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 
 # The shell becomes the worker. Its child waits for the pipe at its input to close, which the
 # kernel does when this Python process ends, however it ends, and then kills the worker. Both
@@ -197,9 +198,12 @@ class RemoteWorker:
         """Says why this worker is gone, or returns None where it answers."""
         if not self._finalizer.alive:
             return "the connection to it was closed"
-        if _answers(self.target, timeout):
-            return None
-        return f"it did not answer within {timeout:g} seconds"
+        deadline = time.monotonic() + timeout
+        while not _answers(self.target, timeout):
+            if time.monotonic() > deadline:
+                return f"it did not answer within {timeout:g} seconds"
+            time.sleep(0.1)
+        return None
 
     def close(self) -> None:
         """Closes the connection."""
@@ -213,45 +217,43 @@ Worker = LocalWorker | RemoteWorker
 
 def _answers(target: str, timeout: float) -> bool:
     """Whether a worker completes a new HTTP/2 connection: a hung or cut-off one does not."""
-    channel = grpc.insecure_channel(target, _CHANNEL_OPTIONS)
+    host, _, port = target.rpartition(":")
     try:
-        grpc.channel_ready_future(channel).result(timeout=timeout)
-    except grpc.FutureTimeoutError:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout) as sock:
+            sock.sendall(_HTTP2_GREETING)
+            # Type and length fields of the frame that a server must send first.
+            answer = sock.recv(9)
+            return len(answer) > 3 and answer[3] == _HTTP2_SETTINGS
+    except OSError:
         return False
-    finally:
-        channel.close()
-    return True
 
 
 def _connect(target: str, timeout: float, exit_reason: Callable[[], str | None]) -> grpc.Channel:
-    channel = grpc.insecure_channel(target, _CHANNEL_OPTIONS)
-    ready = grpc.channel_ready_future(channel)
     deadline = time.monotonic() + timeout
-    try:
-        while True:
-            try:
-                ready.result(timeout=min(0.25, max(deadline - time.monotonic(), 0.001)))
-                return channel
-            except grpc.FutureTimeoutError:
-                reason = exit_reason()
-                if reason is None and time.monotonic() < deadline:
-                    continue
-                reason = reason or f"it was not ready within {timeout:g} seconds"
-                raise WorkerStartError(
-                    f"The TFF worker at {target} did not start: {reason}. Its own messages are "
-                    "on the standard error stream."
-                ) from None
-    except BaseException:
-        ready.cancel()
-        channel.close()
-        raise
+    while not _answers(target, min(1.0, timeout)):
+        reason = exit_reason()
+        if reason is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            continue
+        reason = reason or f"it was not ready within {timeout:g} seconds"
+        raise WorkerStartError(
+            f"The TFF worker at {target} cannot be used: {reason}. What it printed is on its "
+            "standard error stream; `workers` names where it is expected."
+        )
+    return open_channel(target)
+
+
+def open_channel(target: str) -> grpc.Channel:
+    """Opens a connection of its own to a worker."""
+    return grpc.insecure_channel(target, _CHANNEL_OPTIONS)
 
 
 def lost(worker: Worker, reason: str) -> WorkerLostError:
     """Builds the error for a worker that is gone."""
+    next_call = "starts another one" if isinstance(worker, LocalWorker) else "connects again"
     return WorkerLostError(
         f"The {worker.name} is gone: {reason}. The server states that lived in it are lost. "
-        "A new worker is started for the next call: continue from the last checkpoint "
+        f"The next call {next_call}: continue from the last checkpoint "
         "(`ResidentCheckpoints.resume`) or from a plain state (`restore`), or start again with "
         "`initialize`."
     )
