@@ -70,7 +70,10 @@ def weighted_mean(tensors_by_client, weights, groups):
     owner = {t: layer for layer, group in enumerate(groups) for t in group}
     shares = weights / weights.sum(0)
     return [
-        sum(shares[k, owner[t]] * np.float64(client[t]) for k, client in enumerate(tensors_by_client))
+        sum(
+            shares[k, owner[t]] * np.float64(client[t])
+            for k, client in enumerate(tensors_by_client)
+        )
         for t in range(len(owner))
     ]
 

@@ -337,7 +337,11 @@ def carries_hparams(case: Case) -> None:
     for name, value in hparams.items():
         effects = []
         for other in (value * 0.5 + 0.03, value + 2.0):
-            changed = optimizer.set_hparams(state, {**hparams, name: other})
+            try:
+                changed = optimizer.set_hparams(state, {**hparams, name: other})
+            except ValueError as error:
+                assert name.rpartition(".")[2] in str(error)  # noqa: PT017
+                continue  # out of range, and refused by name
             assert np.isclose(float(optimizer.get_hparams(changed)[name]), other), name
             tf.nest.assert_same_structure(changed, state)
             _, found = run(optimizer.next, changed, weights, gradients)

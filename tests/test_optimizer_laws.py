@@ -3,6 +3,7 @@
 import inspect
 
 import contracts
+import pipeline_cases
 import pytest
 import tensorflow as tf
 
@@ -42,6 +43,7 @@ CASES = {
     "clipped": contracts.keras_case(
         lambda: K.RMSprop(0.05, global_clipnorm=0.5), couples_weights=True
     ),
+    **pipeline_cases.CASES,
 }
 
 

@@ -62,9 +62,7 @@ def test_bad_clients_leave_no_trace_but_in_the_measurements(case):
         bad[1]["delta"][2][1] = np.inf
         # The third has a weight that is no number, the fourth has no examples.
         dirty.append(([bad[0], *clients, *bad[1:]], [1.0, *weights, 5.0, np.nan, 0.0]))
-    for clean, found in zip(
-        contracts.run(case, cohorts), contracts.run(case, dirty), strict=True
-    ):
+    for clean, found in zip(contracts.run(case, cohorts), contracts.run(case, dirty), strict=True):
         assert_same(found.result, clean.result, rtol=1e-6)
         assert found.measurements["non_finite_clients"] == 3
         for name, number in contracts.typed(clean.measurements).items():
@@ -195,9 +193,7 @@ def test_a_mean_of_half_precision_is_taken_in_single():
     process = factory.create(mixed, contracts.WEIGHT_TYPE)
     assert process.next.type_signature.result.result.member.is_equivalent_to(mixed)
     rng = np.random.default_rng(0)
-    clients = [
-        [rng.uniform(1, 2, 2).astype(np.float16), rng.uniform(1, 2, 2)] for _ in range(40)
-    ]
+    clients = [[rng.uniform(1, 2, 2).astype(np.float16), rng.uniform(1, 2, 2)] for _ in range(40)]
     result = process.next(process.initialize(), clients, [1.0] * 40).result
     half = np.mean([np.float64(c[0]) for c in clients], 0)
     np.testing.assert_array_equal(result[0], half.astype(np.float16))
