@@ -11,9 +11,11 @@ from tff_optim.devices import DevicePolicy, get_device_policy, select_device, se
 from tff_optim.keras_optimizer import build_keras_optimizer
 from tff_optim.pipeline import build_optimizer
 from tff_optim.registry import list_regularizers, list_transforms, register_transform
+from tff_optim.resident import ResidentProcess
 
 __all__ = [
     "DevicePolicy",
+    "ResidentProcess",
     "build_keras_optimizer",
     "build_optimizer",
     "build_optimizer_computations",

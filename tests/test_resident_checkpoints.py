@@ -1,0 +1,229 @@
+"""Checkpoints that the worker writes: the same states, and never half of one."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from resident_cases import assert_equal, cohorts, model_fn, plain_run, process
+
+from tff_optim import ResidentProcess
+from tff_optim.resident import CheckpointError, ResidentCheckpoints, handover
+
+
+@pytest.fixture(scope="module")
+def resident():
+    with ResidentProcess(process()) as r:
+        yield r
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 256 kB, really full when it is full."""
+    place = tmp_path / "tiny"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(path):
+    """Writes until the disk is full."""
+    with open(path, "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(b"x" * 1024)
+
+
+def test_a_checkpoint_is_tensorflows_and_holds_the_state(resident, tmp_path):
+    checkpoints = ResidentCheckpoints(resident, tmp_path / "new")
+    plain = plain_run()[2][0]
+    checkpoints.save_now(resident.restore(plain), 2)
+    reader = tf.train.load_checkpoint(str(tmp_path / "new" / "version_2" / "state"))
+    for i, weights in enumerate(plain.global_model_weights.trainable):
+        np.testing.assert_array_equal(
+            reader.get_tensor(f"global_model_weights/trainable/{i}"), weights
+        )
+    assert len(reader.get_variable_to_shape_map()) == len(tf.nest.flatten(plain)) + 1
+    assert_equal(resident.materialize(checkpoints.load_now(2)), plain)
+
+
+def test_saving_and_loading_never_pass_through_python(resident, tmp_path, monkeypatch):
+    checkpoints = ResidentCheckpoints(resident, tmp_path)
+    state = resident.restore(plain_run()[1][0])
+
+    async def refuse(*args):
+        raise AssertionError("the state came to Python")
+
+    monkeypatch.setattr(handover, "fetch", refuse)
+    monkeypatch.setattr(handover, "put", refuse)
+    checkpoints.save_now(state, 1)
+    state, version = checkpoints.resume()
+    monkeypatch.undo()
+    assert version == 1
+    assert_equal(resident.materialize(state), plain_run()[1][0])
+
+
+def test_the_newest_are_kept_and_versions_are_not_overwritten(resident, tmp_path):
+    checkpoints = ResidentCheckpoints(resident, tmp_path, keep=2)
+    state = resident.initialize()
+    assert asyncio.run(checkpoints.get_versions()) is None
+    for version in (1, 2, 9, 10):
+        checkpoints.save_now(state, version)
+    assert checkpoints.versions() == [9, 10]
+    assert sorted(os.listdir(tmp_path)) == ["version_10", "version_9"]
+    with pytest.raises(tff.program.ProgramStateExistsError):
+        checkpoints.save_now(state, 10)
+    with pytest.raises(tff.program.ProgramStateNotFoundError):
+        checkpoints.load_now(2)
+    asyncio.run(checkpoints.remove_all())
+    assert checkpoints.versions() == []
+    assert os.listdir(tmp_path) == []
+    keep_all = ResidentCheckpoints(resident, tmp_path, keep=None)
+    for version in range(7):
+        keep_all.save_now(state, version)
+    assert keep_all.versions() == list(range(7))
+
+
+def test_resume_ends_with_the_numbers_of_an_undisturbed_run(tmp_path):
+    with ResidentProcess(process()) as r:
+        checkpoints = ResidentCheckpoints(r, tmp_path)
+        state, last = checkpoints.resume()
+        assert last == 0
+        for i in (1, 2, 3):
+            state, _ = r.next(state, list(cohorts()[i - 1]))
+            checkpoints.save_now(state, i)
+    with ResidentProcess(process()) as r:
+        state, last = ResidentCheckpoints(r, tmp_path).resume()
+        assert last == 3
+        for i in (4, 5):
+            state, _ = r.next(state, list(cohorts()[i - 1]))
+        assert_equal(r.materialize(state), plain_run()[5][0])
+
+
+def test_tffs_loop_resumes_by_itself(resident, tmp_path):
+    def run(rounds):
+        return tff.simulation.run_training_process(
+            resident,
+            lambda r: list(cohorts()[r - 1]),
+            rounds,
+            program_state_manager=ResidentCheckpoints(resident, tmp_path),
+        )
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        run(2)
+        assert_equal(resident.materialize(run(3)), plain_run()[3][0])
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def test_a_worker_without_our_files_writes_the_same(resident, tmp_path):
+    home = resident.home()
+    state = resident.restore(plain_run()[4][0])
+    home.shares_files = False
+    try:
+        checkpoints = ResidentCheckpoints(resident, tmp_path)
+        checkpoints.save_now(state, 4)
+        assert_equal(resident.materialize(checkpoints.load_now(4)), plain_run()[4][0])
+    finally:
+        home.shares_files = True
+    assert_equal(resident.materialize(checkpoints.load_now(4)), plain_run()[4][0])
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_last_version(resident, tiny_disk):
+    checkpoints = ResidentCheckpoints(resident, tiny_disk / "run")
+    state = resident.restore(plain_run()[2][0])
+    checkpoints.save_now(state, 1)
+    filler = tiny_disk / "filler"
+    fill(filler)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)Version 2 could not .*versions before it, \[1\]"
+    ):
+        checkpoints.save_now(state, 2)
+    assert checkpoints.versions() == [1]
+    os.remove(filler)
+    checkpoints.save_now(state, 2)  # the state was still in the worker
+    assert_equal(resident.materialize(checkpoints.load_now(2)), plain_run()[2][0])
+
+
+def test_a_worker_on_a_full_disk_reports_it_too(resident, tiny_disk, monkeypatch):
+    # The directory can be made, and the worker runs out of room while it writes.
+    checkpoints = ResidentCheckpoints(resident, tiny_disk / "run")
+    state = resident.initialize()
+    real = handover.save_in_worker
+
+    async def fill_first(carrier, executor, value, prefix):
+        fill(tiny_disk / "filler")
+        await real(carrier, executor, value, prefix)
+
+    monkeypatch.setattr(handover, "save_in_worker", fill_first)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        checkpoints.save_now(state, 1)
+    assert checkpoints.versions() == []
+
+
+def test_a_killed_save_leaves_the_last_good_version(tmp_path, monkeypatch):
+    with ResidentProcess(process()) as r:
+        checkpoints = ResidentCheckpoints(r, tmp_path)
+        state, _ = r.next(r.initialize(), list(cohorts()[0]))
+        checkpoints.save_now(state, 1)
+        pid = r.home().worker.pid
+        real = handover.save_in_worker
+
+        async def save_then_die(carrier, executor, value, prefix):
+            await real(carrier, executor, value, prefix)
+            os.kill(pid, signal.SIGKILL)
+            os.remove(prefix + ".index")  # as if the end had come before the second file
+            await real(carrier, executor, value, prefix)
+
+        monkeypatch.setattr(handover, "save_in_worker", save_then_die)
+        with pytest.raises(RuntimeError, match="ended by signal SIGKILL"):
+            checkpoints.save_now(state, 2)
+        monkeypatch.undo()
+        # What a killed Python process would have left behind:
+        (tmp_path / "unfinished_abc").mkdir()
+        (tmp_path / "unfinished_abc" / "state.index").write_bytes(b"half")
+        assert checkpoints.versions() == [1]
+        state, last = checkpoints.resume()
+        assert last == 1
+        assert_equal(r.materialize(state), plain_run()[1][0])
+        checkpoints.save_now(state, 2)
+        assert sorted(os.listdir(tmp_path)) == ["version_1", "version_2"]
+
+
+def test_broken_and_foreign_checkpoints(resident, tmp_path):
+    checkpoints = ResidentCheckpoints(resident, tmp_path)
+    (tmp_path / "version_1").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        checkpoints.resume()
+    other = tff.learning.algorithms.build_weighted_fed_avg(
+        model_fn, tff.learning.optimizers.build_sgdm(0.1)
+    )
+    with ResidentProcess(other) as r:
+        ResidentCheckpoints(r, tmp_path / "other").save_now(r.initialize(), 1)
+    with pytest.raises(CheckpointError, match=r"saved by another process: it lacks \['finalizer"):
+        ResidentCheckpoints(resident, tmp_path / "other").resume()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"keep": 0}, ValueError, "`keep` must be a positive integer"),
+        ({"directory": ""}, ValueError, "`directory` must be a path"),
+        ({"process": 1}, TypeError, "`process` must be a `ResidentProcess`, found int"),
+    ],
+)
+def test_bad_arguments(resident, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        ResidentCheckpoints(**{"process": resident, "directory": tmp_path, **arguments})

@@ -1,0 +1,13 @@
+"""A learning process whose server state stays where it is computed."""
+
+from tff_optim.resident.checkpoints import ResidentCheckpoints
+from tff_optim.resident.errors import CheckpointError, WorkerLostError, WorkerStartError
+from tff_optim.resident.process import ResidentProcess
+
+__all__ = [
+    "CheckpointError",
+    "ResidentCheckpoints",
+    "ResidentProcess",
+    "WorkerLostError",
+    "WorkerStartError",
+]

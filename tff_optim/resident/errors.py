@@ -1,0 +1,13 @@
+"""What can go wrong with a worker or a checkpoint, as errors that say what was lost."""
+
+
+class WorkerStartError(RuntimeError):
+    """A worker did not start, or could not be reached, within its time limit."""
+
+
+class WorkerLostError(RuntimeError):
+    """A worker ended, or the connection to it was cut, and values that lived in it are gone."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the ones written before are untouched."""
