@@ -10,8 +10,6 @@ and ratios within this run, after a check that all of them take the same steps.
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -19,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
+from timing import table, time_side_by_side
 
 tff.test.set_no_default_context()  # nothing here is federated
 
@@ -170,24 +169,9 @@ def check_agreement(contenders: dict) -> None:
         np.testing.assert_allclose(end, ends[OURS], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def time_interleaved(runs: dict[str, Run], seconds: float) -> dict[str, float]:
-    """Median seconds per step; the contenders take turns, so that a noisy machine hits all."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[OURS]) < 3:
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) / STEPS)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, nargs="+", default=[1e5, 1e6, 1e7])
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each size")
     arguments = parser.parse_args()
 
     contenders = dict(CONTENDERS)
@@ -199,15 +183,20 @@ def main() -> None:
             del contenders[rival]
     check_agreement(contenders)
     rivals = [name for name in contenders if name in ("declearn", "optax")]
-    heads = ["parameters", *(f"{n}, ms" for n in contenders), *(f"{r} / compiled" for r in rivals)]
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    headers = [
+        "parameters",
+        *(f"{n}, ms" for n in contenders),
+        *(f"{r} / compiled" for r in rivals),
+    ]
+    rows = []
     for parameters in map(int, arguments.parameters):
         values = make_values(parameters)
         runs = {name: make(*values) for name, make in contenders.items()}
-        times = time_interleaved(runs, arguments.seconds)
-        cells = [f"{parameters:.0e}", *(f"{1e3 * times[name]:.2f}" for name in contenders)]
-        cells += [f"{times[rival] / times[OURS]:.1f}" for rival in rivals]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        rounds = max(4, min(20, int(2e7) // parameters))
+        times = time_side_by_side(runs, rounds=rounds, warm_up=1)
+        rows.append([f"{parameters:.0e}", *(f"{1e3 * times[n] / STEPS:.2f}" for n in contenders)])
+        rows[-1] += [f"{times[rival] / times[OURS]:.1f}" for rival in rivals]
+    print(table(headers, rows))
 
 
 if __name__ == "__main__":
