@@ -66,6 +66,10 @@ def _twin(rate, *make_parts, **options):
     return lambda: twins.Pipeline(of_step, [make() for make in make_parts], **options)
 
 
+def _adam():
+    return tf.keras.optimizers.Adam(0.05, beta_1=0.75, beta_2=0.875, epsilon=1e-3)
+
+
 CASES = {
     "pipeline: rate and decay": pipeline_case(
         _build(0.05, weight_decay=0.02),
@@ -133,5 +137,10 @@ CASES = {
             lambda: twins.Yogi(0.75, 0.875, 0.125),
         ),
         couples_weights=True,
+    ),
+    # The truth is eager Keras itself, at the pipeline's rate.
+    "pipeline: around Keras": contracts.Case(
+        _build(0.05, transforms=[transforms.KerasTransform(_adam)]),
+        contracts.keras_case(_adam).reference,
     ),
 }

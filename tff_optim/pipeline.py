@@ -80,6 +80,9 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
 
     def __init__(self, pipeline: Pipeline):
         self._pipeline = pipeline
+        # Taken now: a `tf.function` hashes its arguments while it traces, where Keras optimizers
+        # cannot tell their configuration.
+        self._hash = hash(pipeline)
         # Made once: a function made in every call would be traced and compiled in every call.
         self._compiled = tf.function(self._step, jit_compile=True, autograph=False)
 
@@ -89,10 +92,12 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         return self._pipeline
 
     def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
         return isinstance(other, PipelineOptimizer) and self.pipeline == other.pipeline
 
     def __hash__(self) -> int:
-        return hash(self.pipeline)
+        return self._hash
 
     def __repr__(self) -> str:
         return f"PipelineOptimizer({self.pipeline!r})"

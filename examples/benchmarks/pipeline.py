@@ -1,16 +1,15 @@
-"""One step of the optimizer pipeline against declearn's `Optimizer` and optax's chain.
+"""The optimizer pipeline against declearn's `Optimizer` and optax's chain.
 
-FedProx, global clipping, Adam, momentum, decoupled weight decay: the same step in all of them, on
-weights split into ten tensors. Prints the median time of a step and the ratios within this run, and
-checks first that all of them take the same step.
+FedProx, global clipping, Adam, momentum, decoupled weight decay: the same steps in all of them, on
+weights split into ten tensors. The pipeline and optax run ten steps in one graph, as in a client's
+training loop; declearn has no graph and is called step by step. Prints the median time of a step
+and ratios within this run, after a check that all of them take the same steps.
 
     .venv-bench/bin/python examples/benchmarks/pipeline.py
 """
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
+from timing import table, time_side_by_side
 
 tff.test.set_no_default_context()  # nothing here is federated
 
@@ -25,8 +25,8 @@ import tff_optim
 from tff_optim import regularizers, transforms
 
 LEARNING_RATE, ALPHA, MAX_NORM, DECAY = 0.01, 0.1, 1.0, 1e-4
-TENSORS = 10
-Step = Callable[[], object]
+TENSORS, STEPS = 10, 10
+Run = Callable[[], np.ndarray]  # takes STEPS steps, gives the first tensor of weights
 
 
 def make_values(parameters: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -38,7 +38,7 @@ def make_values(parameters: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return weights, gradients
 
 
-def pipeline_step(weights: list, gradients: list, jit_compile: bool) -> Step:
+def run_pipeline(weights: list, gradients: list, jit_compile: bool, in_graph: bool = True) -> Run:
     optimizer = tff_optim.build_optimizer(
         LEARNING_RATE,
         regularizers=[regularizers.FedProx(ALPHA)],
@@ -50,24 +50,32 @@ def pipeline_step(weights: list, gradients: list, jit_compile: bool) -> Step:
         weight_decay=DECAY,
         jit_compile=jit_compile,
     )
-    next_fn = tf.function(optimizer.next)
-    gradients = [tf.constant(g) for g in gradients]
-    specs = [tf.TensorSpec(g.shape, g.dtype) for g in gradients]
+    steps_per_call = STEPS if in_graph else 1
+
+    @tf.function
+    def next_fn(state: dict, weights: tuple, gradients: tuple) -> tuple:
+        for _ in tf.range(steps_per_call):
+            state, weights = optimizer.next(state, weights, gradients)
+        return state, weights
+
+    gradients = tuple(tf.constant(g) for g in gradients)
+    specs = tuple(tf.TensorSpec(g.shape, g.dtype) for g in gradients)
     current = {
         "state": tf.nest.map_structure(tf.convert_to_tensor, optimizer.initialize(specs)),
-        "weights": [tf.constant(w) for w in weights],
+        "weights": tuple(tf.constant(w) for w in weights),
     }
 
-    def step() -> list:
-        current["state"], current["weights"] = next_fn(
-            current["state"], current["weights"], gradients
-        )
-        return [w.numpy() for w in current["weights"][:1]]
+    def run() -> np.ndarray:
+        for _ in range(STEPS // steps_per_call):
+            current["state"], current["weights"] = next_fn(
+                current["state"], current["weights"], gradients
+            )
+        return current["weights"][0].numpy()
 
-    return step
+    return run
 
 
-def declearn_step(weights: list, gradients: list) -> Step:
+def run_declearn(weights: list, gradients: list) -> Run:
     from declearn.model.tensorflow import TensorflowVector
     from declearn.optimizer import Optimizer
 
@@ -97,14 +105,15 @@ def declearn_step(weights: list, gradients: list) -> Step:
     model, gradient = Model(), vector(gradients)
     optimizer.start_round()
 
-    def step() -> list:
-        optimizer.apply_gradients(model, gradient)
-        return [model.weights.coefs["0"].numpy()]
+    def run() -> np.ndarray:
+        for _ in range(STEPS):
+            optimizer.apply_gradients(model, gradient)
+        return model.weights.coefs["0"].numpy()
 
-    return step
+    return run
 
 
-def optax_step(weights: list, gradients: list) -> Step:
+def run_optax(weights: list, gradients: list) -> Run:
     import jax
     import optax
 
@@ -116,67 +125,53 @@ def optax_step(weights: list, gradients: list) -> Step:
         optax.add_decayed_weights(-DECAY),  # after the rate: decoupled from it
     )
 
-    def update(state: object, weights: list, reference: list, gradients: list) -> tuple:
-        gradients = [
+    def update(carried: tuple, reference: list, gradients: list) -> tuple:
+        state, weights = carried
+        pulled = [
             g + ALPHA * (w - r) for g, w, r in zip(gradients, weights, reference, strict=True)
         ]
-        updates, state = chain.update(gradients, state, weights)
+        updates, state = chain.update(pulled, state, weights)
         return state, optax.apply_updates(weights, updates)
 
-    compiled = jax.jit(update, donate_argnums=(0, 1))
-    arrays = [jax.numpy.asarray(w) for w in weights]
+    def loop(carried: tuple, reference: list, gradients: list) -> tuple:
+        return jax.lax.fori_loop(0, STEPS, lambda _, c: update(c, reference, gradients), carried)
+
+    compiled = jax.jit(loop, donate_argnums=0)
     reference = [jax.numpy.array(w, copy=True) for w in weights]
     gradients = [jax.numpy.asarray(g) for g in gradients]
-    current = {"state": chain.init(arrays), "weights": arrays}
+    arrays = [jax.numpy.array(w, copy=True) for w in weights]
+    current = {"carried": (chain.init(arrays), arrays)}
 
-    def step() -> list:
-        current["state"], current["weights"] = compiled(
-            current["state"], current["weights"], reference, gradients
-        )
-        jax.block_until_ready(current["weights"])
-        return [np.asarray(current["weights"][0])]
+    def run() -> np.ndarray:
+        current["carried"] = compiled(current["carried"], reference, gradients)
+        jax.block_until_ready(current["carried"])
+        return np.asarray(current["carried"][1][0])
 
-    return step
+    return run
 
 
-CONTENDERS: dict[str, Callable[[list, list], Step]] = {
-    "pipeline": lambda w, g: pipeline_step(w, g, jit_compile=False),
-    "pipeline, jit_compile": lambda w, g: pipeline_step(w, g, jit_compile=True),
-    "declearn": declearn_step,
-    "optax": optax_step,
+CONTENDERS: dict[str, Callable[[list, list], Run]] = {
+    "pipeline": lambda w, g: run_pipeline(w, g, jit_compile=False),
+    "pipeline, compiled": lambda w, g: run_pipeline(w, g, jit_compile=True),
+    "same, called step by step": lambda w, g: run_pipeline(w, g, True, in_graph=False),
+    "declearn": run_declearn,
+    "optax": run_optax,
 }
+OURS = "pipeline, compiled"
 
 
 def check_agreement(contenders: dict) -> None:
-    """Three steps of each from the same start: a rival that does less work is no rival."""
+    """Steps of each from the same start: a rival that does less work is no rival."""
     weights, gradients = make_values(1000)
-    ends = {}
-    for name, make in contenders.items():
-        step = make(weights, gradients)
-        for _ in range(3):
-            (ends[name],) = step()
+    ends = {name: make(weights, gradients)() for name, make in contenders.items()}
     for name, end in ends.items():
-        np.testing.assert_allclose(end, ends["pipeline"], rtol=2e-4, atol=2e-5, err_msg=name)
-
-
-def time_interleaved(steps: dict[str, Step], seconds: float) -> dict[str, float]:
-    """Median seconds per step; the contenders take turns, so that a noisy machine hits all."""
-    for step in steps.values():
-        step(), step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+        assert np.abs(end - weights[0]).max() > 1e-3
+        np.testing.assert_allclose(end, ends[OURS], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, nargs="+", default=[1e5, 1e6, 1e7])
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each size")
     arguments = parser.parse_args()
 
     contenders = dict(CONTENDERS)
@@ -187,19 +182,21 @@ def main() -> None:
             print(f"{rival} is not there and is left out ({error}); `make bench` installs it.")
             del contenders[rival]
     check_agreement(contenders)
-    print("| parameters | " + " | ".join(f"{n}, ms" for n in contenders), end="")
-    rivals = [name for name in contenders if not name.startswith("pipeline")]
-    print("".join(f" | {rival} / jit_compile" for rival in rivals) + " |")
-    print("|" + "---|" * (1 + len(contenders) + len(rivals)))
+    rivals = [name for name in contenders if name in ("declearn", "optax")]
+    headers = [
+        "parameters",
+        *(f"{n}, ms" for n in contenders),
+        *(f"{r} / compiled" for r in rivals),
+    ]
+    rows = []
     for parameters in map(int, arguments.parameters):
         values = make_values(parameters)
-        steps = {name: make(*values) for name, make in contenders.items()}
-        times = time_interleaved(steps, arguments.seconds)
-        ours = times["pipeline, jit_compile"]
-        cells = [f"{parameters:.0e}"]
-        cells += [f"{1e3 * times[name]:.2f}" for name in contenders]
-        cells += [f"{times[rival] / ours:.1f}" for rival in rivals]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        runs = {name: make(*values) for name, make in contenders.items()}
+        rounds = max(4, min(20, int(2e7) // parameters))
+        times = time_side_by_side(runs, rounds=rounds, warm_up=1)
+        rows.append([f"{parameters:.0e}", *(f"{1e3 * times[n] / STEPS:.2f}" for n in contenders)])
+        rows[-1] += [f"{times[rival] / times[OURS]:.1f}" for rival in rivals]
+    print(table(headers, rows))
 
 
 if __name__ == "__main__":

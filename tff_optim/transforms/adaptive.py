@@ -206,22 +206,23 @@ def _next_moments(
     hyperparameters.check_state(part, state, slots=names, counts_steps=True)
     values = hyperparameters.current(part, state)
     carried = hyperparameters.advance(part, state)
-    # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1.
+    # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1. As factors:
+    # two divisions less for each element.
     t = tf.cast(carried[hyperparameters.STEP], tf.float64)
-    correction_1 = 1 - tf.pow(leaves.number(values["beta_1"], tf.float64), t)
-    correction_2 = 1 - tf.pow(leaves.number(values["beta_2"], tf.float64), t)
+    correction_1 = 1 / (1 - tf.pow(leaves.number(values["beta_1"], tf.float64), t))
+    correction_2 = 1 / (1 - tf.pow(leaves.number(values["beta_2"], tf.float64), t))
 
     def step(
         g: tf.Tensor, m: tf.Tensor, v: tf.Tensor, *maximum: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         m += (1 - leaves.number(values["beta_1"], g.dtype)) * (g - m)
         v = average_squares(v, tf.square(g), leaves.number(values["beta_2"], g.dtype))
-        corrected = v / leaves.number(correction_2, g.dtype)
+        corrected = v * leaves.number(correction_2, g.dtype)
         if maximum:
             corrected = tf.maximum(corrected, maximum[0])
             maximum = (corrected,)
         epsilon = leaves.number(values["epsilon"], g.dtype)
-        result = m / leaves.number(correction_1, g.dtype) / (tf.sqrt(corrected) + epsilon)
+        result = m * leaves.number(correction_1, g.dtype) / (tf.sqrt(corrected) + epsilon)
         return result, m, v, *maximum
 
     slots = {name: state[name] for name in names}

@@ -39,7 +39,7 @@ class ClipByNorm(GradientTransform):
         max_norm = hyperparameters.current(self, state)["max_norm"]
 
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
-            return (g * _factor(tf.norm(g), leaves.number(max_norm, g.dtype)),)
+            return (g * _factor(tf.sqrt(_square_sum(g)), leaves.number(max_norm, g.dtype)),)
 
         gradients, _ = leaves.map_leaves(clip, gradients, {})
         return hyperparameters.advance(self, state), gradients
@@ -79,7 +79,7 @@ class ClipByGlobalNorm(GradientTransform):
         max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
         present = [g for g in tf.nest.flatten(gradients) if g is not None]
         # One number per tensor: float64 costs nothing here, and holds every dtype's squares.
-        squares = [tf.cast(tf.reduce_sum(tf.square(g)), tf.float64) for g in present]
+        squares = [tf.cast(_square_sum(g), tf.float64) for g in present]
         total = tf.add_n(squares) if squares else tf.zeros([], tf.float64)
         factor = _factor(tf.sqrt(total), max_norm)
 
@@ -88,6 +88,10 @@ class ClipByGlobalNorm(GradientTransform):
 
         gradients, _ = leaves.map_leaves(clip, gradients, {})
         return hyperparameters.advance(self, state), gradients
+
+
+def _square_sum(g: tf.Tensor) -> tf.Tensor:
+    return 2 * tf.nn.l2_loss(g)  # in one pass, where squares and their sum take two
 
 
 def _factor(norm: tf.Tensor, max_norm: tf.Tensor) -> tf.Tensor:
