@@ -75,7 +75,7 @@ def test_types(by_kl, of_deltas):
     result = by_kl.type_signature.result
     assert result.mean.is_equivalent_to(SERVER)
     vector, count = tff.to_type((np.float32, [2])), tff.to_type(np.int32)
-    assert dict(result.measurements.member.items()) == {
+    assert result.measurements.member._asdict() == {
         "clients": count,
         "non_finite_clients": count,
         "unchanged": count,

@@ -179,6 +179,13 @@ def test_a_bound_limits_the_ratio_of_any_two_clients(found, bound, typical):
         assert abs(pair[0] - pair[1]) <= np.log(bound) + 1e-6 * (1 + abs(pair).max())
 
 
+def test_log_weights_stay_where_equal_ones_still_add_up():
+    extreme = weighting.softmax(1e-30, prefer="far", scale=None, times_examples=False)
+    largest = logs(extreme, [3e38, 1e-3])
+    assert np.all(largest == largest[0])
+    np.testing.assert_allclose(np.logaddexp(*largest) - largest[0], np.log(2), rtol=1e-8)
+
+
 def test_until_scores_are_known_all_count_alike():
     for chosen in (weighting.softmax(), weighting.softmax(scale=1.0, bound=2.0)):
         assert chosen.needs_typical_score
