@@ -30,9 +30,7 @@ def mean_of(server, trained, examples, typical, score, rule, groups, **options):
     found = np.array(
         [[score([server[t] for t in g], [c[t] for t in g]) for g in groups] for c in trained]
     )
-    raw = twins.raw_weights(
-        found, examples, rule=rule, scale=typical, typical=typical, **options
-    )
+    raw = twins.raw_weights(found, examples, rule=rule, scale=typical, typical=typical, **options)
     return twins.weighted_mean(trained, raw, groups), found
 
 
