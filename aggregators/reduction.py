@@ -122,6 +122,15 @@ def federated_reduction(value: Any, reduction: Reduction) -> Any:
 
     Raises:
       TypeError: If `value` is not placed at clients, or the functions do not fit each other.
+
+    Example:
+      >>> import numpy as np
+      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+      ... def total(x):
+      ...     return federated_reduction(x, add)
+      >>> str(total.type_signature)
+      '({float32}@CLIENTS -> float32@SERVER)'
     """
     value = tff.to_value(value, None)
     member = _client_member(value)

@@ -4,8 +4,8 @@ A score is a function `score(server_layer, client_layer)` of two sequences of te
 of one layer, in the model's order) that returns one non-negative number. Any such function of
 TensorFlow operations can stand where the ones below do.
 
-Half precision is computed in float32; float64 stays float64. A layer of several tensors is read as
-one long vector, except by `spectral_distance`.
+The result is float32, or float64 for layers of float64; half precision is computed in float32. A
+layer of several tensors is read as one long vector, except by `spectral_distance`.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,8 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     p, change, near = _softmax_change(s, c)
     del p, change  # only the divergence is needed
     # exp overflows where layers are far apart. There the textbook sum is exact; it is only run then.
-    return tf.cond(tf.math.is_finite(near), lambda: near, lambda: _textbook_kl(s, c))
+    found = tf.cond(tf.math.is_finite(near), lambda: near, lambda: _textbook_kl(s, c))
+    return _as_wide_as(server, found)
 
 
 def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -78,7 +79,7 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
 
     Example:
       >>> js_divergence([tf.constant([0.0, 0.0])], [tf.constant([0.0, 9.0])]).numpy().round(4)
-      0.2155
+      0.2152
 
     Source: Lin, Divergence measures based on the Shannon entropy, 1991.
     """
@@ -89,9 +90,10 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     excess = tf.math.expm1(log_ratio)
     middle = tf.math.log1p(0.5 * excess)
     near = 0.5 * _dot(p, (1.0 + excess) * (log_ratio - middle) - middle)
-    return tf.cond(
+    found = tf.cond(
         tf.math.is_finite(near), lambda: tf.maximum(near, 0.0), lambda: _textbook_js(s, c)
     )
+    return _as_wide_as(server, found)
 
 
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -172,7 +174,7 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
     unit_c = tf.math.divide_no_nan(c, tf.norm(c))
     half = 0.5 * tf.reduce_sum(tf.math.squared_difference(unit_s, unit_c))
     one_is_zero = tf.not_equal(tf.reduce_any(s != 0), tf.reduce_any(c != 0))
-    return tf.where(one_is_zero, tf.ones_like(half), half)
+    return _as_wide_as(server, tf.where(one_is_zero, tf.ones_like(half), half))
 
 
 # What can be scored from the update alone, without the model it changes: cosine distance too, but
@@ -224,6 +226,12 @@ def check_score(score: Any, argument: str = "score") -> None:
 def _wide(tensor: tf.Tensor) -> tf.Tensor:
     tensor = tf.convert_to_tensor(tensor)
     return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+
+
+def _as_wide_as(tensors: Sequence[tf.Tensor], found: tf.Tensor) -> tf.Tensor:
+    """Gives a score the precision of its layer, float32 or float64, whatever it was computed in."""
+    double = any(tf.convert_to_tensor(tensor).dtype == tf.float64 for tensor in tensors)
+    return tf.cast(found, tf.float64 if double else tf.float32)
 
 
 def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:

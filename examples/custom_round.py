@@ -36,6 +36,7 @@ TEMPERATURE = 0.03  # about half of what clients diverge by in the first round
 
 @tff.tensorflow.computation
 def initial_model() -> Any:
+    """A model of zeros."""
     return collections.OrderedDict(kernel=tf.zeros([3, 1]), bias=tf.zeros([1]))
 
 
@@ -58,7 +59,7 @@ def train_locally(model: Any, data: Any) -> Any:
 
 @tff.tensorflow.computation(MODEL_TYPE, MODEL_TYPE, np.float32)
 def kl_weight(trained: Any, server_model: Any, examples: Any) -> Any:
-    """examples * exp(-KL / temperature), the model taken as one layer."""
+    """A client's weight: examples * exp(-KL / temperature), the model taken as one layer."""
     divergence = scores.kl_divergence(tf.nest.flatten(server_model), tf.nest.flatten(trained))
     return examples * tf.exp(-divergence / TEMPERATURE)
 
@@ -106,6 +107,7 @@ def make_clients(count: int = 6, seed: int = 0) -> list[tf.data.Dataset]:
 
 
 def main() -> None:
+    """Trains both ways side by side and compares them."""
     tff.backends.native.set_sync_local_cpp_execution_context()
     try:
         clients = make_clients()

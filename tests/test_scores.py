@@ -93,6 +93,7 @@ def test_half_precision_is_scored_in_single_and_double_in_double(score):
     client = [server[0] + 0.1 * rng.normal(size=(40, 50))]
     halves = [[a[0].astype(np.float16)] for a in (server, client)]
     np.testing.assert_allclose(number(score, *halves), TWINS[score](*halves), rtol=1e-3)
+    assert score([tf.constant(halves[0][0])], [tf.constant(halves[1][0])]).dtype == tf.float32
     doubles = score([tf.constant(server[0])], [tf.constant(client[0])])
     assert doubles.dtype == tf.float64
     np.testing.assert_allclose(doubles, TWINS[score](server, client), rtol=1e-9)

@@ -13,6 +13,7 @@ Two comparisons, both in TFF's worker and with all large values made and kept th
 
 import argparse
 import collections
+import functools
 import os
 import statistics
 import time
@@ -123,7 +124,7 @@ def compare_aggregations(clients: list[int], parameters: list[int], repeats: int
             found = collections.defaultdict(list)
             for _ in range(2):
                 for kind, run in runs.items():
-                    found[kind].append(seconds(lambda run=run: run(seeds), repeats))
+                    found[kind].append(seconds(functools.partial(run, seeds), repeats))
             best = {kind: min(times) for kind, times in found.items()}
             row = "".join(
                 f"{best[kind]:>9.3f} {best[kind] / best['mean']:>4.2f}x"
