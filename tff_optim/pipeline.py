@@ -84,7 +84,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         # cannot tell their configuration.
         self._hash = hash(pipeline)
         # Made once: a function made in every call would be traced and compiled in every call.
-        self._compiled = tf.function(self._step, jit_compile=True, autograph=False)
+        self._compiled = tf.function(self._changes, jit_compile=True, autograph=False)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -130,8 +130,30 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
             gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
             _check_gradients(gradients, weights)
-            step = self._compiled if self.pipeline.jit_compile else self._step
-            return step(state, weights, gradients)
+            if not self.pipeline.jit_compile:
+                return self._step(state, weights, gradients)
+            state = self._begin(state, weights)
+            changes, weights = self._compiled(state, weights, gradients)
+            state = tf.nest.map_structure(
+                lambda new, old: old if new is None else new, changes, state
+            )
+            return state, weights
+
+    def _begin(self, state: Any, weights: Any) -> Any:
+        wide = tf.nest.map_structure(leaves.widen, weights)
+        begun = [
+            (name, part.begin(state[_PARTS][name], wide))
+            for name, part in self.pipeline.parts.items()
+        ]
+        return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
+
+    def _changes(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """A step, with `None` for what stays in the state: compiled code would copy it."""
+        new_state, new_weights = self._step(state, weights, gradients)
+        changes = tf.nest.map_structure(
+            lambda new, old: None if new is old else new, new_state, state
+        )
+        return changes, new_weights
 
     def _step(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         rates = self._rates(state)
