@@ -94,6 +94,7 @@ def build_adaptive_fed_avg(
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
     """
+    factory = AdaptiveMeanFactory(weighting, layers=layers, sample_size=sample_size)
     client_work = build_scored_client_work(
         model_fn,
         client_optimizer_fn,
@@ -104,7 +105,6 @@ def build_adaptive_fed_avg(
         metrics_aggregator=metrics_aggregator,
         loop_implementation=loop_implementation,
     )
-    factory = AdaptiveMeanFactory(weighting, layers=layers, sample_size=sample_size)
     return compose_fed_avg(
         model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
     )
@@ -291,6 +291,13 @@ def build_fed_med(
 
     Source: Wu, Liang, Wang, FedMed: A Federated Learning Framework for Language Modeling, 2020.
     """
+    factory = LossGatedMeanFactory(
+        softmax() if weighting is None else weighting,
+        layers=layers,
+        adaptive_when=adaptive_when,
+        min_decrease=min_decrease,
+        sample_size=sample_size,
+    )
     client_work = build_scored_client_work(
         model_fn,
         client_optimizer_fn,
@@ -300,13 +307,6 @@ def build_fed_med(
         client_weighting=client_weighting,
         metrics_aggregator=metrics_aggregator,
         loop_implementation=loop_implementation,
-    )
-    factory = LossGatedMeanFactory(
-        softmax() if weighting is None else weighting,
-        layers=layers,
-        adaptive_when=adaptive_when,
-        min_decrease=min_decrease,
-        sample_size=sample_size,
     )
     return compose_fed_avg(
         model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
@@ -360,6 +360,7 @@ def build_q_fed_avg(
       >>> "step" in process.next.type_signature.result.metrics.member.aggregator._asdict()
       True
     """
+    factory = QFedAvgFactory(q, learning_rate, sample_size=sample_size)
     client_work = build_scored_client_work(
         model_fn,
         client_optimizer_fn,
@@ -368,7 +369,6 @@ def build_q_fed_avg(
         metrics_aggregator=metrics_aggregator,
         loop_implementation=loop_implementation,
     )
-    factory = QFedAvgFactory(q, learning_rate, sample_size=sample_size)
     return compose_fed_avg(
         model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
     )
@@ -418,6 +418,7 @@ def build_fed_nova(
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
     """
+    factory = FedNovaFactory(momentum, sample_size=sample_size)
     client_work = build_scored_client_work(
         model_fn,
         client_optimizer_fn,
@@ -426,7 +427,6 @@ def build_fed_nova(
         metrics_aggregator=metrics_aggregator,
         loop_implementation=loop_implementation,
     )
-    factory = FedNovaFactory(momentum, sample_size=sample_size)
     return compose_fed_avg(
         model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
     )

@@ -1,5 +1,7 @@
 """Whole learning processes against federated training written in NumPy."""
 
+import asyncio
+
 import federated_twin as twin
 import numpy as np
 import pytest
@@ -142,10 +144,14 @@ def test_no_public_process_is_missing_from_the_table():
 @pytest.mark.parametrize("name", PROCESSES)
 def test_equals_federated_training_in_numpy(name):
     _, build, combine, how = PROCESSES[name]
-    weights, outputs = trained(build(twin.functional_model()))
+    process = build(twin.functional_model())
+    weights, outputs = trained(process)
     for found, expected in zip(weights, twin.simulate(3, DATA, combine, **how), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert outputs[-1].metrics["finalizer"]["update_non_finite"] == 0
+    # One pass, or TFF could not split it.
+    split = tff.backends.native.compile_to_mergeable_comp_form(process.next)
+    assert isinstance(split, tff.framework.MergeableCompForm)
     # The rule did something: plain averaging ends elsewhere.
     plain = twin.simulate(3, DATA, twin.by_examples, **how)
     assert max(abs(w - p).max() for w, p in zip(weights, plain, strict=True)) > 1e-3
@@ -235,6 +241,65 @@ def test_tffs_training_loop_and_checkpoints_resume_bit_for_bit(fed_kl, tmp_path)
     tf.nest.map_structure(np.testing.assert_array_equal, resumed, whole)
 
 
+class _Source(tff.program.FederatedDataSource):
+    """All clients, every round; TFF's own source cannot copy datasets that live in memory."""
+
+    federated_type = None
+
+    def __init__(self, process):
+        self.federated_type = process.next.type_signature.parameter[1]
+
+    def iterator(self):
+        return _Iterator(self.federated_type)
+
+
+class _Iterator(tff.program.FederatedDataSourceIterator):
+    federated_type = None
+
+    def __init__(self, federated_type):
+        self.federated_type = federated_type
+
+    @classmethod
+    def from_bytes(cls, data):
+        raise NotImplementedError  # nothing here resumes
+
+    def to_bytes(self):
+        return b"all clients"
+
+    def __deepcopy__(self, memo):
+        return self  # it has nothing that changes, and TFF's types cannot be copied
+
+    def select(self, k=None):
+        return twin.datasets(DATA[:k])
+
+
+def test_tffs_training_program_trains_and_releases(fed_kl, tmp_path):
+    models, metrics = tff.program.MemoryReleaseManager(), tff.program.MemoryReleaseManager()
+    context = tff.program.NativeFederatedContext(
+        tff.backends.native.create_async_local_cpp_execution_context()
+    )
+    with tff.framework.get_context_stack().install(context):
+        asyncio.run(
+            tff.learning.programs.train_model(
+                train_process=fed_kl,
+                train_data_source=_Source(fed_kl),
+                train_per_round_clients=len(DATA),
+                train_total_rounds=2,
+                program_state_manager=tff.program.FileProgramStateManager(tmp_path),
+                model_output_manager=models,
+                train_metrics_manager=metrics,
+                evaluation_manager=None,
+                evaluation_periodicity=1,
+            )
+        )
+    expected, _ = trained(fed_kl, 2)
+    (released,) = list(models.values().values())[-1:]
+    found = fed_kl.get_model_weights(released).trainable
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert metrics.values()[2]["aggregator"]["clients"] == len(DATA)
+
+
 def test_all_clients_bad_leaves_the_model_and_the_optimizer_going():
     process = aggregators.build_fed_kl(
         model_fn, SGD, tff.learning.optimizers.build_sgdm(1.0), bound=5.0
@@ -300,7 +365,9 @@ def test_whole_processes_spread_over_workers():
         (lambda m: aggregators.build_fed_kl(m, SGD, layers=[(0,)]), ValueError, "`layers` must"),
         (lambda m: aggregators.build_fed_kl(3, SGD), TypeError, "`model_fn`"),
         (
-            lambda m: aggregators.build_adaptive_fed_avg(m, SGD, score=1, weighting=None),
+            lambda m: aggregators.build_adaptive_fed_avg(
+                m, SGD, score=1, weighting=weighting.uniform()
+            ),
             TypeError,
             "`score`",
         ),

@@ -111,6 +111,8 @@ def test_extreme_values_never_overflow(case):
     clients[2]["scores"][:] = 0.0
     clients[0]["loss"] = np.float32(1e30)
     clients[1]["loss"] = np.float32(1e-30)
+    for tensor in clients[2]["delta"]:
+        tensor[:] = 0.0
     clients[3]["delta"][0][:] = 1e38
     weights[1], weights[2] = 1e30, 1e-30
     output = contracts.run(case, [first, (clients, weights)])[1]
