@@ -308,9 +308,10 @@ def build_optimizer(
         in order on each tensor of weights after the step.
       device: A device's name, a `DevicePolicy`, or `None` for the policy in force. TFF's worker
         has no GPU code: a GPU is used only where the optimizer runs in the Python process.
-      jit_compile: Whether to fuse the step with XLA. Several times as fast from some ten thousand
-        parameters on, after a compilation of about a second for each shape of the weights. It
-        changes results by rounding only, but every part must be of operations that XLA knows.
+      jit_compile: Whether to fuse the step with XLA where it runs in the Python process: faster
+        from about a million parameters on, after a compilation of about a second for each shape
+        of the weights. TFF's worker has no XLA compiler and runs the same step unfused. Results
+        change by rounding only, but every part must be of operations that XLA knows.
 
     Returns:
       A `tff.learning.optimizers.Optimizer`.
