@@ -9,6 +9,7 @@ from aggregators.adaptive_mean import AdaptiveMean, AdaptiveMeanFactory, federat
 from aggregators.client_work import build_score_weighted_client_work, build_scored_client_work
 from aggregators.loss_rules import FedNovaFactory, LossGatedMeanFactory, QFedAvgFactory
 from aggregators.one_pass import ScoredUpdate
+from aggregators.printing import federated_print
 from aggregators.processes import (
     build_adaptive_fed_avg,
     build_fed_att,
@@ -46,6 +47,7 @@ __all__ = [
     "build_scored_client_work",
     "compose_fed_avg",
     "federated_adaptive_mean",
+    "federated_print",
     "federated_reduce",
     "federated_reduction",
     "reduction_from_merge",

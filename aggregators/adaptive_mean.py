@@ -218,8 +218,8 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
 
         Args:
           weighting: How scores become weights; from `aggregators.weighting`.
-          score: For plain updates: how far a layer moved. It sees zeros for the server's layer and
-            minus the update for the client's, so it must depend on their difference only:
+          score: For plain updates: how far a layer moved. It sees the update for the server's layer and
+            zeros for the client's, so it must depend on their difference only:
             `l2_distance` or `spectral_distance` (`cosine_distance` is 1 for all that moved). None
             if updates come as `ScoredUpdate`.
           layers: Which tensors are weighed together: `"tensor"`, `"model"` or groups of positions.
@@ -285,8 +285,7 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
                     weighting, value.delta, value.scores, weight, typical, value.non_finite
                 )
             zeros = tf.nest.map_structure(tf.zeros_like, value)
-            moved = tf.nest.map_structure(tf.negative, value)
-            scores = score_layers(score, zeros, moved, groups)  # type: ignore[arg-type]
+            scores = score_layers(score, value, zeros, groups)  # type: ignore[arg-type]
             return weigh(weighting, value, scores, weight, typical, False)
 
         def server_part(state: Any, reduced: Any) -> tuple[Any, Any, Any]:
@@ -357,7 +356,13 @@ def typical_state(weighting: Weighting, typical: tf.Tensor, totals: Any) -> Orde
 
 def finite_tensors(tensors: tuple[tf.Tensor, ...]) -> tf.Tensor:
     """Whether all elements are finite: one bool."""
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors])
+    # A sum of squares is one pass over memory; only if it overflows is each element looked at.
+    squares = [tf.cast(tf.nn.l2_loss(tensor), tf.float64) for tensor in tensors]
+    return tf.cond(
+        tf.math.is_finite(tf.add_n(squares)),
+        lambda: tf.constant(True),
+        lambda: tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors]),
+    )
 
 
 def is_scored(value_type: Any) -> bool:

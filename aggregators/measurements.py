@@ -25,19 +25,34 @@ class ClientStatistics(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The measurements of any set of clients, in a form that merges."""
+    """The measurements of any set of clients, in a form that merges with a handful of operations.
 
-    clients: Any
-    non_finite: Any
-    score_sum: Any
-    score_min: Any
-    score_max: Any
-    log_sum: Any
-    log_square_sum: Any
-    log_max: Any
-    sample_size: Any
-    sample_scores: Any
-    sample_log_weights: Any
+    What adds up lies in one tensor, what takes the larger in another, what adds up as logarithms in
+    a third: TFF traces these functions anew for every process that is built.
+
+    Attributes:
+      sums: float64 of shape `[2 + num_layers]`: clients that counted, clients that were not
+        finite, and scores.
+      largest: float64 of shape `[3, num_layers]`: score, minus score, and log-weight.
+      log_sums: float64 of shape `[2, num_layers]`: weights and their squares.
+      sample: `()`, or how many rows are filled (int32) and rows of scores and log-weights (float64
+        of shape `[sample_size, 2, num_layers]`).
+    """
+
+    sums: Any
+    largest: Any
+    log_sums: Any
+    sample: Any
+
+    @property
+    def clients(self) -> tf.Tensor:
+        """How many clients counted, int32."""
+        return tf.cast(self.sums[0], tf.int32)
+
+    @property
+    def non_finite(self) -> tf.Tensor:
+        """How many clients were not finite, int32."""
+        return tf.cast(self.sums[1], tf.int32)
 
 
 def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
@@ -50,66 +65,49 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
     Returns:
       A `Reduction` from `ClientStatistics` to `Totals`; see `measure`.
     """
-    layer = [num_layers]
-
-    def fill(value: float) -> tf.Tensor:
-        return tf.fill(layer, tf.constant(value, tf.float64))
 
     def pad(rows: tf.Tensor) -> tf.Tensor:
         rows = rows[:sample_size]
-        rows = tf.pad(rows, [[0, sample_size - tf.shape(rows)[0]], [0, 0]])
-        return tf.ensure_shape(rows, [sample_size, num_layers])
+        rows = tf.pad(rows, [[0, sample_size - tf.shape(rows)[0]], [0, 0], [0, 0]])
+        return tf.ensure_shape(rows, [sample_size, 2, num_layers])
 
     def zero() -> Totals:
-        none = tf.zeros([sample_size, num_layers], tf.float64)
+        empty = tf.zeros([sample_size, 2, num_layers], tf.float64)
         return Totals(
-            clients=tf.constant(0),
-            non_finite=tf.constant(0),
-            score_sum=fill(0.0),
-            score_min=fill(math.inf),
-            score_max=fill(-math.inf),
-            log_sum=fill(-math.inf),
-            log_square_sum=fill(-math.inf),
-            log_max=fill(-math.inf),
-            sample_size=tf.constant(0),
-            sample_scores=none,
-            sample_log_weights=none,
+            sums=tf.zeros([2 + num_layers], tf.float64),
+            largest=tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64)),
+            log_sums=tf.fill([2, num_layers], tf.constant(-math.inf, tf.float64)),
+            sample=(tf.constant(0), empty) if sample_size else (),
         )
 
     def lift(value: ClientStatistics) -> Totals:
-        counts = tf.reduce_any(value.log_weights > -math.inf)
+        logs = value.log_weights
+        counts = tf.reduce_any(logs > -math.inf)
         scores = tf.cast(value.scores, tf.float64)
-        kept = tf.cast(counts, tf.int32)
+        flags = tf.cast(tf.stack([counts, value.non_finite]), tf.float64)
+        sums = tf.concat([flags, tf.where(counts, scores, tf.zeros_like(scores))], 0)
+        least = tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64))
+        sample: Any = ()
+        if sample_size:
+            sample = (tf.cast(counts, tf.int32), pad(tf.stack([scores, logs])[tf.newaxis]))
         return Totals(
-            clients=kept,
-            non_finite=tf.cast(value.non_finite, tf.int32),
-            score_sum=tf.where(counts, scores, fill(0.0)),
-            score_min=tf.where(counts, scores, fill(math.inf)),
-            score_max=tf.where(counts, scores, fill(-math.inf)),
-            log_sum=value.log_weights,
-            log_square_sum=2.0 * value.log_weights,
-            log_max=value.log_weights,
-            sample_size=tf.minimum(kept, sample_size),
-            sample_scores=pad(scores[tf.newaxis]),
-            sample_log_weights=pad(value.log_weights[tf.newaxis]),
+            sums=sums,
+            largest=tf.where(counts, tf.stack([scores, -scores, logs]), least),
+            log_sums=tf.stack([logs, 2.0 * logs]),
+            sample=sample,
         )
 
     def merge(a: Totals, b: Totals) -> Totals:
-        def join(rows_a: tf.Tensor, rows_b: tf.Tensor) -> tf.Tensor:
-            return pad(tf.concat([rows_a[: a.sample_size], rows_b[: b.sample_size]], 0))
-
+        sample: Any = ()
+        if sample_size:
+            (filled_a, rows_a), (filled_b, rows_b) = a.sample, b.sample
+            rows = pad(tf.concat([rows_a[:filled_a], rows_b[:filled_b]], 0))
+            sample = (tf.minimum(filled_a + filled_b, sample_size), rows)
         return Totals(
-            clients=a.clients + b.clients,
-            non_finite=a.non_finite + b.non_finite,
-            score_sum=a.score_sum + b.score_sum,
-            score_min=tf.minimum(a.score_min, b.score_min),
-            score_max=tf.maximum(a.score_max, b.score_max),
-            log_sum=log_add(a.log_sum, b.log_sum),
-            log_square_sum=log_add(a.log_square_sum, b.log_square_sum),
-            log_max=tf.maximum(a.log_max, b.log_max),
-            sample_size=tf.minimum(a.sample_size + b.sample_size, sample_size),
-            sample_scores=join(a.sample_scores, b.sample_scores),
-            sample_log_weights=join(a.sample_log_weights, b.sample_log_weights),
+            sums=a.sums + b.sums,
+            largest=tf.maximum(a.largest, b.largest),
+            log_sums=log_add(a.log_sums, b.log_sums),
+            sample=sample,
         )
 
     return reduction_from_merge(zero, lift, merge)
@@ -117,7 +115,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
 
 def mean_score(totals: Totals) -> tf.Tensor:
     """Unweighted mean score per layer of the clients that counted, float64; NaN if none did."""
-    return totals.score_sum / tf.cast(totals.clients, tf.float64)
+    return totals.sums[2:] / totals.sums[0]
 
 
 def measure(totals: Totals, scale: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
@@ -144,31 +142,34 @@ def measure(totals: Totals, scale: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
       * with a sample of K clients: `sample_clients` int32, and `sample_scores`, `sample_weights`
         float32[K, L], the first `sample_clients` rows of which are filled.
     """
-    some = totals.clients > 0
-    none = tf.fill(tf.shape(totals.score_sum), tf.constant(math.nan, tf.float64))
+    clients, non_finite = totals.clients, totals.non_finite
+    score_max, minus_min, log_max = tf.unstack(totals.largest)
+    log_sum, log_square_sum = tf.unstack(totals.log_sums)
+    some = clients > 0
+    none = tf.fill(tf.shape(score_max), tf.constant(math.nan, tf.float64))
 
     def narrow(value: tf.Tensor) -> tf.Tensor:
         return tf.cast(value, tf.float32)
 
     found = OrderedDict(
-        clients=totals.clients,
-        non_finite_clients=totals.non_finite,
+        clients=clients,
+        non_finite_clients=non_finite,
         unchanged=tf.cast(tf.logical_not(some), tf.int32),
         score_mean=narrow(mean_score(totals)),
-        score_min=narrow(tf.where(some, totals.score_min, none)),
-        score_max=narrow(tf.where(some, totals.score_max, none)),
-        effective_clients=narrow(share(2.0 * totals.log_sum, totals.log_square_sum)),
-        largest_weight=narrow(share(totals.log_max, totals.log_sum)),
+        score_min=narrow(tf.where(some, -minus_min, none)),
+        score_max=narrow(tf.where(some, score_max, none)),
+        effective_clients=narrow(share(2.0 * log_sum, log_square_sum)),
+        largest_weight=narrow(share(log_max, log_sum)),
         scale=narrow(scale),
     )
-    size = totals.sample_scores.shape[0]
-    if size:
-        rows = tf.broadcast_to(totals.log_sum, tf.shape(totals.sample_log_weights))
-        filled = (tf.range(size) < totals.sample_size)[:, tf.newaxis]
-        weights = share(totals.sample_log_weights, rows)
-        found["sample_clients"] = totals.sample_size
-        found["sample_scores"] = narrow(totals.sample_scores)
-        found["sample_weights"] = narrow(tf.where(filled, weights, tf.zeros_like(weights)))
+    if totals.sample:
+        filled, rows = totals.sample
+        scores, logs = rows[:, 0], rows[:, 1]
+        weights = share(logs, tf.broadcast_to(log_sum, tf.shape(logs)))
+        is_filled = (tf.range(tf.shape(rows)[0]) < filled)[:, tf.newaxis]
+        found["sample_clients"] = filled
+        found["sample_scores"] = narrow(scores)
+        found["sample_weights"] = narrow(tf.where(is_filled, weights, tf.zeros_like(weights)))
     return found
 
 

@@ -145,6 +145,18 @@ def build_fed_kl(
     Raises:
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
+
+    Example:
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+      >>> process = build_fed_kl(model, sgd, temperature=0.5, bound=20.0)
+      >>> str(process.initialize.type_signature.result.member.aggregator)
+      '<typical_score=float32[2]>'
     """
     weighting = softmax(temperature, prefer=prefer, bound=bound, times_examples=times_examples)
     return build_adaptive_fed_avg(
@@ -187,6 +199,18 @@ def build_fed_att(
 
     Raises:
       ValueError: If `norm` or `step_size` is out of its range.
+
+    Example:
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+      >>> process = build_fed_att(model, sgd, norm="spectral")
+      >>> isinstance(process, tff.learning.templates.LearningProcess)
+      True
 
     Source: Ji, Pan, Long, Li, Jiang, Huang, Learning Private Neural Language Modeling with
     Attentive Aggregation, 2019.
@@ -253,6 +277,18 @@ def build_fed_med(
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
 
+    Example:
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+      >>> process = build_fed_med(model, sgd, min_decrease=0.01)
+      >>> "adaptive" in process.next.type_signature.result.metrics.member.aggregator._asdict()
+      True
+
     Source: Wu, Liang, Wang, FedMed: A Federated Learning Framework for Language Modeling, 2020.
     """
     client_work = build_scored_client_work(
@@ -311,6 +347,18 @@ def build_q_fed_avg(
     Raises:
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
+
+    Example:
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+      >>> process = build_q_fed_avg(model, sgd, learning_rate=0.1, q=1.0)
+      >>> "step" in process.next.type_signature.result.metrics.member.aggregator._asdict()
+      True
     """
     client_work = build_scored_client_work(
         model_fn,
@@ -357,6 +405,18 @@ def build_fed_nova(
     Raises:
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
+
+    Example:
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+      >>> process = build_fed_nova(model, sgd)
+      >>> isinstance(process, tff.learning.templates.LearningProcess)
+      True
     """
     client_work = build_scored_client_work(
         model_fn,
@@ -398,6 +458,25 @@ def compose_fed_avg(
 
     Raises:
       TypeError: If an argument is of the wrong kind or the parts do not fit each other.
+
+    Example:
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+      >>> from aggregators import build_score_weighted_client_work, scores
+      >>> work = tff.learning.templates.build_functional_model_delta_client_work(
+      ...     model=model,
+      ...     optimizer=sgd,
+      ...     client_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
+      ... )
+      >>> work = build_score_weighted_client_work(work, scores.l2_distance, softmax())
+      >>> process = compose_fed_avg(model, work, tff.learning.robust_aggregator())
+      >>> isinstance(process, tff.learning.templates.LearningProcess)
+      True
     """
     if model_aggregator is None:
         model_aggregator = tff.aggregators.MeanFactory()

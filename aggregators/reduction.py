@@ -122,14 +122,23 @@ def federated_reduction(value: Any, reduction: Reduction) -> Any:
 
     Raises:
       TypeError: If `value` is not placed at clients, or the functions do not fit each other.
+
+    Example:
+      >>> import numpy as np
+      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+      ... def total(x):
+      ...     return federated_reduction(x, add)
+      >>> str(total.type_signature)
+      '({float32}@CLIENTS -> float32@SERVER)'
     """
     value = tff.to_value(value, None)
     member = _client_member(value)
-    zero = tff.tensorflow.computation(reduction.zero)
+    zero = tff.tensorflow.computation(lambda: reduction.zero())
     total = zero.type_signature.result
-    accumulate = _checked("accumulate", reduction.accumulate, (total, member), total)
-    merge = _merge_computation(reduction.merge, total)
-    report = tff.tensorflow.computation(reduction.report, total)
+    accumulate = _checked("accumulate", reduction.accumulate, (total, member), total, _bare)
+    merge = _merge_computation(reduction.merge, total, _bare)
+    report = tff.tensorflow.computation(lambda total: reduction.report(total), total)
     return tff.federated_aggregate(value, zero(), accumulate, merge, report)
 
 
@@ -197,7 +206,13 @@ def _client_member(value: Any) -> Any:
     return signature.member
 
 
-def _checked(argument: str, function: Any, parameter: tuple[Any, Any], result: Any) -> Any:
+def _checked(
+    argument: str,
+    function: Any,
+    parameter: tuple[Any, Any],
+    result: Any,
+    wrap: Callable[[Any], Any] = tf.function,
+) -> Any:
     """Makes a computation of `function` and checks that it takes and returns these types."""
     if not callable(function):
         raise TypeError(
@@ -213,8 +228,9 @@ def _checked(argument: str, function: Any, parameter: tuple[Any, Any], result: A
             )
         computation = function
     else:
-        # `tf.function` for the control flow that people write in Python.
-        computation = tff.tensorflow.computation(tf.function(function), list(parameter))
+        # The lambda since TFF takes no functions with default arguments, as most of TensorFlow's own
+        # have; `tf.function` around it is for the control flow that people write in Python.
+        computation = tff.tensorflow.computation(wrap(lambda a, b: function(a, b)), list(parameter))
     returns = computation.type_signature.result
     if not result.is_assignable_from(returns):
         raise TypeError(
@@ -224,9 +240,14 @@ def _checked(argument: str, function: Any, parameter: tuple[Any, Any], result: A
     return computation
 
 
-def _merge_computation(merge: Any, total: Any) -> Any:
+def _bare(function: Any) -> Any:
+    """No `tf.function`: a `Reduction` is TensorFlow operations, and half the graph without it."""
+    return function
+
+
+def _merge_computation(merge: Any, total: Any, wrap: Callable[[Any], Any] = tf.function) -> Any:
     if merge is not None:
-        return _checked("merge", merge, (total, total), total)
+        return _checked("merge", merge, (total, total), total, wrap)
 
     def refuse(a: Any, b: Any) -> Any:
         del b  # both are of one type, and neither is right

@@ -4,8 +4,8 @@ A score is a function `score(server_layer, client_layer)` of two sequences of te
 of one layer, in the model's order) that returns one non-negative number. Any such function of
 TensorFlow operations can stand where the ones below do.
 
-Half precision is computed in float32; float64 stays float64. A layer of several tensors is read as
-one long vector, except by `spectral_distance`.
+The result is float32, or float64 for layers of float64; half precision is computed in float32. A
+layer of several tensors is read as one long vector, except by `spectral_distance`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,9 @@ from aggregators.layers import Groups
 
 Score = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], tf.Tensor]
 
+# Layers of so many elements take less than a tenth of a millisecond, whatever the precision.
+_SMALL = 2**14
+
 
 def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """Kullback-Leibler divergence of the softmaxed client layer from the softmaxed server layer.
@@ -26,8 +29,14 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     ```
 
     over all `i` elements of the layer. Models that were trained a little apart have `d` of 1e-6
-    or less, where the textbook sum is lost in rounding, so it is taken as `log E_p[exp(c)]` with
-    `c` the change of the elements, centred under `p`: all terms are then positive and small.
+    or less, where the textbook sum is lost in rounding, so it is taken as
+
+    ```
+    d = log(1 + E_p[exp(c) - 1 - c]),   c = (client - server) - E_p[client - server]
+    ```
+
+    whose terms are all positive and small. Small layers are computed in float64, which costs
+    nothing there; in large ones the rounding of single terms averages out.
 
     Blind to a constant added to the whole layer, and always 0 for a layer of one element.
 
@@ -44,12 +53,12 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
 
     Source: Kullback and Leibler, 1951.
     """
-    p, _, log_ratio = _softmaxed(server, client)
-    # `log_ratio` is log q - log p, so E_p of its expm1 is 0: adding it leaves d itself as a sum of
-    # terms that are all positive. Far apart, where exp may overflow, the textbook sum is exact.
-    near = tf.reduce_sum(p * _expm1_minus(tf.minimum(log_ratio, 1.0)))
-    far = tf.maximum(-tf.reduce_sum(p * log_ratio), 0.0)
-    return tf.where(tf.reduce_max(tf.abs(log_ratio)) < 1.0, near, far)
+    s, c = _flat(server), _flat(client)
+    p, change, near = _softmax_change(s, c)
+    del p, change  # only the divergence is needed
+    # exp overflows where layers are far apart. There the textbook sum is exact; it is only run then.
+    found = tf.cond(tf.math.is_finite(near), lambda: near, lambda: _textbook_kl(s, c))
+    return _as_wide_as(server, found)
 
 
 def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -70,15 +79,21 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
 
     Example:
       >>> js_divergence([tf.constant([0.0, 0.0])], [tf.constant([0.0, 9.0])]).numpy().round(4)
-      0.2155
+      0.2152
 
     Source: Lin, Divergence measures based on the Shannon entropy, 1991.
     """
-    p, q, r = _softmaxed(server, client)
-    # u = log(m / p); expm1 would overflow for large r, where u is r - log 2.
-    small = tf.minimum(r, 20.0)
-    u = tf.where(r > 20.0, r - tf.math.log(tf.cast(2.0, r.dtype)), _log_mean_one(small))
-    return tf.maximum(0.5 * tf.reduce_sum(q * (r - u) - p * u), 0.0)
+    s, c = _flat(server), _flat(client)
+    p, change, kl = _softmax_change(s, c)
+    # log(q / p), q / p - 1 and log(m / p); then sum of p * ((q / p) log(q / m) - log(m / p)) / 2.
+    log_ratio = change - kl
+    excess = tf.math.expm1(log_ratio)
+    middle = tf.math.log1p(0.5 * excess)
+    near = 0.5 * _dot(p, (1.0 + excess) * (log_ratio - middle) - middle)
+    found = tf.cond(
+        tf.math.is_finite(near), lambda: tf.maximum(near, 0.0), lambda: _textbook_js(s, c)
+    )
+    return _as_wide_as(server, found)
 
 
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -98,8 +113,7 @@ def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.
       5.0
     """
     squares = [
-        tf.reduce_sum(tf.math.squared_difference(_wide(s), _wide(c)))
-        for s, c in zip(server, client, strict=True)
+        2.0 * tf.nn.l2_loss(_wide(s) - _wide(c)) for s, c in zip(server, client, strict=True)
     ]
     return tf.sqrt(tf.add_n([tf.cast(square, squares[0].dtype) for square in squares]))
 
@@ -160,7 +174,7 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
     unit_c = tf.math.divide_no_nan(c, tf.norm(c))
     half = 0.5 * tf.reduce_sum(tf.math.squared_difference(unit_s, unit_c))
     one_is_zero = tf.not_equal(tf.reduce_any(s != 0), tf.reduce_any(c != 0))
-    return tf.where(one_is_zero, tf.ones_like(half), half)
+    return _as_wide_as(server, tf.where(one_is_zero, tf.ones_like(half), half))
 
 
 # What can be scored from the update alone, without the model it changes: cosine distance too, but
@@ -214,39 +228,45 @@ def _wide(tensor: tf.Tensor) -> tf.Tensor:
     return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
+def _as_wide_as(tensors: Sequence[tf.Tensor], found: tf.Tensor) -> tf.Tensor:
+    """Gives a score the precision of its layer, float32 or float64, whatever it was computed in."""
+    double = any(tf.convert_to_tensor(tensor).dtype == tf.float64 for tensor in tensors)
+    return tf.cast(found, tf.float64 if double else tf.float32)
+
+
 def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The layer as one vector, in float64 if it is small."""
     flat = [tf.reshape(_wide(tensor), [-1]) for tensor in tensors]
-    if len(flat) == 1:
-        return flat[0]
-    widest = tf.float64 if any(part.dtype == tf.float64 for part in flat) else tf.float32
-    return tf.concat([tf.cast(part, widest) for part in flat], 0)
+    size = sum(part.shape[0] or 0 for part in flat)
+    double = size <= _SMALL or any(part.dtype == tf.float64 for part in flat)
+    flat = [tf.cast(part, tf.float64 if double else tf.float32) for part in flat]
+    return flat[0] if len(flat) == 1 else tf.concat(flat, 0)
 
 
-def _softmaxed(
-    server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns p, q and log q - log p, the last without the rounding of two large logarithms."""
-    s, c = _flat(server), _flat(client)
-    log_p = tf.nn.log_softmax(s)
-    p = tf.exp(log_p)
+def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns p, the change of elements centred under p, and KL(p || q)."""
+    p = tf.nn.softmax(s)
     change = c - s
-    change -= tf.reduce_sum(p * change)
-    spread = tf.reduce_max(tf.abs(change))
-    # log E_p[exp(change)]: by log1p while that is exact, by log_softmax when exp would overflow.
-    near = tf.math.log1p(tf.reduce_sum(p * _expm1_minus(tf.minimum(change, 1.0))))
-    log_ratio = tf.where(spread < 1.0, change - near, tf.nn.log_softmax(c) - log_p)
-    return p, tf.exp(log_p + log_ratio), log_ratio
+    change -= _dot(p, change)
+    return p, change, tf.math.log1p(tf.maximum(_dot(p, tf.math.expm1(change) - change), 0.0))
 
 
-def _expm1_minus(x: tf.Tensor) -> tf.Tensor:
-    """exp(x) - 1 - x, by its series where the difference would cancel."""
-    series = 0.5 * x * x * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0)))
-    return tf.where(tf.abs(x) < 0.05, series, tf.math.expm1(x) - x)
+def _textbook_kl(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+    log_p, log_q = tf.nn.log_softmax(s), tf.nn.log_softmax(c)
+    return tf.maximum(tf.reduce_sum(tf.exp(log_p) * (log_p - log_q)), 0.0)
 
 
-def _log_mean_one(r: tf.Tensor) -> tf.Tensor:
-    """log((1 + exp(r)) / 2), exact near 0."""
-    return tf.math.log1p(0.5 * tf.math.expm1(r))
+def _textbook_js(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+    log_p, log_q = tf.nn.log_softmax(s), tf.nn.log_softmax(c)
+    largest = tf.maximum(log_p, log_q)
+    log_m = largest + tf.math.log(0.5 * (tf.exp(log_p - largest) + tf.exp(log_q - largest)))
+    terms = tf.exp(log_p) * (log_p - log_m) + tf.exp(log_q) * (log_q - log_m)
+    return tf.maximum(0.5 * tf.reduce_sum(terms), 0.0)
+
+
+def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """sum(a * b) in one pass over memory."""
+    return tf.reshape(tf.matmul(a[tf.newaxis, :], b[:, tf.newaxis]), [])
 
 
 def _spectral_norm(difference: tf.Tensor) -> tf.Tensor:

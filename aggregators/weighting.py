@@ -20,8 +20,9 @@ import tensorflow as tf
 
 Rule = Callable[[tf.Tensor], tf.Tensor]
 
-# Far outside what exp can tell apart, far inside what float64 can add.
-_LARGEST_LOG = 1e30
+# Weights e^1000 apart are as good as any further, and float64 adds numbers of this size to ten
+# digits. Much larger ones would swallow the logarithm of 2 that adding an equal weight makes.
+_LARGEST_LOG = 1e6
 
 
 @attrs.frozen

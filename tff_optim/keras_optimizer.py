@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import attrs
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -24,9 +23,13 @@ _SLOTS = "slots"
 
 
 def _config_key(optimizer: Any) -> str:
-    config = optimizer.get_config()
-    excluded = getattr(optimizer, "_exclude_from_weight_decay_names", [])
-    return json.dumps([type(optimizer).__qualname__, config, list(excluded)], default=str)
+    try:
+        config = optimizer.get_config()
+    except NotImplementedError:  # a subclass without configuration is equal to itself only
+        config = {"id": id(optimizer)}
+    excluded = list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
+    cls = type(optimizer)
+    return json.dumps([cls.__module__, cls.__qualname__, config, excluded], default=repr)
 
 
 def _paths(structure: Any) -> list[str]:
@@ -38,24 +41,67 @@ def _paths(structure: Any) -> list[str]:
     return paths
 
 
-@attrs.frozen(slots=False)
 class KerasOptimizer(tff.learning.optimizers.Optimizer):
     """A Keras optimizer as a pure `tff.learning.optimizers.Optimizer`; see `build_keras_optimizer`.
 
+    Not an attrs class: TFF hands optimizers to a `tf.function`, which would take such an argument
+    apart into its fields. Optimizers of one class, configuration, device and names are equal.
+
     Attributes:
-      keras_optimizer: The Keras optimizer whose `build` and `update_step` are run. It is not changed.
+      keras_optimizer: The Keras optimizer whose `build` and `update_step` run; it is not changed.
       device: The device of the state and the step, or None to leave it to TensorFlow.
+      learning_rate: The rate before the first step, or None if it is a schedule.
       weight_names: The names of the weights, in the order of `tf.nest.flatten`, or None.
     """
 
-    keras_optimizer: Any = attrs.field(eq=_config_key)
-    device: str | None = None
-    weight_names: tuple[str, ...] | None = None
-    _initial: dict[int, np.ndarray] = attrs.field(factory=dict, eq=False, repr=False)
-    _learning_rate: Any = attrs.field(default=None, eq=False, repr=False)
-    _numbers: "collections.OrderedDict[str, float]" = attrs.field(
-        factory=collections.OrderedDict, eq=False, repr=False
-    )
+    def __init__(
+        self,
+        keras_optimizer: Any,
+        device: str | None,
+        weight_names: tuple[str, ...] | None,
+        initial: Mapping[int, np.ndarray],
+        learning_rate: Any,
+        numbers: Mapping[str, float],
+    ):
+        self._keras_optimizer = keras_optimizer
+        self._device = device
+        self._weight_names = weight_names
+        self._initial = initial
+        self._learning_rate = learning_rate
+        self._numbers = numbers
+        # Taken now: within a trace a Keras optimizer cannot tell its configuration.
+        traced_rate = id(learning_rate) if tf.is_symbolic_tensor(learning_rate) else None
+        self._key = (_config_key(keras_optimizer), device, weight_names, traced_rate)
+
+    @property
+    def keras_optimizer(self) -> Any:
+        """The Keras optimizer."""
+        return self._keras_optimizer
+
+    @property
+    def learning_rate(self) -> Any:
+        """The rate before the first step: a number, a tensor it was built with, or None."""
+        return self._learning_rate
+
+    @property
+    def device(self) -> str | None:
+        """The device of the state and the step."""
+        return self._device
+
+    @property
+    def weight_names(self) -> tuple[str, ...] | None:
+        """The names of the weights."""
+        return self._weight_names
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, KerasOptimizer) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        name = type(self.keras_optimizer).__name__
+        return f"KerasOptimizer({name}, hparams={dict(self._numbers)}, device={self.device!r})"
 
     def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the state before the first step.
@@ -350,16 +396,14 @@ def build_keras_optimizer(
                 "`optimizer` could not be made inside a TFF computation. If it uses a tensor of that "
                 "computation as its learning rate, pass it as `learning_rate` instead."
             ) from error
+        if learning_rate is not None or keras_step.has_rate_variable(made):
+            traced = tf.is_symbolic_tensor(learning_rate)
+            keras_step.own_learning_rate(made, None if traced else learning_rate)
         initial = keras_step.read_variables(made)
         numbers = keras_step.find_numbers(made, initial)
     rate = initial.get(id(made._learning_rate))
-    if learning_rate is not None:
-        if rate is None:
-            raise ValueError(
-                "`learning_rate` cannot replace the schedule of `optimizer`; found "
-                f"{learning_rate!r}. Make the optimizer with a number as its rate."
-            )
-        rate = _like(learning_rate, rate)
+    if tf.is_symbolic_tensor(learning_rate):
+        rate = tf.cast(learning_rate, made._learning_rate.dtype)
     return KerasOptimizer(
         keras_optimizer=made,
         device=select_device(device),

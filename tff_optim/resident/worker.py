@@ -150,7 +150,7 @@ class LocalWorker:
     def lost_reason(self, timeout: float) -> str | None:
         """Says why this worker is gone, or returns None where it answers."""
         # The connection is cut an instant before the kernel reports the end of the process.
-        for _ in range(20):
+        for _ in range(5):
             reason = self._exit_reason()
             if reason or not self._finalizer.alive:
                 return reason or "it was closed"
