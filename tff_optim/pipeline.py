@@ -103,7 +103,17 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         return f"PipelineOptimizer({self.pipeline!r})"
 
     def initialize(self, specs: Any) -> Any:
-        """Returns the state before the first step: see `build_optimizer`."""
+        """Returns the state before the first step, as `build_optimizer` describes it.
+
+        Args:
+          specs: A structure of `tf.TensorSpec`s of the weights: floating dtypes, known shapes.
+
+        Returns:
+          An `OrderedDict` of `learning_rate`, `weight_decay`, `step` and `parts`.
+
+        Raises:
+          ValueError: If a spec is of another kind, or a projection selects no weights.
+        """
         for path, spec in leaves.named_leaves(specs):
             if not spec.dtype.is_floating or not spec.shape.is_fully_defined():
                 raise ValueError(
@@ -122,7 +132,20 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         return state
 
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """Takes one step: see `build_optimizer`."""
+        """Takes one step, as `build_optimizer` describes it.
+
+        Args:
+          state: What `initialize` or the step before returned.
+          weights: A structure of tensors or variables; variables are read, not assigned.
+          gradients: A structure like `weights`; a leaf may be `None` or `tf.IndexedSlices`.
+
+        Returns:
+          The new state and the new weights, as tensors.
+
+        Raises:
+          ValueError: If something differs in structure, shape or dtype, or all gradients are
+            `None`.
+        """
         self._check_state(state)
         leaves.check_same_structure(gradients, weights, "gradients", "`weights`")
         with devices.device_scope(self.pipeline.device):
