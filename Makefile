@@ -1,6 +1,6 @@
 # make example   trains a federated classifier and draws its curves
 # make test      lint, types and tests: what CI runs
-# make bench     every benchmark (installs their rivals into .venv-bench)
+# make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
 # make build     wheel and sdist
 # make lock      resolves requirements.lock anew
 SHELL := /bin/bash
@@ -12,6 +12,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST_ARGS ?= -n 2
 EXAMPLE_ARGS ?=
+BENCHMARKS ?= keras_optimizer pipeline aggregation resident
 
 example: .venv/installed
 	$(BIN)/python examples/train_digits.py $(EXAMPLE_ARGS)
@@ -25,14 +26,28 @@ test: .venv/installed
 build: .venv/installed
 	$(BIN)/python -m build --no-isolation
 
-# One stamp for the whole environment: nothing is installed twice.
-.venv/installed: requirements.lock setup.cfg pyproject.toml
+# Two stamps: the locked set is installed again only when the lock has changed.
+.venv/locked: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 	  { echo "Python 3.11 is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Set it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements.lock
+	@touch $@
+
+.venv/installed: .venv/locked setup.cfg pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# The benchmarks' rivals go into a folder of their own: the package and its tests never see them.
+.venv/rivals: .venv/locked examples/benchmarks/requirements.txt
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ -r examples/benchmarks/requirements.txt
+	@touch $@
+
+bench: .venv/installed .venv/rivals
+	for benchmark in $(BENCHMARKS); do \
+	  echo; echo "## $$benchmark"; \
+	  PYTHONPATH=.venv/rivals $(BIN)/python examples/benchmarks/$$benchmark.py; \
+	done
 
 # TFF 0.87.0 pins jaxlib==0.4.14, which is gone; 0.4.13 is the nearest that is there.
 lock:
@@ -46,4 +61,4 @@ lock:
 	    --custom-compile-command 'make lock' --output-file requirements.lock --quiet
 
 clean:
-	rm -rf .venv .venv-lock .venv-bench build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lock build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache

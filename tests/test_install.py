@@ -1,12 +1,19 @@
 """The installed package: what is shipped, and what is said when TFF is missing or unsuitable."""
 
 import importlib.metadata
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
 
 import pytest
 
 import aggregators._requirements
 import tff_optim._requirements
 
+ROOT = pathlib.Path(__file__).parent.parent
 CHECKS = [tff_optim._requirements.check_tff, aggregators._requirements.check_tff]
 
 
@@ -25,3 +32,69 @@ def test_an_unsuitable_tff_is_an_error_that_names_the_fix(check, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.0")
     with pytest.raises(ImportError, match=r"found 0\.1\.0.*requirements\.lock"):
         check()
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """A wheel and an sdist, built from a copy of the project."""
+    source = tmp_path_factory.mktemp("source") / "project"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "output")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(source / "dist")]
+    run = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return list((source / "dist").iterdir())
+
+
+def test_both_packages_import_from_a_wheel_outside_the_checkout(distributions, tmp_path):
+    (wheel,) = [path for path in distributions if path.suffix == ".whl"]
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=120)
+    code = (
+        "import tensorflow_federated as tff; tff.test.set_no_default_context()\n"
+        "import tff_optim, aggregators; print(tff_optim.__file__, aggregators.__file__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+    )
+    assert run.returncode == 0, run.stderr
+    assert all(path.startswith(str(target)) for path in run.stdout.split())
+    for package in ("tff_optim", "aggregators"):
+        assert (target / package / "py.typed").exists()
+        shipped = {p.relative_to(target).as_posix() for p in (target / package).rglob("*.py")}
+        written = {p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")}
+        assert shipped == written
+
+
+def test_an_sdist_holds_what_a_wheel_is_built_from(distributions):
+    (sdist,) = [path for path in distributions if path.name.endswith(".tar.gz")]
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "tff_optim/py.typed"}
+    assert needed <= names
+
+
+def test_a_wrong_python_gives_one_clear_line(tmp_path):
+    for name in ("Makefile", "requirements.lock", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    wrong = tmp_path / "python"
+    wrong.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n')
+    wrong.chmod(0o755)
+    run = subprocess.run(
+        ["make", "--silent", "test", f"PYTHON={wrong}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode != 0
+    first, *rest = run.stderr.strip().splitlines()
+    assert first.startswith("Python 3.11 is needed")
+    assert "Python 3.9.1" in first
+    assert all(line.startswith("make:") for line in rest)
+    assert not (tmp_path / ".venv").exists()

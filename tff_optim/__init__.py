@@ -4,6 +4,30 @@ from tff_optim._requirements import check_tff
 
 check_tff()  # before the imports below, which would fail less readably
 
+from tff_optim import projections, regularizers, transforms
+from tff_optim.computations import build_optimizer_computations
+from tff_optim.config import from_config, get_config
+from tff_optim.devices import DevicePolicy, get_device_policy, select_device, set_device_policy
+from tff_optim.keras_optimizer import build_keras_optimizer
+from tff_optim.pipeline import build_optimizer
+from tff_optim.registry import list_regularizers, list_transforms, register_transform
 from tff_optim.resident import ResidentProcess
 
-__all__ = ["ResidentProcess"]
+__all__ = [
+    "DevicePolicy",
+    "ResidentProcess",
+    "build_keras_optimizer",
+    "build_optimizer",
+    "build_optimizer_computations",
+    "from_config",
+    "get_config",
+    "get_device_policy",
+    "list_regularizers",
+    "list_transforms",
+    "projections",
+    "register_transform",
+    "regularizers",
+    "select_device",
+    "set_device_policy",
+    "transforms",
+]

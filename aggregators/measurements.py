@@ -1,0 +1,181 @@
+"""What a round shows of its clients: scores, weights, and who did not count."""
+
+import math
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from aggregators.reduction import Reduction, reduction_from_merge
+from aggregators.streaming_mean import log_add, share
+
+
+class ClientStatistics(NamedTuple):
+    """What one client contributes to the measurements.
+
+    Attributes:
+      scores: float32 of shape `[num_layers]`.
+      log_weights: float64 of shape `[num_layers]`; -inf if the client does not count.
+      non_finite: bool; whether that is because its update, weight or score is not finite.
+    """
+
+    scores: Any
+    log_weights: Any
+    non_finite: Any
+
+
+class Totals(NamedTuple):
+    """The measurements of any set of clients, in a form that merges with a handful of operations.
+
+    What adds up lies in one tensor, what takes the larger in another, what adds up as logarithms in
+    a third: TFF traces these functions anew for every process that is built.
+
+    Attributes:
+      sums: float64 of shape `[2 + num_layers]`: clients that counted, clients that were not
+        finite, and scores.
+      largest: float64 of shape `[3, num_layers]`: score, minus score, and log-weight.
+      log_sums: float64 of shape `[2, num_layers]`: weights and their squares.
+      sample: `()`, or how many rows are filled (int32) and rows of scores and log-weights (float64
+        of shape `[sample_size, 2, num_layers]`).
+    """
+
+    sums: Any
+    largest: Any
+    log_sums: Any
+    sample: Any
+
+    @property
+    def clients(self) -> tf.Tensor:
+        """How many clients counted, int32."""
+        return tf.cast(self.sums[0], tf.int32)
+
+    @property
+    def non_finite(self) -> tf.Tensor:
+        """How many clients were not finite, int32."""
+        return tf.cast(self.sums[1], tf.int32)
+
+
+def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
+    """Reduces `ClientStatistics` to `Totals`.
+
+    Args:
+      num_layers: Length of `scores` and `log_weights`.
+      sample_size: How many clients that count are kept one by one: the first that come.
+
+    Returns:
+      A `Reduction` from `ClientStatistics` to `Totals`; see `measure`.
+    """
+
+    def pad(rows: tf.Tensor) -> tf.Tensor:
+        rows = rows[:sample_size]
+        rows = tf.pad(rows, [[0, sample_size - tf.shape(rows)[0]], [0, 0], [0, 0]])
+        return tf.ensure_shape(rows, [sample_size, 2, num_layers])
+
+    def zero() -> Totals:
+        empty = tf.zeros([sample_size, 2, num_layers], tf.float64)
+        return Totals(
+            sums=tf.zeros([2 + num_layers], tf.float64),
+            largest=tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64)),
+            log_sums=tf.fill([2, num_layers], tf.constant(-math.inf, tf.float64)),
+            sample=(tf.constant(0), empty) if sample_size else (),
+        )
+
+    def lift(value: ClientStatistics) -> Totals:
+        logs = value.log_weights
+        counts = tf.reduce_any(logs > -math.inf)
+        scores = tf.cast(value.scores, tf.float64)
+        flags = tf.cast(tf.stack([counts, value.non_finite]), tf.float64)
+        sums = tf.concat([flags, tf.where(counts, scores, tf.zeros_like(scores))], 0)
+        least = tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64))
+        sample: Any = ()
+        if sample_size:
+            sample = (tf.cast(counts, tf.int32), pad(tf.stack([scores, logs])[tf.newaxis]))
+        return Totals(
+            sums=sums,
+            largest=tf.where(counts, tf.stack([scores, -scores, logs]), least),
+            log_sums=tf.stack([logs, 2.0 * logs]),
+            sample=sample,
+        )
+
+    def merge(a: Totals, b: Totals) -> Totals:
+        sample: Any = ()
+        if sample_size:
+            (filled_a, rows_a), (filled_b, rows_b) = a.sample, b.sample
+            rows = pad(tf.concat([rows_a[:filled_a], rows_b[:filled_b]], 0))
+            sample = (tf.minimum(filled_a + filled_b, sample_size), rows)
+        return Totals(
+            sums=a.sums + b.sums,
+            largest=tf.maximum(a.largest, b.largest),
+            log_sums=log_add(a.log_sums, b.log_sums),
+            sample=sample,
+        )
+
+    return reduction_from_merge(zero, lift, merge)
+
+
+def mean_score(totals: Totals) -> tf.Tensor:
+    """Unweighted mean score per layer of the clients that counted, float64; NaN if none did."""
+    return totals.sums[2:] / totals.sums[0]
+
+
+def measure(totals: Totals, scale: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
+    """The measurements of one aggregation, named and typed.
+
+    Args:
+      totals: What `statistics_reduction` reports.
+      scale: What scores were divided by, shape `[num_layers]`; 0 while not known.
+
+    Returns:
+      An `OrderedDict`; `[L]` is the number of layers, in the order of `layers`:
+
+      * `clients` int32: clients that counted.
+      * `non_finite_clients` int32: clients left out for an update, weight or score that was not
+        finite.
+      * `unchanged` int32: 1 if no client counted, and the result is therefore no change.
+      * `score_mean`, `score_min`, `score_max` float32[L]: over the clients that counted, each
+        counting once; NaN if none did.
+      * `effective_clients` float32[L]: `(sum w)^2 / sum w^2`. The number of clients if all weights
+        are equal, 1 if one client has it all, 0 without clients.
+      * `largest_weight` float32[L]: the largest `w / sum w`.
+      * `scale` float32[L]: what scores were divided by; 0 if that was not known yet, and all
+        scores counted alike.
+      * with a sample of K clients: `sample_clients` int32, and `sample_scores`, `sample_weights`
+        float32[K, L], the first `sample_clients` rows of which are filled.
+    """
+    clients, non_finite = totals.clients, totals.non_finite
+    score_max, minus_min, log_max = tf.unstack(totals.largest)
+    log_sum, log_square_sum = tf.unstack(totals.log_sums)
+    some = clients > 0
+    none = tf.fill(tf.shape(score_max), tf.constant(math.nan, tf.float64))
+
+    def narrow(value: tf.Tensor) -> tf.Tensor:
+        return tf.cast(value, tf.float32)
+
+    found = OrderedDict(
+        clients=clients,
+        non_finite_clients=non_finite,
+        unchanged=tf.cast(tf.logical_not(some), tf.int32),
+        score_mean=narrow(mean_score(totals)),
+        score_min=narrow(tf.where(some, -minus_min, none)),
+        score_max=narrow(tf.where(some, score_max, none)),
+        effective_clients=narrow(share(2.0 * log_sum, log_square_sum)),
+        largest_weight=narrow(share(log_max, log_sum)),
+        scale=narrow(scale),
+    )
+    if totals.sample:
+        filled, rows = totals.sample
+        scores, logs = rows[:, 0], rows[:, 1]
+        weights = share(logs, tf.broadcast_to(log_sum, tf.shape(logs)))
+        is_filled = (tf.range(tf.shape(rows)[0]) < filled)[:, tf.newaxis]
+        found["sample_clients"] = filled
+        found["sample_scores"] = narrow(scores)
+        found["sample_weights"] = narrow(tf.where(is_filled, weights, tf.zeros_like(weights)))
+    return found
+
+
+def check_sample_size(sample_size: Any) -> None:
+    """Raises `ValueError` unless this is a whole number of clients."""
+    if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < 0:
+        raise ValueError(
+            f"`sample_size` must be a whole number of at least 0; found {sample_size!r}."
+        )

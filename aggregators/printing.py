@@ -1,0 +1,53 @@
+"""Values inside a federated computation, shown where a person sees them."""
+
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+
+def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
+    """Prints a value each time a federated computation passes it, and returns it unchanged.
+
+    For use inside a `tff.federated_computation`. A value at clients prints one line per client, in
+    no particular order; one at the server one line. Lines look like `message: tensor tensor ...`,
+    the tensors in the order of `tf.nest.flatten`, and go to the standard error of the TFF worker,
+    which is the terminal that started Python.
+
+    Only what is used runs: use the returned value in place of the one given, or nothing is printed.
+
+    Args:
+      value: A value placed at `tff.CLIENTS` or `tff.SERVER`.
+      message: What to print before it.
+      summarize: How many elements of each axis to show at either end; -1 for all.
+
+    Returns:
+      `value`.
+
+    Raises:
+      TypeError: If `value` is not placed.
+
+    Example:
+      >>> import numpy as np
+      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+      ... def mean(x):
+      ...     return tff.federated_mean(federated_print(x, "client"))
+      >>> str(mean.type_signature)
+      '({float32}@CLIENTS -> float32@SERVER)'
+    """
+    value = tff.to_value(value, None)
+    if not isinstance(value.type_signature, tff.FederatedType):
+        raise TypeError(
+            f"`value` must be placed at clients or at the server; found {value.type_signature}. "
+            "Join a structure of placed values with `tff.federated_zip` first."
+        )
+
+    # TFF runs a bare graph without its side effects; those of a `tf.function` it keeps.
+    @tf.function
+    def show(tensors: Any) -> Any:
+        tf.print(message + ":", *tf.nest.flatten(tensors), summarize=summarize)
+        return tf.nest.map_structure(tf.identity, tensors)
+
+    return tff.federated_map(
+        tff.tensorflow.computation(lambda member: show(member), value.type_signature.member), value
+    )

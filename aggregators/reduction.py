@@ -1,0 +1,257 @@
+"""Reductions: how clients' values become one, in pieces and in any order.
+
+`Reduction` is the four functions of `tff.federated_aggregate` as one value that can be tested,
+combined and handed around. `federated_reduce` is the primitive of the same name that TFF dropped.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import tensorflow as tf
+import tensorflow_federated as tff
+
+_NO_MERGE = (
+    "This reduction was given no `merge`, so it cannot join the results of several workers or "
+    "sub-rounds. Give one: a function of two accumulators that returns one."
+)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+@attrs.frozen
+class Reduction:
+    """A fold over clients.
+
+    `accumulate` and `merge` must agree: folding some clients, folding the others and merging the
+    two accumulators must give what folding all would. `reduction_from_merge` makes that so.
+
+    Attributes:
+      zero: Function of nothing that returns the accumulator of no clients: constant tensors.
+      accumulate: `(accumulator, value) -> accumulator`.
+      merge: `(accumulator, accumulator) -> accumulator`; None if there is no such function, and
+        then the reduction works on one worker only, and says so elsewhere.
+      report: `accumulator -> result`.
+
+    All four are functions of TensorFlow operations.
+
+    Example:
+      >>> largest = reduction_from_merge(lambda: float("-inf"), lambda x: x, tf.maximum)
+      >>> largest.accumulate(largest.zero(), tf.constant(3.0)).numpy()
+      3.0
+    """
+
+    zero: Callable[[], Any]
+    accumulate: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any], Any] | None
+    report: Callable[[Any], Any] = _unchanged
+
+
+def reduction_from_merge(
+    zero: Callable[[], Any],
+    lift: Callable[[Any], Any],
+    merge: Callable[[Any, Any], Any],
+    report: Callable[[Any], Any] = _unchanged,
+) -> Reduction:
+    """Makes a `Reduction` whose `accumulate(a, x)` is `merge(a, lift(x))`.
+
+    The default TFF runtime never calls `merge`, so one written apart from `accumulate` is only
+    ever run where clients are spread over workers. Here every run of either runs both.
+
+    Args:
+      zero: Function of nothing: the accumulator of no clients, which merging leaves unchanged.
+      lift: Turns one client's value into the accumulator of that client alone.
+      merge: Joins two accumulators; associative.
+      report: Turns the last accumulator into the result.
+
+    Returns:
+      A `Reduction`.
+    """
+    return Reduction(zero, lambda total, value: merge(total, lift(value)), merge, report)
+
+
+def zip_reductions(**reductions: Reduction) -> Reduction:
+    """Runs several reductions in one pass.
+
+    Args:
+      **reductions: The reductions, by name.
+
+    Returns:
+      A reduction over dictionaries: each value is a mapping from the names to what each takes, and
+      the result one from the names to what each gives. It has a `merge` if all of them have.
+
+    Example:
+      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+      >>> both = zip_reductions(a=add, b=add)
+      >>> float(both.accumulate(both.zero(), {"a": 1.0, "b": 2.0})["b"])
+      2.0
+    """
+    if not reductions:
+        raise ValueError("`zip_reductions` needs at least one reduction by name; found none.")
+
+    def each(call: Callable[[str, Reduction], Any]) -> OrderedDict[str, Any]:
+        return OrderedDict((name, call(name, part)) for name, part in reductions.items())
+
+    def merge(a: Any, b: Any) -> Any:
+        return each(lambda name, part: part.merge(a[name], b[name]))  # type: ignore[misc]
+
+    return Reduction(
+        zero=lambda: each(lambda name, part: part.zero()),
+        accumulate=lambda total, value: each(
+            lambda name, part: part.accumulate(total[name], value[name])
+        ),
+        merge=None if any(part.merge is None for part in reductions.values()) else merge,
+        report=lambda total: each(lambda name, part: part.report(total[name])),
+    )
+
+
+def federated_reduction(value: Any, reduction: Reduction) -> Any:
+    """Runs a `Reduction` over clients: `{T}@CLIENTS -> R@SERVER`.
+
+    For use inside a `tff.federated_computation`.
+
+    Args:
+      value: Value placed at `tff.CLIENTS`, of the type that `accumulate` takes.
+      reduction: The `Reduction`.
+
+    Returns:
+      What `report` returns, placed at `tff.SERVER`.
+
+    Raises:
+      TypeError: If `value` is not placed at clients, or the functions do not fit each other.
+
+    Example:
+      >>> import numpy as np
+      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+      ... def total(x):
+      ...     return federated_reduction(x, add)
+      >>> str(total.type_signature)
+      '({float32}@CLIENTS -> float32@SERVER)'
+    """
+    value = tff.to_value(value, None)
+    member = _client_member(value)
+    zero = tff.tensorflow.computation(lambda: reduction.zero())
+    total = zero.type_signature.result
+    accumulate = _checked("accumulate", reduction.accumulate, (total, member), total, _bare)
+    merge = _merge_computation(reduction.merge, total, _bare)
+    report = tff.tensorflow.computation(lambda total: reduction.report(total), total)
+    return tff.federated_aggregate(value, zero(), accumulate, merge, report)
+
+
+def federated_reduce(value: Any, zero: Any, op: Any, merge: Any = None) -> Any:
+    """Folds clients' values one by one: `<{T}@CLIENTS, U, (<U, T> -> U)> -> U@SERVER`.
+
+    ```
+    result = op(... op(op(zero, x_1), x_2) ..., x_n)
+    ```
+
+    For use inside a `tff.federated_computation`. Clients come in no particular order.
+
+    Args:
+      value: Value placed at `tff.CLIENTS`; `T` is its member type.
+      zero: What the fold starts from: a structure of numbers, arrays or constant tensors, or a
+        `tff.Computation` of nothing.
+      op: Function of TensorFlow operations or `tff.Computation`, `(U, T) -> U`.
+      merge: Function or computation `(U, U) -> U` that joins two folds, each started from `zero`.
+        Without one, the reduction works on one worker, and a second worker or sub-round raises an
+        error that says so.
+
+    Returns:
+      The fold, placed at `tff.SERVER`.
+
+    Raises:
+      TypeError: If `value` is not placed at clients or a type does not fit.
+
+    Example:
+      >>> import numpy as np
+      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+      ... def largest(x):
+      ...     return federated_reduce(x, np.float32(-np.inf), tf.maximum, merge=tf.maximum)
+      >>> str(largest.type_signature)
+      '({float32}@CLIENTS -> float32@SERVER)'
+    """
+    value = tff.to_value(value, None)
+    member = _client_member(value)
+    if isinstance(zero, tff.framework.ConcreteComputation):
+        if zero.type_signature.parameter is not None:
+            raise TypeError(
+                "`zero` must be a computation of no arguments or a structure of constants; "
+                f"found a computation of type {zero.type_signature}."
+            )
+        start = zero
+    else:
+        start = tff.tensorflow.computation(
+            lambda: tf.nest.map_structure(tf.convert_to_tensor, zero)
+        )
+    total = start.type_signature.result
+    accumulate = _checked("op", op, (total, member), total)
+    report = tff.tensorflow.computation(_unchanged, total)
+    return tff.federated_aggregate(
+        value, start(), accumulate, _merge_computation(merge, total), report
+    )
+
+
+def _client_member(value: Any) -> Any:
+    """Returns T of a `{T}@CLIENTS`."""
+    signature = value.type_signature
+    if not isinstance(signature, tff.FederatedType) or signature.placement is not tff.CLIENTS:
+        raise TypeError(
+            f"`value` must be placed at tff.CLIENTS; found {signature}. "
+            "Join a structure of placed values with `tff.federated_zip` first."
+        )
+    return signature.member
+
+
+def _checked(
+    argument: str,
+    function: Any,
+    parameter: tuple[Any, Any],
+    result: Any,
+    wrap: Callable[[Any], Any] = tf.function,
+) -> Any:
+    """Makes a computation of `function` and checks that it takes and returns these types."""
+    if not callable(function):
+        raise TypeError(
+            f"`{argument}` must be a function of TensorFlow operations or a tff.Computation; "
+            f"found {function!r}."
+        )
+    if isinstance(function, tff.framework.ConcreteComputation):
+        takes = function.type_signature.parameter
+        if takes is None or not takes.is_assignable_from(tff.to_type(parameter)):
+            raise TypeError(
+                f"`{argument}` must take {tff.to_type(parameter)}; found that it takes {takes}. "
+                "Its first argument is the type of `zero`."
+            )
+        computation = function
+    else:
+        # The lambda since TFF takes no functions with default arguments, as most of TensorFlow's own
+        # have; `tf.function` around it is for the control flow that people write in Python.
+        computation = tff.tensorflow.computation(wrap(lambda a, b: function(a, b)), list(parameter))
+    returns = computation.type_signature.result
+    if not result.is_assignable_from(returns):
+        raise TypeError(
+            f"`{argument}` must return the type of `zero`, {result}; found that it returns "
+            f"{returns}. Cast or reshape one of them."
+        )
+    return computation
+
+
+def _bare(function: Any) -> Any:
+    """No `tf.function`: a `Reduction` is TensorFlow operations, and half the graph without it."""
+    return function
+
+
+def _merge_computation(merge: Any, total: Any, wrap: Callable[[Any], Any] = tf.function) -> Any:
+    if merge is not None:
+        return _checked("merge", merge, (total, total), total, wrap)
+
+    def refuse(a: Any, b: Any) -> Any:
+        del b  # both are of one type, and neither is right
+        with tf.control_dependencies([tf.debugging.Assert(False, [_NO_MERGE])]):
+            return tf.nest.map_structure(tf.identity, a)
+
+    return tff.tensorflow.computation(refuse, [total, total])

@@ -1,0 +1,281 @@
+"""How far a client's layer is from the server's.
+
+A score is a function `score(server_layer, client_layer)` of two sequences of tensors (the tensors
+of one layer, in the model's order) that returns one non-negative number. Any such function of
+TensorFlow operations can stand where the ones below do.
+
+The result is float32, or float64 for layers of float64; half precision is computed in float32. A
+layer of several tensors is read as one long vector, except by `spectral_distance`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from aggregators.layers import Groups
+
+Score = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], tf.Tensor]
+
+# Layers of so many elements take less than a tenth of a millisecond, whatever the precision.
+_SMALL = 2**14
+
+
+def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Kullback-Leibler divergence of the softmaxed client layer from the softmaxed server layer.
+
+    ```
+    d = sum_i p_i log(p_i / q_i),   p = softmax(server),   q = softmax(client)
+    ```
+
+    over all `i` elements of the layer. Models that were trained a little apart have `d` of 1e-6
+    or less, where the textbook sum is lost in rounding, so it is taken as
+
+    ```
+    d = log(1 + E_p[exp(c) - 1 - c]),   c = (client - server) - E_p[client - server]
+    ```
+
+    whose terms are all positive and small. Small layers are computed in float64, which costs
+    nothing there; in large ones the rounding of single terms averages out.
+
+    Blind to a constant added to the whole layer, and always 0 for a layer of one element.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar, 0 or more; not finite when an input is not.
+
+    Example:
+      >>> kl_divergence([tf.constant([0.0, 0.0])], [tf.math.log([0.25, 0.75])]).numpy().round(4)
+      0.1438
+
+    Source: Kullback and Leibler, 1951.
+    """
+    s, c = _flat(server), _flat(client)
+    p, change, near = _softmax_change(s, c)
+    del p, change  # only the divergence is needed
+    # exp overflows where layers are far apart. There the textbook sum is exact; it is only run then.
+    found = tf.cond(tf.math.is_finite(near), lambda: near, lambda: _textbook_kl(s, c))
+    return _as_wide_as(server, found)
+
+
+def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Jensen-Shannon divergence between the softmaxed layers.
+
+    ```
+    d = KL(p || m) / 2 + KL(q || m) / 2,   m = (p + q) / 2
+    ```
+
+    with `p = softmax(server)` and `q = softmax(client)`. Symmetric, and never above log 2.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar between 0 and log 2; not finite when an input is not.
+
+    Example:
+      >>> js_divergence([tf.constant([0.0, 0.0])], [tf.constant([0.0, 9.0])]).numpy().round(4)
+      0.2152
+
+    Source: Lin, Divergence measures based on the Shannon entropy, 1991.
+    """
+    s, c = _flat(server), _flat(client)
+    p, change, kl = _softmax_change(s, c)
+    # log(q / p), q / p - 1 and log(m / p); then sum of p * ((q / p) log(q / m) - log(m / p)) / 2.
+    log_ratio = change - kl
+    excess = tf.math.expm1(log_ratio)
+    middle = tf.math.log1p(0.5 * excess)
+    near = 0.5 * _dot(p, (1.0 + excess) * (log_ratio - middle) - middle)
+    found = tf.cond(
+        tf.math.is_finite(near), lambda: tf.maximum(near, 0.0), lambda: _textbook_js(s, c)
+    )
+    return _as_wide_as(server, found)
+
+
+def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Euclidean (Frobenius) distance: `d = sqrt(sum_i (server_i - client_i)^2)`.
+
+    Depends on the difference only, so it also works where only the update is known.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar, 0 or more.
+
+    Example:
+      >>> l2_distance([tf.constant([3.0, 4.0])], [tf.zeros(2)]).numpy()
+      5.0
+    """
+    squares = [
+        2.0 * tf.nn.l2_loss(_wide(s) - _wide(c)) for s, c in zip(server, client, strict=True)
+    ]
+    return tf.sqrt(tf.add_n([tf.cast(square, squares[0].dtype) for square in squares]))
+
+
+def spectral_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Largest singular value of the difference.
+
+    ```
+    d = max_t sigma_max(server_t - client_t)
+    ```
+
+    over the tensors `t` of the layer. A tensor of rank 0 or 1 is a vector (its norm); of rank 3 or
+    more, a matrix whose columns are the last axis (a convolution's output channels). The maximum
+    is the spectral norm of the block-diagonal matrix of the tensors.
+
+    Depends on the difference only. Costs a matrix product with the smaller side squared and an
+    eigenvalue decomposition of that side per tensor and client: dear for layers wider than about
+    1000.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar, 0 or more.
+
+    Example:
+      >>> spectral_distance([tf.linalg.diag([3.0, -4.0])], [tf.zeros([2, 2])]).numpy().round(4)
+      4.0
+    """
+    norms = [_spectral_norm(_wide(s) - _wide(c)) for s, c in zip(server, client, strict=True)]
+    return tf.reduce_max(tf.stack([tf.cast(norm, norms[0].dtype) for norm in norms]))
+
+
+def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """One minus the cosine of the angle between the layers.
+
+    ```
+    d = 1 - <server, client> / (|server| |client|)
+    ```
+
+    The angle to an all-zero layer is not defined: `d` is 1 if one layer is zero and 0 if both are.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar between 0 and 2.
+
+    Example:
+      >>> cosine_distance([tf.constant([1.0, 0.0])], [tf.constant([0.0, 2.0])]).numpy()
+      1.0
+    """
+    s, c = _flat(server), _flat(client)
+    # 1 - cos is |s/|s| - c/|c||^2 / 2: exact near 0, where 1 minus a cosine is mostly rounding.
+    unit_s = tf.math.divide_no_nan(s, tf.norm(s))
+    unit_c = tf.math.divide_no_nan(c, tf.norm(c))
+    half = 0.5 * tf.reduce_sum(tf.math.squared_difference(unit_s, unit_c))
+    one_is_zero = tf.not_equal(tf.reduce_any(s != 0), tf.reduce_any(c != 0))
+    return _as_wide_as(server, tf.where(one_is_zero, tf.ones_like(half), half))
+
+
+# What can be scored from the update alone, without the model it changes: cosine distance too, but
+# there it only tells a zero update from the others.
+UPDATE_SCORES = (l2_distance, spectral_distance, cosine_distance)
+MODEL_SCORES = (kl_divergence, js_divergence)
+
+
+def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
+    """Scores every layer of a client's model.
+
+    Args:
+      score: One of this module's functions, or one with their signature.
+      server: Structure of tensors: the model the client started from.
+      client: Structure of tensors: the model it trained.
+      groups: The layers, from `resolve_layers`.
+
+    Returns:
+      float32 of shape `[len(groups)]`.
+
+    Raises:
+      TypeError: If `score` does not return one number per layer.
+    """
+    servers, clients = tf.nest.flatten(server), tf.nest.flatten(client)
+    found = []
+    for group in groups:
+        value = tf.convert_to_tensor(
+            score([servers[i] for i in group], [clients[i] for i in group])
+        )
+        if value.shape.rank != 0 or not value.dtype.is_floating:
+            raise TypeError(
+                "`score` must return one floating number per layer; "
+                f"found {value.dtype.name} of shape {value.shape} for layer {group}. "
+                "Reduce it to a scalar."
+            )
+        found.append(tf.cast(value, tf.float32))
+    return tf.stack(found)
+
+
+def check_score(score: Any, argument: str = "score") -> None:
+    """Raises `TypeError` for anything that cannot be called as a score."""
+    if not callable(score):
+        raise TypeError(
+            f"`{argument}` must be a function of two sequences of tensors; found {score!r}. "
+            "Use one from `aggregators.scores`, such as `scores.kl_divergence`."
+        )
+
+
+def _wide(tensor: tf.Tensor) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(tensor)
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+
+
+def _as_wide_as(tensors: Sequence[tf.Tensor], found: tf.Tensor) -> tf.Tensor:
+    """Gives a score the precision of its layer, float32 or float64, whatever it was computed in."""
+    double = any(tf.convert_to_tensor(tensor).dtype == tf.float64 for tensor in tensors)
+    return tf.cast(found, tf.float64 if double else tf.float32)
+
+
+def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The layer as one vector, in float64 if it is small."""
+    flat = [tf.reshape(_wide(tensor), [-1]) for tensor in tensors]
+    size = sum(part.shape[0] or 0 for part in flat)
+    double = size <= _SMALL or any(part.dtype == tf.float64 for part in flat)
+    flat = [tf.cast(part, tf.float64 if double else tf.float32) for part in flat]
+    return flat[0] if len(flat) == 1 else tf.concat(flat, 0)
+
+
+def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns p, the change of elements centred under p, and KL(p || q)."""
+    p = tf.nn.softmax(s)
+    change = c - s
+    change -= _dot(p, change)
+    return p, change, tf.math.log1p(tf.maximum(_dot(p, tf.math.expm1(change) - change), 0.0))
+
+
+def _textbook_kl(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+    log_p, log_q = tf.nn.log_softmax(s), tf.nn.log_softmax(c)
+    return tf.maximum(tf.reduce_sum(tf.exp(log_p) * (log_p - log_q)), 0.0)
+
+
+def _textbook_js(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+    log_p, log_q = tf.nn.log_softmax(s), tf.nn.log_softmax(c)
+    largest = tf.maximum(log_p, log_q)
+    log_m = largest + tf.math.log(0.5 * (tf.exp(log_p - largest) + tf.exp(log_q - largest)))
+    terms = tf.exp(log_p) * (log_p - log_m) + tf.exp(log_q) * (log_q - log_m)
+    return tf.maximum(0.5 * tf.reduce_sum(terms), 0.0)
+
+
+def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """sum(a * b) in one pass over memory."""
+    return tf.reshape(tf.matmul(a[tf.newaxis, :], b[:, tf.newaxis]), [])
+
+
+def _spectral_norm(difference: tf.Tensor) -> tf.Tensor:
+    if difference.shape.rank < 2:
+        return tf.norm(difference)
+    matrix = tf.reshape(difference, [-1, difference.shape[-1]])
+    rows, columns = matrix.shape
+    gram = tf.matmul(matrix, matrix, transpose_a=columns <= rows, transpose_b=columns > rows)
+    # The decomposition raises on a non-finite input, which would end the round for all clients.
+    finite = tf.reduce_all(tf.math.is_finite(gram))
+    largest = tf.reduce_max(tf.linalg.eigvalsh(tf.where(finite, gram, tf.zeros_like(gram))))
+    return tf.where(finite, tf.sqrt(tf.maximum(largest, 0.0)), tf.cast(float("nan"), gram.dtype))

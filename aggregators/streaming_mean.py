@@ -1,0 +1,106 @@
+"""The weighted mean over clients as one associative pass, with weights given as logarithms.
+
+The accumulator is the mean itself, `M`, and the logarithm of the weight behind it, `L`:
+
+```
+L' = log(exp(L_a) + exp(L_b))
+M' = M_a exp(L_a - L') + M_b exp(L_b - L')
+```
+
+Both factors lie in [0, 1], so no weight, however large or small, over- or underflows, and neither
+does a sum of large values. `accumulate` is this merge with `M_b` a client's value and `L_b` its
+log-weight. A log-weight of -inf (weight 0) removes the value altogether, NaN included.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from aggregators.layers import Groups
+from aggregators.reduction import Reduction, reduction_from_merge
+
+
+class LogWeighted(NamedTuple):
+    """Tensors with log-weights: what a client sends, and what accumulates.
+
+    Attributes:
+      tensors: Tuple of floating tensors.
+      log_weights: float64 of shape `[num_layers]`; -inf stands for weight 0.
+    """
+
+    tensors: Any
+    log_weights: Any
+
+
+def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
+    """The weighted mean per layer, over values of type `LogWeighted`.
+
+    Args:
+      specs: Shapes (fully defined) and dtypes (floating) of the tensors. Half precision
+        accumulates in float32.
+      groups: Which tensors share a log-weight, from `resolve_layers`.
+
+    Returns:
+      A `Reduction` that reports `LogWeighted`: the means in the dtypes of `specs`, and the
+      logarithms of the summed weights. With no weight at all these are zeros and -inf.
+
+    Raises:
+      TypeError: If a shape or a dtype is not of this kind.
+
+    Source: the running log-sum-exp of Milakov and Gimelshein, Online normalizer calculation for
+    softmax, 2018, applied to means, so that they stay normalised.
+    """
+    for position, spec in enumerate(specs):
+        if not spec.dtype.is_floating or not spec.shape.is_fully_defined():
+            raise TypeError(
+                "A mean needs floating tensors of known shape; found "
+                f"{spec.dtype.name} of shape {spec.shape} at position {position}. "
+                "Cast it, or leave it out of the update."
+            )
+    owner = {position: layer for layer, group in enumerate(groups) for position in group}
+    wide = [tf.float32 if spec.dtype.size < 4 else spec.dtype for spec in specs]
+
+    def zero() -> LogWeighted:
+        return LogWeighted(
+            tuple(tf.zeros(spec.shape, dtype) for spec, dtype in zip(specs, wide, strict=True)),
+            tf.fill([len(groups)], tf.constant(-math.inf, tf.float64)),
+        )
+
+    def lift(value: LogWeighted) -> LogWeighted:
+        tensors = (tf.cast(x, dtype) for x, dtype in zip(value.tensors, wide, strict=True))
+        return LogWeighted(tuple(tensors), value.log_weights)
+
+    def merge(a: LogWeighted, b: LogWeighted) -> LogWeighted:
+        total = log_add(a.log_weights, b.log_weights)
+        share_a, share_b = share(a.log_weights, total), share(b.log_weights, total)
+        tensors = []
+        for position, (x, y) in enumerate(zip(a.tensors, b.tensors, strict=True)):
+            layer, dtype = owner[position], wide[position]
+            tensors.append(
+                # 0 times NaN is 0 here: a client of weight 0 leaves no trace.
+                tf.math.multiply_no_nan(x, tf.cast(share_a[layer], dtype))
+                + tf.math.multiply_no_nan(y, tf.cast(share_b[layer], dtype))
+            )
+        return LogWeighted(tuple(tensors), total)
+
+    def report(total: LogWeighted) -> LogWeighted:
+        tensors = (tf.cast(x, s.dtype) for x, s in zip(total.tensors, specs, strict=True))
+        return LogWeighted(tuple(tensors), total.log_weights)
+
+    return reduction_from_merge(zero, lift, merge, report)
+
+
+def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """log(exp(a) + exp(b)), element by element; -inf where both are."""
+    largest = tf.maximum(a, b)
+    shift = tf.where(tf.math.is_finite(largest), largest, tf.zeros_like(largest))
+    return shift + tf.math.log(tf.exp(a - shift) + tf.exp(b - shift))
+
+
+def share(log_part: tf.Tensor, log_total: tf.Tensor) -> tf.Tensor:
+    """exp(part - total), and 0 where the total is -inf."""
+    some = tf.math.is_finite(log_total)
+    safe = tf.where(some, log_total, tf.zeros_like(log_total))
+    return tf.where(some, tf.exp(log_part - safe), tf.zeros_like(log_total))

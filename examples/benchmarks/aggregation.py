@@ -1,0 +1,207 @@
+"""What adaptive aggregation costs, against TFF's own mean.
+
+Two comparisons, both in TFF's worker and with all large values made and kept there:
+
+* one aggregation: `tff.aggregators.MeanFactory` against the adaptive mean, with scores that came
+  with the update, with L2 scores taken in the aggregation, and with KL scores against the server's
+  model;
+* whole rounds: `tff.learning.algorithms.build_weighted_fed_avg` against `build_fed_kl`, with the
+  time to build the process and to run its first round.
+
+    python examples/benchmarks/aggregation.py --clients 10 100 --parameters 100000 1000000
+"""
+
+import argparse
+import collections
+import functools
+import os
+import statistics
+import time
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import aggregators
+from aggregators import scores, weighting
+
+FLOAT = tff.to_type(np.float32)
+
+
+def shapes_of(parameters: int) -> list[tuple[int, ...]]:
+    """Three kernels and three biases that make up about as many parameters."""
+    width = max(int((parameters / 3) ** 0.5), 2)
+    return [(width, width), (width,)] * 3
+
+
+def make_update(shapes: list[tuple[int, ...]], seed: Any) -> list[tf.Tensor]:
+    return [
+        tf.reshape(tf.range(np.prod(shape), dtype=tf.float32), shape) * (1e-7 * seed)
+        for shape in shapes
+    ]
+
+
+def aggregation(kind: str, shapes: list[tuple[int, ...]]) -> Any:
+    """A computation from clients' seeds to one number that depends on the whole mean."""
+    update_type = tff.to_type([(np.float32, shape) for shape in shapes])
+    seeds_type = tff.FederatedType(np.float32, tff.CLIENTS)
+
+    @tff.tensorflow.computation(update_type)
+    def digest(mean: Any) -> Any:
+        return tf.add_n([tf.reduce_sum(tensor) for tensor in mean])
+
+    @tff.tensorflow.computation
+    def server_model() -> Any:
+        return make_update(shapes, 1.0)
+
+    @tff.tensorflow.computation(FLOAT)
+    def client(seed: Any) -> Any:
+        update = make_update(shapes, seed)
+        if kind != "scored":
+            return update
+        return aggregators.ScoredUpdate(
+            delta=update,
+            scores=tf.fill([len(shapes)], seed),
+            loss=seed,
+            steps=tf.constant(1),
+            non_finite=tf.constant(False),
+        )
+
+    if kind == "kl":
+
+        @tff.federated_computation(seeds_type)
+        def run_kl(seeds: Any) -> Any:
+            found = aggregators.federated_adaptive_mean(
+                tff.federated_map(client, seeds),
+                tff.federated_eval(server_model, tff.SERVER),
+                score=scores.kl_divergence,
+                weighting=weighting.softmax(scale=1e-3),
+                weight=seeds,
+            )
+            return tff.federated_map(digest, found.mean)
+
+        return run_kl
+
+    factory = {
+        "mean": tff.aggregators.MeanFactory,
+        "scored": lambda: aggregators.AdaptiveMeanFactory(weighting.softmax()),
+        "l2": lambda: aggregators.AdaptiveMeanFactory(
+            weighting.softmax(), score=scores.l2_distance
+        ),
+    }[kind]()
+    process = factory.create(client.type_signature.result, FLOAT)
+
+    @tff.federated_computation(seeds_type)
+    def run(seeds: Any) -> Any:
+        output = process.next(process.initialize(), tff.federated_map(client, seeds), seeds)
+        return tff.federated_map(digest, output.result)
+
+    return run
+
+
+def seconds(call: Any, repeats: int) -> float:
+    """Median of a few calls, after one that is not counted."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def compare_aggregations(clients: list[int], parameters: list[int], repeats: int) -> None:
+    print("One aggregation: seconds, and times tff.aggregators.MeanFactory")
+    print(f"{'clients':>8} {'parameters':>11} {'mean':>8} {'scored':>15} {'l2':>15} {'kl':>15}")
+    for size in parameters:
+        runs = {kind: aggregation(kind, shapes_of(size)) for kind in ("mean", "scored", "l2", "kl")}
+        for number in clients:
+            seeds = [1.0 + k for k in range(number)]
+            # Interleaved twice, so that a busy moment of the machine hits all alike.
+            found = collections.defaultdict(list)
+            for _ in range(2):
+                for kind, run in runs.items():
+                    found[kind].append(seconds(functools.partial(run, seeds), repeats))
+            best = {kind: min(times) for kind, times in found.items()}
+            row = "".join(
+                f"{best[kind]:>9.3f} {best[kind] / best['mean']:>4.2f}x"
+                for kind in ("scored", "l2", "kl")
+            )
+            print(f"{number:>8} {size:>11} {best['mean']:>8.3f} {row}", flush=True)
+
+
+def make_model() -> tff.learning.models.FunctionalModel:
+    def keras_model() -> tf.keras.Model:
+        return tf.keras.Sequential(
+            [
+                tf.keras.layers.Dense(500, activation="relu", input_shape=(784,)),
+                tf.keras.layers.Dense(10),
+            ]
+        )
+
+    return tff.learning.models.functional_model_from_keras(
+        keras_model,
+        tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        (tf.TensorSpec([None, 784]), tf.TensorSpec([None], tf.int32)),
+    )
+
+
+def compare_rounds(number: int, repeats: int) -> None:
+    rng = np.random.default_rng(0)
+    data = [
+        tf.data.Dataset.from_tensor_slices(
+            (np.float32(rng.normal(size=(320, 784))), np.int32(rng.integers(0, 10, 320)))
+        ).batch(32)
+        for _ in range(number)
+    ]
+    sgd = tff.learning.optimizers.build_sgdm(0.05)
+    builders = {
+        "build_weighted_fed_avg": lambda: tff.learning.algorithms.build_weighted_fed_avg(
+            make_model(), sgd
+        ),
+        "build_fed_kl": lambda: aggregators.build_fed_kl(make_model(), sgd),
+    }
+    builders["build_weighted_fed_avg"]()  # TensorFlow's own first steps are not ours to count
+    found: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for _ in range(2):
+        for name, build in builders.items():
+            start = time.perf_counter()
+            process = build()
+            state = process.next(process.initialize(), data).state
+            first = time.perf_counter() - start
+
+            def call(process: Any = process, state: Any = state) -> None:
+                process.next(state, data)
+
+            found[name].append((first, seconds(call, repeats)))
+    print(f"\nWhole rounds: {number} clients, 10 batches of 32, 397510 parameters; seconds")
+    print(f"{'':>24} {'build + first round':>24} {'later round':>20}")
+    base = [min(column) for column in zip(*found["build_weighted_fed_avg"], strict=True)]
+    for name, times in found.items():
+        first, later = (min(column) for column in zip(*times, strict=True))
+        print(
+            f"{name:>24} {first:>16.2f} {first / base[0]:>6.2f}x {later:>12.3f} "
+            f"{later / base[1]:>6.2f}x"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--parameters", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--round-clients", type=int, default=10)
+    arguments = parser.parse_args()
+    tff.backends.native.set_sync_local_cpp_execution_context()
+    try:
+        compare_aggregations(arguments.clients, arguments.parameters, arguments.repeats)
+        compare_rounds(arguments.round_clients, arguments.repeats)
+    finally:
+        tff.test.set_no_default_context()  # ends the worker
+
+
+if __name__ == "__main__":
+    main()

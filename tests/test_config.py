@@ -1,0 +1,439 @@
+"""Configurations: round trips through JSON, trust, and entries that do not fit."""
+
+import copy
+import json
+
+import attrs
+import contracts
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tff_optim
+from tff_optim import projections, regularizers, transforms
+
+K = tf.keras.optimizers
+DECAY = K.schedules.ExponentialDecay(0.3, 2, 0.5, staircase=True)
+HERE = __name__.partition(".")[0]
+SHARED = {
+    "clipnorm": 0.9,
+    "weight_decay": 0.03,
+    "use_ema": True,
+    "ema_momentum": 0.7,
+    "ema_overwrite_frequency": 2,
+}
+# Every optimizer of Keras, every argument off its default.
+KERAS = {
+    "SGD": lambda: K.SGD(0.3, momentum=0.7, nesterov=True, **SHARED),
+    "Adam": lambda: K.Adam(0.3, 0.7, 0.8, 1e-3, amsgrad=True, **SHARED),
+    "AdamW": lambda: K.AdamW(
+        0.3, beta_1=0.7, beta_2=0.8, epsilon=1e-3, amsgrad=True, **SHARED, name="mine"
+    ),
+    "Adamax": lambda: K.Adamax(0.3, 0.7, 0.8, 1e-3, **SHARED),
+    "Nadam": lambda: K.Nadam(DECAY, 0.7, 0.8, 1e-3, **SHARED),
+    "Adagrad": lambda: K.Adagrad(0.3, 0.2, 1e-3, **SHARED),
+    "Adadelta": lambda: K.Adadelta(0.3, 0.8, 1e-3, **SHARED),
+    "RMSprop": lambda: K.RMSprop(0.3, 0.7, 0.4, 1e-3, centered=True, **SHARED),
+    "Ftrl": lambda: K.Ftrl(0.3, -0.6, 0.2, 0.01, 0.02, 0.03, 0.1, **SHARED),
+    "Adafactor": lambda: K.Adafactor(0.3, -0.7, 1e-5, 1e-2, 0.9, relative_step=False, **SHARED),
+    "Lion": lambda: K.Lion(DECAY, 0.7, 0.8, **SHARED),
+}
+OFF_DEFAULT_IS_NOT_POSSIBLE = {
+    "name",  # its default is the class's name
+    "jit_compile",  # Keras turns it off where there is no GPU
+    "global_clipnorm",  # not together with clipnorm
+    "clipvalue",  # likewise
+}
+
+
+def through_json(optimizer, **options):
+    config = json.loads(json.dumps(tff_optim.get_config(optimizer), allow_nan=False))
+    before = copy.deepcopy(config)
+    built = tff_optim.from_config(config, **options)
+    assert config == before
+    return built
+
+
+def assert_equal_steps(a, b):
+    weights, gradients = contracts.make_problem(steps=5)
+    specs = contracts.specs_of(weights)
+    contracts.assert_equal(a.initialize(specs), b.initialize(specs))
+    expected = contracts.run(a.next, a.initialize(specs), weights, gradients)
+    contracts.assert_equal(contracts.run(b.next, b.initialize(specs), weights, gradients), expected)
+
+
+def keras_config(**changes):
+    config = tff_optim.get_config(tff_optim.build_keras_optimizer(K.Adam(0.1)))
+    config["optimizer"]["config"].update(changes)
+    return config
+
+
+@pytest.mark.parametrize("make", KERAS.values(), ids=KERAS)
+def test_keras_round_trip_with_every_argument_off_its_default(make):
+    keras = make()
+    defaults = type(keras)().get_config()
+    for name, value in keras.get_config().items():
+        if name not in OFF_DEFAULT_IS_NOT_POSSIBLE and name != "is_legacy_optimizer":
+            assert value != defaults[name], name
+    optimizer = tff_optim.build_keras_optimizer(keras)
+    built = through_json(optimizer)
+    assert built == optimizer
+    assert json.dumps(built.keras_optimizer.get_config(), default=float) == json.dumps(
+        keras.get_config(), default=float
+    )
+    assert_equal_steps(built, optimizer)
+
+
+def test_every_keras_optimizer_has_a_round_trip():
+    public = {
+        name
+        for name, value in vars(K).items()
+        if isinstance(value, type) and issubclass(value, K.Optimizer) and value is not K.Optimizer
+    }
+    assert public == set(KERAS)
+
+
+@pytest.mark.parametrize(
+    "options", [{"global_clipnorm": 0.3}, {"clipvalue": 0.2}, {"name": "other"}]
+)
+def test_keras_round_trip_of_arguments_that_exclude_others(options):
+    optimizer = tff_optim.build_keras_optimizer(K.SGD(0.2, **options))
+    built = through_json(optimizer)
+    assert built == optimizer
+    for name, value in options.items():
+        assert getattr(built.keras_optimizer, name) == value
+    assert_equal_steps(built, optimizer)
+
+
+def test_keras_round_trip_keeps_what_keras_configs_leave_out():
+    keras = K.AdamW(0.1, weight_decay=0.5)
+    keras.exclude_from_weight_decay(var_names=["bias"])
+    optimizer = tff_optim.build_keras_optimizer(
+        keras, device="/CPU:1", weight_names=["kernel", "bias"]
+    )
+    built = through_json(optimizer)
+    assert (built.device, built.weight_names) == ("/CPU:1", ("kernel", "bias"))
+    assert built == optimizer
+    assert_equal_steps(built, optimizer)
+    without = tff_optim.get_config(optimizer) | {"exclude_from_weight_decay": []}
+    assert tff_optim.from_config(without) != optimizer
+
+
+def test_pipeline_round_trip_with_every_part_and_argument_off_its_default():
+    optimizer = tff_optim.build_optimizer(
+        DECAY,
+        regularizers=[
+            regularizers.FedProx(0.5),
+            tf.keras.regularizers.L1L2(0.1, 0.2),
+            regularizers.FedProx(DECAY),
+        ],
+        transforms=[
+            transforms.Momentum(0.5, nesterov=True),
+            transforms.EWMA(0.5),
+            transforms.YogiMomentum(0.5),
+            transforms.Adagrad(0.5),
+            transforms.RMSProp(0.5, 0.25),
+            transforms.Adam(0.5, DECAY, 0.25, amsgrad=True),
+            transforms.Yogi(0.5, 0.75, 0.25, amsgrad=True),
+            transforms.ClipByNorm(2.0),
+            transforms.ClipByGlobalNorm(3.0),
+            transforms.GaussianNoise(0.5, seed=9),
+            transforms.KerasTransform(K.Nadam(beta_1=0.5, clipvalue=0.3)),
+        ],
+        weight_decay=K.schedules.PiecewiseConstantDecay([2, 4], [0.1, 0.2, 0.3]),
+        projection=[
+            tf.keras.constraints.MaxNorm(3.0, axis=0),
+            projections.Projection(projections.Box(-1.0, 2.0), where="0"),
+        ],
+        device="/CPU:1",
+        jit_compile=True,
+    )
+    pipeline = optimizer.pipeline
+    used = {type(part) for part in (*pipeline.transforms, *pipeline.regularizers)}
+    every = {*tff_optim.list_transforms().values(), regularizers.FedProx, regularizers.Penalty}
+    assert {cls for cls in every if cls.__module__.startswith("tff_optim.")} - used <= {
+        cls
+        for cls in every
+        if cls.__name__ == "Halve"  # from a docstring's example
+    }
+    for part in (*pipeline.transforms, *pipeline.regularizers):
+        if isinstance(part, transforms.KerasTransform | regularizers.Penalty):
+            continue
+        for field in attrs.fields(type(part)):
+            assert getattr(part, field.name) != field.default, (part, field.name)
+
+    built = through_json(optimizer)
+    assert built == optimizer
+    assert hash(built) == hash(optimizer)
+    assert built.pipeline.device == "/CPU:1"
+    assert built.pipeline.jit_compile is True
+    plain = tff_optim.get_config(optimizer) | {"jit_compile": False, "device": None}
+    reference = tff_optim.from_config(plain)
+    assert reference != optimizer
+    assert_equal_steps(tff_optim.from_config(plain), reference)
+
+
+def test_names_and_partial_entries_are_read_as_in_declearn():
+    built = tff_optim.from_config(
+        {
+            "kind": "pipeline",
+            "learning_rate": 0.5,
+            "regularizers": ["FedProx", ["L2", {"l2": 0.25}], ("L1", {"l1": 0.5})],
+            "transforms": ["ClipByNorm", ["Adam", {"amsgrad": True}]],
+            "projection": ["NonNeg", ["Ball", {"radius": 2}]],
+        }
+    )
+    assert built == tff_optim.build_optimizer(
+        0.5,
+        regularizers=[
+            regularizers.FedProx(),
+            tf.keras.regularizers.L2(0.25),
+            tf.keras.regularizers.L1(0.5),
+        ],
+        transforms=[transforms.ClipByNorm(), transforms.Adam(amsgrad=True)],
+        projection=[tf.keras.constraints.NonNeg(), projections.Ball(2.0)],
+    )
+    assert through_json(built) == built
+
+
+def test_lists_say_what_may_be_named():
+    assert {"Momentum", "Adam", "KerasTransform"} <= set(tff_optim.list_transforms())
+    assert {"FedProx", "L1", "L2", "L1L2"} <= set(tff_optim.list_regularizers())
+    assert "GradientTransform" not in tff_optim.list_transforms()
+    assert not set(tff_optim.list_transforms()) & {"FedProx", "L2"}
+
+
+@tff_optim.register_transform
+@attrs.frozen
+class Median(transforms.GradientTransform):
+    window: int = 3
+
+    def initialize(self, specs):
+        return ()
+
+    def next(self, state, weights, gradients):
+        return state, tf.nest.map_structure(lambda g: g * self.window, gradients)
+
+
+@tff_optim.register_transform
+class Shifted(transforms.GradientTransform):
+    """No attrs class, but with `get_config`, as Keras objects have."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def get_config(self):
+        return {"by": np.float64(self.by)}
+
+    def initialize(self, specs):
+        return ()
+
+    def next(self, state, weights, gradients):
+        return state, tf.nest.map_structure(lambda g: g + self.by, gradients)
+
+
+class Slow(K.schedules.LearningRateSchedule):
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate / (1.0 + tf.cast(step, tf.float32))
+
+    def get_config(self):
+        return {"rate": self.rate}
+
+
+class Signs(K.Optimizer):
+    def __init__(self, learning_rate=0.1, power=1.0, name="Signs", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self._learning_rate = self._build_learning_rate(learning_rate)
+        self.power = power
+
+    def update_step(self, gradient, variable):
+        rate = tf.cast(self.learning_rate, variable.dtype)
+        variable.assign_sub(rate * tf.sign(gradient) * tf.abs(gradient) ** self.power)
+
+    def get_config(self):
+        config = super().get_config()
+        rate = self._serialize_hyperparameter(self._learning_rate)
+        return config | {"learning_rate": rate, "power": self.power}
+
+
+def test_classes_of_other_packages_need_trust():
+    pipeline = tff_optim.build_optimizer(
+        Slow(0.5), regularizers=[Median(2)], transforms=[Median(4), Shifted(1.5)]
+    )
+    config = tff_optim.get_config(pipeline)
+    assert config["transforms"] == [
+        [f"{HERE}.Median", {"window": 4}],
+        [f"{HERE}.Shifted", {"by": 1.5}],
+    ]
+    assert f"{HERE}.Median" in tff_optim.list_transforms()
+    assert f"{HERE}.Median" in tff_optim.list_regularizers()
+    built = through_json(pipeline, trusted_packages=[HERE])
+    assert built.pipeline.transforms[0] == Median(4)
+    assert_equal_steps(built, pipeline)
+    with pytest.raises(ValueError, match="`module` must be of Keras or of a package in `trusted_"):
+        tff_optim.from_config(config)
+    with pytest.raises(
+        ValueError, match="`regularizers` of `config` must name classes of packages"
+    ):
+        tff_optim.from_config(config | {"learning_rate": 0.1})
+    keras = tff_optim.build_keras_optimizer(Signs(0.2, 0.5))
+    assert through_json(keras, trusted_packages=[HERE]) == keras
+    with pytest.raises(ValueError, match="`module` must be of Keras or of a package in `trusted_"):
+        through_json(keras)
+
+
+def test_nothing_is_imported_and_no_other_class_is_built(monkeypatch):
+    import sys
+
+    config = keras_config()
+    config["optimizer"] |= {"module": "antigravity", "class_name": "Adam"}
+    with pytest.raises(ValueError, match="`module` must be imported already"):
+        tff_optim.from_config(config, trusted_packages=["antigravity"])
+    assert "antigravity" not in sys.modules
+    with pytest.raises(ValueError, match="`module` must be of Keras or of a package"):
+        tff_optim.from_config(config)
+    config["optimizer"] |= {"module": "subprocess", "class_name": "Popen"}
+    with pytest.raises(ValueError, match="`class_name` must be an optimizer, schedule"):
+        tff_optim.from_config(config, trusted_packages=["subprocess"])
+    # A trusted module that merely imports a class does not vouch for it.
+    monkeypatch.setattr(contracts, "Slow", Slow, raising=False)
+    schedule = {"module": "contracts", "class_name": "Slow", "config": {"rate": 0.1}}
+    config = {"kind": "pipeline", "learning_rate": schedule}
+    with pytest.raises(ValueError, match=f"found one of '{HERE}'"):
+        tff_optim.from_config(config, trusted_packages=["contracts"])
+    assert tff_optim.from_config(config, trusted_packages=["contracts", HERE])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta_3": 0.5}, r"`config` of `Adam` must have .*; found \['beta_3'\]"),
+        ({"beta_1": "0.5"}, "`beta_1` of `Adam` must be a number; found '0.5'"),
+        ({"beta_1": True}, "`beta_1` of `Adam` must be a number; found True"),
+        ({"amsgrad": 1}, "`amsgrad` of `Adam` must be True or False; found 1"),
+        ({"clipnorm": "x"}, "`clipnorm` of `Adam` must be a number or None; found 'x'"),
+        ({"learning_rate": None}, "`learning_rate` of `Adam` must be a number or a schedule"),
+        ({"name": 3}, "`name` of `Adam` must be a string or None; found 3"),
+        ({"epsilon": float("nan")}, "`Adam.epsilon` must be something that JSON can hold"),
+        ({"is_legacy_optimizer": True}, "`is_legacy_optimizer` of `Adam` must be False"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_keras_entries_that_do_not_fit(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        tff_optim.from_config(keras_config(**change))
+
+
+def test_missing_keras_entries():
+    for name in ("beta_1", "learning_rate", "weight_decay", "is_legacy_optimizer"):
+        config = keras_config()
+        del config["optimizer"]["config"][name]
+        with pytest.raises(ValueError, match=rf"`config` of `Adam` must have \['{name}'\]"):
+            tff_optim.from_config(config)
+    for name in ("module", "class_name", "config"):
+        config = keras_config()
+        del config["optimizer"][name]
+        with pytest.raises((TypeError, ValueError), match=f"{name}|as `get_config` writes it"):
+            tff_optim.from_config(config)
+    schedule = {"module": "keras.optimizers.schedules", "class_name": "ExponentialDecay"}
+    config = keras_config(learning_rate=schedule | {"config": {"decay_steps": 3}})
+    with pytest.raises(ValueError, match="`config` of `ExponentialDecay` must have"):
+        tff_optim.from_config(config)
+    for name in ("device", "weight_names", "exclude_from_weight_decay", "optimizer"):
+        config = keras_config()
+        del config[name]
+        with pytest.raises(ValueError, match=rf"`config` must have the entries \['{name}'\]"):
+            tff_optim.from_config(config)
+
+
+def test_legacy_and_unknown_keras_classes():
+    config = keras_config()
+    config["optimizer"]["module"] = "keras.optimizers.legacy"
+    with pytest.raises(ValueError, match="must not be that of a legacy optimizer"):
+        tff_optim.from_config(config)
+    for name in ("Adan", "get", "Optimizer.x", "schedules"):
+        config["optimizer"] |= {"module": "keras.optimizers", "class_name": name}
+        with pytest.raises(ValueError, match="`class_name` must be a Keras optimizer"):
+            tff_optim.from_config(config)
+    config["optimizer"]["class_name"] = ["Adam"]
+    with pytest.raises(TypeError, match="`class_name` must be a string"):
+        tff_optim.from_config(config)
+    config = keras_config()
+    config["optimizer"] = {
+        "module": "keras.regularizers",
+        "class_name": "L2",
+        "config": {"l2": 0.5},
+    }
+    with pytest.raises(TypeError, match="`optimizer` of `config` must be an optimizer"):
+        tff_optim.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "adam"}, "`kind` of `config` must be 'keras' or 'pipeline'; found 'adam'"),
+        ({"rate": 0.1}, r"`config` must have the entries .*; found \['rate'\]"),
+        ({"learning_rate": "fast"}, "`learning_rate` of `Pipeline` must be a number"),
+        ({"learning_rate": -1}, "`learning_rate` of `Pipeline` must be a number of at least 0"),
+        ({"transforms": "Adam"}, "`transforms` of `config` must be a list; found 'Adam'"),
+        ({"transforms": [3]}, "`transforms` of `config` must hold entries like"),
+        ({"transforms": [["Adam"]]}, "`transforms` of `config` must hold entries like"),
+        ({"transforms": [["Adam", 3]]}, "`transforms` of `config` must hold entries like"),
+        ({"transforms": ["adam"]}, "`transforms` of `config` must name one of .*; found 'adam'"),
+        ({"transforms": ["FedProx"]}, "`transforms` of `config` must name one of"),
+        ({"transforms": [["Adam", {"beta": 1}]]}, r"`config` of `Adam` .*; found \['beta'\]"),
+        ({"transforms": [["Adam", {"beta_1": "x"}]]}, "`beta_1` of `Adam` must be a number"),
+        (
+            {"transforms": ["KerasTransform"]},
+            r"`config` of `KerasTransform` must have \['optimizer'",
+        ),
+        ({"regularizers": ["Adam"]}, "`regularizers` of `config` must name one of"),
+        ({"regularizers": [["L2", {"l3": 1}]]}, "`config` of `L2` does not fit its constructor"),
+        ({"projection": ["Adam"]}, "`projection` of `config` must name one of"),
+        (
+            {"projection": [{"function": "NonNeg", "when": 1}]},
+            r"function and where; found \['when'",
+        ),
+        ({"jit_compile": "yes"}, "`jit_compile` of `Pipeline` must be True or False"),
+        ({"device": "/GPU:7"}, "`device` asks for /GPU:7"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_pipeline_entries_that_do_not_fit(change, message):
+    config = {"kind": "pipeline", "learning_rate": 0.1} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        tff_optim.from_config(config)
+
+
+def test_what_cannot_be_written():
+    def build(**options):
+        return tff_optim.build_optimizer(0.1, **options)
+
+    with pytest.raises(TypeError, match=r"`optimizer` must be one that tff_optim\.build_optimizer"):
+        tff_optim.get_config(K.Adam())
+    with pytest.raises(ValueError, match="cannot name"):
+        tff_optim.get_config(build(projection=lambda w: w))
+    where = projections.Projection(tf.keras.constraints.NonNeg(), where=lambda path, spec: True)
+    with pytest.raises(ValueError, match="`where` of `Projection` must be a regular expression"):
+        tff_optim.get_config(build(projection=where))
+
+    class Local(tf.keras.regularizers.L2):
+        pass
+
+    with pytest.raises(ValueError, match="must be defined at the top of a module"):
+        tff_optim.get_config(build(regularizers=[Local(0.1)]))
+
+    class Unregistered(transforms.GradientTransform):
+        initialize = next = None
+
+    with pytest.raises(ValueError, match="Decorate transforms with `tff_optim"):
+        tff_optim.get_config(build(transforms=[Unregistered()]))
+    with pytest.raises(TypeError, match="`cls` must be a subclass"):
+        tff_optim.register_transform(K.Adam)
+    with pytest.raises(TypeError, match="`config` must be a mapping"):
+        tff_optim.from_config("adam")
+    with pytest.raises(TypeError, match="`trusted_packages` must be a collection"):
+        tff_optim.from_config({}, trusted_packages="tests")

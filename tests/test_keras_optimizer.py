@@ -1,0 +1,485 @@
+"""Keras optimizers in TFF's processes, and what cannot be one is refused."""
+
+import asyncio
+import collections
+import itertools
+
+import contracts
+import numpy as np
+import problems
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_optim
+from tff_optim import build_keras_optimizer
+
+K = tf.keras.optimizers
+SPECS = [tf.TensorSpec((2, 2), tf.float32), tf.TensorSpec((2,), tf.float32)]
+WEIGHTS = [np.float32([[1.0, -2.0], [0.5, 3.0]]), np.float32([0.1, -0.4])]
+
+
+def one_step(optimizer, gradients=None, weights=WEIGHTS):
+    gradients = [np.ones_like(w) for w in weights] if gradients is None else gradients
+    return optimizer.next(optimizer.initialize(contracts.specs_of(weights)), weights, gradients)
+
+
+# ------------------------------------------------------------------------------- whole TFF processes
+
+
+def test_federated_averaging_equals_the_same_loop_in_eager_keras():
+    client_fn = lambda: K.SGD(0.05, momentum=0.5, nesterov=True)  # noqa: E731
+    server_fn = lambda: K.Adam(0.1, beta_2=0.95, epsilon=1e-3)  # noqa: E731
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        problems.model_fn,
+        client_optimizer_fn=build_keras_optimizer(client_fn),
+        server_optimizer_fn=build_keras_optimizer(server_fn),
+    )
+    clients = problems.make_clients()
+    state = process.initialize()
+    for _ in range(3):
+        state = process.next(state, clients).state
+    expected = problems.train_in_keras(client_fn, server_fn, 3, clients)
+    contracts.assert_close(process.get_model_weights(state).trainable, expected, 1e-5, 1e-5)
+
+    # Halving the rate of the server through the process counts from the next round on.
+    hparams = process.get_hparams(state)
+    assert set(hparams["client_work"]) == {"learning_rate", "momentum"}
+    assert set(hparams["finalizer"]) == {"learning_rate", "beta_1", "beta_2", "epsilon"}
+    hparams["finalizer"]["learning_rate"] = np.float32(0.0)
+    frozen = process.next(process.set_hparams(state, hparams), clients).state
+    contracts.assert_equal(
+        process.get_model_weights(frozen).trainable, process.get_model_weights(state).trainable
+    )
+    hparams = process.get_hparams(state)
+    hparams["client_work"]["learning_rate"] = np.float32(0.0)
+    still = process.next(process.set_hparams(state, hparams), clients)
+    moved = process.next(state, clients)
+    first = moved.metrics["client_work"]["train"]["loss"]
+    assert still.metrics["client_work"]["train"]["loss"] != first
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda optimizer: tff.learning.algorithms.build_weighted_fed_prox(
+            problems.model_fn, 0.1, optimizer, optimizer
+        ),
+        lambda optimizer: tff.learning.algorithms.build_weighted_mime_lite(
+            problems.model_fn, optimizer, server_optimizer=optimizer
+        ),
+        lambda optimizer: tff.learning.algorithms.build_fed_sgd(problems.model_fn, optimizer),
+    ],
+    ids=["fed_prox", "mime_lite", "fed_sgd"],
+)
+def test_other_algorithms_equal_themselves_with_the_optimizer_of_tff(build):
+    ours, theirs = (
+        build(optimizer)
+        for optimizer in (
+            build_keras_optimizer(lambda: K.SGD(0.1)),
+            tff.learning.optimizers.build_sgdm(0.1),
+        )
+    )
+    clients = problems.make_clients()
+    results = []
+    for process in (ours, theirs):
+        state = process.initialize()
+        for _ in range(2):
+            state = process.next(state, clients).state
+        results.append(process.get_model_weights(state).trainable)
+    contracts.assert_close(*results, 1e-5, 1e-5)
+
+
+def test_momentum_of_mime_lite_stays_at_the_server():
+    process = tff.learning.algorithms.build_weighted_mime_lite(
+        problems.model_fn, build_keras_optimizer(lambda: K.SGD(0.05, momentum=0.9))
+    )
+    state, clients = process.initialize(), problems.make_clients()
+    for _ in range(2):
+        state = process.next(state, clients).state
+    optimizer_state = state.client_work[0]
+    assert optimizer_state["iterations"] == 2
+    assert all(np.any(slot) for slot in optimizer_state["slots"].values())
+
+
+def test_the_rate_of_the_clients_is_scheduled_over_rounds_from_the_state_of_the_server():
+    process = tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule(
+        problems.model_fn,
+        client_learning_rate_fn=lambda i: tf.gather([0.1, 0.0, 0.1], i),
+        client_optimizer_fn=lambda rate: build_keras_optimizer(K.SGD, learning_rate=rate),
+        server_optimizer_fn=build_keras_optimizer(lambda: K.SGD(1.0)),
+    )
+    state, clients = process.initialize(), problems.make_clients()
+    weights = [process.get_model_weights(state).trainable]
+    for _ in range(3):
+        state = process.next(state, clients).state
+        weights.append(process.get_model_weights(state).trainable)
+    pairs = itertools.pairwise(weights)
+    moved = [any(np.any(a != b) for a, b in zip(*pair)) for pair in pairs]
+    assert moved == [True, False, True]
+
+
+def test_a_learning_rate_takes_the_place_of_the_optimizers_own():
+    _, weights = one_step(build_keras_optimizer(K.SGD, learning_rate=0.5))
+    np.testing.assert_allclose(weights[1], WEIGHTS[1] - 0.5)
+    given = K.SGD(0.1)
+    optimizer = build_keras_optimizer(given, learning_rate=0.5)
+    assert optimizer == build_keras_optimizer(lambda: K.SGD(0.5))
+    assert float(given.learning_rate) == np.float32(0.1)
+    assert tff_optim.from_config(tff_optim.get_config(optimizer)) == optimizer
+    schedule = K.schedules.ExponentialDecay(0.1, 2, 0.5)
+    with pytest.raises(ValueError, match="schedule"):
+        build_keras_optimizer(lambda: K.SGD(schedule), learning_rate=0.5)
+
+    with tf.Graph().as_default():
+        rate = tf.constant(0.1) * 2
+        with pytest.raises(ValueError, match="pass it as `learning_rate`"):
+            build_keras_optimizer(lambda: K.SGD(rate))
+        with pytest.raises(ValueError, match="Pass a callable"):
+            build_keras_optimizer(K.SGD(0.1))
+        with pytest.raises(ValueError, match="JSON cannot hold"):
+            tff_optim.get_config(build_keras_optimizer(K.SGD, learning_rate=rate))
+
+
+# -------------------------------------------------------------------------- ways to name an optimizer
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        K.AdamW(0.1, weight_decay=0.05, beta_1=0.8),
+        K.serialize(K.AdamW(0.1, weight_decay=0.05, beta_1=0.8)),
+        lambda: K.AdamW(0.1, weight_decay=0.05, beta_1=0.8),
+    ],
+    ids=["instance", "config", "callable"],
+)
+def test_an_instance_its_config_and_a_callable_give_the_same_optimizer(optimizer):
+    expected = build_keras_optimizer(lambda: K.AdamW(0.1, weight_decay=0.05, beta_1=0.8))
+    found = build_keras_optimizer(optimizer)
+    assert found == expected
+    assert found != build_keras_optimizer(lambda: K.AdamW(0.1, weight_decay=0.05, beta_1=0.7))
+    contracts.assert_equal(one_step(found), one_step(expected))
+
+
+@pytest.mark.parametrize("name", ["adamw", "Lion", "ADAFACTOR", "sgd", "ftrl"])
+def test_a_name_gives_the_optimizer_with_its_defaults(name):
+    cls = {n.lower(): c for n, c in vars(K).items()}[name.lower()]
+    assert build_keras_optimizer(name) == build_keras_optimizer(cls)
+
+
+def test_a_config_is_left_unchanged_and_keeps_a_schedule():
+    schedule = K.schedules.PiecewiseConstantDecay([1], [0.5, 0.25])
+    config = K.serialize(K.SGD(schedule))
+    before = repr(config)
+    optimizer = build_keras_optimizer(config)
+    assert repr(config) == before
+    state, weights = optimizer.initialize(SPECS), WEIGHTS
+    for _ in range(3):
+        state, weights = optimizer.next(state, weights, [np.ones_like(w) for w in WEIGHTS])
+    np.testing.assert_allclose(weights[1], WEIGHTS[1] - (0.5 + 0.5 + 0.25), rtol=1e-6)
+
+
+def test_the_given_instance_is_neither_changed_nor_followed():
+    keras = K.SGD(0.5)
+    optimizer = build_keras_optimizer(keras)
+    keras.learning_rate = 100.0
+    keras.momentum = 0.9
+    assert optimizer == build_keras_optimizer(lambda: K.SGD(0.5))
+    _, weights = one_step(optimizer)
+    np.testing.assert_allclose(weights[1], WEIGHTS[1] - 0.5)
+    assert len(keras.variables) == 1  # the iterations
+    assert not hasattr(keras, "momentums")
+    with pytest.raises(AttributeError):
+        optimizer.device = "/CPU:0"
+
+
+# ------------------------------------------------------------------------------- Keras' own arguments
+
+
+def test_weights_are_excluded_from_decay_by_name():
+    def make_with_rate():
+        keras = K.SGD(1.0, weight_decay=0.5)
+        keras.exclude_from_weight_decay(var_names=["bias"])
+        return keras
+
+    zeros = [np.zeros_like(w) for w in WEIGHTS]
+    named = build_keras_optimizer(make_with_rate, weight_names=["dense/kernel:0", "dense/bias:0"])
+    _, (kernel, bias) = one_step(named, zeros)
+    np.testing.assert_allclose(kernel, 0.5 * WEIGHTS[0])
+    np.testing.assert_allclose(bias, WEIGHTS[1])
+
+    optimizer = build_keras_optimizer(make_with_rate)
+    as_dict = {"kernel": WEIGHTS[0], "bias": WEIGHTS[1]}
+    _, found = one_step(optimizer, tf.nest.map_structure(np.zeros_like, as_dict), as_dict)
+    np.testing.assert_allclose(found["bias"], WEIGHTS[1])
+    np.testing.assert_allclose(found["kernel"], 0.5 * WEIGHTS[0])
+
+    variables = [tf.Variable(w, name=n) for w, n in zip(WEIGHTS, ["kernel", "bias"])]
+    _, (kernel, bias) = one_step(optimizer, zeros, variables)
+    np.testing.assert_allclose(kernel, 0.5 * WEIGHTS[0])
+    np.testing.assert_allclose(bias, WEIGHTS[1])
+
+    with pytest.raises(ValueError, match="weight_names"):
+        one_step(optimizer, zeros)
+    with pytest.raises(ValueError, match="found 1 names for 2 weights"):
+        one_step(build_keras_optimizer(make_with_rate, weight_names=["bias"]), zeros)
+
+
+def test_the_moving_average_starts_at_the_weights_of_the_first_step():
+    optimizer = build_keras_optimizer(lambda: K.SGD(0.1, use_ema=True, ema_momentum=0.9))
+    state, weights = optimizer.initialize(SPECS), WEIGHTS
+    average = [w.astype("f8") for w in WEIGHTS]
+    for _ in range(3):
+        state, weights = optimizer.next(state, weights, [np.ones_like(w) for w in WEIGHTS])
+        average = [0.9 * a + 0.1 * np.asarray(w, "f8") for a, w in zip(average, weights)]
+    found = [state["slots"]["average/0"], state["slots"]["average/1"]]
+    contracts.assert_close(found, average)
+
+
+def test_nadam_equals_one_eager_process_across_a_resume_over_several_weights(tmp_path):
+    weights, gradients = contracts.make_problem(steps=9)
+    case = contracts.keras_case(lambda: K.Nadam(0.1, beta_1=0.7))
+    optimizer = case.make()
+    step = tf.function(optimizer.next)
+    state = contracts.tensors(optimizer.initialize(contracts.specs_of(weights)))
+    state, middle = contracts.run(
+        step, state, contracts.tensors(weights), contracts.tensors(gradients[:5])
+    )
+    manager = tff.program.FileProgramStateManager(str(tmp_path))
+    asyncio.run(manager.save((state, middle), 5))
+    fresh = case.make()
+    structure = (fresh.initialize(contracts.specs_of(weights)), weights)
+    state, middle = asyncio.run(manager.load(5, structure))
+    _, found = contracts.run(fresh.next, state, middle, gradients[5:])
+    contracts.assert_close(found, case.reference(weights, gradients))
+
+
+def test_jit_compile_compiles_the_step_and_changes_no_number():
+    def make():
+        keras = K.Adam(0.1, amsgrad=True)
+        keras.jit_compile = True  # the constructor turns it off where there is no GPU
+        return keras
+
+    optimizer = build_keras_optimizer(make)
+    plain = build_keras_optimizer(lambda: K.Adam(0.1, amsgrad=True))
+    contracts.assert_close(one_step(optimizer)[1], one_step(plain)[1])
+    step = tf.function(optimizer.next).get_concrete_function(
+        contracts.tensors(optimizer.initialize(SPECS)),
+        contracts.tensors(WEIGHTS),
+        contracts.tensors(WEIGHTS),
+    )
+    functions = step.graph.as_graph_def().library.function
+    assert any(f.attr["_XlaMustCompile"].b for f in functions)
+    weights_type = tff.types.tensorflow_to_type(SPECS)
+    initialize, step = tff_optim.build_optimizer_computations(optimizer, weights_type)
+    _, found = step(initialize(), WEIGHTS, [np.ones_like(w) for w in WEIGHTS])
+    contracts.assert_close(found, one_step(plain)[1])
+
+
+# ------------------------------------------------------------------------------------ user subclasses
+
+
+class SignDescent(K.Optimizer):
+    """A subclass that follows Keras' extension points and counts in a variable of its own."""
+
+    def __init__(self, learning_rate=0.1, power=1.0, period=3, name="SignDescent", **kwargs):
+        super().__init__(name, **kwargs)
+        self._learning_rate = self._build_learning_rate(learning_rate)
+        self.power = power
+        self.period = period
+        self._flips = tf.Variable(0, dtype=tf.int64, name="flips")
+
+    def build(self, var_list):
+        super().build(var_list)
+        if getattr(self, "_built", False):
+            return
+        self._built = True
+        self.last = {i: self.add_variable_from_reference(v, "last") for i, v in enumerate(var_list)}
+
+    def update_step(self, gradient, variable):
+        gradient = tf.convert_to_tensor(gradient)
+        rate = tf.cast(self.learning_rate, variable.dtype)
+        last = self.last[self._index_dict[self._var_key(variable)]]
+        flips = tf.reduce_sum(tf.cast(last * gradient < 0, tf.int64))
+        self._flips.assign_add(flips)
+        # A comparison of tensors with `==` must stay an operation in TFF's graphs.
+        damp = tf.where((self.iterations + 1) % self.period == 0, 0.5, 1.0)
+        size = tf.pow(tf.abs(gradient), self.power) * tf.cast(damp, variable.dtype)
+        variable.assign_sub(rate * tf.sign(gradient) * size)
+        last.assign(gradient)
+
+    def get_config(self):
+        rate = self._serialize_hyperparameter(self._learning_rate)
+        config = {"learning_rate": rate, "power": self.power, "period": self.period}
+        return {**super().get_config(), **config}
+
+
+def test_a_subclass_that_follows_the_extension_points_works_everywhere():
+    case = contracts.keras_case(lambda: SignDescent(0.1, power=0.5, weight_decay=0.01))
+    contracts.agrees_everywhere(case)
+    contracts.carries_hparams(case)
+    optimizer = case.make()
+    assert set(optimizer.get_hparams(optimizer.initialize(SPECS))) == {
+        "learning_rate",
+        "period",
+        "power",
+        "weight_decay",
+    }
+    assert "flips" in optimizer.initialize(SPECS)["slots"]
+
+
+def _subclass(update_step=None, **methods):
+    methods["update_step"] = update_step or SignDescent.update_step
+    return type("Custom", (SignDescent,), methods)
+
+
+def _assign_in_cond(self, gradient, variable):
+    tf.cond(
+        self.iterations > 0,
+        lambda: variable.assign_sub(gradient).value(),
+        lambda: tf.convert_to_tensor(variable),
+    )
+
+
+def _assign_in_while(self, gradient, variable):
+    def body(i):
+        variable.assign_sub(gradient)
+        return i + 1
+
+    tf.while_loop(lambda i: i < 2, body, [tf.constant(0)])
+
+
+def _touch_handle(self, gradient, variable):
+    tf.raw_ops.AssignSubVariableOp(resource=variable.handle, value=gradient)
+
+
+def _keep_in_python(self, gradient, variable):
+    self.count = getattr(self, "count", 0) + 1
+    variable.assign_sub(gradient / self.count)
+
+
+def _create_late(self, gradient, variable):
+    late = tf.Variable(tf.zeros_like(gradient), name="late")
+    variable.assign_sub(gradient + late)
+
+
+def _build_lifted(self, var_list):
+    with tf.init_scope():
+        self.lifted = tf.Variable(0.0, name="lifted")
+    SignDescent.build(self, var_list)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (_subclass(_assign_in_cond), r"'0'.*inside `tf\.cond`"),
+        (_subclass(_assign_in_while), r"'0'.*inside `tf\.cond`, `tf\.while_loop`"),
+        (_subclass(_touch_handle), "reads `handle` of the variable '0'"),
+        (_subclass(_keep_in_python), "changes the Python attribute `count`"),
+        (_subclass(_create_late), "creates the variable 'late'"),
+        (_subclass(build=_build_lifted), "lifted.*init_scope"),
+    ],
+    ids=["cond", "while", "handle", "python state", "late variable", "lifted variable"],
+)
+def test_a_subclass_that_cannot_be_pure_is_refused_and_told_why(cls, message):
+    def step():
+        optimizer = build_keras_optimizer(cls)
+        weights_type = tff.types.tensorflow_to_type(SPECS)
+        tff_optim.build_optimizer_computations(optimizer, weights_type)
+
+    with pytest.raises((ValueError, AttributeError), match=message):
+        step()
+
+
+@pytest.mark.parametrize(
+    "method", ["apply_gradients", "_apply_weight_decay", "aggregate_gradients"]
+)
+def test_a_subclass_that_overrides_what_is_not_called_is_refused(method):
+    cls = _subclass(**{method: lambda self, *unused: None})
+    with pytest.raises(ValueError, match=f"overrides {method}"):
+        build_keras_optimizer(cls)
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_is_no_optimizer_is_refused():
+    used = K.SGD()
+    used.apply_gradients([(tf.ones(()), tf.Variable(1.0))])
+    excluded = K.AdamW()
+    excluded.exclude_from_weight_decay(var_list=[tf.Variable(1.0)])
+    for wrong, error, message in [
+        ("adamm", ValueError, "Adam, .*found 'adamm'"),
+        (3, TypeError, "found int"),
+        (lambda: None, TypeError, "found NoneType"),
+        (lambda: "sgd", TypeError, "found str"),
+        (K.legacy.Adam(), ValueError, r"use `tf\.keras\.optimizers\.Adam`"),
+        (K.serialize(K.legacy.SGD()), ValueError, r"use `tf\.keras\.optimizers\.SGD`"),
+        (tff.learning.optimizers.build_sgdm(0.1), TypeError, "already"),
+        ({"config": {}}, ValueError, "class_name"),
+        ({"class_name": "SGD", "config": {"speed": 1}}, ValueError, "speed"),
+        (used, ValueError, "must be fresh.*taken 1 steps"),
+        (excluded, ValueError, "var_list"),
+        (tf.keras.mixed_precision.LossScaleOptimizer(K.SGD()), ValueError, "overrides"),
+    ]:
+        with pytest.raises(error, match=message):
+            build_keras_optimizer(wrong)
+
+
+def test_unknown_shapes_and_missing_gradients_are_refused():
+    optimizer = build_keras_optimizer("adam")
+    with pytest.raises(ValueError, match=r"known shapes.*weight 'a'"):
+        optimizer.initialize({"a": tf.TensorSpec((None, 2), tf.float32)})
+    with pytest.raises(ValueError, match="None for every weight"):
+        one_step(optimizer, [None, None])
+
+
+def test_the_state_of_another_optimizer_or_of_other_weights_is_refused(tmp_path):
+    adam, sgd = build_keras_optimizer("adam"), build_keras_optimizer("sgd")
+    manager = tff.program.FileProgramStateManager(str(tmp_path))
+    asyncio.run(manager.save(adam.initialize(SPECS), 1))
+    with pytest.raises(ValueError, match="structure"):
+        asyncio.run(manager.load(1, sgd.initialize(SPECS)))
+    with pytest.raises(ValueError, match=r"must hold \['learning_rate', 'momentum'.*'beta_1'"):
+        sgd.next(adam.initialize(SPECS), WEIGHTS, WEIGHTS)
+    other = [tf.TensorSpec((3,), tf.float32), tf.TensorSpec((2,), tf.float32)]
+    loaded = asyncio.run(manager.load(1, adam.initialize(other)))
+    weights = [np.zeros((3,), "float32"), np.zeros((2,), "float32")]
+    with pytest.raises(ValueError, match=r"slot 'm/0'.*float32\(3,\).*found float32\(2, 2\)"):
+        adam.next(loaded, weights, weights)
+
+
+def test_computations_check_their_arguments():
+    with pytest.raises(TypeError, match="build_keras_optimizer"):
+        tff_optim.build_optimizer_computations(K.SGD(), tff.TensorType(np.float32))
+    at_server = tff.FederatedType(np.float32, tff.SERVER)
+    with pytest.raises(TypeError, match="without placement"):
+        tff_optim.build_optimizer_computations(build_keras_optimizer("sgd"), at_server)
+
+
+def test_the_computations_run_in_a_round_written_by_hand():
+    optimizer = build_keras_optimizer(lambda: K.Adam(0.1))
+    weights_type = tff.to_type(
+        collections.OrderedDict(a=tff.TensorType(np.float32, [2]), b=tff.TensorType(np.float32))
+    )
+    initialize, step = tff_optim.build_optimizer_computations(optimizer, weights_type)
+
+    @tff.federated_computation(
+        tff.FederatedType(initialize.type_signature.result, tff.SERVER),
+        tff.FederatedType(weights_type, tff.SERVER),
+        tff.FederatedType(weights_type, tff.CLIENTS),
+    )
+    def one_round(state, weights, updates):
+        return tff.federated_map(step, (state, weights, tff.federated_mean(updates)))
+
+    weights = collections.OrderedDict(a=np.float32([1, 2]), b=np.float32(3))
+    ones = collections.OrderedDict(a=np.float32([1, 1]), b=np.float32(1))
+    updates = [tf.nest.map_structure(lambda x, s=s: np.float32(x * s), ones) for s in (1, 3)]
+    state, found = one_round(initialize(), weights, updates)
+    expected = optimizer.next(
+        optimizer.initialize(contracts.specs_of(weights)),
+        weights,
+        tf.nest.map_structure(lambda x: np.float32(x * 2), ones),
+    )[1]
+    contracts.assert_close([found["a"], found["b"]], [expected["a"], expected["b"]])
+    assert state["iterations"] == 1

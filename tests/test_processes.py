@@ -1,0 +1,324 @@
+"""Whole learning processes against federated training written in NumPy."""
+
+import federated_twin as twin
+import numpy as np
+import pytest
+import rule_contracts
+import runtimes
+import tensorflow as tf
+import tensorflow_federated as tff
+from aggregation_twins import fed_nova, js, kl, l2, q_fed_avg, spectral
+from problems import model_fn
+
+import aggregators
+from aggregators import scores, weighting
+
+SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
+MOMENTUM = tff.learning.optimizers.build_sgdm(twin.RATE, momentum=0.8)
+DATA = twin.make_data()
+
+
+def near(temperature=1.0):
+    return lambda r: np.exp(-r / temperature)
+
+
+def _q(weights, clients, memory):
+    return q_fed_avg(
+        [c["delta"] for c in clients],
+        [c["initial_loss"] for c in clients],
+        q=2.0,
+        learning_rate=twin.RATE,
+    )
+
+
+def _nova(weights, clients, memory):
+    return fed_nova(
+        [c["delta"] for c in clients],
+        [c["steps"] for c in clients],
+        [c["examples"] for c in clients],
+        momentum=0.8,
+    )
+
+
+def _loss_softmax(weights, clients, memory):
+    shares = np.array([[c["examples"] * np.exp(c["loss"] / 3.0)] for c in clients])
+    return twin.twins.weighted_mean([c["delta"] for c in clients], shares, twin.MODEL)
+
+
+def _fed_med(weights, clients, memory):
+    adaptive = twin.adaptive(js, near())(weights, clients, memory)
+    share = np.array([c["examples"] for c in clients]) / sum(c["examples"] for c in clients)
+    loss, previous = np.dot(share, [c["loss"] for c in clients]), memory.get("loss")
+    memory["loss"] = loss
+    if previous is not None and loss < previous:
+        return adaptive
+    return twin.by_examples(weights, clients, memory)
+
+
+# name: the public builder, its process, the combination of clients in NumPy, and how to simulate.
+PROCESSES = {
+    "adaptive": (
+        "build_adaptive_fed_avg",
+        lambda model: aggregators.build_adaptive_fed_avg(
+            model,
+            SGD,
+            score=scores.cosine_distance,
+            weighting=weighting.power(0.5, bound=3.0),
+            layers="model",
+            loop_implementation=tff.learning.LoopImplementation.DATASET_ITERATOR,
+        ),
+        twin.adaptive(
+            twin.twins.cosine, lambda r: np.maximum(r, 1e-3) ** 0.5, groups=twin.MODEL, bound=3.0
+        ),
+        {},
+    ),
+    "loss-softmax": (
+        "build_adaptive_fed_avg",
+        lambda model: aggregators.build_adaptive_fed_avg(
+            model, SGD, score="loss", weighting=weighting.softmax(3.0, prefer="far", scale=None)
+        ),
+        _loss_softmax,
+        {},
+    ),
+    "fed-kl": (
+        "build_fed_kl",
+        lambda model: aggregators.build_fed_kl(
+            model, SGD, tff.learning.optimizers.build_sgdm(0.7), temperature=0.5
+        ),
+        twin.adaptive(kl, near(0.5)),
+        {"server_rate": 0.7},
+    ),
+    "fed-att": (
+        "build_fed_att",
+        lambda model: aggregators.build_fed_att(model, SGD),
+        twin.adaptive(l2, np.exp, running=False, times_examples=False),
+        {"server_rate": 1.2},
+    ),
+    "fed-att-spectral": (
+        "build_fed_att",
+        lambda model: aggregators.build_fed_att(model, SGD, norm="spectral", step_size=0.5),
+        twin.adaptive(spectral, np.exp, running=False, times_examples=False),
+        {"server_rate": 0.5},
+    ),
+    "fed-med": (
+        "build_fed_med",
+        lambda model: aggregators.build_fed_med(model, SGD, adaptive_when="fallen"),
+        _fed_med,
+        {},
+    ),
+    "q-fed-avg": (
+        "build_q_fed_avg",
+        lambda model: aggregators.build_q_fed_avg(model, SGD, q=2.0, learning_rate=twin.RATE),
+        _q,
+        {},
+    ),
+    "fed-nova": (
+        "build_fed_nova",
+        lambda model: aggregators.build_fed_nova(model, MOMENTUM, momentum=0.8),
+        _nova,
+        {"momentum": 0.8},
+    ),
+}
+
+
+def trained(process, rounds=3, data=DATA):
+    state, outputs = process.initialize(), []
+    for _ in range(rounds):
+        output = process.next(state, twin.datasets(data))
+        state = output.state
+        outputs.append(output)
+    return process.get_model_weights(state).trainable, outputs
+
+
+def test_no_public_process_is_missing_from_the_table():
+    public = {
+        name
+        for name in aggregators.__all__
+        if name.startswith("build_") and not name.endswith("client_work")
+    }
+    assert public == {builder for builder, *_ in PROCESSES.values()}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_equals_federated_training_in_numpy(name):
+    _, build, combine, how = PROCESSES[name]
+    weights, outputs = trained(build(twin.functional_model()))
+    for found, expected in zip(weights, twin.simulate(3, DATA, combine, **how), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert outputs[-1].metrics["finalizer"]["update_non_finite"] == 0
+    # The rule did something: plain averaging ends elsewhere.
+    plain = twin.simulate(3, DATA, twin.by_examples, **how)
+    assert max(abs(w - p).max() for w, p in zip(weights, plain, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adaptive", "q-fed-avg"])
+def test_variable_models_train_alike(name):
+    _, build, combine, how = PROCESSES[name]
+    weights, _ = trained(build(model_fn))
+    for found, expected in zip(weights, twin.simulate(3, DATA, combine, **how), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["variable", "functional"])
+def test_uniform_weights_give_tffs_own_process(kind):
+    model = model_fn if kind == "variable" else twin.functional_model()
+    weighting_ = tff.learning.ClientWeighting.UNIFORM
+    server = tff.learning.optimizers.build_adam(0.1)
+    theirs = tff.learning.algorithms.build_weighted_fed_avg(
+        model, MOMENTUM, server, client_weighting=weighting_
+    )
+    ours = aggregators.build_adaptive_fed_avg(
+        model,
+        MOMENTUM,
+        server,
+        score=scores.kl_divergence,
+        weighting=weighting.uniform(),
+        client_weighting=weighting_,
+    )
+    # The third client's data give a model that is not finite, the fourth has none.
+    data = [
+        *DATA[:2],
+        (np.full_like(DATA[2][0], np.nan), DATA[2][1]),
+        tuple(a[:0] for a in DATA[3]),
+    ]
+    their_weights, their_outputs = trained(theirs, data=data)
+    our_weights, our_outputs = trained(ours, data=data)
+    for a, b in zip(our_weights, their_weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(our_outputs, their_outputs, strict=True):
+        tf.nest.map_structure(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
+            a.metrics["client_work"],
+            b.metrics["client_work"],
+        )
+        assert a.metrics["aggregator"]["non_finite_clients"] == 1
+        # Uniform client weights count the client without data as well, as TFF does.
+        assert a.metrics["aggregator"]["clients"] == 3
+    if kind == "variable":
+        assert ours.get_hparams.type_signature.result.is_equivalent_to(
+            theirs.get_hparams.type_signature.result
+        )
+    theirs_state, ours_state = (p.next.type_signature.parameter[0].member for p in (theirs, ours))
+    assert ours_state.finalizer.is_equivalent_to(theirs_state.finalizer)
+    assert ours_state.global_model_weights.is_equivalent_to(theirs_state.global_model_weights)
+
+
+@pytest.fixture(scope="module")
+def fed_kl():
+    return aggregators.build_fed_kl(twin.functional_model(), SGD, sample_size=2)
+
+
+def test_hyperparameters_are_read_and_set(fed_kl):
+    state = fed_kl.initialize()
+    hparams = fed_kl.get_hparams(state)
+    assert np.isclose(hparams["client_work"]["learning_rate"], twin.RATE)
+    hparams["client_work"]["learning_rate"] = 0.0
+    frozen = fed_kl.next(fed_kl.set_hparams(state, hparams), twin.datasets(DATA)).state
+    moved = fed_kl.next(state, twin.datasets(DATA)).state
+    before = fed_kl.get_model_weights(state).trainable[0]
+    np.testing.assert_array_equal(fed_kl.get_model_weights(frozen).trainable[0], before)
+    assert np.any(fed_kl.get_model_weights(moved).trainable[0] != before)
+
+
+def test_tffs_training_loop_and_checkpoints_resume_bit_for_bit(fed_kl, tmp_path):
+    def run(rounds, folder):
+        manager = tff.program.FileProgramStateManager(tmp_path / folder)
+        return tff.simulation.run_training_process(
+            fed_kl,
+            lambda round_num: twin.datasets(twin.make_data(seed=round_num)),
+            total_rounds=rounds,
+            program_state_manager=manager,
+        )
+
+    run(2, "cut")
+    resumed, whole = run(4, "cut"), run(4, "whole")
+    tf.nest.map_structure(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_all_clients_bad_leaves_the_model_and_the_optimizer_going():
+    process = aggregators.build_fed_kl(
+        model_fn, SGD, tff.learning.optimizers.build_sgdm(1.0), bound=5.0
+    )
+    state = process.next(process.initialize(), twin.datasets(DATA)).state
+    bad = [(np.full_like(x, np.inf), y) for x, y in DATA]
+    output = process.next(state, twin.datasets(bad))
+    for a, b in zip(
+        process.get_model_weights(output.state).trainable,
+        process.get_model_weights(state).trainable,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(
+        output.state.aggregator["typical_score"], state.aggregator["typical_score"]
+    )
+    assert output.metrics["aggregator"]["unchanged"] == 1
+    assert output.metrics["aggregator"]["non_finite_clients"] == len(DATA)
+
+
+def test_whole_processes_spread_over_workers():
+    work = aggregators.build_score_weighted_client_work(
+        tff.learning.templates.build_model_delta_client_work(
+            model_fn, SGD, tff.learning.ClientWeighting.NUM_EXAMPLES
+        ),
+        scores.l2_distance,
+        weighting.softmax(),
+    )
+    processes = {
+        "weights on the clients": aggregators.compose_fed_avg(model_fn, work),
+        "weights in the stream": PROCESSES["fed-med"][1](twin.functional_model()),
+    }
+    here = {name: trained(process, 2)[0] for name, process in processes.items()}
+    with runtimes.two_workers():
+        there = {name: trained(process, 2)[0] for name, process in processes.items()}
+    for name, weights in here.items():
+        for a, b in zip(weights, there[name], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: aggregators.build_fed_kl(m, SGD, temperature=0), ValueError, "`temperature`"),
+        (lambda m: aggregators.build_fed_att(m, SGD, norm="l1"), ValueError, "`norm`.*'l1'"),
+        (lambda m: aggregators.build_fed_att(m, SGD, step_size=-1), ValueError, "`step_size`"),
+        (lambda m: aggregators.build_fed_med(m, SGD, adaptive_when="x"), ValueError, "adaptive_wh"),
+        (lambda m: aggregators.build_fed_med(m, SGD, min_decrease=1), ValueError, "`min_decrease`"),
+        (
+            lambda m: aggregators.build_q_fed_avg(m, SGD, q=-1, learning_rate=1.0),
+            ValueError,
+            "`q` must be a finite number of at least 0; found -1",
+        ),
+        (
+            lambda m: aggregators.build_q_fed_avg(m, SGD, learning_rate=0.0),
+            ValueError,
+            "`learning_rate` must be a finite number above 0",
+        ),
+        (lambda m: aggregators.build_fed_nova(m, SGD, momentum=1.0), ValueError, "`momentum`"),
+        (lambda m: aggregators.build_fed_kl(m, SGD, "adam"), TypeError, "`server_optimizer_fn`"),
+        (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`optimizer`"),
+        (lambda m: aggregators.build_fed_kl(m, SGD, sample_size=-1), ValueError, "`sample_size`"),
+        (lambda m: aggregators.build_fed_kl(m, SGD, layers=[(0,)]), ValueError, "`layers` must"),
+        (lambda m: aggregators.build_fed_kl(3, SGD), TypeError, "`model_fn`"),
+        (
+            lambda m: aggregators.build_adaptive_fed_avg(m, SGD, score=1, weighting=None),
+            TypeError,
+            "`score`",
+        ),
+        (
+            lambda m: aggregators.build_adaptive_fed_avg(m, SGD, score="loss", weighting=None),
+            TypeError,
+            "`weighting`",
+        ),
+    ],
+)
+def test_bad_arguments_raise_when_a_process_is_built(call, error, message):
+    with pytest.raises(error, match=message):
+        call(twin.functional_model())
+
+
+def test_layers_of_client_work_and_aggregator_must_agree():
+    case = next(case for case in rule_contracts.CASES if case.name == "power")
+    with pytest.raises(ValueError, match=r"1 layers, but the updates hold scores of shape \(3,\)"):
+        aggregators.AdaptiveMeanFactory(weighting.uniform(), layers="model").create(
+            rule_contracts.value_type(case), rule_contracts.WEIGHT_TYPE
+        )

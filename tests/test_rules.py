@@ -1,0 +1,200 @@
+"""Laws that every aggregation rule keeps, in TFF's runtime."""
+
+import inspect
+
+import numpy as np
+import pytest
+import rule_contracts as contracts
+import tensorflow_federated as tff
+
+import aggregators
+from aggregators import weighting
+
+every_rule = pytest.mark.parametrize("case", contracts.CASES, ids=lambda case: case.name)
+
+
+def assert_same(found, expected, rtol=2e-5):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+
+
+def test_no_public_rule_is_missing_from_the_table():
+    factories = {name for name in aggregators.__all__ if name.endswith("Factory")}
+    weightings = {
+        name
+        for name, member in vars(weighting).items()
+        if inspect.isfunction(member)
+        and inspect.signature(member).return_annotation is weighting.Weighting
+    }
+    assert weightings == {"softmax", "power", "uniform"}
+    covered = {name for case in contracts.CASES for name in case.covers}
+    assert factories | weightings == covered
+
+
+@every_rule
+def test_equals_its_numpy_twin_over_rounds(case):
+    cohorts = contracts.rounds(case, seed=1)
+    memory = {}
+    for output, (clients, weights) in zip(contracts.run(case, cohorts), cohorts, strict=True):
+        assert_same(output.result, case.twin(clients, weights, memory))
+        assert output.measurements["clients"] == len(clients)
+        assert output.measurements["non_finite_clients"] == 0
+        assert output.measurements["unchanged"] == 0
+
+
+@every_rule
+def test_the_order_of_clients_does_not_matter(case):
+    cohorts = contracts.rounds(case, seed=2)
+    turned = [(clients[::-1], weights[::-1]) for clients, weights in cohorts]
+    for a, b in zip(contracts.run(case, cohorts), contracts.run(case, turned), strict=True):
+        assert_same(a.result, b.result, rtol=1e-5)
+
+
+@every_rule
+def test_bad_clients_leave_no_trace_but_in_the_measurements(case):
+    cohorts = contracts.rounds(case, seed=3)
+    dirty = []
+    for clients, weights in cohorts:
+        rng = np.random.default_rng(len(clients))
+        bad = [contracts.client(rng, case.num_layers) for _ in range(4)]
+        bad[0]["delta"][0][0, 0] = np.nan
+        bad[1]["delta"][2][1] = np.inf
+        # The third has a weight that is no number, the fourth has no examples.
+        dirty.append(([bad[0], *clients, *bad[1:]], [1.0, *weights, 5.0, np.nan, 0.0]))
+    for clean, found in zip(contracts.run(case, cohorts), contracts.run(case, dirty), strict=True):
+        assert_same(found.result, clean.result, rtol=1e-6)
+        assert found.measurements["non_finite_clients"] == 3
+        for name, number in contracts.typed(clean.measurements).items():
+            if name not in ("non_finite_clients", "sample_scores", "sample_weights"):
+                np.testing.assert_allclose(
+                    found.measurements[name], number, rtol=1e-5, err_msg=name
+                )
+
+
+@every_rule
+def test_without_a_usable_client_nothing_changes_and_it_is_said(case):
+    (before, after) = contracts.rounds(case, seed=4, sizes=(3, 3))
+    bad, _ = contracts.rounds(case, seed=5, sizes=(2, 2))
+    for clients in bad[0]:
+        clients["delta"][1][:] = np.nan
+    through_bad = contracts.run(case, [before, (bad[0], [3.0, 2.0]), after])
+    through_none = contracts.run(case, [before, (bad[0], [0.0, 0.0]), after])
+    without = contracts.run(case, [before, after])
+    for outputs, non_finite in ((through_bad, 2), (through_none, 2)):
+        assert all(not np.any(tensor) for tensor in outputs[1].result)
+        assert outputs[1].measurements["unchanged"] == 1
+        assert outputs[1].measurements["clients"] == 0
+        assert outputs[1].measurements["non_finite_clients"] == non_finite
+        assert np.all(np.isnan(outputs[1].measurements["score_mean"]))
+        # What is carried on is what was there before.
+        assert_same(outputs[2].result, without[1].result, rtol=1e-6)
+
+
+@every_rule
+def test_one_client_is_its_own_mean(case):
+    ((clients, weights),) = contracts.rounds(case, seed=6, sizes=(1,))
+    (output,) = contracts.run(case, [(clients, weights)])
+    expected = case.twin(clients, weights, {})
+    assert_same(output.result, expected)
+    if "QFedAvgFactory" not in case.covers:  # it shrinks the step of a single client as well
+        assert_same(output.result, clients[0]["delta"])
+    np.testing.assert_allclose(output.measurements["effective_clients"], 1.0)
+    np.testing.assert_allclose(output.measurements["largest_weight"], 1.0)
+
+
+@every_rule
+def test_extreme_values_never_overflow(case):
+    first, ((clients, weights)) = contracts.rounds(case, seed=7, sizes=(3, 4))
+    clients[0]["scores"][:] = 3e38
+    clients[1]["scores"][:] = 1e-45
+    clients[2]["scores"][:] = 0.0
+    clients[0]["loss"] = np.float32(1e30)
+    clients[1]["loss"] = np.float32(1e-30)
+    clients[3]["delta"][0][:] = 1e38
+    weights[1], weights[2] = 1e30, 1e-30
+    output = contracts.run(case, [first, (clients, weights)])[1]
+    assert all(np.all(np.isfinite(tensor)) for tensor in output.result)
+    # Scores and shares of the 1e38 update may overflow; then the client is out, and counted.
+    assert output.measurements["clients"] + output.measurements["non_finite_clients"] == 4
+    assert np.all(output.measurements["largest_weight"] <= 1.0 + 1e-6)
+
+
+def test_uniform_weights_equal_tffs_own_mean():
+    (case,) = (case for case in contracts.CASES if case.name == "uniform")
+    tff_mean = tff.aggregators.MeanFactory().create(contracts.DELTA_TYPE, contracts.WEIGHT_TYPE)
+    for clients, weights in contracts.rounds(case, seed=8):
+        theirs = tff_mean.next(tff_mean.initialize(), [c["delta"] for c in clients], weights)
+        (ours,) = contracts.run(case, [(clients, weights)])
+        assert_same(ours.result, theirs.result, rtol=2e-6)
+
+
+def test_measurements_equal_numpy():
+    case = next(case for case in contracts.CASES if case.name == "softmax-near")
+    cohorts = contracts.rounds(case, seed=9, sizes=(3, 4))
+    cohorts[1][1][2] = 0.0
+    second = contracts.run(case, cohorts)[1].measurements
+    typical = np.mean([c["scores"] for c in cohorts[0][0]], 0, np.float64)
+    kept = [(c["scores"], n) for c, n in zip(*cohorts[1], strict=True) if n > 0]
+    found = np.array([s for s, _ in kept], np.float64)
+    w = np.exp(-found / typical / 0.7) * np.array([[n] for _, n in kept])
+    expected = {
+        "clients": 3,
+        "score_mean": found.mean(0),
+        "score_min": found.min(0),
+        "score_max": found.max(0),
+        "effective_clients": w.sum(0) ** 2 / (w**2).sum(0),
+        "largest_weight": (w / w.sum(0)).max(0),
+        "scale": typical,
+        "sample_clients": 2,
+    }
+    for name, number in expected.items():
+        np.testing.assert_allclose(second[name], number, rtol=1e-5, err_msg=name)
+    # The sample holds two of the three clients, each with the weight of its scores.
+    shares = {tuple(s): weight for (s, _), weight in zip(kept, w / w.sum(0), strict=True)}
+    rows = [tuple(np.float32(row)) for row in second["sample_scores"]]
+    assert len(set(rows)) == 2
+    for row, weight in zip(rows, second["sample_weights"], strict=True):
+        np.testing.assert_allclose(weight, shares[row], rtol=1e-5)
+
+
+def test_a_sample_larger_than_the_cohort_says_how_many_rows_are_filled():
+    factory = aggregators.AdaptiveMeanFactory(
+        weighting.uniform(), score=aggregators.scores.l2_distance, sample_size=4
+    )
+    process = factory.create(tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE)
+    updates = [np.float32([3, 4]), np.float32([0, 1])]
+    measured = process.next(process.initialize(), updates, [1.0, 3.0]).measurements
+    assert measured["sample_clients"] == 2
+    np.testing.assert_allclose(measured["sample_scores"][:, 0], [5, 1, 0, 0])
+    np.testing.assert_allclose(measured["sample_weights"][:, 0], [0.25, 0.75, 0, 0])
+
+
+def test_the_gate_is_reported():
+    case = next(case for case in contracts.CASES if case.name == "loss-gated")
+    cohorts = contracts.rounds(case, seed=10, sizes=(2, 2, 2, 2))
+    # The loss falls by half, by 1% (less than asked for), and rises.
+    for (clients, _), loss in zip(cohorts, (2.0, 1.0, 0.99, 1.5), strict=True):
+        for c in clients:
+            c["loss"] = np.float32(loss)
+    outputs = contracts.run(case, cohorts)
+    assert [int(output.measurements["adaptive"]) for output in outputs] == [0, 0, 1, 1]
+    np.testing.assert_allclose(
+        [float(output.measurements["loss"]) for output in outputs], [2.0, 1.0, 0.99, 1.5]
+    )
+    assert np.isnan(outputs[0].measurements["previous_loss"])
+
+
+def test_a_mean_of_half_precision_is_taken_in_single():
+    factory = aggregators.AdaptiveMeanFactory(
+        weighting.uniform(), score=aggregators.scores.l2_distance
+    )
+    mixed = tff.to_type([(np.float16, [2]), (np.float64, [2])])
+    process = factory.create(mixed, contracts.WEIGHT_TYPE)
+    assert process.next.type_signature.result.result.member.is_equivalent_to(mixed)
+    rng = np.random.default_rng(0)
+    clients = [[rng.uniform(1, 2, 2).astype(np.float16), rng.uniform(1, 2, 2)] for _ in range(40)]
+    result = process.next(process.initialize(), clients, [1.0] * 40).result
+    half = np.mean([np.float64(c[0]) for c in clients], 0)
+    np.testing.assert_array_equal(result[0], half.astype(np.float16))
+    np.testing.assert_allclose(result[1], np.mean([c[1] for c in clients], 0), rtol=1e-14)

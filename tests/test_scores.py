@@ -1,0 +1,241 @@
+"""Scores, weightings and layers, run eagerly against NumPy."""
+
+import aggregation_twins as twins
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from aggregators import scores, weighting
+from aggregators.layers import resolve_layers
+
+TWINS = {
+    scores.kl_divergence: twins.kl,
+    scores.js_divergence: twins.js,
+    scores.l2_distance: twins.l2,
+    scores.spectral_distance: twins.spectral,
+    scores.cosine_distance: twins.cosine,
+}
+every_score = pytest.mark.parametrize("score", TWINS, ids=lambda score: score.__name__)
+
+
+def layer(rng, size=1.0):
+    return [np.float32(size * rng.normal(size=shape)) for shape in ((3, 3, 2, 4), (5, 2), (4,))]
+
+
+def number(score, server, client):
+    return float(score([tf.constant(s) for s in server], [tf.constant(c) for c in client]))
+
+
+def test_no_public_score_is_missing_from_the_table():
+    assert set(scores.UPDATE_SCORES + scores.MODEL_SCORES) == set(TWINS)
+
+
+@every_score
+@pytest.mark.parametrize("apart", [1e-3, 0.1, 1.0, 30.0])
+def test_scores_equal_numpy_near_and_far(score, apart):
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        server = layer(rng)
+        client = [s + apart * d for s, d in zip(server, layer(rng), strict=True)]
+        client = [c.astype(np.float32) for c in client]
+        np.testing.assert_allclose(
+            number(score, server, client), TWINS[score](server, client), rtol=2e-4, atol=1e-13
+        )
+        # One order only, or sums of squares could not tell client from server.
+        if score is scores.kl_divergence and apart >= 0.1:
+            assert not np.isclose(
+                number(score, server, client), TWINS[score](client, server), rtol=1e-3
+            )
+
+
+@every_score
+def test_scores_of_large_layers_keep_their_digits_when_models_hardly_moved(score):
+    rng = np.random.default_rng(2)
+    server = [np.float32(0.05 * rng.normal(size=(200, 100)))]
+    client = [np.float32(server[0] + 2e-3 * rng.normal(size=(200, 100)))]
+    np.testing.assert_allclose(
+        number(score, server, client), TWINS[score](server, client), rtol=1e-3
+    )
+
+
+@every_score
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    hnp.arrays(np.float32, (2, 3), elements=st.floats(-90, 90, width=32)),
+    hnp.arrays(np.float32, (2, 3), elements=st.floats(-90, 90, width=32)),
+)
+def test_scores_are_finite_and_not_negative_for_any_finite_layers(score, server, client):
+    found = number(score, [server], [client])
+    assert 0.0 <= found < np.inf
+    assert abs(number(score, [server], [server])) <= 1e-7
+    with np.errstate(divide="ignore", invalid="ignore", under="ignore"):
+        expected = TWINS[score]([server], [client])
+    if np.isfinite(expected):
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-6)
+
+
+@every_score
+def test_layers_that_are_not_finite_give_scores_that_are_not(score):
+    rng = np.random.default_rng(3)
+    for bad in (np.nan, np.inf):
+        server, client = layer(rng), layer(rng)
+        client[1][0, 0] = bad
+        assert not np.isfinite(number(score, server, client))
+
+
+@every_score
+def test_half_precision_is_scored_in_single_and_double_in_double(score):
+    rng = np.random.default_rng(4)
+    server = [rng.normal(size=(40, 50))]
+    client = [server[0] + 0.1 * rng.normal(size=(40, 50))]
+    halves = [[a[0].astype(np.float16)] for a in (server, client)]
+    np.testing.assert_allclose(number(score, *halves), TWINS[score](*halves), rtol=1e-3)
+    assert score([tf.constant(halves[0][0])], [tf.constant(halves[1][0])]).dtype == tf.float32
+    doubles = score([tf.constant(server[0])], [tf.constant(client[0])])
+    assert doubles.dtype == tf.float64
+    np.testing.assert_allclose(doubles, TWINS[score](server, client), rtol=1e-9)
+
+
+def test_golden_values():
+    one, two = [np.float32([0, 0])], [np.float32(np.log([0.25, 0.75]))]
+    np.testing.assert_allclose(number(scores.kl_divergence, one, two), 0.1438410362, rtol=1e-6)
+    np.testing.assert_allclose(number(scores.js_divergence, one, two), 0.0338220756, rtol=1e-5)
+    assert number(scores.kl_divergence, [np.float32([5])], [np.float32([9])]) == 0.0
+    shifted = [np.float32([7, 7])]
+    assert abs(number(scores.kl_divergence, one, shifted)) < 1e-7
+    zero = [np.zeros(2, np.float32)]
+    assert number(scores.cosine_distance, zero, two) == 1.0
+    assert number(scores.cosine_distance, zero, zero) == 0.0
+
+
+def test_layers_are_scored_one_by_one():
+    rng = np.random.default_rng(5)
+    server, client = layer(rng), layer(rng)
+    found = scores.score_layers(scores.l2_distance, server, client, ((2, 0), (1,)))
+    expected = [twins.l2([server[i] for i in g], [client[i] for i in g]) for g in ((2, 0), (1,))]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.dtype == tf.float32
+
+
+@pytest.mark.parametrize(
+    ("layers", "groups"),
+    [
+        ("tensor", ((0,), (1,), (2,))),
+        ("model", ((0, 1, 2),)),
+        ([[2, 0], [1]], ((2, 0), (1,))),
+    ],
+)
+def test_layers_resolve_to_groups(layers, groups):
+    assert resolve_layers(layers, 3) == groups
+
+
+@pytest.mark.parametrize("layers", ["tensors", [(0, 1)], [(0, 1), (1, 2)], [(0, 1, 2, 3)], [], 5])
+def test_layers_that_do_not_fit_are_refused(layers):
+    with pytest.raises(ValueError, match="`layers` must"):
+        resolve_layers(layers, 3)
+    with pytest.raises(ValueError, match="at least one tensor"):
+        resolve_layers("model", 0)
+
+
+def logs(chosen, found, weight=1.0, typical=(0.0, 0.0)):
+    return weighting.log_weights(
+        chosen, tf.constant(found, tf.float32), tf.constant(weight), tf.constant(typical)
+    ).numpy()
+
+
+def test_log_weights_of_each_rule():
+    found, typical = [2.0, 8.0], (4.0, 4.0)
+    near = weighting.softmax(0.5)
+    np.testing.assert_allclose(
+        logs(near, found, 3.0, typical), np.log(3.0) + np.array([-1, -4]), rtol=1e-12
+    )
+    far = weighting.softmax(2.0, prefer="far", scale=1.0, times_examples=False)
+    np.testing.assert_allclose(logs(far, found, 3.0), [1, 4])
+    inverse = weighting.power(-2.0, scale=None)
+    np.testing.assert_allclose(logs(inverse, found), -2 * np.log(found))
+    np.testing.assert_allclose(
+        logs(weighting.power(1.0, floor=3.0, scale=None), found), np.log([3, 8])
+    )
+    np.testing.assert_allclose(logs(weighting.uniform(), found, 7.0), np.log([7.0, 7.0]))
+    own = weighting.Weighting(tf.square, scale=2.0)
+    np.testing.assert_allclose(logs(own, found), [1, 16])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.floats(0, 2.0**100, width=32), min_size=2, max_size=2),
+    st.floats(1.0, 1e6),
+    st.floats(2.0**-66, 2.0**66, width=32),
+)
+def test_a_bound_limits_the_ratio_of_any_two_clients(found, bound, typical):
+    for chosen in (
+        weighting.softmax(0.1, bound=bound),
+        weighting.softmax(prefer="far", scale=None, bound=bound),
+        weighting.power(-3.0, bound=bound),
+    ):
+        pair = logs(chosen, found, 1.0, (typical, typical))
+        assert abs(pair[0] - pair[1]) <= np.log(bound) + 1e-6 * (1 + abs(pair).max())
+
+
+def test_log_weights_stay_where_equal_ones_still_add_up():
+    extreme = weighting.softmax(1e-30, prefer="far", scale=None, times_examples=False)
+    largest = logs(extreme, [3e38, 1e-3])
+    assert np.all(largest == largest[0])
+    np.testing.assert_allclose(np.logaddexp(*largest) - largest[0], np.log(2), rtol=1e-8)
+
+
+def test_until_scores_are_known_all_count_alike():
+    for chosen in (weighting.softmax(), weighting.softmax(scale=1.0, bound=2.0)):
+        assert chosen.needs_typical_score
+        np.testing.assert_array_equal(logs(chosen, [1.0, 5.0]), [0.0, 0.0])
+    assert not weighting.softmax(scale=3.0).needs_typical_score
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, np.nan, np.inf])
+def test_clients_of_no_weight_do_not_count(weight):
+    assert np.all(np.isneginf(logs(weighting.uniform(), [1.0, 2.0], weight)))
+    alone = weighting.softmax(scale=None, times_examples=False)
+    assert np.all(np.isneginf(logs(alone, [1.0, 2.0], weight)))
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_clients_of_no_score_do_not_count(score):
+    assert np.all(np.isneginf(logs(weighting.softmax(scale=None), [1.0, score])))
+
+
+def test_the_running_score_remembers_and_skips_rounds_without_clients():
+    chosen = weighting.softmax(memory=0.75)
+    moved = weighting.next_typical_score(
+        chosen, tf.constant([4.0, 0.0, 4.0]), tf.constant([8.0, 8.0, np.nan], tf.float64)
+    )
+    np.testing.assert_allclose(moved, [5.0, 8.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: weighting.softmax(0.0), ValueError, "`temperature` must be .*above 0; found 0.0"),
+        (lambda: weighting.softmax(np.nan), ValueError, "`temperature`"),
+        (lambda: weighting.softmax("1"), ValueError, "`temperature`"),
+        (lambda: weighting.softmax(prefer="close"), ValueError, "`prefer`.*'close'"),
+        (lambda: weighting.softmax(scale=0), ValueError, "`scale` must be"),
+        (lambda: weighting.softmax(scale="mean"), ValueError, "`scale` must be"),
+        (lambda: weighting.softmax(bound=0.5), ValueError, "`bound` must be"),
+        (lambda: weighting.softmax(memory=1.0), ValueError, "`memory` must be"),
+        (lambda: weighting.uniform(times_examples=1), TypeError, "`times_examples` must be"),
+        (lambda: weighting.power(np.inf), ValueError, "`exponent`"),
+        (lambda: weighting.power(floor=0.0), ValueError, "`floor`"),
+        (lambda: weighting.Weighting("softmax"), TypeError, "`rule` must be a function"),
+        (
+            lambda: scores.score_layers(lambda s, c: s[0], [tf.zeros(2)], [tf.zeros(2)], ((0,),)),
+            TypeError,
+            r"`score` must return one floating number per layer; found float32 of shape \(2,\)",
+        ),
+    ],
+)
+def test_bad_arguments_raise_at_construction(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

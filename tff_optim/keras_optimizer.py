@@ -1,0 +1,414 @@
+"""Any Keras optimizer as a pure `tff.learning.optimizers.Optimizer`."""
+
+import collections
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+import tree
+
+from tff_optim import keras_step
+from tff_optim.devices import DevicePolicy, device_scope, select_device
+from tff_optim.keras_identifiers import resolve
+from tff_optim.state_cells import NumberCell
+from tff_optim.tracing import call_traced, eager_world
+
+_LR = tff.learning.optimizers.LEARNING_RATE_KEY
+_ITERATIONS = "iterations"
+_SLOTS = "slots"
+
+
+def _config_key(optimizer: Any) -> str:
+    try:
+        config = optimizer.get_config()
+    except NotImplementedError:  # a subclass without configuration is equal to itself only
+        config = {"id": id(optimizer)}
+    excluded = list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
+    cls = type(optimizer)
+    return json.dumps([cls.__module__, cls.__qualname__, config, excluded], default=repr)
+
+
+def _paths(structure: Any) -> list[str]:
+    """The names of the leaves: keys and positions joined by a slash; a lone leaf is `weight`."""
+    paths = [
+        "/".join(str(key) for key in path) or "weight"
+        for path, _ in tree.flatten_with_path(structure)
+    ]
+    return paths
+
+
+class KerasOptimizer(tff.learning.optimizers.Optimizer):
+    """A Keras optimizer as a pure `tff.learning.optimizers.Optimizer`; see `build_keras_optimizer`.
+
+    Not an attrs class: TFF hands optimizers to a `tf.function`, which would take such an argument
+    apart into its fields. Optimizers of one class, configuration, device and names are equal.
+
+    Attributes:
+      keras_optimizer: The Keras optimizer whose `build` and `update_step` run; it is not changed.
+      device: The device of the state and the step, or None to leave it to TensorFlow.
+      learning_rate: The rate before the first step, or None if it is a schedule.
+      weight_names: The names of the weights, in the order of `tf.nest.flatten`, or None.
+    """
+
+    def __init__(
+        self,
+        keras_optimizer: Any,
+        device: str | None,
+        weight_names: tuple[str, ...] | None,
+        initial: Mapping[int, np.ndarray],
+        learning_rate: Any,
+        numbers: Mapping[str, float],
+    ):
+        self._keras_optimizer = keras_optimizer
+        self._device = device
+        self._weight_names = weight_names
+        self._initial = initial
+        self._learning_rate = learning_rate
+        self._numbers = numbers
+        # Taken now: within a trace a Keras optimizer cannot tell its configuration.
+        traced_rate = id(learning_rate) if tf.is_symbolic_tensor(learning_rate) else None
+        self._key = (_config_key(keras_optimizer), device, weight_names, traced_rate)
+
+    @property
+    def keras_optimizer(self) -> Any:
+        """The Keras optimizer."""
+        return self._keras_optimizer
+
+    @property
+    def learning_rate(self) -> Any:
+        """The rate before the first step: a number, a tensor it was built with, or None."""
+        return self._learning_rate
+
+    @property
+    def device(self) -> str | None:
+        """The device of the state and the step."""
+        return self._device
+
+    @property
+    def weight_names(self) -> tuple[str, ...] | None:
+        """The names of the weights."""
+        return self._weight_names
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, KerasOptimizer) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        name = type(self.keras_optimizer).__name__
+        return f"KerasOptimizer({name}, hparams={dict(self._numbers)}, device={self.device!r})"
+
+    def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the state before the first step.
+
+        Args:
+          specs: A structure of `tf.TensorSpec`s of the weights, with known shapes.
+
+        Returns:
+          An `OrderedDict`: `learning_rate` (unless it is a schedule), the hyper-parameters that may
+          change between steps, `iterations`, and `slots`, named after the slot and its weight.
+
+        Raises:
+          ValueError: If a shape is not fully known.
+        """
+        flat, names = tf.nest.flatten(specs), _paths(specs)
+        for name, spec in zip(names, flat):
+            if not spec.shape.is_fully_defined():
+                raise ValueError(
+                    f"`specs` must have known shapes, since slots are made of them; found "
+                    f"{spec.shape} for the weight {name!r}."
+                )
+
+        def make_slots() -> "collections.OrderedDict[str, tf.Tensor]":
+            with device_scope(self.device):
+                zeros = [tf.zeros(spec.shape, spec.dtype) for spec in flat]
+                copied = keras_step.build(self.keras_optimizer, self._initial, zeros, names)
+            return collections.OrderedDict((n, cell.value()) for n, cell in copied.slots.items())
+
+        state: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        if self._learning_rate is not None:
+            state[_LR] = self._learning_rate
+        for name, value in self._numbers.items():
+            state[name] = np.float64(value)
+        with device_scope(self.device):
+            state[_ITERATIONS] = tf.constant(0, tf.int64)
+        state[_SLOTS] = call_traced(make_slots)
+        return state
+
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """Takes one step of the Keras optimizer.
+
+        Args:
+          state: What `initialize` or the previous `next` returned.
+          weights: A structure of tensors or variables; variables are read, not assigned.
+          gradients: The same structure with the same shapes and dtypes. A leaf may be None: that
+            weight and its slots stay as they are. A leaf may be a `tf.IndexedSlices`.
+
+        Returns:
+          The new state and the new weights, as tensors.
+
+        Raises:
+          ValueError: If structures, shapes or dtypes do not fit each other, or no gradient is given.
+        """
+        leaves, names = tf.nest.flatten(weights), _paths(weights)
+        values = [tf.convert_to_tensor(leaf) for leaf in leaves]
+        flat_gradients = _check_gradients(weights, gradients, values, names)
+        if not values:
+            return state, weights
+        template = keras_step.build_template(self.keras_optimizer, self._initial, values, names)
+        _check_state(state, template, self._state_keys())
+        self._name_weights(template, leaves, names)
+        given = [i for i, gradient in enumerate(flat_gradients) if gradient is not None]
+        with device_scope(self.device):
+            given_gradients = keras_step.prepare_gradients(
+                self.keras_optimizer, [flat_gradients[i] for i in given]
+            )
+        new_state, new_values = call_traced(
+            functools.partial(self._step, template, given),
+            tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state)),
+            values,
+            given_gradients,
+            jit_compile=self.keras_optimizer.jit_compile,
+        )
+        return new_state, tf.nest.pack_sequence_as(weights, new_values)
+
+    def _step(
+        self, template: keras_step.Copy, given: list[int], state: Any, values: Any, gradients: Any
+    ) -> tuple[Any, list[tf.Tensor]]:
+        with device_scope(self.device):
+            optimizer = template.optimizer
+            optimizer._iterations.bind(state[_ITERATIONS])
+            current_rate = getattr(optimizer, "_current_learning_rate", None)
+            if current_rate is not None:
+                current_rate.bind(tf.zeros(current_rate.shape, current_rate.dtype))
+            if self._learning_rate is not None:
+                optimizer._learning_rate.bind(tf.cast(state[_LR], self._learning_rate.dtype))
+            for name in self._numbers:
+                optimizer.__dict__[name] = NumberCell(state[name])
+            for cell, value in zip(template.weights, values):
+                cell.bind(value)
+            slots = dict(state[_SLOTS])
+            if template.from_weights:
+                names = [cell.name for cell in template.weights]
+                fresh = keras_step.build(self.keras_optimizer, self._initial, values, names)
+                first = tf.equal(state[_ITERATIONS], 0)
+                for name, key in zip(template.slots, slots):
+                    if name in template.from_weights:
+                        slots[key] = tf.where(first, fresh.slots[name].value(), slots[key])
+            for cell, value in zip(template.slots.values(), slots.values()):
+                cell.bind(value)
+
+            keras_step.run_step(template, [template.weights[i] for i in given], gradients)
+
+            new_state = collections.OrderedDict(state)
+            new_state[_ITERATIONS] = optimizer._iterations.value()
+            if self._learning_rate is not None:
+                new_state[_LR] = optimizer._learning_rate.value()
+            new_state[_SLOTS] = collections.OrderedDict(
+                (key, cell.value()) for key, cell in zip(slots, template.slots.values())
+            )
+            return new_state, [cell.value() for cell in template.weights]
+
+    def _state_keys(self) -> list[str]:
+        rate = [] if self._learning_rate is None else [_LR]
+        return [*rate, *self._numbers, _ITERATIONS, _SLOTS]
+
+    def _name_weights(
+        self, template: keras_step.Copy, leaves: Sequence[Any], names: Sequence[str]
+    ) -> None:
+        """Gives the weights the names that `exclude_from_weight_decay` looks at."""
+        if not getattr(self.keras_optimizer, "_exclude_from_weight_decay_names", None):
+            return
+        if self.weight_names is not None:
+            if len(self.weight_names) != len(leaves):
+                raise ValueError(
+                    f"`weight_names` must name every weight; found {len(self.weight_names)} names "
+                    f"for {len(leaves)} weights."
+                )
+            names = self.weight_names
+        elif all(isinstance(leaf, tf.Variable) for leaf in leaves):
+            names = [leaf.name for leaf in leaves]
+        elif all(part.isdigit() for name in names for part in name.split("/")):
+            raise ValueError(
+                "`exclude_from_weight_decay` selects weights by name, but these weights have none. "
+                "Pass `weight_names=[v.name for v in model.trainable_variables]` to "
+                "`build_keras_optimizer`."
+            )
+        for cell, name in zip(template.weights, names):
+            cell.name = name
+
+    def get_hparams(self, state: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the learning rate, unless it is a schedule, and the other numbers in the state."""
+        return collections.OrderedDict(
+            (name, state[name]) for name in self._state_keys() if name not in (_ITERATIONS, _SLOTS)
+        )
+
+    def set_hparams(self, state: Any, hparams: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the state with these hyper-parameters, which the next step uses.
+
+        Raises:
+          ValueError: If a name is not one that `get_hparams` returns.
+        """
+        known = self.get_hparams(state)
+        new_state = collections.OrderedDict(state)
+        for name, value in dict(hparams).items():
+            if name not in known:
+                raise ValueError(
+                    f"`hparams` may hold {', '.join(known) or 'nothing'}; found {name!r}. Other "
+                    "arguments of the Keras optimizer are fixed when it is built."
+                )
+            new_state[name] = _like(value, state[name])
+        return new_state
+
+
+def _like(value: Any, number: Any) -> Any:
+    """The value in the dtype of a number of the state: a tensor stays one, else a NumPy scalar."""
+    dtype = tf.as_dtype(np.asarray(number).dtype if np.isscalar(number) else number.dtype)
+    return tf.cast(value, dtype) if tf.is_tensor(value) else dtype.as_numpy_dtype(value)
+
+
+def _check_gradients(
+    weights: Any, gradients: Any, values: Sequence[tf.Tensor], names: Sequence[str]
+) -> list[Any]:
+    try:
+        tf.nest.assert_same_structure(weights, gradients, check_types=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`gradients` must have the structure of `weights`; found "
+            f"{tree.map_structure(lambda _: '.', gradients)} for "
+            f"{tree.map_structure(lambda _: '.', weights)}."
+        ) from error
+    flat = [
+        g if g is None or isinstance(g, tf.IndexedSlices) else tf.convert_to_tensor(g)
+        for g in tf.nest.flatten(gradients)
+    ]
+    for name, value, gradient in zip(names, values, flat):
+        if gradient is not None and (
+            gradient.dtype != value.dtype or not gradient.shape.is_compatible_with(value.shape)
+        ):
+            raise ValueError(
+                f"`gradients` must have the shapes and dtypes of `weights`; found "
+                f"{gradient.dtype.name}{gradient.shape} for the weight {name!r}, which is "
+                f"{value.dtype.name}{value.shape}."
+            )
+    if flat and all(gradient is None for gradient in flat):
+        raise ValueError(
+            "`gradients` holds None for every weight, so there is nothing to step along. Is the "
+            "loss computed from these weights?"
+        )
+    return flat
+
+
+def _check_state(state: Any, template: keras_step.Copy, keys: list[str]) -> None:
+    if not isinstance(state, Mapping) or list(state) != keys:
+        what = list(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"`state` must hold {keys}, as `initialize` returns it; found {what}. Was it "
+            "made by another optimizer?"
+        )
+    slots = state[_SLOTS]
+    expected = {name: (cell.dtype.name, cell.shape) for name, cell in template.slots.items()}
+    found = {
+        name: (tf.as_dtype(value.dtype).name, tf.TensorShape(value.shape))
+        for name, value in slots.items()
+    }
+    for (name, want), (other, have) in zip(expected.items(), found.items()):
+        if want[0] != have[0] or not want[1].is_compatible_with(have[1]):
+            raise ValueError(
+                f"The slot {other!r} of `state` must be {want[0]}{want[1]} for these weights "
+                f"({name!r}); found {have[0]}{have[1]}. Was it made for other weights?"
+            )
+    if len(expected) != len(found):
+        raise ValueError(
+            f"`state` must hold the slots {list(expected)} for these weights; found {list(found)}. "
+            "Was it made for other weights or by another optimizer?"
+        )
+
+
+def build_keras_optimizer(
+    optimizer: str | Mapping[str, Any] | Callable[[], Any] | tf.keras.optimizers.Optimizer,
+    *,
+    device: str | DevicePolicy | None = None,
+    learning_rate: Any = None,
+    weight_names: Sequence[str] | None = None,
+) -> KerasOptimizer:
+    """Makes a pure TFF optimizer of any Keras optimizer.
+
+    A step of the result computes what `optimizer.apply_gradients` computes, in the same order:
+    clip, sum repeated rows of sparse gradients, decay the weights, Keras' own `update_step` for each
+    weight, moving average, and one more iteration. The state goes in and out as tensors; no variable
+    is created, so the result works on clients and on the server, in any `tff.tensorflow.computation`.
+
+    Slots, learning rate and weights keep Keras' dtypes. A learning-rate schedule is followed one
+    step per `next`. Sparse gradients follow Keras' rules: most optimizers decay every row and add to
+    those that have a gradient; Adagrad and RMSprop without momentum change only rows that have one;
+    clipping by norm sees rows before they are summed. `jit_compile` compiles the step where Keras
+    would, which is where there is a GPU.
+
+    `tff.learning` sets the hyper-parameters that may change between rounds (`get_hparams`): the
+    learning rate, and every number that the step reads in its graph rather than branching on it.
+
+    TFF's worker process has no GPU code: `device="/GPU:0"` places the state and the step on a GPU
+    when the optimizer runs in the Python process, and on the worker's CPU inside a TFF computation.
+
+    Args:
+      optimizer: A Keras optimizer that has not been used; its name, as `tf.keras.optimizers.get`
+        takes it; its config, as `tf.keras.optimizers.serialize` returns it; or a callable without
+        arguments that returns a Keras optimizer, such as its class.
+      device: A device such as `"/GPU:0"` or a `DevicePolicy` for the state and the step; None for
+        the policy in force, which leaves it to TensorFlow unless set.
+      learning_rate: A rate that takes the place of the optimizer's own: a number, or a scalar tensor
+        of the TFF computation in which the optimizer is built, as with
+        `tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule`.
+      weight_names: The names of the weights in the order of `tf.nest.flatten`, for
+        `exclude_from_weight_decay(var_names=...)`. None takes the names of variables or the keys of
+        a dictionary, where there are any.
+
+    Returns:
+      A `tff.learning.optimizers.Optimizer`.
+
+    Raises:
+      TypeError: If `optimizer` is of another type.
+      ValueError: If `optimizer` is unknown, legacy, used, or cannot be run as a pure function.
+
+    >>> import tensorflow as tf
+    >>> import tff_optim
+    >>> optimizer = tff_optim.build_keras_optimizer(tf.keras.optimizers.Adam(0.1))
+    >>> weights = [tf.constant([1.0, 2.0])]
+    >>> state = optimizer.initialize([tf.TensorSpec([2], tf.float32)])
+    >>> state, weights = optimizer.next(state, weights, [tf.constant([0.5, -0.5])])
+    >>> weights[0].numpy().round(4)
+    array([0.9, 2.1], dtype=float32)
+    """
+    inside_computation = not tf.compat.v1.executing_eagerly_outside_functions()
+    with eager_world():
+        try:
+            made = keras_step.copy_containers(keras_step.check_supported(resolve(optimizer)))
+        except TypeError as error:
+            if not inside_computation:
+                raise
+            raise ValueError(
+                "`optimizer` could not be made inside a TFF computation. If it uses a tensor of that "
+                "computation as its learning rate, pass it as `learning_rate` instead."
+            ) from error
+        if learning_rate is not None or keras_step.has_rate_variable(made):
+            traced = tf.is_symbolic_tensor(learning_rate)
+            keras_step.own_learning_rate(made, None if traced else learning_rate)
+        initial = keras_step.read_variables(made)
+        numbers = keras_step.find_numbers(made, initial)
+    rate = initial.get(id(made._learning_rate))
+    if tf.is_symbolic_tensor(learning_rate):
+        rate = tf.cast(learning_rate, made._learning_rate.dtype)
+    return KerasOptimizer(
+        keras_optimizer=made,
+        device=select_device(device),
+        weight_names=None if weight_names is None else tuple(weight_names),
+        initial=initial,
+        learning_rate=rate,
+        numbers=numbers,
+    )

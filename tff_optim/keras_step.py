@@ -1,0 +1,374 @@
+"""One step of a Keras optimizer on tensors: the only file that knows Keras optimizers' insides.
+
+A step works on a shallow copy of the Keras optimizer whose variables are replaced by cells
+(`state_cells.py`). `build` fills the copy with slots, the cells are bound to the tensors of the
+state, Keras' own `update_step` runs on them, and the new tensors are read out of them.
+"""
+
+import collections
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.state_cells import NumberCell, ReadOnlyCell, VariableCell, current_graph
+from tff_optim.tracing import scratch_graph
+
+_Keras = tf.keras.optimizers.Optimizer
+
+# What Keras calls in `apply_gradients` and a pure step does not: a subclass that overrides one of
+# them would be silently ignored.
+_NOT_CALLED = (
+    "apply_gradients",
+    "aggregate_gradients",
+    "_apply_weight_decay",
+    "_distributed_apply_gradients_fn",
+    "_internal_apply_gradients",
+    "_update_model_variables_moving_average",
+    "_update_step",
+)
+
+
+# --------------------------------------------------------------- a copy of the optimizer with cells
+
+
+@attrs.define
+class Copy:
+    """A shallow copy of a Keras optimizer, built for some weights, with cells for its variables."""
+
+    optimizer: Any
+    weights: list[VariableCell]
+    slots: "collections.OrderedDict[str, VariableCell]"
+    # The slots whose initial value is made from the weights, such as their moving average.
+    from_weights: list[str]
+
+
+def copy_containers(optimizer: Any) -> Any:
+    """Copies an optimizer and its lists and dictionaries; their elements stay the same."""
+    clone = copy.copy(optimizer)
+    for name, value in vars(optimizer).items():
+        if isinstance(value, list):
+            clone.__dict__[name] = list(value)
+        elif isinstance(value, dict):
+            clone.__dict__[name] = dict(value)
+    clone.__dict__["_self_setattr_tracking"] = False  # lists stay plain lists
+    return clone
+
+
+def _replace_variables(optimizer: Any, replace: Callable[[tf.Variable], Any]) -> None:
+    """Replaces every `tf.Variable` in an attribute, or in a list or dictionary that is one."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, tf.Variable):
+            return replace(value)
+        if isinstance(value, list):
+            return [replaced(element) for element in value]
+        if isinstance(value, dict):
+            return {key: replaced(element) for key, element in value.items()}
+        return value
+
+    for name, value in list(vars(optimizer).items()):
+        optimizer.__dict__[name] = replaced(value)
+
+
+def _attribute_of(optimizer: Any, cell: VariableCell) -> str:
+    for name, value in vars(optimizer).items():
+        if value is cell:
+            return name.lstrip("_")
+    return "variable"
+
+
+def has_rate_variable(optimizer: Any) -> bool:
+    """Whether the learning rate is a number, which Keras keeps in a variable, not a schedule."""
+    return isinstance(optimizer._learning_rate, tf.Variable)
+
+
+def own_learning_rate(optimizer: Any, value: Any) -> None:
+    """Gives a copied optimizer a rate of its own: this value, or the one that it has if None."""
+    if not has_rate_variable(optimizer):
+        raise ValueError(
+            "`learning_rate` cannot replace the schedule of `optimizer`; found "
+            f"{value!r}. Make the optimizer with a number as its rate."
+        )
+    shared = optimizer._learning_rate
+    initial = value if value is not None else read_variables(optimizer)[id(shared)]
+    optimizer.__dict__["_learning_rate"] = tf.Variable(
+        initial, dtype=shared.dtype, name="learning_rate", trainable=False
+    )
+
+
+def read_variables(optimizer: Any) -> dict[int, np.ndarray]:
+    """The values of the variables that the optimizer's constructor has made, by identity."""
+    values: dict[int, np.ndarray] = {}
+
+    def read(variable: tf.Variable) -> tf.Variable:
+        with tf.init_scope():
+            if tf.is_symbolic_tensor(variable.handle):
+                raise ValueError(
+                    "`optimizer` was made inside a `tf.Graph` or a TFF computation, where its "
+                    "variables have no values. Pass a callable that makes it, such as its class."
+                )
+            values[id(variable)] = variable.numpy()
+        return variable
+
+    _replace_variables(optimizer, read)
+    return values
+
+
+def build(
+    optimizer: Any,
+    initial: Mapping[int, np.ndarray],
+    values: Sequence[tf.Tensor],
+    names: Sequence[str],
+) -> Copy:
+    """Copies `optimizer` and builds the copy for weights of these values."""
+    clone = copy_containers(optimizer)
+    created: list[VariableCell] = []
+    cells: dict[int, VariableCell] = {}
+
+    def cell_for(variable: tf.Variable) -> VariableCell:
+        if id(variable) not in cells:
+            name = variable.name.split(":")[0]
+            cells[id(variable)] = VariableCell(initial[id(variable)], name)
+        return cells[id(variable)]
+
+    graph = current_graph()
+
+    def create(next_creator: Any, **arguments: Any) -> VariableCell:
+        del next_creator  # no variable is made
+        if current_graph() is not graph:
+            raise ValueError(
+                f"`build` makes the variable {arguments.get('name')!r} in a `tf.init_scope` or a "
+                "`tf.function` of its own, where a pure optimizer cannot replace it by state. Make "
+                "it without, with `add_variable`."
+            )
+        value = arguments["initial_value"]
+        value = value() if callable(value) else value
+        created.append(VariableCell(value, arguments.get("name") or "", arguments.get("dtype")))
+        return created[-1]
+
+    _replace_variables(clone, cell_for)
+    weights = [VariableCell(value, name) for value, name in zip(values, names)]
+    if weights:
+        with tf.variable_creator_scope(create):
+            clone.build(weights)
+    own = {id(clone._iterations), id(clone._learning_rate)}
+    own.add(id(getattr(clone, "_current_learning_rate", None)))  # follows from the iterations
+    slots: collections.OrderedDict[str, VariableCell] = collections.OrderedDict()
+    for cell in [*(c for c in cells.values() if id(c) not in own), *created]:
+        name = cell.name if cell.name not in ("", "Variable") else _attribute_of(clone, cell)
+        while name in slots:  # Keras gives two placeholders of Adafactor one name
+            name += "_"
+        slots[name] = cell
+    return Copy(clone, weights, slots, [])
+
+
+def _depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> bool:
+    """Whether any output of a graph is computed from any of the sources."""
+    targets = {source.op for source in sources}
+    seen: set[Any] = set()
+    todo = [output.op for output in outputs]
+    while todo:
+        op = todo.pop()
+        if op in targets:
+            return True
+        if op not in seen:
+            seen.add(op)
+            todo.extend(tensor.op for tensor in op.inputs)
+    return False
+
+
+def build_template(
+    optimizer: Any,
+    initial: Mapping[int, np.ndarray],
+    specs: Sequence[tf.TensorSpec],
+    names: Sequence[str],
+) -> Copy:
+    """Builds a copy in a graph that is thrown away: it costs no memory and its cells hold no data."""
+    with scratch_graph():
+        values = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
+        template = build(optimizer, initial, values, names)
+        template.from_weights = [
+            name for name, cell in template.slots.items() if _depends_on([cell.value()], values)
+        ]
+    return template
+
+
+# ---------------------------------------------------------------------------------------- one step
+
+
+def prepare_gradients(optimizer: Any, gradients: Sequence[Any]) -> list[Any]:
+    """Clips gradients and sums the repeated rows of sparse ones, as Keras does before a step."""
+    return optimizer._deduplicate_sparse_grad(optimizer._clip_gradients(list(gradients)))
+
+
+def _refuse_new_variable(next_creator: Any, **arguments: Any) -> None:
+    del next_creator
+    raise ValueError(
+        f"`update_step` creates the variable {arguments.get('name')!r}. Create every variable in "
+        "`build`: a step of a pure optimizer can only change state that `initialize` has made."
+    )
+
+
+def _attributes(optimizer: Any) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value, list) else value
+        for name, value in vars(optimizer).items()
+    }
+
+
+def _check_unchanged(optimizer: Any, before: Mapping[str, Any]) -> None:
+    """Raises if a step kept something in a Python attribute, where the next step cannot find it."""
+    after = _attributes(optimizer)
+    for name in after:
+        old, new = before.get(name), after[name]
+        same = (
+            len(old) == len(new) and all(a is b for a, b in zip(old, new))
+            if isinstance(old, list) and isinstance(new, list)
+            else old is new
+        )
+        if name not in before or not same:
+            raise ValueError(
+                f"`update_step` of {type(optimizer).__name__} changes the Python attribute "
+                f"`{name}`. That state is lost when the step runs in a graph: keep it in a variable "
+                "made by `add_variable` in `build`."
+            )
+
+
+def _hold_nadam_product(optimizer: Any) -> Callable[[VariableCell], None]:
+    """Advances Nadam's product of momenta once per step, and returns what to do before each weight.
+
+    Keras' Nadam assigns `_u_product` in a branch of `tf.cond` that a Python counter selects, for the
+    first weight of a step only. Here the product is advanced up front and each weight is made to
+    take the other branch, in which the product is only read.
+    """
+    product = optimizer._u_product
+    dtype = product.dtype
+    step = tf.cast(optimizer.iterations + 1, dtype)
+    decay = tf.pow(tf.cast(0.96, dtype), step)
+    product.assign(product * (tf.cast(optimizer.beta_1, dtype) * (1.0 - 0.5 * decay)))
+    held = ReadOnlyCell(product.value(), product.name)
+    counter = optimizer.iterations + 2
+
+    def before_weight(weight: VariableCell) -> None:
+        optimizer._u_product = (
+            held
+            if weight.dtype == dtype
+            else ReadOnlyCell(tf.cast(held.value(), weight.dtype), product.name)
+        )
+        optimizer._u_product_counter = counter
+
+    return before_weight
+
+
+def run_step(copied: Copy, weights: Sequence[VariableCell], gradients: Sequence[Any]) -> None:
+    """Runs one step of Keras on the cells, in the order of Keras' own `apply_gradients`."""
+    optimizer = copied.optimizer
+    base: Any = super(_Keras, optimizer)  # Keras' step without `tf.distribute`
+    before = _attributes(optimizer)
+    optimizer._compute_current_learning_rate()
+    base._apply_weight_decay(weights)
+    is_nadam = isinstance(optimizer, tf.keras.optimizers.Nadam)
+    before_weight = _hold_nadam_product(optimizer) if is_nadam else None
+    with tf.variable_creator_scope(_refuse_new_variable):
+        for gradient, weight in zip(gradients, weights):
+            if before_weight is not None:
+                before_weight(weight)
+            optimizer.update_step(gradient, weight)
+    if before_weight is not None:
+        optimizer._u_product = before["_u_product"]
+        optimizer._u_product_counter = before["_u_product_counter"]
+    _check_unchanged(optimizer, before)
+    if optimizer.use_ema:
+        base._update_model_variables_moving_average(weights)
+        if optimizer.ema_overwrite_frequency:
+            steps = optimizer.iterations + 1
+            overwrite = tf.equal(steps % optimizer.ema_overwrite_frequency, 0)
+            for weight in weights:
+                index = optimizer._index_dict[optimizer._var_key(weight)]
+                average = optimizer._model_variables_moving_average[index]
+                weight.assign(tf.where(overwrite, average, weight))
+    optimizer.iterations.assign_add(1)
+
+
+# ------------------------------------------------------ hyper-parameters that may change in a graph
+
+
+def find_numbers(
+    optimizer: Any, initial: Mapping[int, np.ndarray]
+) -> "collections.OrderedDict[str, float]":
+    """Finds the numbers that a step reads in its graph, by tracing a step for each candidate."""
+    try:
+        config = optimizer.get_config()
+    except NotImplementedError:  # a subclass need not be serializable
+        config = {}
+    numbers: collections.OrderedDict[str, float] = collections.OrderedDict()
+    for name, value in config.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_candidate = is_number and name != "learning_rate" and vars(optimizer).get(name) == value
+        if is_candidate and _reads_in_graph(optimizer, initial, name):
+            numbers[name] = float(value)
+    return numbers
+
+
+def _reads_in_graph(optimizer: Any, initial: Mapping[int, np.ndarray], name: str) -> bool:
+    specs = [tf.TensorSpec((2, 3), tf.float32), tf.TensorSpec((3,), tf.float32)]
+    template = build_template(optimizer, initial, specs, ["0", "1"])
+    with scratch_graph():
+        for cell in _all_cells(template):
+            cell.bind(tf.compat.v1.placeholder(cell.dtype, cell.shape))
+        number = tf.compat.v1.placeholder(tf.float64, ())
+        template.optimizer.__dict__[name] = NumberCell(number)
+        gradients = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
+        try:
+            run_step(template, template.weights, gradients)
+        except (TypeError, ValueError, NotImplementedError):
+            return False  # the step needs a Python number, to branch on for example
+        return _depends_on([cell.value() for cell in _all_cells(template)], [number])
+
+
+def _all_cells(copied: Copy) -> Iterator[VariableCell]:
+    for name in ("_iterations", "_learning_rate", "_current_learning_rate"):
+        cell = getattr(copied.optimizer, name, None)
+        if isinstance(cell, VariableCell):  # a rate may be a schedule
+            yield cell
+    yield from copied.weights
+    yield from copied.slots.values()
+
+
+# -------------------------------------------------------------------------- what cannot be supported
+
+
+def check_supported(optimizer: Any) -> Any:
+    """Returns the optimizer, or raises if a pure step would not do what Keras does with it."""
+    name = type(optimizer).__name__
+    overridden = [
+        method
+        for method in _NOT_CALLED
+        if getattr(type(optimizer), method, None) is not getattr(_Keras, method, None)
+    ]
+    if overridden:
+        raise ValueError(
+            f"`optimizer` of class {name} overrides {', '.join(overridden)}, which a pure step does "
+            "not call. Keras' extension points are `build`, `update_step` and `get_config`."
+        )
+    steps = int(read_variables(optimizer)[id(optimizer.iterations)])
+    if getattr(optimizer, "_built", False) or steps:
+        raise ValueError(
+            f"`optimizer` must be fresh; found one of class {name} that was built or has taken "
+            f"{steps} steps. Its slots would be lost: pass a callable that makes a new one."
+        )
+    if getattr(optimizer, "_mesh", None) is not None:
+        raise ValueError(
+            "`optimizer` must not be laid out on a DTensor mesh; found one with `mesh`."
+        )
+    if getattr(optimizer, "_exclude_from_weight_decay", None):
+        raise ValueError(
+            "`optimizer` excludes weights from decay by `var_list`. The weights of a TFF process are "
+            "tensors, not those variables: exclude by `var_names`, and pass `weight_names` if they "
+            "have no names."
+        )
+    return optimizer

@@ -1,0 +1,206 @@
+"""Projections: what puts weights back into a set after each step."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+import tensorflow as tf
+
+from tff_optim import hyperparameters, leaves
+
+
+def _check_where(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+    del instance, attribute  # There is only one.
+    if value is None or callable(value):
+        return
+    rule = "`where` of `Projection` must be a regular expression, a function or None"
+    if not isinstance(value, str):
+        raise TypeError(f"{rule}; found {value!r}.")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{rule}; found {value!r}: {error}.") from error
+
+
+@attrs.frozen
+class Projection:
+    """A function on single tensors of weights, and on which of them it is used.
+
+    Attributes:
+      function: A `tf.keras.constraints.Constraint`, or any function from a tensor to a tensor of
+        the same shape and dtype.
+      where: `None` for every tensor; a regular expression, searched for in the tensor's path
+        (`dense/kernel` in nested dictionaries, `0` in a flat list); or a function of the path and
+        the `tf.TensorSpec` that tells whether the tensor is projected. In `tff.learning`, where
+        models are flat lists, paths are positions and a function of the shape says more.
+
+    Example:
+      >>> only_matrices = Projection(
+      ...     tf.keras.constraints.NonNeg(), where=lambda path, spec: spec.shape.rank == 2
+      ... )
+      >>> only_matrices.selects("0", tf.TensorSpec([3]))
+      False
+    """
+
+    function: Callable[[tf.Tensor], tf.Tensor] = attrs.field(eq=hyperparameters.comparison_key)
+    where: str | Callable[[str, tf.TensorSpec], bool] | None = attrs.field(
+        default=None, validator=_check_where
+    )
+
+    @function.validator
+    def _check_function(self, attribute: attrs.Attribute, value: Any) -> None:
+        del attribute  # There is only one.
+        if not callable(value):
+            raise TypeError(
+                "`function` of `Projection` must be a tf.keras.constraints.Constraint or a "
+                f"function from a tensor to a tensor; found {value!r}."
+            )
+
+    def selects(self, path: str, spec: tf.TensorSpec) -> bool:
+        """Whether the tensor at `path`, of shape and dtype `spec`, is projected."""
+        if self.where is None:
+            return True
+        if isinstance(self.where, str):
+            return re.search(self.where, path) is not None
+        return bool(self.where(path, spec))
+
+    def __call__(self, path: str, tensor: tf.Tensor) -> tf.Tensor:
+        """The projected tensor, or `tensor` where it is not selected."""
+        if not self.selects(path, tf.TensorSpec(tensor.shape, tensor.dtype)):
+            return tensor
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        where = f"`projection` {name} on the weights at '{path}'"
+        try:
+            projected = tf.convert_to_tensor(self.function(tensor))
+        except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+            raise ValueError(
+                f"{where} failed for shape {tensor.shape}, dtype {tensor.dtype.name}: {error} "
+                "Select fitting tensors with `tff_optim.projections.Projection(..., where=...)`; "
+                "some Keras constraints work for float32 only."
+            ) from error
+        if projected.shape != tensor.shape or projected.dtype != tensor.dtype:
+            raise ValueError(
+                f"{where} must keep shape and dtype: expected {tensor.shape} "
+                f"{tensor.dtype.name}; found {projected.shape} {projected.dtype.name}."
+            )
+        return projected
+
+
+def _to_tuple(given: Any) -> tuple[Any, ...]:
+    if given is None:
+        return ()
+    items = tuple(given) if isinstance(given, list | tuple) else (given,)
+    return tuple(
+        p if isinstance(p, Projection) or not callable(p) else Projection(p) for p in items
+    )
+
+
+def as_projections(given: Any) -> tuple[Projection, ...]:
+    """Reads the argument `projection`: none, one or a sequence, bare functions wrapped.
+
+    Raises:
+      TypeError: If something is neither a `Projection` nor callable.
+    """
+    projections = _to_tuple(given)
+    for projection in projections:
+        if not isinstance(projection, Projection):
+            raise TypeError(
+                "`projection` must be a tf.keras.constraints.Constraint, a function, a "
+                f"tff_optim.projections.Projection or a sequence of these; found {projection!r}."
+            )
+    return projections
+
+
+def check_used(projections: Iterable[Projection], specs: Any) -> None:
+    """Raises `ValueError` if a projection with a selection selects none of the weights."""
+    named = leaves.named_leaves(specs)
+    # A lone scalar is what TFF initializes an optimizer with when it only wants its hparams.
+    if len(named) == 1 and named[0][1].shape.rank == 0:
+        return
+    for projection in projections:
+        if projection.where is not None and not any(projection.selects(*leaf) for leaf in named):
+            raise ValueError(
+                f"`where` of `Projection` must select at least one tensor of weights; found "
+                f"{projection.where!r} and the paths {[path for path, _ in named]}."
+            )
+
+
+@attrs.frozen
+class Box:
+    """Clips each element to [lower, upper].
+
+    Attributes:
+      lower: The smallest element; a number.
+      upper: The greatest; a number above `lower`.
+
+    Example:
+      >>> Box(-1.0, 1.0)(tf.constant([-3.0, 0.5])).numpy()
+      array([-1. ,  0.5], dtype=float32)
+    """
+
+    lower: float = hyperparameters.constant("a finite number", lambda x: True)
+    upper: float = hyperparameters.constant("a finite number", lambda x: True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.lower >= self.upper:
+            raise ValueError(
+                f"`upper` of `Box` must be greater than `lower`; found {self.upper!r} and "
+                f"{self.lower!r}."
+            )
+
+    def __call__(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The nearest tensor in the box."""
+        lower, upper = (leaves.number(x, tensor.dtype) for x in (self.lower, self.upper))
+        return tf.clip_by_value(tensor, lower, upper)
+
+
+@attrs.frozen
+class Ball:
+    """Shortens a tensor to a Euclidean norm of at most `radius`, all its elements as one vector.
+
+    For a bound on single rows or columns take `tf.keras.constraints.MaxNorm`.
+
+    Attributes:
+      radius: The greatest norm; a number greater than 0.
+
+    Example:
+      >>> Ball(1.0)(tf.constant([3.0, 4.0])).numpy()
+      array([0.6, 0.8], dtype=float32)
+    """
+
+    radius: float = hyperparameters.constant("a number greater than 0", lambda x: x > 0)
+
+    def __call__(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The nearest tensor in the ball."""
+        radius = leaves.number(self.radius, tensor.dtype)
+        return tensor * (radius / tf.maximum(tf.norm(tensor), radius))
+
+
+@attrs.frozen
+class Simplex:
+    """Moves each vector along the last axis to the nearest one of probabilities.
+
+    The result `max(w - theta, 0)` has elements of at least 0 that sum to 1; `theta` is found from
+    the sorted elements. A scalar becomes 1.
+
+    Example:
+      >>> Simplex()(tf.constant([2.0, 1.5, -1.0])).numpy()
+      array([0.75, 0.25, 0.  ], dtype=float32)
+
+    Duchi et al., "Efficient projections onto the l1-ball", 2008.
+    """
+
+    def __call__(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The nearest tensor of probabilities."""
+        if tensor.shape.rank == 0:
+            return tf.ones_like(tensor)
+        descending = tf.sort(tensor, axis=-1, direction="DESCENDING")
+        excess = tf.cumsum(descending, axis=-1) - 1
+        count = tf.range(1, tensor.shape[-1] + 1)
+        above = descending * tf.cast(count, tensor.dtype) > excess
+        # The last position where the sorted elements stay above their threshold.
+        last = tf.reduce_sum(tf.cast(above, tf.int32), axis=-1, keepdims=True) - 1
+        theta = tf.gather(excess, last, axis=-1, batch_dims=tensor.shape.rank - 1)
+        theta /= tf.cast(last + 1, tensor.dtype)
+        return tf.maximum(tensor - theta, 0)

@@ -1,0 +1,231 @@
+"""Stand-ins for `tf.Variable` and for Python numbers that turn a Keras step into a pure function.
+
+A Keras optimizer keeps its slots in `tf.Variable`s and its hyper-parameters in Python numbers. In a
+TFF computation neither is possible: state comes in and goes out as tensors. `VariableCell` looks
+like a variable but holds a tensor; `NumberCell` looks like a Python `float` but holds a scalar that
+may change from step to step without retracing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import tensorflow as tf
+
+
+def current_graph() -> Any:
+    """The graph that operations are added to now, or None when they are executed at once."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+class VariableCell:
+    """Holds a tensor behind the part of the `tf.Variable` interface that optimizers use.
+
+    A value that is assigned inside a graph of its own (`tf.cond`, `tf.while_loop`, an inner
+    `tf.function`) could not leave it again; such an assignment raises instead of being lost.
+    """
+
+    trainable = True
+    constraint = None
+    # Makes `numpy_array * cell` call the cell's operator instead of NumPy's.
+    __array_priority__ = 100
+
+    def __init__(self, value: Any, name: str, dtype: Any = None):
+        self._value = tf.convert_to_tensor(value, dtype)
+        self._graph = current_graph()
+        self.name = name
+        # Keras identifies a variable by `_unique_id` and names its slots after `_shared_name`.
+        self._unique_id = self._shared_name = name
+
+    def __repr__(self) -> str:
+        return f"VariableCell({self.name!r}, shape={self.shape}, dtype={self.dtype.name})"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"The optimizer reads `{name}` of the variable {self._shared_name!r}. In a pure step it "
+            "is a tensor: it can be read and assigned (assign, assign_add, assign_sub, scatter_add, "
+            "scatter_sub, scatter_update, scatter_max, scatter_min), but it has no handle and no "
+            "other method of `tf.Variable`. Rewrite `update_step` with those."
+        )
+
+    @property
+    def dtype(self) -> tf.DType:
+        return self._value.dtype
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        return self._value.shape
+
+    def value(self) -> tf.Tensor:
+        """The tensor that the cell holds now."""
+        return self._value
+
+    read_value = value
+
+    def numpy(self) -> Any:
+        """The value as a NumPy array, when executing eagerly."""
+        return self._value.numpy()
+
+    def bind(self, value: Any) -> None:
+        """Replaces the value from outside the step, in whatever graph the step will run in."""
+        self._value = tf.convert_to_tensor(value)
+        self._graph = current_graph()
+
+    def assign(self, value: Any, **unused: Any) -> "VariableCell":
+        """Replaces the value; shape and dtype stay what they are."""
+        del unused  # `use_locking`, `name` and `read_value` have no meaning for a tensor.
+        if current_graph() is not self._graph:
+            raise ValueError(
+                f"The optimizer assigns the variable {self._shared_name!r} inside `tf.cond`, "
+                "`tf.while_loop` or a `tf.function` of its own. In a pure step that value cannot "
+                "leave the branch or loop: compute it there and assign it outside, or use `tf.where`."
+            )
+        value = tf.convert_to_tensor(value, self.dtype)
+        if not value.shape.is_compatible_with(self.shape):
+            raise ValueError(
+                f"The optimizer assigns a value of shape {value.shape} to the variable "
+                f"{self._shared_name!r} of shape {self.shape}; a state cannot change its shape."
+            )
+        self._value = value
+        return self
+
+    def assign_add(self, delta: Any, **unused: Any) -> "VariableCell":
+        del unused
+        return self.assign(self._value + tf.convert_to_tensor(delta, self.dtype))
+
+    def assign_sub(self, delta: Any, **unused: Any) -> "VariableCell":
+        del unused
+        return self.assign(self._value - tf.convert_to_tensor(delta, self.dtype))
+
+    def _scatter(self, scatter: Callable[..., tf.Tensor], slices: Any) -> "VariableCell":
+        if not isinstance(slices, tf.IndexedSlices):
+            raise TypeError(
+                f"A scatter on the variable {self._shared_name!r} takes `tf.IndexedSlices`; found "
+                f"{type(slices).__name__}."
+            )
+        values = tf.convert_to_tensor(slices.values, self.dtype)
+        return self.assign(scatter(self._value, tf.expand_dims(slices.indices, -1), values))
+
+    def scatter_add(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
+        del unused
+        return self._scatter(tf.tensor_scatter_nd_add, slices)
+
+    def scatter_sub(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
+        del unused
+        return self._scatter(tf.tensor_scatter_nd_sub, slices)
+
+    def scatter_update(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
+        del unused
+        return self._scatter(tf.tensor_scatter_nd_update, slices)
+
+    def scatter_max(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
+        del unused
+        return self._scatter(tf.tensor_scatter_nd_max, slices)
+
+    def scatter_min(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
+        del unused
+        return self._scatter(tf.tensor_scatter_nd_min, slices)
+
+
+class ReadOnlyCell(VariableCell):
+    """A cell whose assignments have no effect: its new value is computed elsewhere."""
+
+    def assign(self, value: Any, **unused: Any) -> "VariableCell":
+        del value, unused
+        return self
+
+
+class NumberCell:
+    """Holds a float64 scalar tensor that behaves like a Python `float` in arithmetic.
+
+    Like a Python number it takes the dtype of the tensor that it meets, and `1 - x` is computed in
+    double precision, so a step gives the same numbers as with the Python `float`. Unlike one it has
+    no truth value: code that branches on it cannot follow a change without retracing.
+    """
+
+    __array_priority__ = 200
+
+    def __init__(self, value: Any):
+        self._value = tf.cast(value, tf.float64)
+
+    def _cast(self, dtype: Any) -> tf.Tensor:
+        # TensorFlow reads a bare Python float as float32.
+        return tf.cast(self._value, dtype or tf.float32)
+
+    def _arithmetic(self, other: Any, operator: Callable[[Any, Any], Any]) -> Any:
+        if isinstance(other, NumberCell):
+            return NumberCell(operator(self._value, other._value))
+        if isinstance(other, (int, float)):
+            return NumberCell(operator(self._value, tf.constant(other, tf.float64)))
+        other = tf.convert_to_tensor(other)
+        return operator(self._cast(other.dtype), other)
+
+    def __add__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: a + b)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: a - b)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: b - a)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: a * b)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: a / b)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: b / a)
+
+    def __pow__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: a**b)
+
+    def __rpow__(self, other: Any) -> Any:
+        return self._arithmetic(other, lambda a, b: b**a)
+
+    def __neg__(self) -> "NumberCell":
+        return NumberCell(-self._value)
+
+    def _no_branch(self, *unused: Any) -> NoReturn:
+        del unused
+        raise TypeError("A hyper-parameter that may change between steps has no truth value.")
+
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _no_branch
+    __hash__ = object.__hash__
+
+
+def _convert_variable(
+    cell: VariableCell, dtype: Any = None, name: Any = None, as_ref: bool = False
+) -> Any:
+    del name, as_ref
+    if dtype is not None and not dtype.is_compatible_with(cell.dtype):
+        return NotImplemented
+    return cell.value()
+
+
+def _convert_number(
+    cell: NumberCell, dtype: Any = None, name: Any = None, as_ref: bool = False
+) -> Any:
+    del name, as_ref
+    return cell._cast(dtype)
+
+
+def _overload(operator: str) -> None:
+    def apply(cell: VariableCell, *operands: Any, **named: Any) -> Any:
+        return getattr(tf.Tensor, operator)(cell.value(), *operands, **named)
+
+    apply.__name__ = operator
+    setattr(VariableCell, operator, apply)
+
+
+for _operator in tf.Tensor.OVERLOADABLE_OPERATORS:
+    # A cell is equal to itself only, like a variable in a dictionary or list.
+    if _operator not in ("__eq__", "__ne__"):
+        _overload(_operator)
+
+tf.register_tensor_conversion_function(VariableCell, _convert_variable)
+tf.register_tensor_conversion_function(NumberCell, _convert_number)

@@ -1,0 +1,42 @@
+"""Traces functions that run Keras code, in TFF's computations as under eager execution."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+
+@contextlib.contextmanager
+def eager_world() -> Iterator[None]:
+    """Steps out of a plain `tf.Graph`, the root of every TFF computation; elsewhere does nothing."""
+    if tf.compat.v1.executing_eagerly_outside_functions():
+        yield
+    else:
+        # A new graph, since TFF looks after every variable that is made while its own is current.
+        with tf.Graph().as_default(), tf.__internal__.eager_context.eager_mode():
+            yield
+
+
+@contextlib.contextmanager
+def scratch_graph() -> Iterator[None]:
+    """A graph that is thrown away."""
+    with eager_world(), tf.__internal__.FuncGraph("scratch").as_default():
+        yield
+
+
+def call_traced(function: Callable[..., Any], *arguments: Any, jit_compile: bool = False) -> Any:
+    """Calls a function that runs Keras code, traced where that code means what its author meant.
+
+    Under a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is not
+    an operation but compares identities. So there the function is traced outside of that graph.
+    """
+    if tf.compat.v1.executing_eagerly_outside_functions():
+        if jit_compile:
+            function = tf.function(function, jit_compile=True)
+        return function(*arguments)
+    specs = tf.nest.map_structure(tf.type_spec_from_value, arguments)
+    with eager_world():
+        traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
+        traced = traced.get_concrete_function(*specs)
+    return traced(*arguments)

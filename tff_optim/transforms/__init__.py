@@ -1,0 +1,23 @@
+"""Gradient transforms: what a pipeline is made of."""
+
+from tff_optim.transforms.adaptive import Adagrad, Adam, RMSProp, Yogi
+from tff_optim.transforms.clipping import ClipByGlobalNorm, ClipByNorm
+from tff_optim.transforms.interface import GradientTransform
+from tff_optim.transforms.keras_transform import KerasTransform
+from tff_optim.transforms.momentum import EWMA, Momentum, YogiMomentum
+from tff_optim.transforms.noise import GaussianNoise
+
+__all__ = [
+    "EWMA",
+    "Adagrad",
+    "Adam",
+    "ClipByGlobalNorm",
+    "ClipByNorm",
+    "GaussianNoise",
+    "GradientTransform",
+    "KerasTransform",
+    "Momentum",
+    "RMSProp",
+    "Yogi",
+    "YogiMomentum",
+]

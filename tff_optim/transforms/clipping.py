@@ -1,0 +1,99 @@
+"""Transforms that bound the length of gradients."""
+
+from typing import Any
+
+import attrs
+import tensorflow as tf
+
+from tff_optim import hyperparameters, leaves
+from tff_optim.transforms.interface import GradientTransform
+
+
+@attrs.frozen
+class ClipByNorm(GradientTransform):
+    """Shortens each tensor that is longer than `max_norm`.
+
+    `g min(1, max_norm / |g|)`, with `g` one tensor of gradients and `|g|` its Euclidean norm.
+
+    Attributes:
+      max_norm: The greatest norm; a number greater than 0 or a Keras schedule.
+
+    Example:
+      >>> clip = ClipByNorm(max_norm=1.0)
+      >>> state = clip.initialize(tf.TensorSpec([2]))
+      >>> clip.next(state, tf.zeros([2]), tf.constant([3.0, 4.0]))[1].numpy()
+      array([0.6, 0.8], dtype=float32)
+    """
+
+    max_norm: Any = hyperparameters.positive(1.0)
+
+    def initialize(self, specs: Any) -> Any:
+        """See base class."""
+        del specs  # The state has no slots.
+        return hyperparameters.initialize(self)
+
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """See base class."""
+        del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state)
+        max_norm = hyperparameters.current(self, state)["max_norm"]
+
+        def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
+            return (g * _factor(tf.sqrt(_square_sum(g)), leaves.number(max_norm, g.dtype)),)
+
+        gradients, _ = leaves.map_leaves(clip, gradients, {})
+        return hyperparameters.advance(self, state), gradients
+
+
+@attrs.frozen
+class ClipByGlobalNorm(GradientTransform):
+    """Shortens all gradients by one factor if together they are longer than `max_norm`.
+
+    `g min(1, max_norm / n)`, with `n` the square root of the sum of squares over all tensors of
+    gradients. Tensors without a gradient do not count.
+
+    Attributes:
+      max_norm: The greatest norm; a number greater than 0 or a Keras schedule.
+
+    Example:
+      >>> clip = ClipByGlobalNorm(max_norm=1.0)
+      >>> state = clip.initialize([tf.TensorSpec([]), tf.TensorSpec([])])
+      >>> _, gradients = clip.next(state, [0.0, 0.0], [tf.constant(3.0), tf.constant(4.0)])
+      >>> [round(float(g), 3) for g in gradients]
+      [0.6, 0.8]
+
+    Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
+    """
+
+    max_norm: Any = hyperparameters.positive(1.0)
+
+    def initialize(self, specs: Any) -> Any:
+        """See base class."""
+        del specs  # The state has no slots.
+        return hyperparameters.initialize(self)
+
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """See base class."""
+        del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state)
+        max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
+        present = [g for g in tf.nest.flatten(gradients) if g is not None]
+        # One number per tensor: float64 costs nothing here, and holds every dtype's squares.
+        squares = [tf.cast(_square_sum(g), tf.float64) for g in present]
+        total = tf.add_n(squares) if squares else tf.zeros([], tf.float64)
+        factor = _factor(tf.sqrt(total), max_norm)
+
+        def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
+            return (g * leaves.number(factor, g.dtype),)
+
+        gradients, _ = leaves.map_leaves(clip, gradients, {})
+        return hyperparameters.advance(self, state), gradients
+
+
+def _square_sum(g: tf.Tensor) -> tf.Tensor:
+    return 2 * tf.nn.l2_loss(g)  # in one pass, where squares and their sum take two
+
+
+def _factor(norm: tf.Tensor, max_norm: tf.Tensor) -> tf.Tensor:
+    # min(1, max_norm / norm) without a division by zero, and exactly 1 where nothing is clipped.
+    return max_norm / tf.maximum(norm, max_norm)

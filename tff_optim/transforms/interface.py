@@ -1,0 +1,95 @@
+"""What a gradient transform is."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+from tff_optim import hyperparameters
+
+
+class GradientTransform(abc.ABC):
+    """Turns gradients into other gradients, with a state.
+
+    Two pure functions, traced by TensorFlow Federated: no `tf.Variable` is made or used, and
+    state, shapes and dtypes stay the same from step to step. To write one, subclass this and
+    implement both. Make it immutable (`attrs.frozen` does) and it can be compared and shared.
+
+    A leaf whose gradient is `None` has no update in this step: keep it `None`, and keep its state.
+
+    Example:
+      Signs of gradients, scaled.
+
+      >>> import tensorflow as tf
+      >>> class Sign(GradientTransform):
+      ...     def initialize(self, specs):
+      ...         return ()
+      ...
+      ...     def next(self, state, weights, gradients):
+      ...         sign = lambda g: None if g is None else tf.sign(g)
+      ...         return state, tf.nest.map_structure(sign, gradients)
+      >>> Sign().next((), [0.0], [tf.constant(-3.0)])[1][0].numpy()
+      -1.0
+    """
+
+    @abc.abstractmethod
+    def initialize(self, specs: Any) -> Any:
+        """Returns the state before the first step.
+
+        Args:
+          specs: A structure of `tf.TensorSpec`s, those of the weights.
+
+        Returns:
+          A structure of tensors, and of Python or NumPy numbers.
+        """
+
+    @abc.abstractmethod
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """Takes one step.
+
+        Args:
+          state: What `initialize` or the step before returned.
+          weights: The weights before the step; a structure of tensors.
+          gradients: A structure like `weights` of dense tensors, or `None` for a leaf without.
+
+        Returns:
+          The new state and the new gradients, nested, shaped and typed like the old ones.
+        """
+
+    def begin(self, state: Any, weights: Any) -> Any:
+        """Puts into the state what a step finds there; most transforms have no use for it.
+
+        A pipeline with `jit_compile` calls it before `next` and outside of compiled code, which
+        would copy every tensor that is only handed on. `next` must not rely on the call.
+
+        Args:
+          state: As for `next`.
+          weights: As for `next`.
+
+        Returns:
+          The state to give to `next`.
+        """
+        del weights  # Nothing to do.
+        return state
+
+    def get_hparams(self, state: Any) -> hyperparameters.Hparams:
+        """The numbers in `state` that may be changed between rounds, by name.
+
+        Args:
+          state: A state of this transform.
+
+        Returns:
+          An `OrderedDict`; empty unless fields were declared with `tff_optim.hyperparameters`.
+        """
+        return hyperparameters.get_hparams(self, state)
+
+    def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
+        """Returns `state` with the numbers in `hparams`.
+
+        Args:
+          state: A state of this transform.
+          hparams: As `get_hparams` returns them.
+
+        Raises:
+          ValueError: If a name is unknown or missing, or a number is out of range.
+        """
+        return hyperparameters.set_hparams(self, state, hparams) if hparams else state

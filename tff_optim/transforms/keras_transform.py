@@ -1,0 +1,117 @@
+"""A Keras optimizer as a gradient transform."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim import hyperparameters
+from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
+from tff_optim.transforms.interface import GradientTransform
+
+_LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
+_WEIGHT_DECAY = "weight_decay"
+
+
+def _step_only(given: Any) -> KerasOptimizer:
+    """The optimizer at learning rate 1, without decay and moving average of weights."""
+    wrapped = given if isinstance(given, KerasOptimizer) else build_keras_optimizer(given)
+    keras = wrapped.keras_optimizer
+    config = keras.get_config()
+    dropped = []
+    if isinstance(config[_LEARNING_RATE], Mapping):
+        dropped.append("its learning-rate schedule (give it to the pipeline instead)")
+    if config.get(_WEIGHT_DECAY):
+        dropped.append("its weight decay (give it to the pipeline instead)")
+    if config.get("use_ema"):
+        dropped.append("its moving average of weights")
+    name = type(keras).__name__
+    if dropped:
+        warnings.warn(
+            f"`KerasTransform` of {name} leaves out {', and '.join(dropped)}.", stacklevel=3
+        )
+    config |= {_LEARNING_RATE: 1.0, _WEIGHT_DECAY: None}
+    config |= {"use_ema": False, "ema_momentum": 0.99, "ema_overwrite_frequency": None}
+    try:
+        rebuilt = type(keras).from_config(dict(config))
+    except ValueError:  # AdamW insists on a number.
+        rebuilt = type(keras).from_config(config | {_WEIGHT_DECAY: 0.0})
+    optimizer = build_keras_optimizer(rebuilt)
+    if _depends_on_weights(optimizer):
+        raise ValueError(
+            "`optimizer` of `KerasTransform` must take a step that depends on gradients alone; "
+            f"found {name}, whose step depends on the values of the weights. Use "
+            "`tff_optim.build_keras_optimizer` on its own instead."
+        )
+    return optimizer
+
+
+def _depends_on_weights(optimizer: KerasOptimizer) -> bool:
+    """Whether the same gradients move different weights differently, over some steps."""
+    rng = np.random.default_rng(0)
+    # A matrix too: some optimizers treat it in another way than a vector.
+    shapes = [(2, 3), (4,)]
+    gradients = [[rng.normal(size=shape) for shape in shapes] for _ in range(3)]
+    starts = [[scale * rng.normal(size=shape) for shape in shapes] for scale in (0.0, 3.0)]
+    moves = []
+    with tf.init_scope():  # the values are needed now, even while a computation is traced
+        for start in starts:
+            state = optimizer.initialize([tf.TensorSpec(s, tf.float64) for s in shapes])
+            weights = [tf.constant(w) for w in start]
+            for step in gradients:
+                state, weights = optimizer.next(state, weights, [tf.constant(g) for g in step])
+            moves.append([w.numpy() - w0 for w, w0 in zip(weights, start)])
+    return not all(np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*moves))
+
+
+@attrs.frozen
+class KerasTransform(GradientTransform):
+    """Replaces gradients by the step that a Keras optimizer would take.
+
+    `-u(g)`, with `g` the gradients and `u` what the Keras optimizer would add to weights of 0 at a
+    learning rate of 1. The state is that of `tff_optim.build_keras_optimizer`, in the gradients'
+    dtypes. Clipping by the Keras optimizer is kept. Its learning rate is not used; a schedule, its
+    weight decay and its moving average of weights are left out with a warning: the pipeline has
+    its own rate and decay. Optimizers whose step depends on the values of the weights, such as
+    Ftrl and Adafactor, are refused; that is found out by trying some steps.
+
+    Attributes:
+      optimizer: What `tff_optim.build_keras_optimizer` takes (a Keras optimizer, its name, its
+        config, or a callable without arguments) or returns.
+
+    Example:
+      >>> adam = KerasTransform("adam")
+      >>> state = adam.initialize([tf.TensorSpec([])])
+      >>> state, gradients = adam.next(state, [tf.constant(5.0)], [tf.constant(-7.0)])
+      >>> round(float(gradients[0]), 4)
+      -1.0
+    """
+
+    optimizer: KerasOptimizer = attrs.field(converter=_step_only)
+
+    def initialize(self, specs: Any) -> Any:
+        """See base class."""
+        return self.optimizer.initialize(specs)
+
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """See base class."""
+        # At zero, where Keras' step loses no digits to the weights and no decay has an effect.
+        origin = tf.nest.map_structure(tf.zeros_like, weights)
+        state, moved = self.optimizer.next(state, origin, gradients)
+        negated = tf.nest.map_structure(lambda g, u: None if g is None else -u, gradients, moved)
+        return state, negated
+
+    def get_hparams(self, state: Any) -> hyperparameters.Hparams:
+        """The Keras optimizer's hparams, less the rates that have no effect here."""
+        hparams = self.optimizer.get_hparams(state)
+        for name in (_LEARNING_RATE, _WEIGHT_DECAY):
+            hparams.pop(name, None)
+        return hparams
+
+    def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
+        """Returns `state` with the numbers in `hparams`."""
+        return self.optimizer.set_hparams(state, hparams)
