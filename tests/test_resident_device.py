@@ -8,7 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from resident_cases import assert_close, assert_equal, cohorts, model_fn
 
-from tff_optim.resident import ServerDeviceProcess, handover, server_device
+from tff_optim.resident import ServerDeviceProcess, handover
 
 SERVER = tff.learning.optimizers.build_adam(0.1, beta_1=0.8)
 
@@ -182,8 +182,10 @@ def test_an_aggregate_that_is_not_finite_changes_nothing_and_is_counted(on_devic
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"`server_device` must be a device .*CPU:1.*'GPU:7'"):
+    with pytest.raises(ValueError, match=r"`server_device` names no device .*GPU:7.*CPU:1"):
         ServerDeviceProcess(*parts(), SERVER, server_device="GPU:7")
+    with pytest.raises(TypeError, match=r"`server_device` must be a string .* found int"):
+        ServerDeviceProcess(*parts(), SERVER, server_device=0)
     with pytest.raises(TypeError, match=r"`server_optimizer` must be .*found SGD"):
         ServerDeviceProcess(*parts(), tf.keras.optimizers.SGD(), server_device="CPU:0")
 
@@ -199,7 +201,3 @@ def test_on_a_gpu(plain_states):
         for reference in tf.nest.flatten((state.global_model_weights, state.finalizer)):
             if np.issubdtype(reference.type_signature.dtype, np.floating):
                 assert reference.device.endswith("GPU:0")
-
-
-def test_the_module_names_its_devices():
-    assert server_device._find_device("/device:CPU:1") == "/device:CPU:1"

@@ -4,6 +4,7 @@ from tff_optim.resident.checkpoints import ResidentCheckpoints
 from tff_optim.resident.errors import CheckpointError, WorkerLostError, WorkerStartError
 from tff_optim.resident.process import ResidentProcess
 from tff_optim.resident.server_device import HandoverTimes, ServerDeviceProcess
+from tff_optim.resident.worker import worker_binary
 
 __all__ = [
     "CheckpointError",
@@ -13,4 +14,5 @@ __all__ = [
     "ServerDeviceProcess",
     "WorkerLostError",
     "WorkerStartError",
+    "worker_binary",
 ]

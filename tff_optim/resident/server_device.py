@@ -15,6 +15,7 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.devices import device_scope, select_device
 from tff_optim.resident import leaves
 from tff_optim.resident.process import ResidentProcess
 from tff_optim.resident.references import Resident, resident_of
@@ -118,7 +119,7 @@ class ServerDeviceProcess:
         weights = leaves.flatten(self._inner.get_model_weights(inner), self._weights_type)
         trainable = leaves.pack(weights, self._weights_type).trainable
         specs = tf.nest.map_structure(lambda w: tf.TensorSpec(w.shape, w.dtype), trainable)
-        with tf.device(self._device):
+        with device_scope(self._device):
             optimizer_state = self._optimizer.initialize(specs)
             flat_state = leaves.flatten(optimizer_state, self._state_type.finalizer)
             types = leaves.leaves_of(self._state_type.finalizer)
@@ -140,7 +141,7 @@ class ServerDeviceProcess:
             self._measure(inner, held.weights)
         aggregate = self._inner.read("aggregate", self._get_aggregate, inner, self._files)
         update = self._on_device(leaves.flatten(aggregate, self._weights_type.trainable))
-        with tf.device(self._device):
+        with device_scope(self._device):
             optimizer_state, weights, non_finite = self._step(
                 held.optimizer_state, held.weights, update
             )
@@ -188,7 +189,7 @@ class ServerDeviceProcess:
         self, optimizer_state: list[Any], weights: list[Any], update: list[Any]
     ) -> tuple[list[Any], list[Any], Any]:
         """The server step as TFF's own finalizer takes it, on flat lists of tensors."""
-        with tf.device(self._device):
+        with device_scope(self._device):
             model = leaves.pack(weights, self._weights_type)
             state_type = self._state_type.finalizer
             new_state, new_trainable = self._optimizer.next(
@@ -217,7 +218,7 @@ class ServerDeviceProcess:
             return kept_state, kept_weights, tf.cast(tf.logical_not(finite), tf.int32)
 
     def _on_device(self, arrays: Sequence[Any]) -> list[tf.Tensor]:
-        with tf.device(self._device):
+        with device_scope(self._device):
             return [tf.identity(tf.convert_to_tensor(x)) for x in arrays]
 
     def _new_state(
@@ -329,15 +330,17 @@ class DeviceReference(tff.program.MaterializableValueReference):
 
 
 def _find_device(name: str) -> str:
-    """Returns TensorFlow's name of a logical device."""
-    names = [device.name for device in tf.config.list_logical_devices()]
-    wanted = name if isinstance(name, str) and name.startswith("/") else f"/device:{name}"
-    if wanted not in names:
-        raise ValueError(
-            f"`server_device` must be a device that TensorFlow sees, one of {names}, found "
-            f"{name!r}."
+    """Returns the `/KIND:INDEX` of a device, after checking that it is there."""
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`server_device` must be a string such as 'GPU:0', found {type(name).__name__}."
         )
-    return wanted
+    try:
+        device = select_device(name)
+    except ValueError as e:
+        raise ValueError(f"`server_device` names no device that can be used: {e}") from e
+    assert device is not None
+    return device
 
 
 def _place(tensor: tf.Tensor) -> str:
@@ -350,7 +353,7 @@ def _check_devices(names: Sequence[str], tensors: Sequence[tf.Tensor], device: s
     """Raises unless every tensor is in the memory of the device."""
     for name, tensor in zip(names, tensors, strict=True):
         place = _place(tensor)
-        if not place.endswith(device):
+        if not place.endswith(f"/device:{device[1:]}"):
             raise RuntimeError(
                 f"The server state must be on {device}, but {name} is on {place}. The optimizer "
                 "places its tensors itself: remove its own device setting."
