@@ -89,7 +89,7 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     log_ratio = change - kl
     excess = tf.math.expm1(log_ratio)
     middle = tf.math.log1p(0.5 * excess)
-    near = 0.5 * _dot(p, (1.0 + excess) * (log_ratio - middle) - middle)
+    near = 0.5 * tf.reduce_sum(p * ((1.0 + excess) * (log_ratio - middle) - middle))
     found = tf.cond(
         tf.math.is_finite(near), lambda: tf.maximum(near, 0.0), lambda: _textbook_js(s, c)
     )
@@ -247,8 +247,9 @@ def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, t
     """Returns p, the change of elements centred under p, and KL(p || q)."""
     p = tf.nn.softmax(s)
     change = c - s
-    change -= _dot(p, change)
-    return p, change, tf.math.log1p(tf.maximum(_dot(p, tf.math.expm1(change) - change), 0.0))
+    change -= tf.reduce_sum(p * change)
+    excess = tf.reduce_sum(p * (tf.math.expm1(change) - change))
+    return p, change, tf.math.log1p(tf.maximum(excess, 0.0))
 
 
 def _textbook_kl(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
@@ -262,11 +263,6 @@ def _textbook_js(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
     log_m = largest + tf.math.log(0.5 * (tf.exp(log_p - largest) + tf.exp(log_q - largest)))
     terms = tf.exp(log_p) * (log_p - log_m) + tf.exp(log_q) * (log_q - log_m)
     return tf.maximum(0.5 * tf.reduce_sum(terms), 0.0)
-
-
-def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """sum(a * b) in one pass over memory."""
-    return tf.reshape(tf.matmul(a[tf.newaxis, :], b[:, tf.newaxis]), [])
 
 
 def _spectral_norm(difference: tf.Tensor) -> tf.Tensor:
