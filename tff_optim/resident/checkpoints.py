@@ -34,11 +34,26 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
     are the same.
 
     Example:
-        >>> checkpoints = ResidentCheckpoints(resident, "run_1")
-        >>> state, last_round = checkpoints.resume()
-        >>> for round_number in range(last_round + 1, 101):
-        ...     state, metrics = resident.next(state, sample(round_number))
-        ...     checkpoints.save_now(state, round_number)
+        >>> import tempfile
+        >>> import tensorflow as tf
+        >>> model = tff.learning.models.functional_model_from_keras(
+        ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+        ...     tf.keras.losses.MeanSquaredError(),
+        ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+        ... )
+        >>> process = tff.learning.algorithms.build_weighted_fed_avg(
+        ...     model, tff.learning.optimizers.build_sgdm(0.1)
+        ... )
+        >>> clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
+        >>> with ResidentProcess(process) as resident:
+        ...     checkpoints = ResidentCheckpoints(resident, tempfile.mkdtemp())
+        ...     state, last_round = checkpoints.resume()
+        ...     for round_number in range(last_round + 1, 4):
+        ...         state, metrics = resident.next(state, clients)
+        ...         checkpoints.save_now(state, round_number)
+        ...     _, last_round = checkpoints.resume()
+        >>> last_round
+        3
 
     or as the `program_state_manager` of `tff.simulation.run_training_process`, which resumes
     by itself.

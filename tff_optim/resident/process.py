@@ -24,11 +24,23 @@ class ResidentProcess:
     can be given wherever a state is expected.
 
     Example:
+        >>> import tensorflow as tf
+        >>> model = tff.learning.models.functional_model_from_keras(
+        ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+        ...     tf.keras.losses.MeanSquaredError(),
+        ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+        ... )
+        >>> process = tff.learning.algorithms.build_weighted_fed_avg(
+        ...     model, tff.learning.optimizers.build_sgdm(0.1)
+        ... )
+        >>> clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
         >>> with ResidentProcess(process) as resident:
         ...     state = resident.initialize()
         ...     for _ in range(3):
-        ...         state, metrics = resident.next(state, client_data)
+        ...         state, metrics = resident.next(state, clients)
         ...     weights = resident.get_model_weights(state)
+        >>> [w.shape for w in weights.trainable]
+        [(2, 1), (1,)]
 
     Args:
         process: The learning process.
