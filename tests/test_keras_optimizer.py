@@ -122,6 +122,11 @@ def test_the_rate_of_the_clients_is_scheduled_over_rounds_from_the_state_of_the_
 def test_a_learning_rate_takes_the_place_of_the_optimizers_own():
     _, weights = one_step(build_keras_optimizer(K.SGD, learning_rate=0.5))
     np.testing.assert_allclose(weights[1], WEIGHTS[1] - 0.5)
+    given = K.SGD(0.1)
+    optimizer = build_keras_optimizer(given, learning_rate=0.5)
+    assert optimizer == build_keras_optimizer(lambda: K.SGD(0.5))
+    assert float(given.learning_rate) == np.float32(0.1)
+    assert tff_optim.from_config(tff_optim.get_config(optimizer)) == optimizer
     schedule = K.schedules.ExponentialDecay(0.1, 2, 0.5)
     with pytest.raises(ValueError, match="schedule"):
         build_keras_optimizer(lambda: K.SGD(schedule), learning_rate=0.5)
@@ -132,6 +137,8 @@ def test_a_learning_rate_takes_the_place_of_the_optimizers_own():
             build_keras_optimizer(lambda: K.SGD(rate))
         with pytest.raises(ValueError, match="Pass a callable"):
             build_keras_optimizer(K.SGD(0.1))
+        with pytest.raises(ValueError, match="JSON cannot hold"):
+            tff_optim.get_config(build_keras_optimizer(K.SGD, learning_rate=rate))
 
 
 # -------------------------------------------------------------------------- ways to name an optimizer
@@ -177,6 +184,7 @@ def test_the_given_instance_is_neither_changed_nor_followed():
     optimizer = build_keras_optimizer(keras)
     keras.learning_rate = 100.0
     keras.momentum = 0.9
+    assert optimizer == build_keras_optimizer(lambda: K.SGD(0.5))
     _, weights = one_step(optimizer)
     np.testing.assert_allclose(weights[1], WEIGHTS[1] - 0.5)
     assert len(keras.variables) == 1  # the iterations

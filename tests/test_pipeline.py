@@ -11,7 +11,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_optim
-from tff_optim import projections, regularizers, transforms
+from tff_optim import leaves, projections, regularizers, transforms
 
 K = tf.keras
 SCHEDULE = K.optimizers.schedules.PiecewiseConstantDecay([0, 1, 2], [0.5, 0.25, 0.125, 0.0625])
@@ -116,6 +116,24 @@ def test_transform_written_by_an_outsider():
         state, weights = step(state, weights, [np.array([1, 2, 6], "f4")])
     assert state["parts"]["Centralize"] == 2
     np.testing.assert_allclose(weights[0], -2.5 * np.array([-2, -1, 3]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    """Squares of such gradients are 0 in float16, and their sums are lost in bfloat16."""
+    optimizer = sgd(0.5, transforms=[transforms.Adam(0.5, 0.75)])
+    state = optimizer.initialize(tf.TensorSpec([1], dtype))
+    assert state["parts"]["Adam"]["square_average"].dtype == tf.float32
+    rows = tf.IndexedSlices(
+        tf.constant([1.0] + 300 * [2.0**-9], dtype), tf.zeros([301], tf.int32), tf.constant([1])
+    )
+    assert leaves.widen(leaves.dense(rows, tf.zeros([1], dtype))).numpy() > 1.5
+    gradient = tf.constant([1e-4], dtype)
+    weights = tf.zeros([1], dtype)
+    for _ in range(3):
+        state, weights = optimizer.next(state, weights, gradient)
+    assert weights.dtype == dtype
+    assert abs(float(weights[0]) + 1.5) < 0.02  # three steps of the rate each
 
 
 def test_keras_transform_equals_keras_and_keeps_its_clipping():

@@ -48,6 +48,11 @@ def get_config(optimizer: Any) -> dict[str, Any]:
     """
     if isinstance(optimizer, KerasOptimizer):
         keras = optimizer.keras_optimizer
+        if tf.is_symbolic_tensor(optimizer.learning_rate):
+            raise ValueError(
+                "`optimizer` was built with a tensor of a TFF computation as its `learning_rate`; "
+                f"found {optimizer.learning_rate!r}, which JSON cannot hold."
+            )
         return {
             "kind": "keras",
             "optimizer": keras_configs.object_to_json(keras),

@@ -50,6 +50,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
     Attributes:
       keras_optimizer: The Keras optimizer whose `build` and `update_step` run; it is not changed.
       device: The device of the state and the step, or None to leave it to TensorFlow.
+      learning_rate: The rate before the first step, or None if it is a schedule.
       weight_names: The names of the weights, in the order of `tf.nest.flatten`, or None.
     """
 
@@ -69,12 +70,18 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         self._learning_rate = learning_rate
         self._numbers = numbers
         # Taken now: within a trace a Keras optimizer cannot tell its configuration.
-        self._key = (_config_key(keras_optimizer), device, weight_names)
+        traced_rate = id(learning_rate) if tf.is_symbolic_tensor(learning_rate) else None
+        self._key = (_config_key(keras_optimizer), device, weight_names, traced_rate)
 
     @property
     def keras_optimizer(self) -> Any:
         """The Keras optimizer."""
         return self._keras_optimizer
+
+    @property
+    def learning_rate(self) -> Any:
+        """The rate before the first step: a number, a tensor it was built with, or None."""
+        return self._learning_rate
 
     @property
     def device(self) -> str | None:
@@ -389,16 +396,14 @@ def build_keras_optimizer(
                 "`optimizer` could not be made inside a TFF computation. If it uses a tensor of that "
                 "computation as its learning rate, pass it as `learning_rate` instead."
             ) from error
+        if learning_rate is not None or keras_step.has_rate_variable(made):
+            traced = tf.is_symbolic_tensor(learning_rate)
+            keras_step.own_learning_rate(made, None if traced else learning_rate)
         initial = keras_step.read_variables(made)
         numbers = keras_step.find_numbers(made, initial)
     rate = initial.get(id(made._learning_rate))
-    if learning_rate is not None:
-        if rate is None:
-            raise ValueError(
-                "`learning_rate` cannot replace the schedule of `optimizer`; found "
-                f"{learning_rate!r}. Make the optimizer with a number as its rate."
-            )
-        rate = _like(learning_rate, rate)
+    if tf.is_symbolic_tensor(learning_rate):
+        rate = tf.cast(learning_rate, made._learning_rate.dtype)
     return KerasOptimizer(
         keras_optimizer=made,
         device=select_device(device),

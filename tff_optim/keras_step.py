@@ -81,6 +81,25 @@ def _attribute_of(optimizer: Any, cell: VariableCell) -> str:
     return "variable"
 
 
+def has_rate_variable(optimizer: Any) -> bool:
+    """Whether the learning rate is a number, which Keras keeps in a variable, not a schedule."""
+    return isinstance(optimizer._learning_rate, tf.Variable)
+
+
+def own_learning_rate(optimizer: Any, value: Any) -> None:
+    """Gives a copied optimizer a rate of its own: this value, or the one that it has if None."""
+    if not has_rate_variable(optimizer):
+        raise ValueError(
+            "`learning_rate` cannot replace the schedule of `optimizer`; found "
+            f"{value!r}. Make the optimizer with a number as its rate."
+        )
+    shared = optimizer._learning_rate
+    initial = value if value is not None else read_variables(optimizer)[id(shared)]
+    optimizer.__dict__["_learning_rate"] = tf.Variable(
+        initial, dtype=shared.dtype, name="learning_rate", trainable=False
+    )
+
+
 def read_variables(optimizer: Any) -> dict[int, np.ndarray]:
     """The values of the variables that the optimizer's constructor has made, by identity."""
     values: dict[int, np.ndarray] = {}

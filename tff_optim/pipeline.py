@@ -4,68 +4,14 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import devices, hyperparameters, leaves, projections
-from tff_optim.regularizers import Penalty
+from tff_optim.pipeline_parts import Pipeline, as_parts
 from tff_optim.transforms.interface import GradientTransform
 
 _PARTS = "parts"
-
-
-def _as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
-    if not isinstance(given, list | tuple):
-        raise TypeError(f"`{name}` must be a list or tuple; found {given!r}. Put it in a list.")
-    parts = []
-    for part in given:
-        if name == "regularizers" and isinstance(part, tf.keras.regularizers.Regularizer):
-            part = Penalty(part)
-        if not isinstance(part, GradientTransform):
-            also = ", tf.keras.regularizers.Regularizer" if name == "regularizers" else ""
-            raise TypeError(
-                f"`{name}` must hold instances of tff_optim.transforms.GradientTransform{also}; "
-                f"found {part!r}. `tff_optim.from_config` reads names and configurations; "
-                "`tff_optim.transforms.KerasTransform` wraps a Keras optimizer."
-            )
-        parts.append(part)
-    return tuple(parts)
-
-
-@attrs.frozen
-class Pipeline:
-    """What a pipeline is made of; the arguments of `build_optimizer`, checked."""
-
-    learning_rate: Any = hyperparameters.non_negative()
-    regularizers: tuple[GradientTransform, ...] = ()
-    transforms: tuple[GradientTransform, ...] = ()
-    weight_decay: Any = hyperparameters.non_negative(0.0)
-    projection: tuple[projections.Projection, ...] = ()
-    device: str | None = None
-    jit_compile: bool = hyperparameters.flag(False)
-
-    @property
-    def decays(self) -> bool:
-        """Whether there is a decay term: none if it is exactly 0, rather than one times 0."""
-        return self.weight_decay != 0.0
-
-    @property
-    def rate_names(self) -> list[str]:
-        """Those of learning rate and weight decay that are numbers in the state."""
-        names = hyperparameters.numbers(self)
-        return names if self.decays else [name for name in names if name != "weight_decay"]
-
-    @property
-    def parts(self) -> dict[str, GradientTransform]:
-        """All parts in order, by class, numbered from its second use on: `Adam`, `Adam_2`."""
-        seen: collections.Counter[str] = collections.Counter()
-        parts = {}
-        for part in (*self.regularizers, *self.transforms):
-            name = type(part).__name__
-            seen[name] += 1
-            parts[name if seen[name] == 1 else f"{name}_{seen[name]}"] = part
-        return parts
 
 
 class PipelineOptimizer(tff.learning.optimizers.Optimizer):
@@ -84,7 +30,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         # cannot tell their configuration.
         self._hash = hash(pipeline)
         # Made once: a function made in every call would be traced and compiled in every call.
-        self._compiled = tf.function(self._step, jit_compile=True, autograph=False)
+        self._compiled = tf.function(self._changes, jit_compile=True, autograph=False)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -103,7 +49,17 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         return f"PipelineOptimizer({self.pipeline!r})"
 
     def initialize(self, specs: Any) -> Any:
-        """Returns the state before the first step: see `build_optimizer`."""
+        """Returns the state before the first step, as `build_optimizer` describes it.
+
+        Args:
+          specs: A structure of `tf.TensorSpec`s of the weights: floating dtypes, known shapes.
+
+        Returns:
+          An `OrderedDict` of `learning_rate`, `weight_decay`, `step` and `parts`.
+
+        Raises:
+          ValueError: If a spec is of another kind, or a projection selects no weights.
+        """
         for path, spec in leaves.named_leaves(specs):
             if not spec.dtype.is_floating or not spec.shape.is_fully_defined():
                 raise ValueError(
@@ -122,7 +78,20 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         return state
 
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """Takes one step: see `build_optimizer`."""
+        """Takes one step, as `build_optimizer` describes it.
+
+        Args:
+          state: What `initialize` or the step before returned.
+          weights: A structure of tensors or variables; variables are read, not assigned.
+          gradients: A structure like `weights`; a leaf may be `None` or `tf.IndexedSlices`.
+
+        Returns:
+          The new state and the new weights, as tensors.
+
+        Raises:
+          ValueError: If something differs in structure, shape or dtype, or all gradients are
+            `None`.
+        """
         self._check_state(state)
         leaves.check_same_structure(gradients, weights, "gradients", "`weights`")
         with devices.device_scope(self.pipeline.device):
@@ -130,8 +99,30 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
             gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
             _check_gradients(gradients, weights)
-            step = self._compiled if self.pipeline.jit_compile else self._step
-            return step(state, weights, gradients)
+            if not self.pipeline.jit_compile:
+                return self._step(state, weights, gradients)
+            state = self._begin(state, weights)
+            changes, weights = self._compiled(state, weights, gradients)
+            state = tf.nest.map_structure(
+                lambda new, old: old if new is None else new, changes, state
+            )
+            return state, weights
+
+    def _begin(self, state: Any, weights: Any) -> Any:
+        wide = tf.nest.map_structure(leaves.widen, weights)
+        begun = [
+            (name, part.begin(state[_PARTS][name], wide))
+            for name, part in self.pipeline.parts.items()
+        ]
+        return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
+
+    def _changes(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """A step, with `None` for what stays in the state: compiled code would copy it."""
+        new_state, new_weights = self._step(state, weights, gradients)
+        changes = tf.nest.map_structure(
+            lambda new, old: None if new is old else new, new_state, state
+        )
+        return changes, new_weights
 
     def _step(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         rates = self._rates(state)
@@ -286,9 +277,10 @@ def build_optimizer(
         in order on each tensor of weights after the step.
       device: A device's name, a `DevicePolicy`, or `None` for the policy in force. TFF's worker
         has no GPU code: a GPU is used only where the optimizer runs in the Python process.
-      jit_compile: Whether to fuse the step with XLA. Several times as fast from some ten thousand
-        parameters on, after a compilation of about a second for each shape of the weights. It
-        changes results by rounding only, but every part must be of operations that XLA knows.
+      jit_compile: Whether to fuse the step with XLA where it runs in the Python process: faster
+        from about a million parameters on, after a compilation of about a second for each shape
+        of the weights. TFF's worker has no XLA compiler and runs the same step unfused. Results
+        change by rounding only, but every part must be of operations that XLA knows.
 
     Returns:
       A `tff.learning.optimizers.Optimizer`.
@@ -308,8 +300,8 @@ def build_optimizer(
     """
     pipeline = Pipeline(
         learning_rate=learning_rate,
-        regularizers=_as_parts("regularizers", regularizers),
-        transforms=_as_parts("transforms", transforms),
+        regularizers=as_parts("regularizers", regularizers),
+        transforms=as_parts("transforms", transforms),
         weight_decay=weight_decay,
         projection=projections.as_projections(projection),
         device=devices.select_device(device),

@@ -48,24 +48,30 @@ class FedProx(GradientTransform):
         state[_REFERENCE] = leaves.zeros(specs)
         return state
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """See base class."""
+    def begin(self, state: Any, weights: Any) -> Any:
+        """Takes the reference, once: afterwards `started` is `True` for Python too."""
         hyperparameters.check_state(self, state, slots=(_STARTED, _REFERENCE))
-        alpha = hyperparameters.current(self, state)["alpha"]
+        if state[_STARTED] is True:
+            return state
         leaves.check_like(state[_REFERENCE], weights, "reference` of `state", "`weights`")
         # A branch, not `tf.where`: it hands tensors on instead of writing them once more.
-        reference = tf.nest.pack_sequence_as(
-            weights, _choose(state[_STARTED], state[_REFERENCE], weights)
-        )
+        reference = _choose(state[_STARTED], state[_REFERENCE], weights)
+        taken = {_STARTED: True, _REFERENCE: tf.nest.pack_sequence_as(weights, reference)}
+        return collections.OrderedDict(state) | taken
+
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """See base class."""
+        state = self.begin(state, weights)
+        alpha = hyperparameters.current(self, state)["alpha"]
 
         def pull(g: tf.Tensor | None, w: tf.Tensor, w_ref: tf.Tensor) -> tf.Tensor | None:
             return None if g is None else g + leaves.number(alpha, g.dtype) * (w - w_ref)
 
+        pulled = tf.nest.map_structure(pull, gradients, weights, state[_REFERENCE])
         new_state = hyperparameters.advance(self, state)
-        new_state |= collections.OrderedDict(
-            [(_STARTED, tf.constant(True)), (_REFERENCE, reference)]
-        )
-        return new_state, tf.nest.map_structure(pull, gradients, weights, reference)
+        new_state[_STARTED] = tf.constant(True)
+        new_state[_REFERENCE] = state[_REFERENCE]
+        return new_state, pulled
 
 
 def _choose(condition: Any, if_true: Any, if_false: Any) -> list[tf.Tensor]:

@@ -3,11 +3,16 @@
 from tff_optim.resident.checkpoints import ResidentCheckpoints
 from tff_optim.resident.errors import CheckpointError, WorkerLostError, WorkerStartError
 from tff_optim.resident.process import ResidentProcess
+from tff_optim.resident.server_device import HandoverTimes, ServerDeviceProcess
+from tff_optim.resident.worker import worker_binary
 
 __all__ = [
     "CheckpointError",
+    "HandoverTimes",
     "ResidentCheckpoints",
     "ResidentProcess",
+    "ServerDeviceProcess",
     "WorkerLostError",
     "WorkerStartError",
+    "worker_binary",
 ]

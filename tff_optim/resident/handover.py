@@ -269,9 +269,18 @@ def has_room(host: Host, size: int) -> bool:
     return False
 
 
-async def fetch(carrier: Carrier, executor: CohortExecutor, value: Any) -> list[Any]:
-    """Brings a value to Python, as the list of its leaves."""
-    if by_file(carrier, executor.host):
+async def fetch(
+    carrier: Carrier, executor: CohortExecutor, value: Any, files: bool | None = None
+) -> list[Any]:
+    """Brings a value to Python, as the list of its leaves.
+
+    Args:
+        carrier: What moves values of its type.
+        executor: Where it is.
+        value: Its handle.
+        files: Whether it crosses in a file or in a message; None to choose by its size.
+    """
+    if by_file(carrier, executor.host) if files is None else files:
         with Exchange(executor.host) as prefix:
             await save_in_worker(carrier, executor, value, prefix)
             return [_plain(t) for t in load_in_python(carrier, prefix)]
@@ -284,9 +293,11 @@ def _plain(tensor: tf.Tensor) -> Any:
     return value[()] if isinstance(value, np.ndarray) else value
 
 
-async def put(carrier: Carrier, executor: CohortExecutor, arrays: list[Any]) -> Any:
-    """Takes the leaves of a value from Python into the worker."""
-    if by_file(carrier, executor.host):
+async def put(
+    carrier: Carrier, executor: CohortExecutor, arrays: list[Any], files: bool | None = None
+) -> Any:
+    """Takes the leaves of a value from Python into the worker; `files` is as for `fetch`."""
+    if by_file(carrier, executor.host) if files is None else files:
         with Exchange(executor.host) as prefix:
             save_op(prefix, [leaf.name for leaf in carrier.leaves], arrays)
             return await load_in_worker(carrier, executor, prefix)

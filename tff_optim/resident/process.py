@@ -162,21 +162,21 @@ class ResidentProcess:
 
     def get_model_weights(self, state: Any) -> Any:
         """Brings the model weights of a state to Python."""
-        return self._read("get_model_weights", self._process.get_model_weights, state)
+        return self.read("get_model_weights", self._process.get_model_weights, state)
 
     def get_hparams(self, state: Any) -> Any:
         """Brings the hyperparameters of a state to Python."""
-        return self._read("get_hparams", self._process.get_hparams, state)
+        return self.read("get_hparams", self._process.get_hparams, state)
 
     def set_model_weights(self, state: Any, model_weights: Any) -> Any:
         """Returns a state with other model weights."""
-        return self._write(
+        return self.write(
             "set_model_weights", self._process.set_model_weights, state, model_weights
         )
 
     def set_hparams(self, state: Any, hparams: Any) -> Any:
         """Returns a state with other hyperparameters."""
-        return self._write("set_hparams", self._process.set_hparams, state, hparams)
+        return self.write("set_hparams", self._process.set_hparams, state, hparams)
 
     def materialize(self, state: Any) -> Any:
         """Brings a state to Python: the state of the wrapped process."""
@@ -287,7 +287,8 @@ class ResidentProcess:
             self._compiled[name] = build()
         return self._compiled[name]
 
-    def _read(self, name: str, computation: Any, state: Any) -> Any:
+    def read(self, name: str, computation: Any, state: Any, files: bool | None = None) -> Any:
+        """Calls an unplaced `S -> T` in the worker and brings the result to Python."""
         compiled = self._compile(name, lambda: handover.lift(computation))
         carrier = self._compile(
             f"result of {name}",
@@ -299,13 +300,16 @@ class ResidentProcess:
 
             async def work() -> list[Any]:
                 value = await resident.executor.call(compiled, resident.value)
-                return await handover.fetch(carrier, resident.executor, value)
+                return await handover.fetch(carrier, resident.executor, value, files)
 
             return resident.executor.host.run(work)
 
         return leaves.pack(self.persist(attempt), carrier.type)
 
-    def _write(self, name: str, computation: Any, state: Any, part: Any) -> Any:
+    def write(
+        self, name: str, computation: Any, state: Any, part: Any, files: bool | None = None
+    ) -> Any:
+        """Calls an unplaced `<S, T> -> S` in the worker with a `T` from Python."""
         compiled = self._compile(name, lambda: handover.lift(computation, num_arguments=2))
         part_type = computation.type_signature.parameter[1]
         arrays = leaves.as_arrays(part, part_type)
@@ -316,7 +320,7 @@ class ResidentProcess:
             executor = resident.executor
 
             async def work() -> Resident:
-                other = await handover.put(carrier, executor, arrays)
+                other = await handover.put(carrier, executor, arrays, files)
                 value = await executor.call(compiled, resident.value, other)
                 await handover.wait(self._carrier, executor, value)
                 return Resident(self._carrier, executor, value)

@@ -31,9 +31,13 @@ _HTTP2_SETTINGS = 4
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 
 # The shell becomes the worker. Its child waits for the pipe at its input to close, which the
-# kernel does when this Python process ends, however it ends, and then kills the worker. Both
-# are in a session of their own: Ctrl-C in the terminal does not reach them.
-_WATCHED = 'exec 3<&0 </dev/null; (read _ <&3; kill -9 $$) >/dev/null 2>&1 & exec "$@" 3<&-'
+# kernel does when this Python process ends, however it ends; then it kills the worker and
+# removes its directory, which may hold a state's worth of memory. Both are in a session of
+# their own: Ctrl-C in the terminal does not reach them.
+_WATCHED = (
+    "directory=$1; shift; exec 3<&0 </dev/null; "
+    '(read _ <&3; kill -9 $$; rm -rf -- "$directory") >/dev/null 2>&1 & exec "$@" 3<&-'
+)
 
 TOKEN_FILE = "token"
 
@@ -119,8 +123,9 @@ class LocalWorker:
             except (AttributeError, OSError, ValueError):
                 streams[name] = None
         try:
+            watched = ["/bin/sh", "-c", _WATCHED, "worker", self.directory]
             return subprocess.Popen(
-                ["/bin/sh", "-c", _WATCHED, "worker", *self._command, f"--port={port}"],
+                [*watched, *self._command, f"--port={port}"],
                 stdin=subprocess.PIPE,
                 cwd=self.directory,
                 start_new_session=True,
@@ -150,7 +155,7 @@ class LocalWorker:
     def lost_reason(self, timeout: float) -> str | None:
         """Says why this worker is gone, or returns None where it answers."""
         # The connection is cut an instant before the kernel reports the end of the process.
-        for _ in range(20):
+        for _ in range(5):
             reason = self._exit_reason()
             if reason or not self._finalizer.alive:
                 return reason or "it was closed"

@@ -55,6 +55,22 @@ class GradientTransform(abc.ABC):
           The new state and the new gradients, nested, shaped and typed like the old ones.
         """
 
+    def begin(self, state: Any, weights: Any) -> Any:
+        """Puts into the state what a step finds there; most transforms have no use for it.
+
+        A pipeline with `jit_compile` calls it before `next` and outside of compiled code, which
+        would copy every tensor that is only handed on. `next` must not rely on the call.
+
+        Args:
+          state: As for `next`.
+          weights: As for `next`.
+
+        Returns:
+          The state to give to `next`.
+        """
+        del weights  # Nothing to do.
+        return state
+
     def get_hparams(self, state: Any) -> hyperparameters.Hparams:
         """The numbers in `state` that may be changed between rounds, by name.
 

@@ -1,0 +1,344 @@
+"""Workers that end, hang, never start or are cut off; and Python ending in every way."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import tensorflow as tf
+from resident_cases import (
+    assert_close,
+    assert_equal,
+    children_of,
+    cohorts,
+    is_running,
+    plain_run,
+    process,
+    wait_until,
+)
+
+from tff_optim import ResidentProcess
+from tff_optim.resident import ResidentCheckpoints, WorkerLostError, WorkerStartError
+from tff_optim.resident import worker as worker_lib
+
+
+def endless():
+    """A cohort whose round never ends by itself."""
+    return [client.repeat() for client in cohorts()[0]]
+
+
+def after(seconds, action):
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
+
+
+class Proxy:
+    """A TCP connection that can be cut, frozen and mended."""
+
+    def __init__(self, port):
+        self._to = port
+        self._listener = socket.create_server(("localhost", 0))
+        self.target = f"localhost:{self._listener.getsockname()[1]}"
+        self._sockets = []
+        self.connections = 0
+        self.refuse = False
+        self._flowing = threading.Event()
+        self._flowing.set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if self.refuse:
+                    near.close()
+                    continue
+                self.connections += 1
+                far = socket.create_connection(("localhost", self._to))
+                self._sockets += [near, far]
+                for a, b in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    def _pump(self, source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self._flowing.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def freeze(self):
+        self._flowing.clear()
+
+    def cut(self):
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self._sockets = []
+
+    def close(self):
+        self._flowing.set()
+        self._listener.close()
+        self.cut()
+
+
+@contextlib.contextmanager
+def running_worker():
+    """A worker as somebody would start it on another machine."""
+    port, sock = worker_lib.reserve_port()
+    server = subprocess.Popen([worker_lib.worker_binary(), f"--port={port}"])
+    try:
+        wait_until(lambda: worker_lib._answers(f"localhost:{port}", 1), 20)
+        yield port, server
+    finally:
+        server.kill()
+        server.wait()
+        sock.close()
+
+
+def test_a_worker_killed_in_a_round_and_a_resumed_run(tmp_path):
+    with ResidentProcess(process()) as r:
+        checkpoints = ResidentCheckpoints(r, tmp_path)
+        state, _ = r.next(r.initialize(), list(cohorts()[0]))
+        checkpoints.save_now(state, 1)
+        state, _ = r.next(state, list(cohorts()[1]))
+        pid = r.home().worker.pid
+        timer = after(0.5, lambda: os.kill(pid, signal.SIGKILL))
+        begin = time.monotonic()
+        with pytest.raises(
+            WorkerLostError, match=r"signal SIGKILL. The server states .* are lost.*resume"
+        ):
+            r.next(state, endless())
+        timer.join()
+        assert time.monotonic() - begin < 5
+        # What was lost is said each time it is asked for.
+        with pytest.raises(WorkerLostError, match="are lost"):
+            r.materialize(state)
+        with pytest.raises(WorkerLostError, match="are lost"):
+            r.next(state, list(cohorts()[1]))
+        state, last = checkpoints.resume()
+        assert r.home().worker.pid != pid
+        for i in range(last + 1, 6):
+            state, _ = r.next(state, list(cohorts()[i - 1]))
+        assert_equal(r.materialize(state), plain_run()[5][0])
+
+
+def test_a_lost_second_worker_is_replaced_within_the_round():
+    with ResidentProcess(process(), workers=2) as r:
+        state, _ = r.next(r.initialize(), list(cohorts()[0]))
+        pid = r._hosts[1].worker.pid
+        os.kill(pid, signal.SIGSTOP)  # it takes part in no round again
+        timer = after(0.5, lambda: os.kill(pid, signal.SIGKILL))
+        state, _ = r.next(state, list(cohorts()[1]))
+        timer.join()
+        assert r._hosts[1].worker.pid != pid
+        assert_close(r.materialize(state), plain_run()[2][0])
+
+
+def test_a_hanging_worker_is_given_up():
+    with ResidentProcess(process(), heartbeat=0.5) as r:
+        state = r.initialize()
+        pid = r.home().worker.pid
+        os.kill(pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        with pytest.raises(WorkerLostError, match=r"did not answer within 0.5 seconds"):
+            r.next(state, list(cohorts()[0]))
+        assert time.monotonic() - begin < 10
+        assert not is_running(pid)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("/bin/sh", "-c", "sleep 60"), "not ready within 1 seconds"),
+        (("/bin/sh", "-c", "exit 3"), "exited with code 3"),
+        (("/no/such/worker",), "exited with code 127"),
+    ],
+)
+def test_a_worker_that_never_starts(command, message):
+    begin = time.monotonic()
+    with pytest.raises(WorkerStartError, match=message):
+        worker_lib.LocalWorker(start_timeout=1, command=command)
+    assert time.monotonic() - begin < 5
+    assert not [pid for pid in children_of(os.getpid()) if "sleep 60" in _command(pid)]
+
+
+def _command(pid):
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/cmdline") as f:
+        return f.read().replace("\0", " ")
+    return ""
+
+
+def test_a_remote_worker_that_is_not_there():
+    sock = socket.create_server(("localhost", 0))
+    target = f"localhost:{sock.getsockname()[1]}"
+    with ResidentProcess(process(), workers=[target], start_timeout=0.5) as r:
+        # Somebody listens, but it is no worker.
+        with pytest.raises(WorkerStartError, match=f"{target} cannot be used: .* 0.5 seconds"):
+            r.initialize()
+        sock.close()
+        with pytest.raises(WorkerStartError, match=target):
+            r.initialize()
+
+
+def test_a_port_taken_by_another_program(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(worker_lib, "reserve_port", lambda: (port, socket.socket()))
+        with (
+            ResidentProcess(process(), start_timeout=5) as r,
+            pytest.raises(WorkerStartError, match="exited with code 0"),
+        ):
+            r.initialize()
+
+
+def test_a_port_shared_with_another_tff_worker(monkeypatch):
+    with running_worker() as (port, _):
+        # Nothing stops a second worker there, and each connection reaches one of them.
+        monkeypatch.setattr(
+            worker_lib.LocalWorker, "_start", lambda self, port: subprocess.Popen(["sleep", "60"])
+        )
+        monkeypatch.setattr(worker_lib, "reserve_port", lambda: (port, socket.socket()))
+        monkeypatch.setattr(worker_lib, "_end", lambda process, *unused: process.kill())
+        with (
+            ResidentProcess(process()) as r,
+            pytest.raises(
+                WorkerStartError, match=f"Another TFF worker answers at localhost:{port}"
+            ),
+        ):
+            r.initialize()
+
+
+def test_connections_that_are_cut_or_frozen():
+    with running_worker() as (port, server):
+        proxy = Proxy(port)
+        with ResidentProcess(process(), workers=[proxy.target], heartbeat=1) as r:
+            state, _ = r.next(r.initialize(), list(cohorts()[0]))
+            # Cut in the middle of a round, and mended: the round is repeated.
+            long = [client.repeat(500) for client in cohorts()[1]]
+            state_of_long = r.next(state, long).state
+            expected = r.materialize(state_of_long)
+            before = proxy.connections
+            timer = after(0.1, proxy.cut)
+            again = r.next(state, long).state
+            timer.join()
+            assert proxy.connections > before
+            assert_equal(r.materialize(again), expected)
+            # Frozen: nothing is refused, but nothing arrives.
+            timer = after(0.3, proxy.freeze)
+            begin = time.monotonic()
+            with pytest.raises(WorkerLostError, match=f"{proxy.target} is gone: it did not answer"):
+                r.next(state, endless())
+            timer.join()
+            assert time.monotonic() - begin < 10
+        proxy.close()
+
+        # Cut for good.
+        proxy = Proxy(port)
+        with ResidentProcess(process(), workers=[proxy.target], heartbeat=1) as r:
+            state = r.initialize()
+            proxy.refuse = True
+            proxy.cut()
+            begin = time.monotonic()
+            with pytest.raises(WorkerLostError, match="did not answer within 1 seconds"):
+                r.next(state, list(cohorts()[0]))
+            assert time.monotonic() - begin < 10
+        proxy.close()
+        # Closing a process leaves a worker that is not its own alone.
+        assert server.poll() is None
+
+
+def test_a_remote_worker_started_anew_has_lost_the_state():
+    with (
+        running_worker() as (port, first),
+        ResidentProcess(process(), workers=[f"localhost:{port}"], heartbeat=5) as r,
+    ):
+        state = r.initialize()
+        first.kill()
+        first.wait()
+        second = subprocess.Popen([worker_lib.worker_binary(), f"--port={port}"])
+        try:
+            with pytest.raises(WorkerLostError, match="it was started anew"):
+                r.next(state, list(cohorts()[0]))
+            state, _ = r.next(r.initialize(), list(cohorts()[0]))
+            assert_equal(r.materialize(state), plain_run()[1][0])
+        finally:
+            second.kill()
+            second.wait()
+
+
+def test_an_error_in_a_computation_is_no_lost_worker():
+    with ResidentProcess(process()) as r:
+        state = r.initialize()
+        bad = cohorts()[0][0].map(lambda x, y: (tf.debugging.check_numerics(x / 0.0, "bad"), y))
+        with pytest.raises(Exception, match="bad"):
+            r.next(state, [bad])
+        state, _ = r.next(state, list(cohorts()[0]))
+        assert_equal(r.materialize(state), plain_run()[1][0])
+
+
+def test_ctrl_c_stops_the_round_and_keeps_the_state():
+    with ResidentProcess(process()) as r:
+        state = r.initialize()
+        long = [client.repeat(3000) for client in cohorts()[0]]
+        timer = after(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            r.next(state, long)
+        timer.join()
+        assert time.monotonic() - begin < 5
+        # The worker ends what it had begun, and goes on from the state before.
+        state, _ = r.next(state, list(cohorts()[0]))
+        assert_equal(r.materialize(state), plain_run()[1][0])
+        # Ctrl-C in a terminal goes to every process of the terminal's group.
+        assert os.getpgid(r.home().worker.pid) != os.getpgid(0)
+
+
+def test_no_worker_outlives_python(tmp_path):
+    script = tmp_path / "endings.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, signal, sys
+            from tff_optim.resident.worker import LocalWorker
+
+            def error():
+                raise ValueError("an error nobody catches")
+
+            endings = [
+                lambda: sys.exit(3), error, lambda: os._exit(0),
+                lambda: os.kill(os.getpid(), signal.SIGKILL),
+                lambda: os.kill(os.getpid(), signal.SIGTERM),
+            ]
+            # One import of TFF for all: each child starts a worker and ends in its own way.
+            import tensorflow_federated as tff
+            tff.test.set_no_default_context()
+            for end in endings:
+                child = os.fork()
+                if child == 0:
+                    worker = LocalWorker()
+                    print("worker", worker.pid, worker.directory, flush=True)
+                    end()
+                os.waitpid(child, 0)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    workers = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("worker")]
+    assert len(workers) == 5, done.stderr
+    for pid, directory in workers:
+        wait_until(lambda pid=pid: not is_running(pid), 5)
+        wait_until(lambda directory=directory: not os.path.exists(directory), 5)

@@ -1,0 +1,69 @@
+"""What a pipeline is made of: its arguments, checked, and its parts, named."""
+
+import collections
+from typing import Any
+
+import attrs
+import tensorflow as tf
+
+from tff_optim import hyperparameters, projections
+from tff_optim.regularizers import Penalty
+from tff_optim.transforms.interface import GradientTransform
+
+
+def as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
+    """Reads the argument `name`, a sequence of transforms; Keras regularizers are wrapped.
+
+    Raises:
+      TypeError: If it is something else.
+    """
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"`{name}` must be a list or tuple; found {given!r}. Put it in a list.")
+    parts = []
+    for part in given:
+        if name == "regularizers" and isinstance(part, tf.keras.regularizers.Regularizer):
+            part = Penalty(part)
+        if not isinstance(part, GradientTransform):
+            also = ", tf.keras.regularizers.Regularizer" if name == "regularizers" else ""
+            raise TypeError(
+                f"`{name}` must hold instances of tff_optim.transforms.GradientTransform{also}; "
+                f"found {part!r}. `tff_optim.from_config` reads names and configurations; "
+                "`tff_optim.transforms.KerasTransform` wraps a Keras optimizer."
+            )
+        parts.append(part)
+    return tuple(parts)
+
+
+@attrs.frozen
+class Pipeline:
+    """What a pipeline is made of; the arguments of `build_optimizer`, checked."""
+
+    learning_rate: Any = hyperparameters.non_negative()
+    regularizers: tuple[GradientTransform, ...] = ()
+    transforms: tuple[GradientTransform, ...] = ()
+    weight_decay: Any = hyperparameters.non_negative(0.0)
+    projection: tuple[projections.Projection, ...] = ()
+    device: str | None = None
+    jit_compile: bool = hyperparameters.flag(False)
+
+    @property
+    def decays(self) -> bool:
+        """Whether there is a decay term: none if it is exactly 0, rather than one times 0."""
+        return self.weight_decay != 0.0
+
+    @property
+    def rate_names(self) -> list[str]:
+        """Those of learning rate and weight decay that are numbers in the state."""
+        names = hyperparameters.numbers(self)
+        return names if self.decays else [name for name in names if name != "weight_decay"]
+
+    @property
+    def parts(self) -> dict[str, GradientTransform]:
+        """All parts in order, by class, numbered from its second use on: `Adam`, `Adam_2`."""
+        seen: collections.Counter[str] = collections.Counter()
+        parts = {}
+        for part in (*self.regularizers, *self.transforms):
+            name = type(part).__name__
+            seen[name] += 1
+            parts[name if seen[name] == 1 else f"{name}_{seen[name]}"] = part
+        return parts
