@@ -160,9 +160,12 @@ def test_equals_federated_training_in_numpy(name):
 @pytest.mark.parametrize("name", ["adaptive", "q-fed-avg"])
 def test_variable_models_train_alike(name):
     _, build, combine, how = PROCESSES[name]
-    weights, _ = trained(build(model_fn))
+    weights, outputs = trained(build(model_fn))
     for found, expected in zip(weights, twin.simulate(3, DATA, combine, **how), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    # Metrics are those of training alone, whatever else looked at the data.
+    measured = outputs[-1].metrics["client_work"]["train"]
+    assert measured["num_examples"] == sum(len(x) for x, _ in DATA)
 
 
 @pytest.mark.parametrize("kind", ["variable", "functional"])
