@@ -81,6 +81,7 @@ def test_a_device_scope_in_a_computation_runs_in_the_worker():
     [
         ("/CPU:7", ValueError, r"asks for /CPU:7, but .* sees only .*CPU:0"),
         ("nonsense", ValueError, "found 'nonsense'"),
+        ("/job:worker/task:7/device:CPU:0", ValueError, "found '/job:worker/task:7/device:CPU:0'"),
         ("/job:worker", ValueError, "found '/job:worker'"),
         (1, TypeError, "found int"),
     ],

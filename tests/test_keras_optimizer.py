@@ -358,6 +358,22 @@ def _keep_in_python(self, gradient, variable):
     variable.assign_sub(gradient / self.count)
 
 
+class Counting(SignDescent):
+    """Keeps an array and a dictionary in Python."""
+
+    def __init__(self, key="array", **kwargs):
+        super().__init__(**kwargs)
+        self.key = key
+        self.array, self.dictionary = np.zeros(()), {"n": 0}
+
+    def update_step(self, gradient, variable):
+        if self.key == "array":
+            self.array += 1
+        else:
+            self.dictionary["n"] += 1
+        variable.assign_sub(gradient)
+
+
 def _create_late(self, gradient, variable):
     late = tf.Variable(tf.zeros_like(gradient), name="late")
     variable.assign_sub(gradient + late)
@@ -376,10 +392,21 @@ def _build_lifted(self, var_list):
         (_subclass(_assign_in_while), r"'0'.*inside `tf\.cond`, `tf\.while_loop`"),
         (_subclass(_touch_handle), "reads `handle` of the variable '0'"),
         (_subclass(_keep_in_python), "changes the Python attribute `count`"),
+        (lambda: Counting("array"), "changes the Python attribute `array`"),
+        (lambda: Counting("dictionary"), "changes the Python attribute `dictionary`"),
         (_subclass(_create_late), "creates the variable 'late'"),
         (_subclass(build=_build_lifted), "lifted.*init_scope"),
     ],
-    ids=["cond", "while", "handle", "python state", "late variable", "lifted variable"],
+    ids=[
+        "cond",
+        "while",
+        "handle",
+        "python state",
+        "array",
+        "dictionary",
+        "late variable",
+        "lifted variable",
+    ],
 )
 def test_a_subclass_that_cannot_be_pure_is_refused_and_told_why(cls, message):
     def step():
@@ -445,8 +472,41 @@ def test_the_state_of_another_optimizer_or_of_other_weights_is_refused(tmp_path)
     other = [tf.TensorSpec((3,), tf.float32), tf.TensorSpec((2,), tf.float32)]
     loaded = asyncio.run(manager.load(1, adam.initialize(other)))
     weights = [np.zeros((3,), "float32"), np.zeros((2,), "float32")]
-    with pytest.raises(ValueError, match=r"slot 'm/0'.*float32\(3,\).*found float32\(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"slot 'm/0' of float32\(3,\).*found 'm/0' of float32\(2, 2\)"
+    ):
         adam.next(loaded, weights, weights)
+
+
+@pytest.mark.parametrize(("made", "used"), [("adam", "adamax"), ("adamax", "adam")])
+def test_the_state_of_an_optimizer_with_the_same_layout_is_refused(made, used):
+    state = build_keras_optimizer(made).initialize(SPECS)
+    with pytest.raises(ValueError, match="Was it made for other weights or by another optimizer"):
+        build_keras_optimizer(used).next(state, WEIGHTS, WEIGHTS)
+
+
+def test_the_state_of_weights_with_other_names_is_refused():
+    optimizer = build_keras_optimizer("adam")
+    a, b = WEIGHTS[0], WEIGHTS[0]
+    state = optimizer.initialize(contracts.specs_of({"a": a, "b": b}))
+    with pytest.raises(ValueError, match=r"must hold the slot 'm/b'.*found 'm/a'"):
+        optimizer.next(state, {"b": a, "c": b}, {"b": a, "c": b})
+
+
+def test_the_state_holds_each_slot_once_and_nothing_else():
+    def slots(optimizer):
+        return list(optimizer.initialize(SPECS[:1])["slots"])
+
+    assert slots(build_keras_optimizer("adam")) == ["m/0", "v/0"]
+    assert slots(build_keras_optimizer("nadam")) == ["u_product", "m/0", "v/0"]
+    assert slots(build_keras_optimizer(K.SGD, learning_rate=0.5)) == ["m/0"]
+
+
+@pytest.mark.parametrize("value", [np.array([0.1, 0.2]), np.nan, True, "fast", None])
+def test_a_hyper_parameter_must_be_a_finite_number(value):
+    optimizer = build_keras_optimizer("adam")
+    with pytest.raises(ValueError, match="`beta_1` must be a finite number"):
+        optimizer.set_hparams(optimizer.initialize(SPECS), {"beta_1": value})
 
 
 def test_computations_check_their_arguments():

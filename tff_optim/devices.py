@@ -99,7 +99,8 @@ def select_device(device: str | DevicePolicy | None = None) -> str | None:
             spec = tf.DeviceSpec.from_string(device if device.startswith("/") else f"/{device}")
         except ValueError as error:
             raise ValueError(f'`device` must be like "/GPU:0"; found {device!r}.') from error
-        if spec.device_type is None:
+        elsewhere = spec.job not in (None, "localhost") or spec.task or spec.replica
+        if spec.device_type is None or elsewhere:
             raise ValueError(f'`device` must be like "/GPU:0"; found {device!r}.')
         kind, index = spec.device_type, spec.device_index or 0
     else:

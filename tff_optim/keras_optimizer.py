@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,12 +24,21 @@ _SLOTS = "slots"
 
 
 def _config_key(optimizer: Any) -> str:
+    """What equal optimizers have in common: class and configuration, if that tells everything."""
+    cls = type(optimizer)
+    parameters = {
+        name
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if name != "self"
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
     try:
         config = optimizer.get_config()
-    except NotImplementedError:  # a subclass without configuration is equal to itself only
+    except NotImplementedError:  # a subclass need not be serializable
+        config = {}
+    if not parameters <= set(config):
         config = {"id": id(optimizer)}
     excluded = list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
-    cls = type(optimizer)
     return json.dumps([cls.__module__, cls.__qualname__, config, excluded], default=repr)
 
 
@@ -222,14 +232,14 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         self, template: keras_step.Copy, leaves: Sequence[Any], names: Sequence[str]
     ) -> None:
         """Gives the weights the names that `exclude_from_weight_decay` looks at."""
+        if self.weight_names is not None and len(self.weight_names) != len(leaves):
+            raise ValueError(
+                f"`weight_names` must name every weight; found {len(self.weight_names)} names "
+                f"for {len(leaves)} weights."
+            )
         if not getattr(self.keras_optimizer, "_exclude_from_weight_decay_names", None):
             return
         if self.weight_names is not None:
-            if len(self.weight_names) != len(leaves):
-                raise ValueError(
-                    f"`weight_names` must name every weight; found {len(self.weight_names)} names "
-                    f"for {len(leaves)} weights."
-                )
             names = self.weight_names
         elif all(isinstance(leaf, tf.Variable) for leaf in leaves):
             names = [leaf.name for leaf in leaves]
@@ -262,13 +272,20 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
                     f"`hparams` may hold {', '.join(known) or 'nothing'}; found {name!r}. Other "
                     "arguments of the Keras optimizer are fixed when it is built."
                 )
-            new_state[name] = _like(value, state[name])
+            new_state[name] = _like(name, value, state[name])
         return new_state
 
 
-def _like(value: Any, number: Any) -> Any:
-    """The value in the dtype of a number of the state: a tensor stays one, else a NumPy scalar."""
+def _like(name: str, value: Any, number: Any) -> Any:
+    """A hyper-parameter in the dtype of the one in the state: a tensor, or a NumPy scalar."""
     dtype = tf.as_dtype(np.asarray(number).dtype if np.isscalar(number) else number.dtype)
+    if tf.is_symbolic_tensor(value):
+        if value.shape.rank != 0:
+            raise ValueError(f"`{name}` must be a scalar; found a tensor of shape {value.shape}.")
+        return tf.cast(value, dtype)
+    plain = np.asarray(value)
+    if plain.ndim or plain.dtype.kind not in "iuf" or not np.isfinite(plain):
+        raise ValueError(f"`{name}` must be a finite number; found {value!r}.")
     return tf.cast(value, dtype) if tf.is_tensor(value) else dtype.as_numpy_dtype(value)
 
 
@@ -318,10 +335,11 @@ def _check_state(state: Any, template: keras_step.Copy, keys: list[str]) -> None
         for name, value in slots.items()
     }
     for (name, want), (other, have) in zip(expected.items(), found.items()):
-        if want[0] != have[0] or not want[1].is_compatible_with(have[1]):
+        if name != other or want[0] != have[0] or not want[1].is_compatible_with(have[1]):
             raise ValueError(
-                f"The slot {other!r} of `state` must be {want[0]}{want[1]} for these weights "
-                f"({name!r}); found {have[0]}{have[1]}. Was it made for other weights?"
+                f"`state` must hold the slot {name!r} of {want[0]}{want[1]} for these weights; found "
+                f"{other!r} of {have[0]}{have[1]}. Was it made for other weights or by another "
+                "optimizer?"
             )
     if len(expected) != len(found):
         raise ValueError(
@@ -400,6 +418,7 @@ def build_keras_optimizer(
             traced = tf.is_symbolic_tensor(learning_rate)
             keras_step.own_learning_rate(made, None if traced else learning_rate)
         initial = keras_step.read_variables(made)
+        keras_step.check_closed(made, initial)
         numbers = keras_step.find_numbers(made, initial)
     rate = initial.get(id(made._learning_rate))
     if tf.is_symbolic_tensor(learning_rate):

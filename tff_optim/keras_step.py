@@ -27,6 +27,7 @@ _NOT_CALLED = (
     "_apply_weight_decay",
     "_distributed_apply_gradients_fn",
     "_internal_apply_gradients",
+    "_overwrite_model_variables_with_average_value",
     "_update_model_variables_moving_average",
     "_update_step",
 )
@@ -50,7 +51,9 @@ def copy_containers(optimizer: Any) -> Any:
     """Copies an optimizer and its lists and dictionaries; their elements stay the same."""
     clone = copy.copy(optimizer)
     for name, value in vars(optimizer).items():
-        if isinstance(value, list):
+        if name.startswith("_self_"):  # what Keras tracks for checkpoints, with the same variables
+            del clone.__dict__[name]
+        elif isinstance(value, list):
             clone.__dict__[name] = list(value)
         elif isinstance(value, dict):
             clone.__dict__[name] = dict(value)
@@ -59,13 +62,15 @@ def copy_containers(optimizer: Any) -> Any:
 
 
 def _replace_variables(optimizer: Any, replace: Callable[[tf.Variable], Any]) -> None:
-    """Replaces every `tf.Variable` in an attribute, or in a list or dictionary that is one."""
+    """Replaces every `tf.Variable` in attributes, and in lists, tuples and dictionaries in them."""
 
     def replaced(value: Any) -> Any:
         if isinstance(value, tf.Variable):
             return replace(value)
         if isinstance(value, list):
             return [replaced(element) for element in value]
+        if type(value) is tuple:
+            return tuple(replaced(element) for element in value)
         if isinstance(value, dict):
             return {key: replaced(element) for key, element in value.items()}
         return value
@@ -213,24 +218,37 @@ def _refuse_new_variable(next_creator: Any, **arguments: Any) -> None:
     )
 
 
+@attrs.frozen(eq=False)
+class _Identity:
+    """An object that is compared by identity, and kept so that no other can take its identity."""
+
+    value: Any
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+
+def _frozen(value: Any) -> Any:
+    """What an attribute holds now, in a form that later changes do not reach."""
+    if isinstance(value, list | tuple):
+        return [_frozen(element) for element in value]
+    if isinstance(value, dict):
+        return {key: _frozen(element) for key, element in value.items()}
+    if isinstance(value, set):
+        return set(value)
+    if isinstance(value, np.ndarray):
+        return (value.shape, value.dtype, value.tobytes())
+    return value if isinstance(value, int | float | str) else _Identity(value)
+
+
 def _attributes(optimizer: Any) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, list) else value
-        for name, value in vars(optimizer).items()
-    }
+    return {name: _frozen(value) for name, value in vars(optimizer).items()}
 
 
 def _check_unchanged(optimizer: Any, before: Mapping[str, Any]) -> None:
     """Raises if a step kept something in a Python attribute, where the next step cannot find it."""
-    after = _attributes(optimizer)
-    for name in after:
-        old, new = before.get(name), after[name]
-        same = (
-            len(old) == len(new) and all(a is b for a, b in zip(old, new))
-            if isinstance(old, list) and isinstance(new, list)
-            else old is new
-        )
-        if name not in before or not same:
+    for name, now in _attributes(optimizer).items():
+        if name not in before or before[name] != now:
             raise ValueError(
                 f"`update_step` of {type(optimizer).__name__} changes the Python attribute "
                 f"`{name}`. That state is lost when the step runs in a graph: keep it in a variable "
@@ -272,15 +290,15 @@ def run_step(copied: Copy, weights: Sequence[VariableCell], gradients: Sequence[
     optimizer._compute_current_learning_rate()
     base._apply_weight_decay(weights)
     is_nadam = isinstance(optimizer, tf.keras.optimizers.Nadam)
+    product = (optimizer._u_product, optimizer._u_product_counter) if is_nadam else None
     before_weight = _hold_nadam_product(optimizer) if is_nadam else None
     with tf.variable_creator_scope(_refuse_new_variable):
         for gradient, weight in zip(gradients, weights):
             if before_weight is not None:
                 before_weight(weight)
             optimizer.update_step(gradient, weight)
-    if before_weight is not None:
-        optimizer._u_product = before["_u_product"]
-        optimizer._u_product_counter = before["_u_product_counter"]
+    if product is not None:
+        optimizer._u_product, optimizer._u_product_counter = product
     _check_unchanged(optimizer, before)
     if optimizer.use_ema:
         base._update_model_variables_moving_average(weights)
@@ -314,20 +332,45 @@ def find_numbers(
     return numbers
 
 
-def _reads_in_graph(optimizer: Any, initial: Mapping[int, np.ndarray], name: str) -> bool:
+def _probe(
+    optimizer: Any, initial: Mapping[int, np.ndarray], name: str | None = None
+) -> tuple[Any, bool]:
+    """Traces a step on two small weights, with one number replaced by a tensor.
+
+    Returns the graph, and whether what the step computes depends on the number.
+    """
     specs = [tf.TensorSpec((2, 3), tf.float32), tf.TensorSpec((3,), tf.float32)]
     template = build_template(optimizer, initial, specs, ["0", "1"])
-    with scratch_graph():
+    with scratch_graph() as graph:
         for cell in _all_cells(template):
             cell.bind(tf.compat.v1.placeholder(cell.dtype, cell.shape))
         number = tf.compat.v1.placeholder(tf.float64, ())
-        template.optimizer.__dict__[name] = NumberCell(number)
+        if name is not None:
+            template.optimizer.__dict__[name] = NumberCell(number)
         gradients = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
-        try:
-            run_step(template, template.weights, gradients)
-        except (TypeError, ValueError, NotImplementedError):
-            return False  # the step needs a Python number, to branch on for example
-        return _depends_on([cell.value() for cell in _all_cells(template)], [number])
+        run_step(template, template.weights, gradients)
+        return graph, _depends_on([cell.value() for cell in _all_cells(template)], [number])
+
+
+def _reads_in_graph(optimizer: Any, initial: Mapping[int, np.ndarray], name: str) -> bool:
+    try:
+        return _probe(optimizer, initial, name)[1]
+    except (TypeError, ValueError, NotImplementedError):
+        return False  # the step needs a Python number, to branch on for example
+
+
+def check_closed(optimizer: Any, initial: Mapping[int, np.ndarray]) -> None:
+    """Raises if a step reads or assigns a variable that could not be replaced by state."""
+    try:
+        graph, _ = _probe(optimizer, initial)
+    except Exception:
+        return  # what is wrong is told by the first step, with the weights that it happens to
+    if any(tensor.dtype == tf.resource for tensor, _ in graph.captures):
+        raise ValueError(
+            f"A step of {type(optimizer).__name__} uses a `tf.Variable` that is not an attribute of "
+            "the optimizer, nor in a list, tuple or dictionary that is one: a schedule's, for "
+            "example. It would be read as it is at the moment, not as state."
+        )
 
 
 def _all_cells(copied: Copy) -> Iterator[VariableCell]:

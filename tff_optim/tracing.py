@@ -19,10 +19,11 @@ def eager_world() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def scratch_graph() -> Iterator[None]:
+def scratch_graph() -> Iterator[tf.Graph]:
     """A graph that is thrown away."""
-    with eager_world(), tf.__internal__.FuncGraph("scratch").as_default():
-        yield
+    graph = tf.__internal__.FuncGraph("scratch")
+    with eager_world(), graph.as_default():
+        yield graph
 
 
 def call_traced(function: Callable[..., Any], *arguments: Any, jit_compile: bool = False) -> Any:
