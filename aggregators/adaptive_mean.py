@@ -1,5 +1,6 @@
 """The mean over clients, weighed layer by layer by what each client's model scores."""
 
+import math
 from collections import OrderedDict
 from typing import Any, Literal, NamedTuple
 
@@ -194,7 +195,11 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
     clipped, so wrap the factory in `tff.aggregators.clipping_factory` for that.
 
     A client with an update, weight or score that is not finite counts for nothing and is counted
-    in the measurements; one of weight 0 counts for nothing. If none counts, the result is zeros.
+    in the measurements; one of weight 0 counts for nothing. If none counts, the result is NaN and
+    `unchanged` is 1: that is how TFF's finalizers are told to leave model and optimizer as they
+    were (zeros would still be a step of momentum, Adam or weight decay). TFF's own client work sends a
+    non-finite update as zeros with weight 0, so in `build_weighted_fed_avg` such clients are seen as
+    `zero_weight_clients` only.
 
     Example:
       >>> import numpy as np
@@ -292,7 +297,7 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
             typical, totals = state["typical_score"], reduced["statistics"]
             return (
                 typical_state(weighting, typical, totals),
-                pack(delta_type, reduced["mean"].tensors),
+                pack(delta_type, none_if_no_client(reduced["mean"].tensors, totals)),
                 measure(totals, relative_scale(weighting, typical)),
             )
 
@@ -335,6 +340,8 @@ def weigh(
         | tf.logical_not(finite_tensors(tensors))
     )
     logs = log_weights(weighting, scores, weight, typical_score)
+    # What has weight and sound scores and still does not count is a score without a number.
+    bad |= (weight > 0) & tf.reduce_all(tf.math.is_inf(logs))
     logs = tf.where(bad, tf.fill(tf.shape(logs), tf.constant(float("-inf"), tf.float64)), logs)
     return OrderedDict(
         mean=LogWeighted(tensors, logs), statistics=ClientStatistics(scores, logs, bad)
@@ -347,6 +354,12 @@ def mean_and_statistics(specs: list[tf.TensorSpec], groups: Groups, sample_size:
         mean=mean_reduction(specs, groups),
         statistics=statistics_reduction(len(groups), sample_size),
     )
+
+
+def none_if_no_client(tensors: Any, totals: Any) -> tuple[tf.Tensor, ...]:
+    """The tensors, or NaN in their place if no client counted: TFF's word for a rejected round."""
+    some = totals.clients > 0
+    return tuple(tf.where(some, x, tf.constant(math.nan, x.dtype)) for x in tensors)
 
 
 def typical_state(weighting: Weighting, typical: tf.Tensor, totals: Any) -> OrderedDict[str, Any]:

@@ -1,5 +1,7 @@
 """`federated_adaptive_mean` as it is used inside a hand-written round."""
 
+from collections import OrderedDict
+
 import aggregation_twins as twins
 import numpy as np
 import pytest
@@ -76,6 +78,7 @@ def test_types(by_kl, of_deltas):
     assert result.measurements.member._asdict() == {
         "clients": count,
         "non_finite_clients": count,
+        "zero_weight_clients": count,
         "unchanged": count,
         "score_mean": vector,
         "score_min": vector,
@@ -221,6 +224,10 @@ def test_the_factory_drops_into_tffs_own_process():
     )
     ours = aggregators.build_fed_att(model_fn, sgd)
     clients = make_clients()
+    # TFF sends a non-finite update as zeros with weight 0: it is seen, if not by name.
+    bad = clients[0].map(lambda b: OrderedDict(x=b["x"] * np.nan, y=b["y"]))
+    measured = theirs.next(theirs.initialize(), [bad, *clients[1:]]).metrics["aggregator"]
+    assert (measured["clients"], measured["zero_weight_clients"]) == (len(clients) - 1, 1)
     states = [process.initialize() for process in (theirs, ours)]
     for _ in range(2):
         states = [p.next(s, clients).state for p, s in zip((theirs, ours), states, strict=True)]
