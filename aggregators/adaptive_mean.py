@@ -1,8 +1,10 @@
 """The mean over clients, weighed layer by layer by what each client's model scores."""
 
+import math
 from collections import OrderedDict
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -34,10 +36,13 @@ class AdaptiveMean(NamedTuple):
     Attributes:
       mean: The mean, `T@SERVER`.
       measurements: See `aggregators.measurements.measure`, at the server.
+      typical_score: The running mean score after this round, float32 of shape `[num_layers]` at the
+        server: what the next round takes as its `typical_score`.
     """
 
     mean: Any
     measurements: Any
+    typical_score: Any
 
 
 def federated_adaptive_mean(
@@ -60,7 +65,7 @@ def federated_adaptive_mean(
 
     for every layer `l` and client `k`, with `w` as `weighting` makes it of the score of layer `l`.
     Used like `tff.federated_mean` inside a `tff.federated_computation`:
-    `<{T}@CLIENTS, T@SERVER> -> <T@SERVER, M@SERVER>`. One pass over clients.
+    `<{T}@CLIENTS, T@SERVER> -> <T@SERVER, M@SERVER, float32[num_layers]@SERVER>`. One pass.
 
     A client with a value, weight or score that is not finite counts for nothing and is counted in
     the measurements; so does one of weight 0, which is not. If no client counts, the mean is the
@@ -80,12 +85,14 @@ def federated_adaptive_mean(
       value_is: `"model"` for trained models; `"delta"` for the server's model minus the trained
         one, which is what TFF's client work sends.
       typical_score: Mean score of earlier rounds, float32 of shape `[num_layers]` at `tff.SERVER`,
-        0 where not known: feed `measurements["score_mean"]` of the round before. Needed if
-        `weighting` has a bound or a running scale, and ignored otherwise.
+        0 where not known: zeros in the first round, then the `typical_score` that the round before
+        returned, which follows `weighting.memory` and skips rounds without clients. Needed if
+        `weighting` has a bound or a running scale; it changes no weight otherwise.
       sample_size: How many clients the measurements list one by one.
 
     Returns:
-      An `AdaptiveMean` of the mean and its measurements, both at `tff.SERVER`.
+      An `AdaptiveMean` of the mean, its measurements and the next typical score, all at
+      `tff.SERVER`.
 
     Raises:
       TypeError: If a value has the wrong placement or type.
@@ -128,6 +135,14 @@ def federated_adaptive_mean(
         )
     specs = tensor_specs(model_type)
     groups = resolve_layers(layers, len(specs))
+    if typical_score is not None:
+        typical_score = tff.to_value(typical_score, None)
+        found = _member(typical_score, "typical_score", tff.SERVER)
+        if found != tff.to_type((np.float32, [len(groups)])):
+            raise TypeError(
+                f"`typical_score` must hold a number per layer, float32[{len(groups)}]; found "
+                f"{found}. Start from zeros of that shape."
+            )
     if weight is None:
         weight = tff.federated_value(1.0, tff.CLIENTS)
     if typical_score is None:
@@ -167,10 +182,11 @@ def federated_adaptive_mean(
         return (
             tf.nest.pack_sequence_as(server, list(tensors)),
             measure(totals, relative_scale(weighting, typical)),
+            next_typical_score(weighting, typical, mean_score(totals)),
         )
 
-    mean, measured = tff.federated_map(on_server, (reduced, server_model, typical_score))
-    return AdaptiveMean(mean, measured)
+    mean, measured, following = tff.federated_map(on_server, (reduced, server_model, typical_score))
+    return AdaptiveMean(mean, measured, following)
 
 
 class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
@@ -194,7 +210,11 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
     clipped, so wrap the factory in `tff.aggregators.clipping_factory` for that.
 
     A client with an update, weight or score that is not finite counts for nothing and is counted
-    in the measurements; one of weight 0 counts for nothing. If none counts, the result is zeros.
+    in the measurements; one of weight 0 counts for nothing. If none counts, the result is NaN and
+    `unchanged` is 1: that is how TFF's finalizers are told to leave model and optimizer as they
+    were (zeros would still be a step of momentum, Adam or weight decay). TFF's own client work sends a
+    non-finite update as zeros with weight 0, so in `build_weighted_fed_avg` such clients are seen as
+    `zero_weight_clients` only.
 
     Example:
       >>> import numpy as np
@@ -292,7 +312,7 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
             typical, totals = state["typical_score"], reduced["statistics"]
             return (
                 typical_state(weighting, typical, totals),
-                pack(delta_type, reduced["mean"].tensors),
+                pack(delta_type, none_if_no_client(reduced["mean"].tensors, totals)),
                 measure(totals, relative_scale(weighting, typical)),
             )
 
@@ -335,6 +355,8 @@ def weigh(
         | tf.logical_not(finite_tensors(tensors))
     )
     logs = log_weights(weighting, scores, weight, typical_score)
+    # What has weight and sound scores and still does not count is a score without a number.
+    bad |= (weight > 0) & tf.reduce_all(tf.math.is_inf(logs))
     logs = tf.where(bad, tf.fill(tf.shape(logs), tf.constant(float("-inf"), tf.float64)), logs)
     return OrderedDict(
         mean=LogWeighted(tensors, logs), statistics=ClientStatistics(scores, logs, bad)
@@ -347,6 +369,12 @@ def mean_and_statistics(specs: list[tf.TensorSpec], groups: Groups, sample_size:
         mean=mean_reduction(specs, groups),
         statistics=statistics_reduction(len(groups), sample_size),
     )
+
+
+def none_if_no_client(tensors: Any, totals: Any) -> tuple[tf.Tensor, ...]:
+    """The tensors, or NaN in their place if no client counted: TFF's word for a rejected round."""
+    some = totals.clients > 0
+    return tuple(tf.where(some, x, tf.constant(math.nan, x.dtype)) for x in tensors)
 
 
 def typical_state(weighting: Weighting, typical: tf.Tensor, totals: Any) -> OrderedDict[str, Any]:

@@ -9,7 +9,12 @@ import tensorflow_federated as tff
 from aggregators.adaptive_mean import finite_tensors, tensor_specs, typical_state
 from aggregators.layers import Layers, check_groups, resolve_layers
 from aggregators.local_training import Loop, LossAt, build_training
-from aggregators.measurements import ClientStatistics, measure, statistics_reduction
+from aggregators.measurements import (
+    ClientStatistics,
+    check_sample_size,
+    measure,
+    statistics_reduction,
+)
 from aggregators.one_pass import ScoredUpdate
 from aggregators.reduction import federated_reduction
 from aggregators.scores import Score, check_score, score_layers
@@ -21,9 +26,11 @@ from aggregators.weighting import (
     relative_scale,
 )
 
-# exp(60) is 1e26: two clients may differ by 52 orders of magnitude, and neither a weight nor a sum
-# of weighted updates leaves float32.
+# exp(60) is 1e26: two clients may differ by 52 orders of magnitude, and no weight leaves float32.
 _LARGEST_EXPONENT = 60.0
+
+# Aggregators multiply updates by weights and add them up in float32, which ends at 3e38.
+_LARGEST_WEIGHTED_UPDATE = 1e35
 
 
 def build_score_weighted_client_work(
@@ -32,21 +39,34 @@ def build_score_weighted_client_work(
     weighting: Weighting,
     *,
     layers: Layers = "model",
+    sample_size: int = 0,
 ) -> tff.learning.templates.ClientWorkProcess:
     """Makes every client weigh itself by how far its model moved.
 
     ```
-    weight[k] = n[k] exp(clip(rule(d[k] / scale))),   d[k] = mean over layers of score
+    weight[k] = n[k] exp(clip(rule(d[k] / scale) - rule(typical / scale)))
+    d[k] = mean over layers of score
     ```
 
     with `n` the weight that `client_work` gave (number of examples), or 1 where that is above 0 and
-    `weighting` does not count examples. What is sent is an update and one positive number, so any
-    weighted TFF aggregator takes it from here: mean, clipping, zeroing, compression, and secure
-    sum. The exponent is clipped to [-60, 60], so that weights stay in float32's range.
+    `weighting` does not count examples, and `typical` the mean score of earlier rounds: a client
+    with that score has weight `n` (nothing is subtracted while it is not known). What is sent is an
+    update and one positive number, so any weighted TFF aggregator takes it from here: mean,
+    clipping, zeroing, compression, and secure sum.
 
-    An update that is not finite is sent as zeros with weight 0, as is a score. TFF's own client
+    Weights must fit in float32, so the exponent is clipped to [-60, 60]. Two clients beyond the
+    same end weigh alike: with a temperature so low that many scores are more than 60 temperatures
+    from the typical one, this is no longer the softmax that `AdaptiveMeanFactory` computes.
+
+    Under a secure sum give `weighting` a `bound`: `tff.learning.secure_aggregator` clips weights
+    above `2**20 - 1` and rounds all to steps of about `2**-12`, without a word. With a bound `b`
+    weights lie from `n / sqrt(b)` to `n sqrt(b)`.
+
+    An update that is not finite is sent as zeros with weight 0, as is one without a finite score
+    or weight, and one that would overflow once multiplied by its weight (1e35). TFF's own client
     work does the first by itself without a trace; a client of weight 0 that has data is counted
-    as non-finite here.
+    as non-finite here. A client without data has weight 0 whatever `client_work` gave: it did not
+    move, and would pass for the nearest of all.
 
     Args:
       client_work: Any client work whose update has the trainable weights' structure and is the
@@ -55,6 +75,7 @@ def build_score_weighted_client_work(
       weighting: How scores become weights; from `aggregators.weighting`.
       layers: What is scored at a time: `"model"`, `"tensor"` or groups of positions. A client has
         one weight for all layers; for a weight per layer use `build_scored_client_work`.
+      sample_size: How many clients the measurements list one by one.
 
     Returns:
       A `tff.learning.templates.ClientWorkProcess` with `client_work`'s hyperparameters. Its state
@@ -64,7 +85,7 @@ def build_score_weighted_client_work(
 
     Raises:
       TypeError: If an argument is of the wrong kind or the client work does not fit.
-      ValueError: If `layers` does not fit the model.
+      ValueError: If `layers` does not fit the model, or `sample_size` is out of its range.
 
     Example:
       >>> from aggregators import scores, weighting
@@ -90,6 +111,7 @@ def build_score_weighted_client_work(
         )
     check_score(score)
     check_weighting(weighting)
+    check_sample_size(sample_size)
     signature = client_work.next.type_signature
     state_type, weights_type, data_type = signature.parameter
     result_type = signature.result.result.member
@@ -129,17 +151,23 @@ def build_score_weighted_client_work(
         bad = tf.logical_not(
             finite_tensors(tuple(update)) & all_finite(by_layer) & tf.math.is_finite(own)
         )
-        if own <= 0.0:
+        largest = tf.reduce_max([tf.cast(_largest(tensor), tf.float64) for tensor in update])
+        if (own <= 0.0) | (largest <= 0.0):
             # TFF sends a non-finite update as zeros with weight 0; only its data tells it from a
-            # client that had none. The look is taken at such clients only.
-            bad = bad | _has_data(data)
+            # client that had none. The look is taken at clients that did not move only.
+            has_data = _has_data(data)
+            bad = bad | ((own <= 0.0) & has_data)
+            own = tf.where(has_data, own, tf.zeros_like(own))
         logs = log_weights(weighting, mean, own, typical)
-        logs = tf.where(bad, tf.fill([1], tf.constant(float("-inf"), tf.float64)), logs)
-        counted = logs[0] > float("-inf")
+        # What has weight and a sound score and still does not count is a score without a number.
+        bad = bad | ((own > 0.0) & tf.math.is_inf(logs[0]))
+        counted = (logs[0] > float("-inf")) & tf.logical_not(bad)
         examples = own if weighting.times_examples else tf.ones_like(own)
         exponent = tf.where(counted, logs[0] - tf.math.log(tf.where(counted, examples, 1.0)), 0.0)
         exponent = tf.clip_by_value(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
         new = tf.where(counted, examples * tf.exp(exponent), tf.zeros_like(own))
+        bad = bad | (new * largest > _LARGEST_WEIGHTED_UPDATE)
+        new = tf.where(bad, tf.zeros_like(new), new)
         update = [tf.where(bad, tf.zeros_like(tensor), tensor) for tensor in update]
         weighted = tff.learning.templates.ClientResult(
             update=tf.nest.pack_sequence_as(result.update, update),
@@ -159,7 +187,7 @@ def build_score_weighted_client_work(
         output = client_work.next(state["client_work"], weights, data)
         typical = tff.federated_broadcast(state["typical_score"])
         weighted, parts = tff.federated_map(weigh_client, (output.result, weights, data, typical))
-        totals = federated_reduction(parts, statistics_reduction(1))
+        totals = federated_reduction(parts, statistics_reduction(1, sample_size))
 
         @tff.tensorflow.computation
         def on_server(state: Any, inner: Any, measured: Any, totals: Any) -> Any:
@@ -202,7 +230,9 @@ def build_scored_client_work(
 
     Training, metrics and weights are those of
     `tff.learning.templates.build_model_delta_client_work` (or of its functional twin), number for
-    number. Scores are taken in the same computation, from the weights at hand.
+    number, but for one: a client without examples has weight 0 under uniform weighting too, since
+    its score and its loss would be 0, the best of all. Scores are taken in the same computation,
+    from the weights at hand.
 
     The update is a `ScoredUpdate`, for `AdaptiveMeanFactory` and the factories in
     `aggregators.loss_rules`. A client whose trained weights, scores or loss are not finite sends
@@ -306,7 +336,8 @@ def build_scored_client_work(
             if client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
                 weight = tf.cast(done.examples, tf.float32)
             else:
-                weight = tf.constant(1.0)
+                # Without examples there is neither score nor loss, and zeros look like the best.
+                weight = tf.cast(done.examples > 0, tf.float32)
             update = ScoredUpdate(
                 delta=tf.nest.pack_sequence_as(weights.trainable, [zeros_if_bad(x) for x in delta]),
                 scores=zeros_if_bad(scores),
@@ -384,6 +415,13 @@ def _trainable(weights: Any) -> Any:
     if isinstance(weights, tff.learning.models.ModelWeights):
         return weights.trainable
     return weights
+
+
+def _largest(tensor: tf.Tensor) -> tf.Tensor:
+    """The largest absolute value; 0 of no elements."""
+    if tensor.shape.num_elements() == 0:
+        return tf.zeros([], tensor.dtype)
+    return tf.reduce_max(tf.abs(tensor))
 
 
 def _has_data(data: Any) -> tf.Tensor:

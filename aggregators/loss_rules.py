@@ -3,7 +3,8 @@
 All take a `ScoredUpdate` (from `build_scored_client_work`) and a number as weight, and return the
 type of its `delta`. All are one pass, as means by log-weight with an extra scalar or two in what
 is averaged. None works under a secure sum. A client whose update, weight or loss is not finite
-counts for nothing and is counted; if none counts, the result is zeros and `unchanged` is 1.
+counts for nothing and is counted; if none counts, the result is NaN, which TFF's finalizers take
+for a round to leave out, and `unchanged` is 1.
 """
 
 import math
@@ -18,6 +19,7 @@ from aggregators.adaptive_mean import (
     check_weight_type,
     is_scored,
     mean_and_statistics,
+    none_if_no_client,
     pack,
     tensor_specs,
     typical_state,
@@ -101,9 +103,10 @@ class QFedAvgFactory(tff.aggregators.WeightedAggregationFactory):
             *tensors, shrink = reduced["mean"].tensors
             step = tf.math.reciprocal_no_nan(shrink)
             tensors = [x * tf.cast(step, x.dtype) for x in tensors]
-            measured = measure(reduced["statistics"], tf.ones([1]))
+            totals = reduced["statistics"]
+            measured = measure(totals, tf.ones([1]))
             measured["step"] = step
-            return state, pack(value_type.delta, tuple(tensors)), measured
+            return state, pack(value_type.delta, none_if_no_client(tensors, totals)), measured
 
         return build_one_pass_process(
             value_type,
@@ -155,11 +158,14 @@ class FedNovaFactory(tff.aggregators.WeightedAggregationFactory):
 
         def client_part(value: Any, weight: Any, state: Any) -> Any:
             del state  # nothing is carried from round to round
-            steps = tf.cast(value.steps, tf.float32)
+            # Differences of nearly equal numbers at high momentum: float32 would be off by percents.
+            steps = tf.cast(value.steps, tf.float64)
             effective = steps
             if momentum:
-                lost = momentum * (1.0 - tf.pow(momentum, steps)) / (1.0 - momentum)
-                effective = (steps - lost) / (1.0 - momentum)
+                rate = tf.constant(momentum, tf.float64)
+                lost = rate * (1.0 - tf.pow(rate, steps)) / (1.0 - rate)
+                effective = (steps - lost) / (1.0 - rate)
+            effective = tf.cast(effective, tf.float32)
             tensors = tf.nest.flatten(value.delta)
             per_step = [tf.math.divide_no_nan(x, tf.cast(effective, x.dtype)) for x in tensors]
             return weigh(
@@ -174,8 +180,9 @@ class FedNovaFactory(tff.aggregators.WeightedAggregationFactory):
         def server_part(state: Any, reduced: Any) -> tuple[Any, Any, Any]:
             *tensors, effective = reduced["mean"].tensors
             tensors = [x * tf.cast(effective, x.dtype) for x in tensors]
-            measured = measure(reduced["statistics"], tf.ones([1]))
-            return state, pack(value_type.delta, tuple(tensors)), measured
+            totals = reduced["statistics"]
+            result = pack(value_type.delta, none_if_no_client(tensors, totals))
+            return state, result, measure(totals, tf.ones([1]))
 
         return build_one_pass_process(
             value_type,
@@ -192,7 +199,7 @@ class LossGatedMeanFactory(tff.aggregators.WeightedAggregationFactory):
 
     ```
     loss_t = sum_k n_k F_k / sum_k n_k
-    fell = loss_t < (1 - min_decrease) loss_(t-1)
+    fell = loss_t < loss_(t-1) - min_decrease |loss_(t-1)|
     update = adaptive mean if (not fell) else sum_k n_k d_k / sum_k n_k
     ```
 
@@ -270,7 +277,7 @@ class LossGatedMeanFactory(tff.aggregators.WeightedAggregationFactory):
             *plain, loss = reduced["plain"].tensors
             some = totals.clients > 0
             previous, known = state["previous_loss"], state["previous_known"]
-            fell = loss < (1.0 - self._min_decrease) * previous
+            fell = loss < previous - self._min_decrease * tf.abs(previous)
             adaptive = known & some & (fell if self._when_fallen else ~fell)
             tensors = [
                 tf.where(adaptive, a, p)
@@ -283,7 +290,7 @@ class LossGatedMeanFactory(tff.aggregators.WeightedAggregationFactory):
             new_state = typical_state(weighting, state["typical_score"], totals)
             new_state["previous_loss"] = tf.where(some, loss, previous)
             new_state["previous_known"] = known | some
-            return new_state, pack(value_type.delta, tuple(tensors)), measured
+            return new_state, pack(value_type.delta, none_if_no_client(tensors, totals)), measured
 
         return build_one_pass_process(
             value_type,

@@ -31,8 +31,8 @@ class Totals(NamedTuple):
     a third: TFF traces these functions anew for every process that is built.
 
     Attributes:
-      sums: float64 of shape `[2 + num_layers]`: clients that counted, clients that were not
-        finite, and scores.
+      sums: float64 of shape `[3 + num_layers]`: clients that counted, clients that were not
+        finite, clients of weight 0, and scores.
       largest: float64 of shape `[3, num_layers]`: score, minus score, and log-weight.
       log_sums: float64 of shape `[2, num_layers]`: weights and their squares.
       sample: `()`, or how many rows are filled (int32) and rows of scores and log-weights (float64
@@ -54,6 +54,11 @@ class Totals(NamedTuple):
         """How many clients were not finite, int32."""
         return tf.cast(self.sums[1], tf.int32)
 
+    @property
+    def zero_weight(self) -> tf.Tensor:
+        """How many other clients had no weight, int32."""
+        return tf.cast(self.sums[2], tf.int32)
+
 
 def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
     """Reduces `ClientStatistics` to `Totals`.
@@ -74,7 +79,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
     def zero() -> Totals:
         empty = tf.zeros([sample_size, 2, num_layers], tf.float64)
         return Totals(
-            sums=tf.zeros([2 + num_layers], tf.float64),
+            sums=tf.zeros([3 + num_layers], tf.float64),
             largest=tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64)),
             log_sums=tf.fill([2, num_layers], tf.constant(-math.inf, tf.float64)),
             sample=(tf.constant(0), empty) if sample_size else (),
@@ -84,7 +89,8 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
         logs = value.log_weights
         counts = tf.reduce_any(logs > -math.inf)
         scores = tf.cast(value.scores, tf.float64)
-        flags = tf.cast(tf.stack([counts, value.non_finite]), tf.float64)
+        weightless = tf.logical_not(counts | value.non_finite)
+        flags = tf.cast(tf.stack([counts, value.non_finite, weightless]), tf.float64)
         sums = tf.concat([flags, tf.where(counts, scores, tf.zeros_like(scores))], 0)
         least = tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64))
         sample: Any = ()
@@ -115,7 +121,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
 
 def mean_score(totals: Totals) -> tf.Tensor:
     """Unweighted mean score per layer of the clients that counted, float64; NaN if none did."""
-    return totals.sums[2:] / totals.sums[0]
+    return totals.sums[3:] / totals.sums[0]
 
 
 def measure(totals: Totals, scale: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
@@ -130,7 +136,9 @@ def measure(totals: Totals, scale: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
 
       * `clients` int32: clients that counted.
       * `non_finite_clients` int32: clients left out for an update, weight or score that was not
-        finite.
+        finite, or a score for which the rule had no number.
+      * `zero_weight_clients` int32: clients left out for a weight of 0 or less: those without data,
+        and those whose update TFF's own client work found not finite and sent as zeros.
       * `unchanged` int32: 1 if no client counted, and the result is therefore no change.
       * `score_mean`, `score_min`, `score_max` float32[L]: over the clients that counted, each
         counting once; NaN if none did.
@@ -154,6 +162,7 @@ def measure(totals: Totals, scale: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
     found = OrderedDict(
         clients=clients,
         non_finite_clients=non_finite,
+        zero_weight_clients=totals.zero_weight,
         unchanged=tf.cast(tf.logical_not(some), tf.int32),
         score_mean=narrow(mean_score(totals)),
         score_min=narrow(tf.where(some, -minus_min, none)),

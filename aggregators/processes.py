@@ -4,8 +4,10 @@ All take what `tff.learning.algorithms.build_weighted_fed_avg` takes, but for `m
 which is theirs, and return a `tff.learning.templates.LearningProcess` of the same layout.
 """
 
+import math
 from typing import Any, Literal
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -218,8 +220,9 @@ def build_fed_att(
     norms = {"frobenius": l2_distance, "spectral": spectral_distance}
     if norm not in norms:
         raise ValueError(f'`norm` must be "frobenius" or "spectral"; found {norm!r}.')
-    if isinstance(step_size, bool) or not isinstance(step_size, int | float) or step_size <= 0:
-        raise ValueError(f"`step_size` must be a number above 0; found {step_size!r}.")
+    is_number = isinstance(step_size, int | float) and not isinstance(step_size, bool)
+    if not is_number or not 0 < step_size < math.inf:
+        raise ValueError(f"`step_size` must be a finite number above 0; found {step_size!r}.")
     return build_adaptive_fed_avg(
         model_fn,
         client_optimizer_fn,
@@ -334,7 +337,8 @@ def build_q_fed_avg(
       model_fn: As for `build_adaptive_fed_avg`.
       client_optimizer_fn: As there.
       server_optimizer_fn: As there; the default gives the rule as published.
-      learning_rate: The learning rate of `client_optimizer_fn`, above 0; `L` is one over it.
+      learning_rate: The learning rate of `client_optimizer_fn`, above 0; `L` is one over it, also
+        after `set_hparams` has changed the optimizer's.
       q: At least 0.
       sample_size: As for `build_adaptive_fed_avg`.
       model_distributor: As there.
@@ -346,7 +350,7 @@ def build_q_fed_avg(
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range.
+      ValueError: If an argument is out of its range, or the optimizer has another learning rate.
 
     Example:
       >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
@@ -369,6 +373,7 @@ def build_q_fed_avg(
         metrics_aggregator=metrics_aggregator,
         loop_implementation=loop_implementation,
     )
+    _check_hparam(client_optimizer_fn, "learning_rate", learning_rate)
     return compose_fed_avg(
         model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
     )
@@ -392,7 +397,8 @@ def build_fed_nova(
       model_fn: As for `build_adaptive_fed_avg`.
       client_optimizer_fn: As there: SGD, with or without momentum.
       server_optimizer_fn: As there.
-      momentum: The momentum of `client_optimizer_fn`, in [0, 1).
+      momentum: The momentum of `client_optimizer_fn`, in [0, 1); the rule keeps it after
+        `set_hparams` has changed the optimizer's.
       sample_size: As for `build_adaptive_fed_avg`.
       client_weighting: As there.
       model_distributor: As there.
@@ -404,7 +410,7 @@ def build_fed_nova(
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range.
+      ValueError: If an argument is out of its range, or the optimizer has another momentum.
 
     Example:
       >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
@@ -427,6 +433,7 @@ def build_fed_nova(
         metrics_aggregator=metrics_aggregator,
         loop_implementation=loop_implementation,
     )
+    _check_hparam(client_optimizer_fn, "momentum", momentum)
     return compose_fed_avg(
         model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
     )
@@ -511,3 +518,16 @@ def compose_fed_avg(
         model_aggregator.create(result_type.update, result_type.update_weight),
         tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer_fn, weights_type),
     )
+
+
+def _check_hparam(optimizer: tff.learning.optimizers.Optimizer, name: str, value: float) -> None:
+    """Raises `ValueError` if the optimizer has a number of this name, and it is another one."""
+    hparams = optimizer.get_hparams(optimizer.initialize(tf.TensorSpec((), tf.float32)))
+    if name not in hparams:
+        return
+    found = np.asarray(hparams[name])
+    if found.dtype.kind in "fiu" and not np.allclose(found, value, rtol=1e-5, atol=0.0):
+        raise ValueError(
+            f"`{name}` must be that of `client_optimizer_fn`; found {value!r}, and {found} in the "
+            "optimizer. Give both the same."
+        )

@@ -168,7 +168,8 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
       >>> cosine_distance([tf.constant([1.0, 0.0])], [tf.constant([0.0, 2.0])]).numpy()
       1.0
     """
-    s, c = _flat(server), _flat(client)
+    # Divided by their largest elements first: squares of large or small ones leave float32.
+    s, c = _unit_peak(_flat(server)), _unit_peak(_flat(client))
     # 1 - cos is |s/|s| - c/|c||^2 / 2: exact near 0, where 1 minus a cosine is mostly rounding.
     unit_s = tf.math.divide_no_nan(s, tf.norm(s))
     unit_c = tf.math.divide_no_nan(c, tf.norm(c))
@@ -241,6 +242,11 @@ def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     double = size <= _SMALL or any(part.dtype == tf.float64 for part in flat)
     flat = [tf.cast(part, tf.float64 if double else tf.float32) for part in flat]
     return flat[0] if len(flat) == 1 else tf.concat(flat, 0)
+
+
+def _unit_peak(vector: tf.Tensor) -> tf.Tensor:
+    """The vector divided by its largest absolute value; itself if that is 0."""
+    return tf.math.divide_no_nan(vector, tf.reduce_max(tf.abs(vector)))
 
 
 def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

@@ -4,11 +4,14 @@ A `Weighting` is made by `softmax`, `power` or `uniform` and given to anything i
 weighs clients. For client `k` and layer `l`
 
 ```
-log w[k, l] = clip(rule(d[k, l] / scale[l])) + log n[k]
+log w[k, l] = clip(rule(d[k, l] / scale[l]) - rule(typical[l] / scale[l])) + log n[k]
 ```
 
-with `d` the score, `n` the number of examples (or the weight that the client work gave), and `rule`
-the function that distinguishes the three. Only differences of log-weights between clients matter.
+with `d` the score, `typical` the mean score of earlier rounds, `n` the number of examples (or the
+weight that the client work gave), and `rule` the function that distinguishes the three. Only
+differences of log-weights between clients matter, so the typical client's is taken as 0: that
+keeps numbers small, as a weight that a client sends has to be. Until a typical score is known (the
+first round), nothing is subtracted.
 """
 
 import math
@@ -23,6 +26,14 @@ Rule = Callable[[tf.Tensor], tf.Tensor]
 # Weights e^1000 apart are as good as any further, and float64 adds numbers of this size to ten
 # digits. Much larger ones would swallow the logarithm of 2 that adding an equal weight makes.
 _LARGEST_LOG = 1e6
+
+# Sharper rules would take the clients of one round past that, where all are alike again.
+_LEAST_TEMPERATURE = 1e-4
+_LARGEST_EXPONENT = 1e3
+_LEAST_SCALE, _LARGEST_SCALE = 1e-12, 1e12
+
+# How much larger than the typical score a round's mean may seem when it is remembered.
+_LARGEST_GROWTH = 10.0
 
 
 @attrs.frozen
@@ -70,12 +81,13 @@ def _check_rule(instance: Any, attribute: Any, value: Any) -> None:
 
 def _check_scale(instance: Any, attribute: Any, value: Any) -> None:
     del instance, attribute
-    if value is None or value == "running" or (_is_number(value) and 0 < value < math.inf):
+    if value is None or value == "running":
         return
-    raise ValueError(
-        '`scale` must be None, "running" or a finite number above 0; '
-        f"found {value!r}. None uses scores as they are."
-    )
+    if not (_is_number(value) and _LEAST_SCALE <= value <= _LARGEST_SCALE):
+        raise ValueError(
+            f'`scale` must be None, "running" or a number from {_LEAST_SCALE:g} to '
+            f"{_LARGEST_SCALE:g}; found {value!r}. None uses scores as they are."
+        )
 
 
 def _check_bound(instance: Any, attribute: Any, value: Any) -> None:
@@ -143,13 +155,15 @@ def softmax(
     is + for `prefer="far"`.
 
     Args:
-      temperature: Above 0. Small: the best client takes all. Large: all are alike.
+      temperature: At least 1e-4. Small: the best client takes all. Large: all are alike.
       prefer: `"near"` gives more weight to clients near the server's model, which guards against
         bad clients and hurts when good clients differ much; `"far"` the reverse.
       scale: What scores are divided by. Divergences of trained models are about 1e-6 to 1e-4, so
         a softmax of the raw values is uniform to three digits. `"running"` divides by the mean
         score of earlier rounds, which makes a typical relative score 1; until one is known (the
-        first round) all scores count alike. A number is used as it is; None means 1.
+        first round) all scores count alike. A number (1e-12 to 1e12) is used as it is; None means
+        1. So that one client cannot switch the rule off for many rounds with a huge score, a round's
+        mean counts as at most 10 times the running one. The first round has no such guard.
       times_examples: Whether weights are multiplied by the client's own weight (its number of
         examples). If not, that weight only tells whether the client counts: 0 means no.
       bound: The largest ratio between two clients' weights, number of examples aside. Log-weights
@@ -169,10 +183,10 @@ def softmax(
       >>> softmax(0.5, prefer="far").rule
       SoftmaxRule(temperature=0.5, prefer='far')
     """
-    if not (_is_number(temperature) and 0 < temperature < math.inf):
+    if not (_is_number(temperature) and _LEAST_TEMPERATURE <= temperature < math.inf):
         raise ValueError(
-            f"`temperature` must be a finite number above 0; found {temperature!r}. "
-            "For equal weights use `weighting.uniform()`."
+            f"`temperature` must be a finite number of at least {_LEAST_TEMPERATURE:g}; "
+            f"found {temperature!r}. For equal weights use `weighting.uniform()`."
         )
     if prefer not in ("near", "far"):
         raise ValueError(f'`prefer` must be "near" or "far"; found {prefer!r}.')
@@ -203,7 +217,8 @@ def power(
     The scale `s` cancels out, except in `floor` and `bound`.
 
     Args:
-      exponent: Finite. -1 gives inverse weights (near counts more), positive values the reverse.
+      exponent: From -1000 to 1000. -1 gives inverse weights (near counts more), positive values the
+        reverse.
       floor: Above 0. A relative score below it counts as it, or a client that hardly moved would
         take all the weight of a negative power.
       scale: As in `softmax`.
@@ -222,8 +237,11 @@ def power(
       >>> power(-0.5).rule
       PowerRule(exponent=-0.5, floor=0.001)
     """
-    if not (_is_number(exponent) and math.isfinite(exponent)):
-        raise ValueError(f"`exponent` must be a finite number; found {exponent!r}.")
+    if not (_is_number(exponent) and abs(exponent) <= _LARGEST_EXPONENT):
+        raise ValueError(
+            f"`exponent` must be a number from {-_LARGEST_EXPONENT:g} to {_LARGEST_EXPONENT:g}; "
+            f"found {exponent!r}."
+        )
     if not (_is_number(floor) and 0 < floor < math.inf):
         raise ValueError(f"`floor` must be a finite number above 0; found {floor!r}.")
     return Weighting(
@@ -268,33 +286,40 @@ def log_weights(
       typical_score: Mean score of earlier rounds, shape `[num_layers]`; 0 where not known.
 
     Returns:
-      float64 of shape `[num_layers]`. -inf in all places for a client that must not count: weight
-      0, negative, NaN or infinite, or any score that is NaN or infinite.
+      float64 of shape `[num_layers]`, where a typical client with weight 1 has 0. -inf in all places
+      for a client that must not count: weight 0, negative, NaN or infinite, or any score that is
+      NaN or infinite, or for which the rule gives NaN.
     """
     scores = tf.cast(scores, tf.float64)
     weight = tf.cast(weight, tf.float64)
     typical = tf.cast(typical_score, tf.float64)
     scale = relative_scale(weighting, typical)
     logs = weighting.rule(tf.math.divide_no_nan(scores, scale))
+    centre = weighting.rule(tf.math.divide_no_nan(typical, scale))
+    logs -= tf.where((typical > 0) & tf.math.is_finite(centre), centre, tf.zeros_like(centre))
     if weighting.bound is not None:
-        centre = weighting.rule(tf.math.divide_no_nan(typical, scale))
         half = 0.5 * math.log(weighting.bound)
-        logs = tf.clip_by_value(logs, centre - half, centre + half)
+        logs = tf.clip_by_value(logs, -half, half)
     if weighting.needs_typical_score:
         logs = tf.where(typical > 0, logs, tf.zeros_like(logs))
+    # A rule of the user's own may have no number for a score; such a client must not count.
+    counts = tf.logical_not(tf.reduce_any(tf.math.is_nan(logs)))
     logs = tf.clip_by_value(logs, -_LARGEST_LOG, _LARGEST_LOG)
     if weighting.times_examples:
         logs += tf.math.log(weight)
-    counts = (weight > 0) & tf.math.is_finite(weight) & all_finite(scores)
+    counts &= (weight > 0) & tf.math.is_finite(weight) & all_finite(scores)
     return tf.where(counts, logs, tf.fill(tf.shape(logs), tf.constant(-math.inf, tf.float64)))
 
 
 def relative_scale(weighting: Weighting, typical_score: tf.Tensor) -> tf.Tensor:
-    """What scores are divided by, shape `[num_layers]`; 0 where it is not known yet."""
+    """What scores are divided by, shape `[num_layers]`; 0 while all scores count alike."""
     if weighting.scale == "running":
         return typical_score
     fixed = 1.0 if weighting.scale is None else float(weighting.scale)
-    return tf.fill(tf.shape(typical_score), tf.cast(fixed, typical_score.dtype))
+    scale = tf.fill(tf.shape(typical_score), tf.cast(fixed, typical_score.dtype))
+    if weighting.needs_typical_score:
+        scale = tf.where(typical_score > 0, scale, tf.zeros_like(scale))
+    return scale
 
 
 def next_typical_score(
@@ -308,11 +333,13 @@ def next_typical_score(
       mean_score: This round's mean over the clients that counted; NaN if there was none.
 
     Returns:
-      `memory * typical + (1 - memory) * mean`; the mean where nothing was known; unchanged where
-      there is no mean.
+      `memory * typical + (1 - memory) * min(mean, 10 * typical)`; the mean where nothing was known;
+      unchanged where there is no mean.
     """
     mean_score = tf.cast(mean_score, typical_score.dtype)
-    moved = weighting.memory * typical_score + (1.0 - weighting.memory) * mean_score
+    limited = tf.minimum(mean_score, _LARGEST_GROWTH * typical_score)
+    limited = tf.where(typical_score > 0, limited, mean_score)
+    moved = weighting.memory * typical_score + (1.0 - weighting.memory) * limited
     moved = tf.where(typical_score > 0, moved, mean_score)
     return tf.where(tf.math.is_finite(mean_score), moved, typical_score)
 

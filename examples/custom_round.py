@@ -9,6 +9,9 @@ with weights that fall with their KL divergence from the server's model, in two 
 * in the stream: `aggregators.federated_adaptive_mean` stands where `tff.federated_mean` stood, and
   could weigh layer by layer. Its measurements come for free.
 
+Divergences shrink as training goes on, so they are divided by their running mean, which both ways
+carry in their state beside the model.
+
     python examples/custom_round.py
 """
 
@@ -31,13 +34,23 @@ MODEL_TYPE = tff.to_type(
 )
 DATA_TYPE = tff.types.SequenceType(tff.types.tensorflow_to_type(BATCH))
 
-TEMPERATURE = 0.03  # about half of what clients diverge by in the first round
+STATE_TYPE = tff.to_type(collections.OrderedDict(model=MODEL_TYPE, typical_score=(np.float32, [1])))
+
+TEMPERATURE = 0.5
+WEIGHTING = weighting.softmax(TEMPERATURE, memory=0.5)
 
 
 @tff.tensorflow.computation
-def initial_model() -> Any:
-    """A model of zeros."""
-    return collections.OrderedDict(kernel=tf.zeros([3, 1]), bias=tf.zeros([1]))
+def initial_state() -> Any:
+    """A model of zeros, and no score known yet."""
+    model = collections.OrderedDict(kernel=tf.zeros([3, 1]), bias=tf.zeros([1]))
+    return collections.OrderedDict(model=model, typical_score=tf.zeros([1]))
+
+
+@tff.tensorflow.computation(MODEL_TYPE, (np.float32, [1]))
+def make_state(model: Any, typical_score: Any) -> Any:
+    """The state of the next round."""
+    return collections.OrderedDict(model=model, typical_score=typical_score)
 
 
 @tff.tensorflow.computation(MODEL_TYPE, DATA_TYPE)
@@ -57,38 +70,51 @@ def train_locally(model: Any, data: Any) -> Any:
     return data.reduce((model, tf.constant(0.0)), step)
 
 
-@tff.tensorflow.computation(MODEL_TYPE, MODEL_TYPE, np.float32)
-def kl_weight(trained: Any, server_model: Any, examples: Any) -> Any:
-    """A client's weight: examples * exp(-KL / temperature), the model taken as one layer."""
-    divergence = scores.kl_divergence(tf.nest.flatten(server_model), tf.nest.flatten(trained))
-    return examples * tf.exp(-divergence / TEMPERATURE)
+@tff.tensorflow.computation(MODEL_TYPE, STATE_TYPE, np.float32)
+def kl_weight(trained: Any, state: Any, examples: Any) -> Any:
+    """A client's weight, examples * exp(-KL / scale / TEMPERATURE), and its KL."""
+    divergence = scores.kl_divergence(tf.nest.flatten(state["model"]), tf.nest.flatten(trained))
+    relative = tf.math.divide_no_nan(divergence, state["typical_score"][0])
+    return examples * tf.exp(-relative / TEMPERATURE), divergence
+
+
+@tff.tensorflow.computation((np.float32, [1]), np.float32)
+def remember(typical_score: Any, mean_divergence: Any) -> Any:
+    """The running mean, half of it the newest round; all of it in the first."""
+    moved = 0.5 * typical_score + 0.5 * mean_divergence
+    return tf.where(typical_score > 0, moved, mean_divergence)
 
 
 def build_process(weigh_on_clients: bool) -> tff.templates.IterativeProcess:
-    """Builds the process: state is the server's model."""
+    """Builds the process: state is the server's model and the clients' typical divergence."""
 
     @tff.federated_computation
     def initialize() -> Any:
-        return tff.federated_eval(initial_model, tff.SERVER)
+        return tff.federated_eval(initial_state, tff.SERVER)
 
     @tff.federated_computation(
-        tff.FederatedType(MODEL_TYPE, tff.SERVER), tff.FederatedType(DATA_TYPE, tff.CLIENTS)
+        tff.FederatedType(STATE_TYPE, tff.SERVER), tff.FederatedType(DATA_TYPE, tff.CLIENTS)
     )
-    def run_one_round(server_model: Any, data: Any) -> Any:
-        at_clients = tff.federated_broadcast(server_model)
-        trained, examples = tff.federated_map(train_locally, (at_clients, data))
+    def run_one_round(state: Any, data: Any) -> Any:
+        at_clients = tff.federated_broadcast(state)
+        trained, examples = tff.federated_map(train_locally, (at_clients["model"], data))
         if weigh_on_clients:
-            weight = tff.federated_map(kl_weight, (trained, at_clients, examples))
+            weight, divergence = tff.federated_map(kl_weight, (trained, at_clients, examples))
             mean = tff.federated_mean(trained, weight)
-            return mean, collections.OrderedDict(weight=tff.federated_sum(weight))
-        return aggregators.federated_adaptive_mean(
-            trained,
-            server_model,
-            score=scores.kl_divergence,
-            weighting=weighting.softmax(TEMPERATURE, scale=None),
-            weight=examples,
-            layers="model",
-        )
+            seen = (state["typical_score"], tff.federated_mean(divergence))
+            typical = tff.federated_map(remember, seen)
+            measured = collections.OrderedDict(weight=tff.federated_sum(weight))
+        else:
+            mean, measured, typical = aggregators.federated_adaptive_mean(
+                trained,
+                state["model"],
+                score=scores.kl_divergence,
+                weighting=WEIGHTING,
+                weight=examples,
+                layers="model",
+                typical_score=state["typical_score"],
+            )
+        return tff.federated_map(make_state, (mean, typical)), measured
 
     return tff.templates.IterativeProcess(initialize, run_one_round)
 
@@ -117,7 +143,12 @@ def main() -> None:
         for number in range(1, 6):
             one, _ = on_clients.next(one, clients)
             other, measured = in_stream.next(other, clients)
-            difference = max(float(np.abs(one[name] - other[name]).max()) for name in one)
+            difference = max(
+                float(np.abs(a - b).max())
+                for a, b in zip(
+                    tf.nest.flatten(one["model"]), tf.nest.flatten(other["model"]), strict=True
+                )
+            )
             print(
                 f"{number:5d}  {measured['score_mean'][0]:.2e}  "
                 f"{measured['effective_clients'][0]:17.2f}  {difference:.1e}"
@@ -125,7 +156,10 @@ def main() -> None:
             if difference > 1e-4:
                 raise SystemExit("The two ways of weighting disagree.")
         print(
-            "kernel:", np.round(np.ravel(other["kernel"]), 2), "bias:", np.round(other["bias"], 2)
+            "kernel:",
+            np.round(np.ravel(other["model"]["kernel"]), 2),
+            "bias:",
+            np.round(other["model"]["bias"], 2),
         )
     finally:
         tff.test.set_no_default_context()  # ends the worker

@@ -1,5 +1,7 @@
 """`federated_adaptive_mean` as it is used inside a hand-written round."""
 
+from collections import OrderedDict
+
 import aggregation_twins as twins
 import numpy as np
 import pytest
@@ -76,6 +78,7 @@ def test_types(by_kl, of_deltas):
     assert result.measurements.member._asdict() == {
         "clients": count,
         "non_finite_clients": count,
+        "zero_weight_clients": count,
         "unchanged": count,
         "score_mean": vector,
         "score_min": vector,
@@ -85,6 +88,7 @@ def test_types(by_kl, of_deltas):
         "scale": vector,
     }
     assert of_deltas.type_signature.result.mean.is_equivalent_to(SERVER)
+    assert str(result.typical_score) == "float32[2]@SERVER"
 
 
 def test_equals_numpy_over_rounds_with_a_scale_fed_back(by_kl):
@@ -104,8 +108,13 @@ def test_equals_numpy_over_rounds_with_a_scale_fed_back(by_kl):
         )
         for a, b in zip(output.mean, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-        typical = output.measurements["score_mean"]
-        np.testing.assert_allclose(typical, found.mean(0), rtol=1e-4)
+        np.testing.assert_allclose(output.measurements["score_mean"], found.mean(0), rtol=1e-4)
+        # By the memory of a half, once there is something to remember; kept where nobody counts.
+        expected = 0.5 * (typical + found.mean(0)) if seed else found.mean(0)
+        np.testing.assert_allclose(output.typical_score, expected, rtol=1e-4)
+        typical = output.typical_score
+    skipped = by_kl(trained, server, [0.0] * len(trained), typical)
+    np.testing.assert_array_equal(skipped.typical_score, typical)
 
 
 def test_deltas_are_scored_as_the_models_they_lead_to(of_deltas):
@@ -173,6 +182,16 @@ def test_bad_arguments_are_explained(run, error, message):
         tff.federated_computation(run, [CLIENTS, SERVER])
 
 
+@pytest.mark.parametrize("shape", [[], [1], [2], [4]])
+def test_a_typical_score_of_another_shape_is_not_broadcast(shape):
+    def run(trained, server, typical):
+        return _mean(weighting=weighting.softmax(), typical_score=typical)(trained, server)
+
+    typical = tff.FederatedType((np.float32, shape), tff.SERVER)
+    with pytest.raises(TypeError, match=r"`typical_score` must hold .*float32\[3\]; found"):
+        tff.federated_computation(run, [CLIENTS, SERVER, typical])
+
+
 @pytest.mark.parametrize(
     ("create", "error", "message"),
     [
@@ -221,6 +240,10 @@ def test_the_factory_drops_into_tffs_own_process():
     )
     ours = aggregators.build_fed_att(model_fn, sgd)
     clients = make_clients()
+    # TFF sends a non-finite update as zeros with weight 0: it is seen, if not by name.
+    bad = clients[0].map(lambda b: OrderedDict(x=b["x"] * np.nan, y=b["y"]))
+    measured = theirs.next(theirs.initialize(), [bad, *clients[1:]]).metrics["aggregator"]
+    assert (measured["clients"], measured["zero_weight_clients"]) == (len(clients) - 1, 1)
     states = [process.initialize() for process in (theirs, ours)]
     for _ in range(2):
         states = [p.next(s, clients).state for p, s in zip((theirs, ours), states, strict=True)]

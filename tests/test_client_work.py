@@ -78,7 +78,10 @@ def guarded():
     return aggregators.compose_fed_avg(
         model_fn,
         aggregators.build_score_weighted_client_work(
-            plain_work(model_fn), scores.kl_divergence, weighting.softmax(bound=9.0)
+            plain_work(model_fn),
+            scores.kl_divergence,
+            weighting.softmax(bound=9.0),
+            sample_size=2,
         ),
     )
 
@@ -92,11 +95,55 @@ def test_clients_that_are_not_finite_are_counted_and_empty_ones_are_not(guarded)
     found = [o.metrics["client_work"]["weighting"] for o in dirty_outputs]
     assert [int(m["non_finite_clients"]) for m in found] == [1, 2]
     assert [int(m["clients"]) for m in found] == [len(DATA)] * 2
+    assert [int(m["zero_weight_clients"]) for m in found] == [1, 0]
+    assert [int(m["sample_clients"]) for m in found] == [2, 2]
     np.testing.assert_allclose(
         found[1]["effective_clients"],
         clean_outputs[1].metrics["client_work"]["weighting"]["effective_clients"],
         rtol=1e-5,
     )
+
+
+def test_a_client_that_would_overflow_when_weighted_is_left_out_and_counted(guarded):
+    # Its update is of size 1e37: finite, until it is multiplied by its 40 examples and added up.
+    huge = (np.full((40, 3), 1e19, np.float32), np.ones((40, 2), np.float32))
+    state = guarded.initialize()
+    whole = [*twin.datasets(DATA), *(d.unbatch().batch(40) for d in twin.datasets([huge]))]
+    output = guarded.next(state, whole)
+    clean = guarded.next(state, twin.datasets(DATA))
+    assert output.metrics["finalizer"]["update_non_finite"] == 0
+    measured = output.metrics["client_work"]["weighting"]
+    assert measured["clients"] == len(DATA)
+    assert measured["non_finite_clients"] == 1
+    close(
+        guarded.get_model_weights(output.state).trainable,
+        guarded.get_model_weights(clean.state).trainable,
+        1e-6,
+    )
+    np.testing.assert_allclose(
+        output.state.client_work["typical_score"],
+        clean.state.client_work["typical_score"],
+        rtol=1e-6,
+    )
+
+
+def test_an_empty_client_is_not_the_nearest_of_all():
+    uniform = tff.learning.templates.build_model_delta_client_work(
+        model_fn, SGD, tff.learning.ClientWeighting.UNIFORM
+    )
+    process = aggregators.compose_fed_avg(
+        model_fn,
+        aggregators.build_score_weighted_client_work(
+            uniform, scores.kl_divergence, weighting.softmax(0.2)
+        ),
+    )
+    empty = tuple(array[:0] for array in DATA[0])
+    clean, _ = run(process, [DATA, DATA])
+    found, outputs = run(process, [[*DATA, empty]] * 2)
+    close(found, clean, 1e-6)
+    measured = outputs[1].metrics["client_work"]["weighting"]
+    assert (measured["clients"], measured["zero_weight_clients"]) == (len(DATA), 1)
+    assert measured["score_min"][0] > 0
 
 
 def test_only_bad_clients_leave_the_model_unchanged(guarded):
@@ -120,18 +167,23 @@ def test_weights_that_would_underflow_or_overflow_stay_in_range():
         work = aggregators.build_score_weighted_client_work(
             plain_work(model_fn),
             scores.l2_distance,
-            weighting.softmax(1e-6, prefer=prefer, scale=None, times_examples=False),
+            weighting.softmax(1e-4, prefer=prefer, scale=None, times_examples=False),
         )
         process = aggregators.compose_fed_avg(model_fn, work)
         before = process.get_model_weights(process.initialize()).trainable
         weights, outputs = run(process, [DATA])
         assert outputs[0].metrics["client_work"]["weighting"]["clients"] == len(DATA)
-        # Beyond the clip all are alike again: the unweighted mean, and never no update at all.
+        # In a first round there is no typical client to start from, and all are beyond the same end
+        # of the clip, as documented: the unweighted mean, and never no update at all.
         clients = [twin.train([np.float64(w) for w in before], *d) for d in DATA]
         equal = twin.twins.weighted_mean(
             [c["delta"] for c in clients], np.ones((len(DATA), 1)), twin.MODEL
         )
         close(weights, [b - e for b, e in zip(before, equal, strict=True)])
+        # From then on clients on either side of the typical one differ as far as float32 goes.
+        second = process.next(outputs[0].state, twin.datasets(DATA))
+        effective = second.metrics["client_work"]["weighting"]["effective_clients"][0]
+        assert effective <= len(DATA) - 1 + 1e-4
 
 
 def test_hyperparameters_are_those_of_the_inner_work(guarded):
@@ -182,6 +234,26 @@ def test_the_weights_go_through_a_secure_sum():
         weights, outputs = run(process, [DATA])
     close(weights, twin.simulate(1, DATA, _kl_clipped(np.inf)), 1e-3)
     assert "secure_upper_threshold" in str(outputs[0].metrics["aggregator"])
+
+
+def test_sharp_weights_survive_a_secure_sum():
+    # With raw weights, n exp(-r / 0.03), all would be rounded to 0.
+    work = aggregators.build_score_weighted_client_work(
+        plain_work(model_fn), scores.kl_divergence, weighting.softmax(0.03, bound=100.0)
+    )
+    # A slow server, so that scores of the second round lie on both sides of the first's mean.
+    slow = tff.learning.optimizers.build_sgdm(0.1)
+    plain, outputs = run(aggregators.compose_fed_avg(model_fn, work, None, slow), [DATA] * 2)
+    secure = tff.learning.secure_aggregator(zeroing=False, clipping=False)
+    process = aggregators.compose_fed_avg(model_fn, work, secure, slow)
+    with tff.framework.get_context_stack().install(
+        tff.backends.test.create_sync_test_cpp_execution_context()
+    ):
+        found, _ = run(process, [DATA] * 2)
+    measured = outputs[1].metrics["client_work"]["weighting"]
+    assert measured["score_min"] < measured["scale"] < measured["score_max"]
+    assert measured["effective_clients"][0] < 2.5  # plain averaging has 3.2
+    close(found, plain, 1e-5)
 
 
 def _kl_process(aggregator):

@@ -184,14 +184,11 @@ def test_uniform_weights_give_tffs_own_process(kind):
         weighting=weighting.uniform(),
         client_weighting=weighting_,
     )
-    # The third client's data give a model that is not finite, the fourth has none.
-    data = [
-        *DATA[:2],
-        (np.full_like(DATA[2][0], np.nan), DATA[2][1]),
-        tuple(a[:0] for a in DATA[3]),
-    ]
+    # The third client's data give a model that is not finite. TFF counts a client without data in
+    # a uniform mean; here it has neither score nor loss, and no weight.
+    data = [*DATA[:2], (np.full_like(DATA[2][0], np.nan), DATA[2][1]), DATA[3]]
     their_weights, their_outputs = trained(theirs, data=data)
-    our_weights, our_outputs = trained(ours, data=data)
+    our_weights, our_outputs = trained(ours, data=[*data, tuple(a[:0] for a in DATA[3])])
     for a, b in zip(our_weights, their_weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     for a, b in zip(our_outputs, their_outputs, strict=True):
@@ -201,8 +198,8 @@ def test_uniform_weights_give_tffs_own_process(kind):
             b.metrics["client_work"],
         )
         assert a.metrics["aggregator"]["non_finite_clients"] == 1
-        # Uniform client weights count the client without data as well, as TFF does.
         assert a.metrics["aggregator"]["clients"] == 3
+        assert a.metrics["aggregator"]["zero_weight_clients"] == 1
     if kind == "variable":
         assert ours.get_hparams.type_signature.result.is_equivalent_to(
             theirs.get_hparams.type_signature.result
@@ -303,10 +300,20 @@ def test_tffs_training_program_trains_and_releases(fed_kl, tmp_path):
     assert metrics.values()[2]["aggregator"]["clients"] == len(DATA)
 
 
-def test_all_clients_bad_leaves_the_model_and_the_optimizer_going():
-    process = aggregators.build_fed_kl(
-        model_fn, SGD, tff.learning.optimizers.build_sgdm(1.0), bound=5.0
-    )
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: aggregators.build_fed_kl(
+            model_fn, SGD, tff.learning.optimizers.build_sgdm(1.0, momentum=0.9), bound=5.0
+        ),
+        lambda: aggregators.build_fed_med(
+            twin.functional_model(), SGD, tff.learning.optimizers.build_adam(0.1)
+        ),
+    ],
+    ids=["momentum", "adam"],
+)
+def test_all_clients_bad_leaves_the_model_and_the_optimizer_as_they_were(build):
+    process = build()
     state = process.next(process.initialize(), twin.datasets(DATA)).state
     bad = [(np.full_like(x, np.inf), y) for x, y in DATA]
     output = process.next(state, twin.datasets(bad))
@@ -316,9 +323,9 @@ def test_all_clients_bad_leaves_the_model_and_the_optimizer_going():
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(
-        output.state.aggregator["typical_score"], state.aggregator["typical_score"]
-    )
+    tf.nest.map_structure(np.testing.assert_array_equal, output.state.finalizer, state.finalizer)
+    tf.nest.map_structure(np.testing.assert_array_equal, output.state.aggregator, state.aggregator)
+    assert output.metrics["finalizer"]["update_non_finite"] == 1
     assert output.metrics["aggregator"]["unchanged"] == 1
     assert output.metrics["aggregator"]["non_finite_clients"] == len(DATA)
 
@@ -361,7 +368,19 @@ def test_whole_processes_spread_over_workers():
             ValueError,
             "`learning_rate` must be a finite number above 0",
         ),
+        (lambda m: aggregators.build_fed_att(m, SGD, step_size=np.nan), ValueError, "`step_size`"),
+        (lambda m: aggregators.build_fed_att(m, SGD, step_size=np.inf), ValueError, "`step_size`"),
         (lambda m: aggregators.build_fed_nova(m, SGD, momentum=1.0), ValueError, "`momentum`"),
+        (
+            lambda m: aggregators.build_fed_nova(m, MOMENTUM),
+            ValueError,
+            "`momentum` must be that of `client_optimizer_fn`; found 0.0, and 0.8",
+        ),
+        (
+            lambda m: aggregators.build_q_fed_avg(m, SGD, learning_rate=5.0),
+            ValueError,
+            "`learning_rate` must be that of `client_optimizer_fn`; found 5.0, and 0.2",
+        ),
         (lambda m: aggregators.build_fed_kl(m, SGD, "adam"), TypeError, "`server_optimizer_fn`"),
         (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`optimizer`"),
         (lambda m: aggregators.build_fed_kl(m, SGD, sample_size=-1), ValueError, "`sample_size`"),

@@ -5,11 +5,13 @@ import inspect
 import numpy as np
 import pytest
 import rule_contracts as contracts
+import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
 from aggregators import weighting
 
+SAMPLES = ("sample_scores", "sample_weights")
 every_rule = pytest.mark.parametrize("case", contracts.CASES, ids=lambda case: case.name)
 
 
@@ -65,15 +67,16 @@ def test_bad_clients_leave_no_trace_but_in_the_measurements(case):
     for clean, found in zip(contracts.run(case, cohorts), contracts.run(case, dirty), strict=True):
         assert_same(found.result, clean.result, rtol=1e-6)
         assert found.measurements["non_finite_clients"] == 3
+        assert found.measurements["zero_weight_clients"] == 1
         for name, number in contracts.typed(clean.measurements).items():
-            if name not in ("non_finite_clients", "sample_scores", "sample_weights"):
+            if name not in ("non_finite_clients", "zero_weight_clients", *SAMPLES):
                 np.testing.assert_allclose(
                     found.measurements[name], number, rtol=1e-5, err_msg=name
                 )
 
 
 @every_rule
-def test_without_a_usable_client_nothing_changes_and_it_is_said(case):
+def test_without_a_usable_client_the_result_is_nan_and_it_is_said(case):
     (before, after) = contracts.rounds(case, seed=4, sizes=(3, 3))
     bad, _ = contracts.rounds(case, seed=5, sizes=(2, 2))
     for clients in bad[0]:
@@ -82,7 +85,8 @@ def test_without_a_usable_client_nothing_changes_and_it_is_said(case):
     through_none = contracts.run(case, [before, (bad[0], [0.0, 0.0]), after])
     without = contracts.run(case, [before, after])
     for outputs, non_finite in ((through_bad, 2), (through_none, 2)):
-        assert all(not np.any(tensor) for tensor in outputs[1].result)
+        # TFF's finalizers leave model and optimizer alone for NaN; zeros they would take for a step.
+        assert all(np.all(np.isnan(tensor)) for tensor in outputs[1].result)
         assert outputs[1].measurements["unchanged"] == 1
         assert outputs[1].measurements["clients"] == 0
         assert outputs[1].measurements["non_finite_clients"] == non_finite
@@ -185,6 +189,46 @@ def test_the_gate_is_reported():
         [float(output.measurements["loss"]) for output in outputs], [2.0, 1.0, 0.99, 1.5]
     )
     assert np.isnan(outputs[0].measurements["previous_loss"])
+
+
+def test_the_gate_opens_for_a_rise_of_negative_losses():
+    case = next(case for case in contracts.CASES if case.name == "loss-gated")  # needs a 5% fall
+    cohorts = contracts.rounds(case, seed=12, sizes=(2, 2, 2))
+    for (clients, _), loss in zip(cohorts, (-1.0, -0.97, -1.2), strict=True):
+        for c in clients:
+            c["loss"] = np.float32(loss)
+    outputs = contracts.run(case, cohorts)
+    assert [int(output.measurements["adaptive"]) for output in outputs] == [0, 1, 0]
+
+
+def test_a_client_whose_score_has_no_number_is_counted_as_bad():
+    nan_below_one = weighting.Weighting(lambda r: tf.sqrt(r - 1.0), scale=None)
+    factory = aggregators.AdaptiveMeanFactory(nan_below_one, score=aggregators.scores.l2_distance)
+    process = factory.create(tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE)
+    updates = [np.float32([0.1, 0.1]), np.float32([3, 4]), np.float32([0, 1])]
+    output = process.next(process.initialize(), updates, [1.0, 1.0, 1.0])
+    near, far = np.exp(0), np.exp(2)
+    np.testing.assert_allclose(
+        output.result, np.array([3 * far, 4 * far + near]) / (far + near), rtol=1e-5
+    )
+    assert output.measurements["clients"] == 2
+    assert output.measurements["non_finite_clients"] == 1
+    assert output.measurements["zero_weight_clients"] == 0
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.999])
+def test_steps_of_high_momentum_do_not_cancel(momentum):
+    (case,) = (case for case in contracts.CASES if case.name == "fed-nova")
+    process = aggregators.FedNovaFactory(momentum).create(
+        contracts.value_type(case), contracts.WEIGHT_TYPE
+    )
+    ((clients, weights),) = contracts.rounds(case, seed=13, sizes=(2,))
+    clients[0]["steps"], clients[1]["steps"] = 1, 2
+    measured = process.next(
+        process.initialize(), contracts.value(case, clients), weights
+    ).measurements
+    np.testing.assert_allclose(measured["score_min"], [1.0], rtol=1e-6)
+    np.testing.assert_allclose(measured["score_max"], [2.0 + momentum], rtol=1e-6)
 
 
 def test_a_mean_of_half_precision_is_taken_in_single():

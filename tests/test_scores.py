@@ -111,6 +111,19 @@ def test_golden_values():
     assert number(scores.cosine_distance, zero, zero) == 0.0
 
 
+@pytest.mark.parametrize("size", [3, 20000])
+def test_the_cosine_of_huge_and_tiny_layers(size):
+    ones = np.ones(size, np.float32)
+    for length in (1e20, 1e-24):
+        long = np.float32(length) * ones
+        assert abs(number(scores.cosine_distance, [ones], [long])) < 1e-5
+        np.testing.assert_allclose(number(scores.cosine_distance, [ones], [-long]), 2.0, rtol=1e-5)
+        np.testing.assert_allclose(number(scores.cosine_distance, [long], [-long]), 2.0, rtol=1e-5)
+    long = np.full(size, 1e20, np.float32)
+    long[1] = np.nan
+    assert not np.isfinite(number(scores.cosine_distance, [ones], [long]))
+
+
 def test_layers_are_scored_one_by_one():
     rng = np.random.default_rng(5)
     server, client = layer(rng), layer(rng)
@@ -150,7 +163,10 @@ def test_log_weights_of_each_rule():
     found, typical = [2.0, 8.0], (4.0, 4.0)
     near = weighting.softmax(0.5)
     np.testing.assert_allclose(
-        logs(near, found, 3.0, typical), np.log(3.0) + np.array([-1, -4]), rtol=1e-12
+        # -1 and -4, less the -2 of the typical client.
+        logs(near, found, 3.0, typical),
+        np.log(3.0) + np.array([1, -2]),
+        rtol=1e-12,
     )
     far = weighting.softmax(2.0, prefer="far", scale=1.0, times_examples=False)
     np.testing.assert_allclose(logs(far, found, 3.0), [1, 4])
@@ -181,8 +197,8 @@ def test_a_bound_limits_the_ratio_of_any_two_clients(found, bound, typical):
 
 
 def test_log_weights_stay_where_equal_ones_still_add_up():
-    extreme = weighting.softmax(1e-30, prefer="far", scale=None, times_examples=False)
-    largest = logs(extreme, [3e38, 1e-3])
+    extreme = weighting.softmax(1e-4, prefer="far", scale=None, times_examples=False)
+    largest = logs(extreme, [3e38, 2e38])
     assert np.all(largest == largest[0])
     np.testing.assert_allclose(np.logaddexp(*largest) - largest[0], np.log(2), rtol=1e-8)
 
@@ -192,6 +208,35 @@ def test_until_scores_are_known_all_count_alike():
         assert chosen.needs_typical_score
         np.testing.assert_array_equal(logs(chosen, [1.0, 5.0]), [0.0, 0.0])
     assert not weighting.softmax(scale=3.0).needs_typical_score
+
+
+def test_the_sharpest_rules_still_tell_clients_apart_around_the_typical_one():
+    for chosen in (weighting.softmax(1e-4), weighting.softmax(1e-4, scale=1e-8)):
+        found = logs(chosen, [1.0002e-4, 0.9998e-4], 1.0, (1e-4, 1e-4))
+        assert found[1] - found[0] > 1.0
+    np.testing.assert_allclose(
+        logs(weighting.power(-1000.0, floor=1e-30, scale=None), [1e-30, 1e30]),
+        [1000 * np.log(1e30), -1000 * np.log(1e30)],
+        rtol=1e-6,
+    )
+
+
+def test_a_score_without_a_number_takes_its_client_out():
+    nan_below_one = weighting.Weighting(lambda r: tf.sqrt(r - 1.0), scale=None)
+    assert np.all(np.isneginf(logs(nan_below_one, [0.5, 2.0])))
+    np.testing.assert_allclose(logs(nan_below_one, [1.0, 5.0]), [0.0, 2.0])
+    # A typical score that has no number is not subtracted.
+    np.testing.assert_allclose(logs(nan_below_one, [1.0, 5.0], 1.0, (0.5, 2.0)), [0.0, 1.0])
+
+
+def test_scales_are_0_while_all_scores_count_alike():
+    typical = tf.constant([0.0, 4.0])
+    for chosen, expected in (
+        (weighting.softmax(), [0, 4]),
+        (weighting.softmax(scale=3.0, bound=2.0), [0, 3]),
+        (weighting.softmax(scale=3.0), [3, 3]),
+    ):
+        np.testing.assert_array_equal(weighting.relative_scale(chosen, typical), expected)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, np.nan, np.inf])
@@ -214,10 +259,21 @@ def test_the_running_score_remembers_and_skips_rounds_without_clients():
     np.testing.assert_allclose(moved, [5.0, 8.0, 4.0])
 
 
+def test_one_round_cannot_blow_the_running_score_up():
+    chosen = weighting.softmax(memory=0.5)
+    typical = tf.constant([2.0, 0.0])
+    moved = weighting.next_typical_score(chosen, typical, tf.constant([1e15, 1e15], tf.float64))
+    # At most ten times what was known; what was not known has nothing to be held against.
+    np.testing.assert_allclose(moved, [11.0, 1e15])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: weighting.softmax(0.0), ValueError, "`temperature` must be .*above 0; found 0.0"),
+        (lambda: weighting.softmax(0.0), ValueError, "`temperature` .* at least 0.0001; found 0.0"),
+        (lambda: weighting.softmax(1e-7), ValueError, "`temperature` .* at least 0.0001; found"),
+        (lambda: weighting.softmax(scale=1e-13), ValueError, "`scale` must be .* 1e-12 to 1e"),
+        (lambda: weighting.power(-1e4), ValueError, "`exponent` must be a number from -1000 to 1"),
         (lambda: weighting.softmax(np.nan), ValueError, "`temperature`"),
         (lambda: weighting.softmax("1"), ValueError, "`temperature`"),
         (lambda: weighting.softmax(prefer="close"), ValueError, "`prefer`.*'close'"),
