@@ -20,8 +20,7 @@ _WEIGHT_DECAY = "weight_decay"
 
 def _step_only(given: Any) -> KerasOptimizer:
     """The optimizer at learning rate 1, without decay and moving average of weights."""
-    with tf.init_scope():  # Keras makes variables, which a `tf.function` may not
-        wrapped = given if isinstance(given, KerasOptimizer) else build_keras_optimizer(given)
+    wrapped = given if isinstance(given, KerasOptimizer) else build_keras_optimizer(given)
     keras = wrapped.keras_optimizer
     name = type(keras).__name__
     dropped = []
@@ -33,7 +32,7 @@ def _step_only(given: Any) -> KerasOptimizer:
         dropped.append("its moving average of weights")
     if dropped:
         warnings.warn(f"`KerasTransform` of {name} leaves out {', '.join(dropped)}.", stacklevel=3)
-    with eager_world(), tf.init_scope():
+    with eager_world():  # variables and values are needed now, even while TFF traces
         optimizer = build_keras_optimizer(_stripped(keras), device=wrapped.device)
         depends = _depends_on_weights(optimizer)
     if depends:
