@@ -59,9 +59,35 @@ def test_federated_averaging_equals_the_same_loop_in_eager_keras():
     assert still.metrics["client_work"]["train"]["loss"] != first
 
 
+def _build_fed_recon(optimizer):
+    def reconstruction_model_fn():
+        model = tf.keras.Sequential(
+            [
+                tf.keras.layers.InputLayer((3,)),
+                tf.keras.layers.Dense(2, kernel_initializer="ones", name="shared"),
+                tf.keras.layers.Dense(2, kernel_initializer="ones", name="own"),
+            ]
+        )
+        return tff.learning.models.ReconstructionModel.from_keras_model_and_layers(
+            keras_model=model,
+            global_layers=model.layers[:1],
+            local_layers=model.layers[1:],
+            input_spec=problems.INPUT_SPEC,
+        )
+
+    return tff.learning.algorithms.build_fed_recon(
+        reconstruction_model_fn,
+        loss_fn=tf.keras.losses.MeanSquaredError,
+        client_optimizer_fn=optimizer,
+        reconstruction_optimizer_fn=optimizer,
+        dataset_split_fn=tff.learning.models.ReconstructionModel.build_dataset_split_fn(),
+    )
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        _build_fed_recon,
         lambda optimizer: tff.learning.algorithms.build_weighted_fed_prox(
             problems.model_fn, 0.1, optimizer, optimizer
         ),
@@ -70,7 +96,7 @@ def test_federated_averaging_equals_the_same_loop_in_eager_keras():
         ),
         lambda optimizer: tff.learning.algorithms.build_fed_sgd(problems.model_fn, optimizer),
     ],
-    ids=["fed_prox", "mime_lite", "fed_sgd"],
+    ids=["fed_recon", "fed_prox", "mime_lite", "fed_sgd"],
 )
 def test_other_algorithms_equal_themselves_with_the_optimizer_of_tff(build):
     ours, theirs = (
