@@ -371,6 +371,15 @@ def test_legacy_and_unknown_keras_classes():
         tff_optim.from_config(config)
 
 
+def piecewise(**changes):
+    arguments = {"boundaries": [1, 2], "values": [0.1, 0.2, 0.3], "name": None} | changes
+    return {
+        "module": "keras.optimizers.schedules",
+        "class_name": "PiecewiseConstantDecay",
+        "config": arguments,
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -392,6 +401,15 @@ def test_legacy_and_unknown_keras_classes():
         ),
         ({"regularizers": ["Adam"]}, "`regularizers` of `config` must name one of"),
         ({"regularizers": [["L2", {"l3": 1}]]}, "`config` of `L2` does not fit its constructor"),
+        ({"regularizers": [["L2", {"l2": "x"}]]}, "`config` of `L2` does not fit its constructor"),
+        (
+            {"learning_rate": piecewise(boundaries=["a", "b"])},
+            r"`boundaries` of `PiecewiseConstantDecay` must be .* found \['a', 'b'\]",
+        ),
+        (
+            {"learning_rate": piecewise(boundaries=[1])},
+            "`config` of `PiecewiseConstantDecay` does not fit its constructor",
+        ),
         ({"projection": ["Adam"]}, "`projection` of `config` must name one of"),
         (
             {"projection": [{"function": "NonNeg", "when": 1}]},
@@ -406,6 +424,30 @@ def test_pipeline_entries_that_do_not_fit(change, message):
     config = {"kind": "pipeline", "learning_rate": 0.1} | change
     with pytest.raises((TypeError, ValueError), match=message):
         tff_optim.from_config(config)
+
+
+class Silent(tf.keras.constraints.Constraint):
+    def __init__(self, most):
+        self.most = most
+
+    def __call__(self, w):
+        return w
+
+
+class Nameless(tf.keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return 0.0
+
+
+def test_parts_whose_configuration_is_missing_or_incomplete_are_not_written():
+    for options, name in (
+        ({"projection": Silent(1.0)}, "Silent"),
+        ({"regularizers": [Nameless()]}, "Nameless"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"`get_config` of `{name}` must return every argument"
+        ):
+            tff_optim.get_config(tff_optim.build_optimizer(0.1, **options))
 
 
 def test_what_cannot_be_written():

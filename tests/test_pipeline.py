@@ -192,6 +192,76 @@ def test_keras_transform_refuses_steps_that_depend_on_weights(refused):
         transforms.KerasTransform(refused)
 
 
+class Scaled(K.optimizers.SGD):
+    """Does not tell its own argument: `get_config` is that of SGD."""
+
+    def __init__(self, scale=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    def update_step(self, gradient, variable):
+        super().update_step(self.scale * gradient, variable)
+
+
+class Untold(K.optimizers.Optimizer):
+    """Has no configuration of its own."""
+
+    def __init__(self, rate=0.1, name="Untold", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self._learning_rate = self._build_learning_rate(rate)
+
+    def update_step(self, gradient, variable):
+        variable.assign_sub(tf.cast(self.learning_rate, variable.dtype) * gradient)
+
+
+def test_keras_transform_copies_the_optimizer_and_leaves_it_unchanged():
+    keras = Scaled(5.0, learning_rate=0.3, weight_decay=0.1, momentum=0.5)
+    with pytest.warns(UserWarning, match="weight decay"):
+        transform = transforms.KerasTransform(keras)
+    assert (float(keras.learning_rate), keras.weight_decay) == (float(np.float32(0.3)), 0.1)
+    g = [tf.constant([0.5, -0.5])]
+    state = transform.initialize(contracts.specs_of(g))
+    for expected in (5.0, 7.5):  # momentum is kept
+        state, found = transform.next(state, [tf.constant([7.0, 9.0])], g)
+        np.testing.assert_allclose(found[0], expected * g[0].numpy(), rtol=1e-6)
+    with pytest.warns(UserWarning, match="schedule"):
+        untold = transforms.KerasTransform(Untold(SCHEDULE))
+    np.testing.assert_allclose(untold.next(untold.initialize(g), g, g)[1][0], g[0], rtol=1e-6)
+    placed = tff_optim.build_keras_optimizer("adam", device="/CPU:1")
+    assert transforms.KerasTransform(placed).optimizer.device == "/CPU:1"
+
+
+@pytest.mark.filterwarnings("ignore:`KerasTransform` of")
+@pytest.mark.parametrize("cls", [K.optimizers.Adam, K.optimizers.AdamW, K.optimizers.Nadam])
+def test_keras_transform_of_a_schedule_is_that_of_a_number(cls):
+    specs = [tf.TensorSpec([2])]
+    made = [
+        transforms.KerasTransform(cls(rate, use_ema=ema))
+        for rate, ema in ((0.7, False), (SCHEDULE, True))
+    ]
+    assert made[0] == made[1]
+    states = [part.initialize(specs) for part in made]
+    tf.nest.assert_same_structure(*states)
+    assert [list(part.get_hparams(s)) for part, s in zip(made, states)] == 2 * [
+        ["beta_1", "beta_2", "epsilon"]
+    ]
+    optimizer = sgd(0.1, transforms=made[1:])
+    again = tff_optim.from_config(tff_optim.get_config(optimizer))
+    assert again == optimizer
+    tf.nest.assert_same_structure(again.initialize(specs), optimizer.initialize(specs))
+
+
+def test_keras_transform_is_made_inside_a_computation():
+    specs = [tf.TensorSpec([2])]
+
+    def moved(g):
+        optimizer = sgd(1.0, transforms=[transforms.KerasTransform(lambda: K.optimizers.Adam(9.0))])
+        return optimizer.next(optimizer.initialize(specs), [tf.zeros([2])], [g])[1][0]
+
+    found = tff.tensorflow.computation(moved, tff.TensorType(np.float32, [2]))([3.0, -4.0])
+    np.testing.assert_allclose(found, [-1.0, 1.0], rtol=1e-5)
+
+
 def test_every_part_is_in_a_pipeline_of_the_laws():
     used = set()
     for case in pipeline_cases.CASES.values():
@@ -296,6 +366,102 @@ def test_hparams_set_between_rounds_take_effect_in_a_learning_process():
 
 
 # --------------------------------------------------------------- against TFF's processes, and as one
+
+
+def test_hparams_are_checked_and_keep_the_dtypes_of_the_state():
+    optimizer = sgd(0.1, weight_decay=0.1, transforms=[transforms.KerasTransform("adam")])
+    state = optimizer.initialize(tf.TensorSpec([2]))
+    hparams = optimizer.get_hparams(state)
+    given = {"learning_rate": tf.constant(2, tf.int32), "KerasTransform.beta_1": 0.5}
+    changed = optimizer.set_hparams(state, hparams | given)
+    assert changed["learning_rate"].dtype == np.float32
+    assert changed["parts"]["KerasTransform"]["beta_1"] == 0.5
+    _, weights = optimizer.next(changed, tf.zeros([2]), tf.ones([2]))
+    np.testing.assert_allclose(weights, [-2.0, -2.0], rtol=1e-5)
+    for name, value, message in (
+        (
+            "learning_rate",
+            tf.constant([1.0, 2.0]),
+            "`learning_rate` of `Pipeline` must be one real",
+        ),
+        ("weight_decay", tf.constant(np.nan), "`weight_decay` of `Pipeline` must be a number of"),
+        ("learning_rate", 1e39, "is inf when rounded to float32"),
+        ("KerasTransform.beta_1", np.nan, "`beta_1` of `KerasTransform` must be a finite number"),
+        ("KerasTransform.beta_2", "x", "`beta_2` of `KerasTransform` must be a finite number"),
+        ("KerasTransform.beta_2", True, "`beta_2` of `KerasTransform` must be a finite number"),
+        ("KerasTransform.epsilon", tf.ones([2]), "`epsilon` of `KerasTransform` must be one real"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            optimizer.set_hparams(state, hparams | {name: value})
+
+
+def test_the_rate_and_decay_of_the_clients_are_scheduled_over_rounds():
+    """The builder makes the clients' optimizer of a tensor, inside of a computation."""
+    data = client_data()
+
+    def trained(decays):
+        def client_optimizer(rate):
+            decay = {"weight_decay": rate * 0.5} if decays else {}
+            return sgd(rate, transforms=[transforms.Momentum(0.5)], **decay)
+
+        process = tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule(
+            linear_model,
+            client_learning_rate_fn=lambda i: tf.gather([0.25, 0.0, 0.125], i),
+            client_optimizer_fn=client_optimizer,
+            server_optimizer_fn=sgd(1.0),
+        )
+        state, weights = process.initialize(), []
+        for _ in range(3):
+            state = process.next(state, data).state
+            weights.append(process.get_model_weights(state).trainable)
+        return weights
+
+    def round_of(rate, decay, start):
+        process = tff.learning.algorithms.build_weighted_fed_avg(
+            linear_model,
+            client_optimizer_fn=sgd(
+                rate, transforms=[transforms.Momentum(0.5)], weight_decay=decay
+            ),
+            server_optimizer_fn=sgd(1.0),
+        )
+        state = process.initialize()
+        if start is not None:
+            model = process.get_model_weights(state)
+            state = process.set_model_weights(
+                state, tff.learning.models.ModelWeights(start, model.non_trainable)
+            )
+        return process.get_model_weights(process.next(state, data).state).trainable
+
+    for decays in (False, True):
+        first, second, third = trained(decays)
+        contracts.assert_close(first, round_of(0.25, 0.125 * decays, None))
+        contracts.assert_close(second, first)
+        contracts.assert_close(third, round_of(0.125, 0.0625 * decays, second))
+        assert max(np.abs(a - b).max() for a, b in zip(second, third)) > 1e-3
+
+
+def test_an_optimizer_of_a_tensor_is_compared_by_it_and_not_written():
+    with tf.Graph().as_default():
+        rate, other = tf.constant(0.1) * 2, tf.constant(0.1) * 2
+        assert sgd(rate, weight_decay=rate) == sgd(rate, weight_decay=rate) != sgd(other)
+        with pytest.raises(ValueError, match="`learning_rate` must be something that JSON can"):
+            tff_optim.get_config(sgd(rate))
+        for wrong in (tf.constant([0.1]) * 2, tf.constant(True), tf.constant("x")):
+            with pytest.raises(ValueError, match="`learning_rate` of `Pipeline` must be one real"):
+                sgd(wrong)
+        with pytest.raises(TypeError, match="`beta_1` of `Adam` must be a number"):
+            transforms.Adam(beta_1=rate)
+
+    @tf.function
+    def step(rate, weights, gradient):
+        compiled = sgd(rate, weight_decay=rate, jit_compile=True)
+        state = compiled.initialize(tf.TensorSpec([1]))
+        return state, compiled.next(state, weights, gradient)
+
+    state, (new_state, weights) = step(tf.constant(0.5, tf.float64), tf.ones([1]), tf.ones([1]))
+    assert list(state) == list(new_state) == ["learning_rate", "weight_decay", "step", "parts"]
+    assert state["learning_rate"].dtype == new_state["learning_rate"].dtype == tf.float32
+    np.testing.assert_allclose(weights, [0.0], atol=1e-7)
 
 
 def fed_prox_in_numpy(data, rounds, rate, alpha, start=None):
@@ -468,6 +634,37 @@ def test_box_ball_and_simplex_move_to_the_nearest_point():
     assert projections.Simplex()(tf.constant(7.0)).numpy() == 1.0
 
 
+def test_simplex_keeps_its_digits_far_from_zero_and_does_not_hide_nan():
+    rows = np.array(
+        [[2e7, 2e7, 0], [1e5 + 0.3125, 1e5, 1e5], [3e4, 3e4, 3e4], [-9e9, -9e9, -9e12]], "f4"
+    )
+    expected = [
+        [0.5, 0.5, 0],
+        [0.625 / 3 + 1 / 3, 0.6875 / 3, 0.6875 / 3],
+        [1 / 3] * 3,
+        [0.5, 0.5, 0],
+    ]
+    bad = np.array([[np.nan, 1, 2], [1, np.inf, 2], [0.5, 0.25, 0.25]], "f4")
+    simplex = projections.Simplex()
+    for project in (simplex, tf.function(simplex, jit_compile=True)):
+        np.testing.assert_allclose(project(tf.constant(rows)), expected, atol=1e-6)
+        found = project(tf.constant(bad)).numpy()
+        assert np.isnan(found[:2]).all()
+        np.testing.assert_allclose(found[2], bad[2], rtol=1e-6)
+
+
+def test_projections_see_the_dtype_of_the_weights_not_that_of_the_computation():
+    weights = [tf.constant([9.0], tf.bfloat16), tf.constant([9.0])]
+    for selected, dtype in enumerate((tf.bfloat16, tf.float32)):
+        box = projections.Projection(
+            projections.Box(-1, 1), where=lambda path, spec, dtype=dtype: spec.dtype == dtype
+        )
+        optimizer = sgd(0.0, projection=box)
+        state = optimizer.initialize(contracts.specs_of(weights))
+        _, found = optimizer.next(state, weights, tf.nest.map_structure(tf.zeros_like, weights))
+        assert [float(w[0]) for w in found] == [1.0 if i == selected else 9.0 for i in range(2)]
+
+
 def test_projections_select_tensors_by_name_or_shape():
     optimizer = sgd(
         0.0,
@@ -523,6 +720,11 @@ def test_server_model_keeps_the_constraints_when_clients_do():
     [
         ({"learning_rate": "0.1"}, "`learning_rate` of `Pipeline` must be a number of at least 0"),
         ({"learning_rate": -0.1}, "`learning_rate` of `Pipeline` must be a number of at least 0"),
+        (
+            {"learning_rate": 1e39},
+            "`learning_rate` of `Pipeline` .* is inf when rounded to float32",
+        ),
+        ({"learning_rate": tf.constant(0.1)}, "`learning_rate` of `Pipeline` must be a number"),
         ({"learning_rate": lambda t: 0.1}, "`learning_rate` of `Pipeline` must be .* schedule"),
         ({"weight_decay": np.nan}, "`weight_decay` of `Pipeline` must be a number of at least 0"),
         ({"weight_decay": None}, "`weight_decay` of `Pipeline` must be a number of at least 0"),
@@ -642,6 +844,34 @@ def test_optimizers_are_compared_by_their_parts():
     assert "Adam(beta_1=0.9" in repr(make(0.1))
     with pytest.raises(AttributeError):
         make(0.1).pipeline = None
+
+
+class Capped(K.constraints.Constraint):
+    """Does not tell its argument: Keras' base class gives an empty configuration."""
+
+    def __init__(self, most):
+        self.most = most
+
+    def __call__(self, w):
+        return tf.minimum(w, self.most)
+
+
+def test_a_function_of_an_optimizer_runs_the_one_that_it_is_given():
+    @tf.function
+    def step(optimizer, weights):
+        return optimizer.next(optimizer.initialize(tf.TensorSpec([])), weights, weights)[1]
+
+    capped = [sgd(0.0, projection=Capped(most)) for most in (1.0, 5.0)]
+    assert capped[0] == capped[0] != capped[1]
+    assert [float(step(optimizer, tf.constant(9.0))) for optimizer in capped] == [1.0, 5.0]
+
+
+def test_parts_have_names_of_their_own():
+    named = type("Record_2", (Record,), {})
+    for parts in ([Record(1), Record(2), named(3)], [named(1), Record(2), Record(3)]):
+        pipeline = sgd(0.1, transforms=parts).pipeline
+        assert list(pipeline.parts.values()) == parts
+    assert list(pipeline.parts) == ["Record_2", "Record", "Record_3"]
 
 
 def test_compiled_steps_are_traced_once():

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import twins
 
-from tff_optim import hyperparameters, regularizers, transforms
+from tff_optim import comparison, hyperparameters, regularizers, transforms
 
 SCALES = [1e-3, 1.0, 1e3]
 STEPS = 9
@@ -234,6 +234,32 @@ def test_bad_hyperparameters_raise_with_one_message_form(cls, name):
         assert getattr(_make(cls, **{name: np.int32(2)}), name) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "kept"),
+    [
+        (transforms.Adam, "beta_2", 1 - 1e-9, "1.0"),
+        (transforms.Yogi, "beta_1", 1 - 1e-9, "1.0"),
+        (transforms.Adagrad, "epsilon", 1e-50, "0.0"),
+        (transforms.RMSProp, "epsilon", 1e-40, "0.0"),  # subnormal: 0 in TensorFlow's kernels
+        (transforms.ClipByNorm, "max_norm", 1e39, "inf"),
+    ],
+)
+def test_numbers_must_be_in_range_when_rounded_to_float32(cls, name, value, kept):
+    with pytest.raises(ValueError, match=f"`{name}` of `{cls.__name__}` .* is {kept} when rounded"):
+        cls(**{name: value})
+    state = cls().initialize(tf.TensorSpec([2]))
+    for given in (value, tf.constant(value, tf.float64)):
+        with pytest.raises(ValueError, match=f"is {kept} when rounded to float32"):
+            cls().set_hparams(state, {**cls().get_hparams(state), name: given})
+
+
+def test_what_is_accepted_after_rounding_gives_finite_steps():
+    for part in (transforms.Adam(beta_2=1 - 1e-7, epsilon=2e-38), transforms.Adagrad(2e-38)):
+        g = tf.constant([0.0, 1.0])
+        _, found = part.next(part.initialize(tf.TensorSpec([2])), None, g)
+        np.testing.assert_allclose(found, [0.0, 1.0], rtol=1e-5)
+
+
 def test_flags_and_seed_are_checked():
     with pytest.raises(TypeError, match="`nesterov` of `Momentum` must be True or False; found 1"):
         transforms.Momentum(nesterov=1)
@@ -266,6 +292,49 @@ def test_hparams_round_trip_and_reject_bad_values():
         adam.set_hparams(state, hparams | {"beta_1": 2.0})
     with pytest.raises(TypeError, match="`beta_1` of `Adam` must be set to a number"):
         adam.set_hparams(state, hparams | {"beta_1": SCHEDULE})
+    with pytest.raises(ValueError, match="`beta_1` of `Adam` must be a number in"):
+        adam.set_hparams(state, hparams | {"beta_1": tf.constant(2.0)})
+
+
+def test_tensors_are_set_as_float32_scalars_only():
+    clip = transforms.ClipByNorm()
+    state = clip.initialize(tf.TensorSpec([2]))
+    for good in (tf.constant(2, tf.int32), tf.constant(2.0, tf.float64)):
+        assert clip.set_hparams(state, {"max_norm": good})["max_norm"].dtype == np.float32
+        traced = tf.function(lambda x: clip.set_hparams(state, {"max_norm": x})["max_norm"])
+        assert traced(good).dtype == tf.float32
+        assert traced(good).numpy() == 2.0
+    for bad in (tf.constant([1.0, 2.0]), tf.constant(True), tf.constant("2")):
+        traced = tf.function(lambda x: clip.set_hparams(state, {"max_norm": x})["max_norm"])
+        for call in (lambda x: clip.set_hparams(state, {"max_norm": x}), traced):
+            with pytest.raises(ValueError, match="`max_norm` of `ClipByNorm` must be one real num"):
+                call(bad)
+
+
+def test_a_schedule_must_give_one_number():
+    class Rows(tf.keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return tf.constant([1.0, 2.0])
+
+    clip = transforms.ClipByNorm(Rows())
+    with pytest.raises(ValueError, match="`max_norm` of `ClipByNorm` must be one real number"):
+        clip.next(clip.initialize([]), None, [tf.ones([2])])
+
+
+def test_clipping_of_gradients_whose_squares_overflow():
+    long = [tf.constant([3e20, 0.0]), tf.constant([4e20])]
+    one, two = transforms.ClipByNorm(2.0), transforms.ClipByGlobalNorm(2.0)
+    for compiled in (False, True):
+        for part, expected in ((one, [[2, 0], [2]]), (two, [[1.2, 0], [1.6]])):
+            step = tf.function(part.next, jit_compile=compiled)
+            _, found = step(part.initialize([]), None, long)
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6)
+    _, found = two.next(two.initialize([]), None, [tf.constant([3e200], tf.float64), *long])
+    np.testing.assert_allclose(found[0], [2.0], rtol=1e-12)
+    _, found = one.next(one.initialize([]), None, [tf.constant([np.inf, 1.0]), tf.ones([1])])
+    assert np.isnan(found[0][0])  # a gradient that is not finite is not made to look so
+    np.testing.assert_array_equal(found[1], [1.0])
 
 
 def test_parts_are_frozen_and_compared_by_value():
@@ -280,6 +349,55 @@ def test_parts_are_frozen_and_compared_by_value():
     assert l2[0] == l2[1] != l2[2]
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         same[0].beta = 0.1
+
+
+class Capped(tf.keras.constraints.Constraint):
+    """Says nothing about its argument: Keras' base class gives an empty configuration."""
+
+    def __init__(self, most):
+        self.most = most
+
+    def __call__(self, w):
+        return tf.minimum(w, self.most)
+
+
+class Quartic(tf.keras.regularizers.Regularizer):
+    """Has no configuration: Keras' base class raises."""
+
+    def __call__(self, x):
+        return tf.reduce_sum(x**4)
+
+
+class Varying(tf.keras.constraints.Constraint):
+    def __init__(self, *bounds):
+        self.bounds = bounds
+
+
+class Tabled(tf.keras.constraints.Constraint):
+    def __init__(self, table):
+        self.table = table
+
+    def get_config(self):
+        return {"table": self.table}
+
+
+def test_keras_objects_are_equal_only_where_their_configuration_tells_everything():
+    for make in (lambda: Capped(1.0), Quartic, lambda: Varying(1.0)):
+        first, second = make(), make()
+        assert comparison.key(first) == comparison.key(first) != comparison.key(second)
+        assert hash(comparison.key(first)) == hash(comparison.key(first))
+    # Long arrays and what is nested in a configuration are looked at too.
+    tables = [np.zeros(5000) for _ in range(3)]
+    tables[2][2500] = 1.0
+    keys = [comparison.key(Tabled([{"x": table}])) for table in tables]
+    assert keys[0] == keys[1] != keys[2]
+    nested = [Tabled(Capped(1.0)) for _ in range(2)]
+    assert comparison.key(nested[0]) == comparison.key(nested[0]) != comparison.key(nested[1])
+    none = tf.keras.constraints.NonNeg
+    assert comparison.key(none()) == comparison.key(none())
+    penalty = regularizers.Penalty(Quartic())
+    assert hash(penalty) == hash(penalty)
+    np.testing.assert_allclose(penalty.next((), tf.constant(2.0), tf.constant(1.0))[1], 33.0)
 
 
 def test_none_gradients_keep_slots_and_the_global_norm_ignores_them():

@@ -278,7 +278,7 @@ def _construct(cls: Any, name: str, arguments: Mapping[str, Any]) -> Any:
         return cls(**arguments)
     try:
         return cls(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"`config` of `{name}` does not fit its constructor: {error}") from error
 
 

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import leaves
+from tff_optim import comparison, leaves
 
 Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
 Hparams = collections.OrderedDict[str, Any]
@@ -41,30 +41,66 @@ def check_number(owner: str, name: str, value: Any, rule: str, holds: Callable) 
         raise ValueError(message)
 
 
-def field(rule: str, holds: Callable[[float], bool], default: Any = attrs.NOTHING) -> Any:
+def _single(value: float) -> float:
+    """`value` as the state keeps it and TensorFlow computes with it: subnormal numbers are 0."""
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    return rounded if abs(rounded) >= np.finfo(np.float32).tiny else 0.0
+
+
+def _check_kept_number(owner: str, name: str, value: Any, rule: str, holds: Callable) -> None:
+    check_number(owner, name, value, rule, holds)
+    kept = _single(value)
+    if not math.isfinite(kept) or not holds(kept):
+        raise ValueError(
+            f"`{name}` of `{owner}` must be {rule}; found {value!r}, which is {kept!r} when rounded "
+            "to float32, in which the state keeps it."
+        )
+
+
+def _check_traced(owner: str, name: str, value: tf.Tensor) -> None:
+    """Raises unless a tensor is one real number."""
+    if value.shape.rank != 0 or not (value.dtype.is_floating or value.dtype.is_integer):
+        raise ValueError(
+            f"`{name}` of `{owner}` must be one real number if it is a tensor; found "
+            f"{value.dtype.name}{value.shape}."
+        )
+
+
+def field(
+    rule: str,
+    holds: Callable[[float], bool],
+    default: Any = attrs.NOTHING,
+    *,
+    traceable: bool = False,
+) -> Any:
     """Declares a numeric hyper-parameter of a frozen attrs class.
 
     Args:
       rule: The allowed values in words, for the message: "a number in [0, 1)".
       holds: Whether a finite float is allowed.
       default: The default value.
+      traceable: Whether a scalar tensor of the computation that is being traced is taken too. Its
+        value is not known and not checked.
 
     Returns:
       An attrs field that takes a number (an int or NumPy scalar becomes a float) or a Keras
       schedule, compares schedules by their configuration, and raises `TypeError` or `ValueError`
-      for anything else.
+      for anything else. The number must be allowed as given and when rounded to float32.
     """
 
     def validate(owner: Any, attribute: attrs.Attribute, value: Any) -> None:
-        if not isinstance(value, Schedule):
-            rule_or_schedule = f"{rule} or a Keras schedule"
-            check_number(type(owner).__name__, attribute.name, value, rule_or_schedule, holds)
+        name = type(owner).__name__
+        if traceable and tf.is_symbolic_tensor(value):
+            _check_traced(name, attribute.name, value)
+        elif not isinstance(value, Schedule):
+            _check_kept_number(name, attribute.name, value, f"{rule} or a Keras schedule", holds)
 
     return attrs.field(
         default=default,
         converter=_to_float,
         validator=validate,
-        eq=comparison_key,
+        eq=comparison.key,
         metadata={_MARK: True},
     )
 
@@ -88,9 +124,9 @@ def positive(default: Any = attrs.NOTHING) -> Any:
     return field("a number greater than 0", lambda x: x > 0.0, default)
 
 
-def non_negative(default: Any = attrs.NOTHING) -> Any:
+def non_negative(default: Any = attrs.NOTHING, *, traceable: bool = False) -> Any:
     """Declares a number of at least 0."""
-    return field("a number of at least 0", lambda x: x >= 0.0, default)
+    return field("a number of at least 0", lambda x: x >= 0.0, default, traceable=traceable)
 
 
 def flag(default: bool) -> Any:
@@ -104,15 +140,6 @@ def flag(default: bool) -> Any:
             )
 
     return attrs.field(default=default, validator=validate)
-
-
-def comparison_key(value: Any) -> Any:
-    """What equality looks at: Keras objects have none of their own, so their configuration."""
-    if isinstance(value, tuple):
-        return tuple(comparison_key(item) for item in value)
-    if attrs.has(type(value)) or not hasattr(value, "get_config"):
-        return value
-    return (type(value), repr(sorted(value.get_config().items())))
 
 
 def _fields(part: Any) -> list[attrs.Attribute]:
@@ -139,11 +166,16 @@ def initialize(part: Any, counts_steps: bool = False) -> Hparams:
     weights included.
     """
     state: Hparams = collections.OrderedDict(
-        (name, np.float32(getattr(part, name))) for name in numbers(part)
+        (name, in_single(getattr(part, name))) for name in numbers(part)
     )
     if counts_steps or has_schedule(part):
         state[STEP] = np.int64(0)
     return state
+
+
+def in_single(value: Any) -> Any:
+    """A number or tensor scalar in float32: a number as a NumPy scalar, a tensor as a tensor."""
+    return tf.cast(value, tf.float32) if tf.is_tensor(value) else np.float32(value)
 
 
 def check_state(
@@ -160,7 +192,9 @@ def current(part: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     for f in _fields(part):
         given = getattr(part, f.name)
         if isinstance(given, Schedule):
-            values[f.name] = leaves.number(given(leaves.number(state[STEP], tf.int64)), tf.float32)
+            value = tf.convert_to_tensor(given(leaves.number(state[STEP], tf.int64)))
+            _check_traced(type(part).__name__, f.name, value)
+            values[f.name] = leaves.number(value, tf.float32)
         else:
             values[f.name] = state[f.name]
     return values
@@ -183,8 +217,8 @@ def set_hparams(part: Any, state: Mapping[str, Any], hparams: Mapping[str, Any])
     """`state` with the numbers in `hparams`; plain numbers are checked as at construction.
 
     Raises:
-      ValueError: If `hparams` has other names than `get_hparams` gives, or a number is out of
-        range. Tensors are symbolic inside TFF and cannot be checked.
+      ValueError: If `hparams` has other names than `get_hparams` gives, a number is out of range,
+        or a tensor is not a scalar. Values of symbolic tensors cannot be checked.
       TypeError: If a value is neither a number nor a tensor.
     """
     leaves.check_keys(hparams, numbers(part), f"hparams of {type(part).__name__}")
@@ -195,10 +229,11 @@ def set_hparams(part: Any, state: Mapping[str, Any], hparams: Mapping[str, Any])
 
 
 def checked(part: Any, name: str, given: Any) -> Any:
-    """`given` as a value for the state: a tensor as it is, a number checked and in float32."""
-    if tf.is_tensor(given):
-        return given
-    value = _to_float(given)
+    """`given` as a value for the state, in float32; all is checked that is known of it."""
+    if tf.is_symbolic_tensor(given):
+        _check_traced(type(part).__name__, name, given)
+        return in_single(given)
+    value = _number_in(type(part).__name__, name, given)
     attribute = attrs.fields_dict(type(part))[name]
     if isinstance(value, Schedule):
         raise TypeError(
@@ -206,4 +241,21 @@ def checked(part: Any, name: str, given: Any) -> Any:
             "a schedule. Give schedules at construction."
         )
     attribute.validator(part, attribute, value)  # type: ignore[misc]
-    return np.float32(value)
+    return in_single(value)
+
+
+def check_finite(owner: str, name: str, given: Any) -> None:
+    """Raises unless `given` is a finite number, or a symbolic tensor of one."""
+    if tf.is_symbolic_tensor(given):
+        _check_traced(owner, name, given)
+    else:
+        value = _number_in(owner, name, given)
+        check_number(owner, name, value, "a finite number", lambda x: True)
+
+
+def _number_in(owner: str, name: str, given: Any) -> Any:
+    """`_to_float`, also of an eager tensor."""
+    if tf.is_tensor(given):
+        _check_traced(owner, name, given)
+        given = given.numpy()
+    return _to_float(given)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tff_optim import comparison
 from tff_optim.registry import package_of
 
 # Base class and public module of each kind of Keras object that an optimizer can hold.
@@ -46,6 +47,11 @@ def to_json(value: Any, name: str) -> Any:
     Raises:
       ValueError: If `value`, called `name` in the message, has no such form.
     """
+    if tf.is_symbolic_tensor(value):
+        raise ValueError(
+            f"`{name}` must be something that JSON can hold; found a tensor of the computation in "
+            f"which the optimizer was built: {value!r}."
+        )
     if isinstance(value, np.ndarray | np.generic | tf.Tensor | tf.Variable):
         value = np.asarray(value).tolist()
     if value is None or isinstance(value, bool | int | str):
@@ -65,7 +71,8 @@ def object_to_json(value: Any) -> dict[str, Any]:
     """A Keras object's class and configuration.
 
     Raises:
-      ValueError: If its class cannot be found again by name.
+      ValueError: If its class cannot be found again by name, or its `get_config` leaves out
+        arguments of its constructor.
     """
     cls = type(value)
     if package_of(cls) == "keras":
@@ -77,8 +84,17 @@ def object_to_json(value: Any) -> dict[str, Any]:
         )
     else:
         module = cls.__module__
-    config = to_json(value.get_config(), cls.__name__)
-    return {"module": module, "class_name": cls.__qualname__, "config": config}
+    config = comparison.full_config(value)
+    if config is None:
+        raise ValueError(
+            f"`get_config` of `{cls.__qualname__}` must return every argument of its constructor to "
+            "be written to a configuration; found it missing or incomplete. Override it."
+        )
+    return {
+        "module": module,
+        "class_name": cls.__qualname__,
+        "config": to_json(config, cls.__name__),
+    }
 
 
 def object_from_json(entry: Mapping[str, Any], trusted_packages: Collection[str]) -> Any:
@@ -111,7 +127,12 @@ def object_from_json(entry: Mapping[str, Any], trusted_packages: Collection[str]
         for name, value in entry["config"].items()
     }
     _check_arguments(cls, arguments)
-    built = cls.from_config(dict(arguments))
+    try:
+        built = cls.from_config(dict(arguments))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`config` of `{cls.__name__}` does not fit its constructor: {error}"
+        ) from error
     if missing := sorted(set(built.get_config()) - set(arguments)):
         raise ValueError(f"`config` of `{cls.__name__}` must have {missing}; found them missing.")
     return built
@@ -188,9 +209,14 @@ def _check_arguments(cls: Any, arguments: Mapping[str, Any]) -> None:
             _check_type(cls, name, arguments[name], parameters[name].default)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_type(cls: Any, name: str, value: Any, default: Any) -> None:
     """Keras checks few of its arguments: the type must be that of the default."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    numeric = _is_number(value)
+    several_numbers = isinstance(value, list) and all(_is_number(item) for item in value)
     if name == "learning_rate":
         schedule = tf.keras.optimizers.schedules.LearningRateSchedule
         rule, holds = "a number or a schedule", numeric or isinstance(value, schedule)
@@ -203,9 +229,9 @@ def _check_type(cls: Any, name: str, value: Any, default: Any) -> None:
     elif default is None:
         rule, holds = "a number or None", value is None or numeric
     elif isinstance(default, int | float):
-        several = isinstance(value, list) and isinstance(default, int)  # the axes of a constraint
+        several = several_numbers and isinstance(default, int)  # the axes of a constraint
         rule, holds = "a number", numeric or several
     else:
-        rule, holds = "a number or a list of numbers", numeric or isinstance(value, list)
+        rule, holds = "a number or a list of numbers", numeric or several_numbers
     if not holds:
         raise TypeError(f"`{name}` of `{cls.__name__}` must be {rule}; found {value!r}.")

@@ -136,9 +136,12 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             _check_result(name, changed, direction, new, old)
             new_state[_PARTS][name], direction = new, changed
         updated = [
-            self._update(path, w, d, rates)
-            for (path, w), d in zip(
-                leaves.named_leaves(wide), tf.nest.flatten(direction), strict=True
+            self._update(path, w, d, rates, leaves.spec_of(old))
+            for (path, w), d, old in zip(
+                leaves.named_leaves(wide),
+                tf.nest.flatten(direction),
+                tf.nest.flatten(weights),
+                strict=True,
             )
         ]
         # A weight without a gradient is handed back as it came, untouched by decay or projection.
@@ -151,7 +154,12 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         return new_state, tf.nest.pack_sequence_as(weights, narrowed)
 
     def _update(
-        self, path: str, w: tf.Tensor, direction: tf.Tensor | None, rates: Mapping[str, Any]
+        self,
+        path: str,
+        w: tf.Tensor,
+        direction: tf.Tensor | None,
+        rates: Mapping[str, Any],
+        spec: tf.TensorSpec,
     ) -> tf.Tensor:
         if direction is None:
             return w
@@ -160,7 +168,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             step += leaves.number(rates["weight_decay"], w.dtype) * w
         w -= step
         for projection in self.pipeline.projection:
-            w = projection(path, w)
+            w = projection(path, w, spec)
         return w
 
     def get_hparams(self, state: Any) -> hyperparameters.Hparams:
@@ -187,7 +195,8 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
           hparams: As `get_hparams` returns them; nothing left out.
 
         Raises:
-          ValueError: If a name is missing or unknown, or a plain number is out of range.
+          ValueError: If a name is missing or unknown, a number is out of range, or a tensor is
+            not a scalar.
           TypeError: If a value is neither a number nor a tensor.
         """
         leaves.check_keys(hparams, list(self.get_hparams(state)), "hparams")
@@ -267,11 +276,13 @@ def build_optimizer(
     before: the first step uses its first value.
 
     Args:
-      learning_rate: A number of at least 0 or a Keras schedule.
+      learning_rate: A number of at least 0, a Keras schedule, or a scalar tensor of the TFF
+        computation in which the optimizer is built, as with
+        `tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule`.
       regularizers: `tff_optim.regularizers.FedProx`, Keras regularizers, and any
         `GradientTransform` that is to come first.
       transforms: Instances of `GradientTransform`.
-      weight_decay: A number of at least 0 or a Keras schedule.
+      weight_decay: Likewise.
       projection: A Keras constraint, a function from a tensor to a tensor, a
         `tff_optim.projections.Projection`, which also selects tensors, or a list of these, used
         in order on each tensor of weights after the step.

@@ -1,6 +1,5 @@
 """What a pipeline is made of: its arguments, checked, and its parts, named."""
 
-import collections
 from typing import Any
 
 import attrs
@@ -38,10 +37,10 @@ def as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
 class Pipeline:
     """What a pipeline is made of; the arguments of `build_optimizer`, checked."""
 
-    learning_rate: Any = hyperparameters.non_negative()
+    learning_rate: Any = hyperparameters.non_negative(traceable=True)
     regularizers: tuple[GradientTransform, ...] = ()
     transforms: tuple[GradientTransform, ...] = ()
-    weight_decay: Any = hyperparameters.non_negative(0.0)
+    weight_decay: Any = hyperparameters.non_negative(0.0, traceable=True)
     projection: tuple[projections.Projection, ...] = ()
     device: str | None = None
     jit_compile: bool = hyperparameters.flag(False)
@@ -49,7 +48,8 @@ class Pipeline:
     @property
     def decays(self) -> bool:
         """Whether there is a decay term: none if it is exactly 0, rather than one times 0."""
-        return self.weight_decay != 0.0
+        # A tensor or a schedule may come to another value than 0.
+        return not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
 
     @property
     def rate_names(self) -> list[str]:
@@ -60,10 +60,12 @@ class Pipeline:
     @property
     def parts(self) -> dict[str, GradientTransform]:
         """All parts in order, by class, numbered from its second use on: `Adam`, `Adam_2`."""
-        seen: collections.Counter[str] = collections.Counter()
-        parts = {}
+        parts: dict[str, GradientTransform] = {}
         for part in (*self.regularizers, *self.transforms):
-            name = type(part).__name__
-            seen[name] += 1
-            parts[name if seen[name] == 1 else f"{name}_{seen[name]}"] = part
+            name = cls = type(part).__name__
+            count = 1
+            while name in parts:  # also by a class that is called `Adam_2`
+                count += 1
+                name = f"{cls}_{count}"
+            parts[name] = part
         return parts

@@ -1,5 +1,6 @@
 """Projections: what puts weights back into a set after each step."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import hyperparameters, leaves
+from tff_optim import comparison, hyperparameters, leaves
 
 
 def _check_where(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
@@ -43,7 +44,7 @@ class Projection:
       False
     """
 
-    function: Callable[[tf.Tensor], tf.Tensor] = attrs.field(eq=hyperparameters.comparison_key)
+    function: Callable[[tf.Tensor], tf.Tensor] = attrs.field(eq=comparison.key)
     where: str | Callable[[str, tf.TensorSpec], bool] | None = attrs.field(
         default=None, validator=_check_where
     )
@@ -65,9 +66,18 @@ class Projection:
             return re.search(self.where, path) is not None
         return bool(self.where(path, spec))
 
-    def __call__(self, path: str, tensor: tf.Tensor) -> tf.Tensor:
-        """The projected tensor, or `tensor` where it is not selected."""
-        if not self.selects(path, tf.TensorSpec(tensor.shape, tensor.dtype)):
+    def __call__(self, path: str, tensor: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
+        """The projected tensor, or `tensor` where it is not selected.
+
+        Args:
+          path: The path of the weights.
+          tensor: Their values, in the dtype that they are computed in.
+          spec: Their shape and own dtype, which `where` looks at.
+
+        Returns:
+          A tensor of the shape and dtype of `tensor`.
+        """
+        if not self.selects(path, spec):
             return tensor
         name = getattr(self.function, "__name__", type(self.function).__name__)
         where = f"`projection` {name} on the weights at '{path}'"
@@ -182,7 +192,8 @@ class Simplex:
     """Moves each vector along the last axis to the nearest one of probabilities.
 
     The result `max(w - theta, 0)` has elements of at least 0 that sum to 1; `theta` is found from
-    the sorted elements. A scalar becomes 1.
+    the sorted elements. A scalar becomes 1. There is no nearest point for a vector that holds NaN
+    or infinity: all of it becomes NaN.
 
     Example:
       >>> Simplex()(tf.constant([2.0, 1.5, -1.0])).numpy()
@@ -195,12 +206,18 @@ class Simplex:
         """The nearest tensor of probabilities."""
         if tensor.shape.rank == 0:
             return tf.ones_like(tensor)
-        descending = tf.sort(tensor, axis=-1, direction="DESCENDING")
+        # A common shift has no effect on the result; near 0 the threshold keeps its digits.
+        shifted = tensor - tf.reduce_max(tensor, axis=-1, keepdims=True)
+        descending = tf.sort(shifted, axis=-1, direction="DESCENDING")
         excess = tf.cumsum(descending, axis=-1) - 1
         count = tf.range(1, tensor.shape[-1] + 1)
         above = descending * tf.cast(count, tensor.dtype) > excess
-        # The last position where the sorted elements stay above their threshold.
+        # The last position where the sorted elements stay above their threshold: at least the
+        # first, unless it is not a number.
         last = tf.reduce_sum(tf.cast(above, tf.int32), axis=-1, keepdims=True) - 1
+        last = tf.maximum(last, 0)
         theta = tf.gather(excess, last, axis=-1, batch_dims=tensor.shape.rank - 1)
         theta /= tf.cast(last + 1, tensor.dtype)
-        return tf.maximum(tensor - theta, 0)
+        finite = tf.reduce_all(tf.math.is_finite(tensor), axis=-1, keepdims=True)
+        nowhere = leaves.number(math.nan, tensor.dtype)
+        return tf.where(finite, tf.maximum(shifted - theta, 0), nowhere)

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import hyperparameters, leaves
+from tff_optim import comparison, hyperparameters, leaves
 from tff_optim.transforms.interface import GradientTransform
 
 _STARTED = "started"
@@ -98,7 +98,7 @@ class Penalty(GradientTransform):
       4.0
     """
 
-    regularizer: Any = attrs.field(eq=hyperparameters.comparison_key)
+    regularizer: Any = attrs.field(eq=comparison.key)
 
     @regularizer.validator
     def _check_regularizer(self, attribute: attrs.Attribute, value: Any) -> None:

@@ -39,7 +39,7 @@ class ClipByNorm(GradientTransform):
         max_norm = hyperparameters.current(self, state)["max_norm"]
 
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
-            return (g * _factor(tf.sqrt(_square_sum(g)), leaves.number(max_norm, g.dtype)),)
+            return (g * _factor(_norm(g), leaves.number(max_norm, g.dtype)),)
 
         gradients, _ = leaves.map_leaves(clip, gradients, {})
         return hyperparameters.advance(self, state), gradients
@@ -78,10 +78,10 @@ class ClipByGlobalNorm(GradientTransform):
         hyperparameters.check_state(self, state)
         max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
         present = [g for g in tf.nest.flatten(gradients) if g is not None]
-        # One number per tensor: float64 costs nothing here, and holds every dtype's squares.
-        squares = [tf.cast(_square_sum(g), tf.float64) for g in present]
-        total = tf.add_n(squares) if squares else tf.zeros([], tf.float64)
-        factor = _factor(tf.sqrt(total), max_norm)
+        # One number per tensor: float64 costs nothing here.
+        norms = [tf.cast(_norm(g), tf.float64) for g in present]
+        total = _norm(tf.stack(norms)) if norms else tf.zeros([], tf.float64)
+        factor = _factor(total, max_norm)
 
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
             return (g * leaves.number(factor, g.dtype),)
@@ -90,8 +90,20 @@ class ClipByGlobalNorm(GradientTransform):
         return hyperparameters.advance(self, state), gradients
 
 
-def _square_sum(g: tf.Tensor) -> tf.Tensor:
-    return 2 * tf.nn.l2_loss(g)  # in one pass, where squares and their sum take two
+def _norm(g: tf.Tensor) -> tf.Tensor:
+    """The Euclidean norm, also where the squares are greater than the dtype can hold."""
+    norm = _root_of_squares(g)
+
+    def scaled() -> tf.Tensor:
+        greatest = tf.reduce_max(tf.abs(g))
+        return greatest * _root_of_squares(g / greatest)
+
+    # Scaling takes more passes than the norm itself: only where it is needed.
+    return tf.cond(tf.math.is_inf(norm), scaled, lambda: norm)
+
+
+def _root_of_squares(g: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(2 * tf.nn.l2_loss(g))  # in one pass, where squares and their sum take two
 
 
 def _factor(norm: tf.Tensor, max_norm: tf.Tensor) -> tf.Tensor:

@@ -9,8 +9,9 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import hyperparameters
+from tff_optim import hyperparameters, keras_step, leaves
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
+from tff_optim.tracing import eager_world
 from tff_optim.transforms.interface import GradientTransform
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
@@ -21,33 +22,44 @@ def _step_only(given: Any) -> KerasOptimizer:
     """The optimizer at learning rate 1, without decay and moving average of weights."""
     wrapped = given if isinstance(given, KerasOptimizer) else build_keras_optimizer(given)
     keras = wrapped.keras_optimizer
-    config = keras.get_config()
-    dropped = []
-    if isinstance(config[_LEARNING_RATE], Mapping):
-        dropped.append("its learning-rate schedule (give it to the pipeline instead)")
-    if config.get(_WEIGHT_DECAY):
-        dropped.append("its weight decay (give it to the pipeline instead)")
-    if config.get("use_ema"):
-        dropped.append("its moving average of weights")
     name = type(keras).__name__
+    dropped = []
+    if not keras_step.has_rate_variable(keras):
+        dropped.append("its learning-rate schedule (give it to the pipeline instead)")
+    if keras.weight_decay:
+        dropped.append("its weight decay (give it to the pipeline instead)")
+    if keras.use_ema:
+        dropped.append("its moving average of weights")
     if dropped:
-        warnings.warn(
-            f"`KerasTransform` of {name} leaves out {', and '.join(dropped)}.", stacklevel=3
-        )
-    config |= {_LEARNING_RATE: 1.0, _WEIGHT_DECAY: None}
-    config |= {"use_ema": False, "ema_momentum": 0.99, "ema_overwrite_frequency": None}
-    try:
-        rebuilt = type(keras).from_config(dict(config))
-    except ValueError:  # AdamW insists on a number.
-        rebuilt = type(keras).from_config(config | {_WEIGHT_DECAY: 0.0})
-    optimizer = build_keras_optimizer(rebuilt)
-    if _depends_on_weights(optimizer):
+        warnings.warn(f"`KerasTransform` of {name} leaves out {', '.join(dropped)}.", stacklevel=3)
+    with eager_world():  # variables and values are needed now, even while TFF traces
+        optimizer = build_keras_optimizer(_stripped(keras), device=wrapped.device)
+        depends = _depends_on_weights(optimizer)
+    if depends:
         raise ValueError(
             "`optimizer` of `KerasTransform` must take a step that depends on gradients alone; "
             f"found {name}, whose step depends on the values of the weights. Use "
             "`tff_optim.build_keras_optimizer` on its own instead."
         )
     return optimizer
+
+
+def _stripped(keras: Any) -> Any:
+    """A copy at learning rate 1, without decay and moving average of weights.
+
+    A copy, rather than one made of its configuration: that of a subclass may not tell everything.
+    """
+    clone = keras_step.copy_containers(keras)
+    rate = tf.Variable(1.0, dtype=tf.keras.backend.floatx(), name=_LEARNING_RATE, trainable=False)
+    scheduled = not keras_step.has_rate_variable(clone)
+    old = clone.__dict__.pop("_current_learning_rate", None) if scheduled else clone._learning_rate
+    variables = [rate if variable is old else variable for variable in clone._variables]
+    # AdamW insists on a number, also when it is made of its configuration again.
+    decay = 0.0 if isinstance(clone, tf.keras.optimizers.AdamW) else None
+    # Into `__dict__`, past Keras' setters: they would change the old variable.
+    clone.__dict__.update(_learning_rate=rate, _variables=variables, weight_decay=decay)
+    clone.__dict__.update(use_ema=False, ema_momentum=0.99, ema_overwrite_frequency=None)
+    return clone
 
 
 def _depends_on_weights(optimizer: KerasOptimizer) -> bool:
@@ -58,13 +70,12 @@ def _depends_on_weights(optimizer: KerasOptimizer) -> bool:
     gradients = [[rng.normal(size=shape) for shape in shapes] for _ in range(3)]
     starts = [[scale * rng.normal(size=shape) for shape in shapes] for scale in (0.0, 3.0)]
     moves = []
-    with tf.init_scope():  # the values are needed now, even while a computation is traced
-        for start in starts:
-            state = optimizer.initialize([tf.TensorSpec(s, tf.float64) for s in shapes])
-            weights = [tf.constant(w) for w in start]
-            for step in gradients:
-                state, weights = optimizer.next(state, weights, [tf.constant(g) for g in step])
-            moves.append([w.numpy() - w0 for w, w0 in zip(weights, start)])
+    for start in starts:
+        state = optimizer.initialize([tf.TensorSpec(s, tf.float64) for s in shapes])
+        weights = [tf.constant(w) for w in start]
+        for step in gradients:
+            state, weights = optimizer.next(state, weights, [tf.constant(g) for g in step])
+        moves.append([w.numpy() - w0 for w, w0 in zip(weights, start)])
     return not all(np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*moves))
 
 
@@ -113,5 +124,18 @@ class KerasTransform(GradientTransform):
         return hparams
 
     def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
-        """Returns `state` with the numbers in `hparams`."""
+        """Returns `state` with the numbers in `hparams`.
+
+        Args:
+          state: A state of this transform.
+          hparams: As `get_hparams` returns them.
+
+        Raises:
+          ValueError: If a name is unknown or missing, a number is not finite, or a tensor is not a
+            scalar. In which range a number makes sense is known to Keras only, and not checked.
+          TypeError: If a value is neither a number nor a tensor.
+        """
+        leaves.check_keys(hparams, list(self.get_hparams(state)), "hparams of KerasTransform")
+        for name, value in hparams.items():
+            hyperparameters.check_finite("KerasTransform", name, value)
         return self.optimizer.set_hparams(state, hparams)
