@@ -71,6 +71,9 @@ def federated_adaptive_mean(
     the measurements; so does one of weight 0, which is not. If no client counts, the mean is the
     server's model, or zeros for deltas, and `unchanged` is 1.
 
+    To run on several workers or in sub-rounds, the last argument of your computation must be placed
+    at clients: where it is not, TFF 0.87 hands the first clients to every piece, in silence.
+
     Not for a secure sum: the weights of a layer are normalised while summing. For that, weigh on
     the clients (`build_score_weighted_client_work`).
 

@@ -5,6 +5,7 @@ from collections import OrderedDict
 import aggregation_twins as twins
 import numpy as np
 import pytest
+import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -140,6 +141,24 @@ def test_without_a_usable_client_the_model_is_the_servers_and_the_delta_zero(by_
     for output in (models, deltas):
         assert output.measurements["unchanged"] == 1
         assert output.measurements["non_finite_clients"] == 2
+
+
+def test_two_workers_give_the_same_mean(by_kl):
+    # TFF splits a cohort rightly only if the last argument is at the clients.
+    server_first = tff.federated_computation(
+        lambda server, typical, trained, examples: by_kl(trained, server, examples, typical),
+        [SERVER, tff.FederatedType((np.float32, [2]), tff.SERVER), CLIENTS, NUMBER],
+    )
+    server, trained, examples = cohort(9)
+    typical = np.float32([1e-2, 1e-3])
+    here = by_kl(trained, server, examples, typical)
+    with runtimes.two_workers():
+        there = server_first(server, typical, trained, examples)
+    tf.nest.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        tuple(here),
+        tuple(there),
+    )
 
 
 def _mean(**changes):
