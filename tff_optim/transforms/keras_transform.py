@@ -51,13 +51,11 @@ def _stripped(keras: Any) -> Any:
     """
     clone = keras_step.copy_containers(keras)
     rate = tf.Variable(1.0, dtype=tf.keras.backend.floatx(), name=_LEARNING_RATE, trainable=False)
-    scheduled = not keras_step.has_rate_variable(clone)
-    old = clone.__dict__.pop("_current_learning_rate", None) if scheduled else clone._learning_rate
-    variables = [rate if variable is old else variable for variable in clone._variables]
+    clone.__dict__.pop("_current_learning_rate", None)  # that of a schedule
     # AdamW insists on a number, also when it is made of its configuration again.
     decay = 0.0 if isinstance(clone, tf.keras.optimizers.AdamW) else None
     # Into `__dict__`, past Keras' setters: they would change the old variable.
-    clone.__dict__.update(_learning_rate=rate, _variables=variables, weight_decay=decay)
+    clone.__dict__.update(_learning_rate=rate, weight_decay=decay)
     clone.__dict__.update(use_ema=False, ema_momentum=0.99, ema_overwrite_frequency=None)
     return clone
 
