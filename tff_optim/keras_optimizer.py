@@ -2,8 +2,6 @@
 
 import collections
 import functools
-import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 import tree
 
-from tff_optim import keras_step
+from tff_optim import comparison, keras_step
 from tff_optim.devices import DevicePolicy, device_scope, select_device
 from tff_optim.keras_identifiers import resolve
 from tff_optim.state_cells import NumberCell
@@ -21,25 +19,6 @@ from tff_optim.tracing import call_traced, eager_world
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY
 _ITERATIONS = "iterations"
 _SLOTS = "slots"
-
-
-def _config_key(optimizer: Any) -> str:
-    """What equal optimizers have in common: class and configuration, if that tells everything."""
-    cls = type(optimizer)
-    parameters = {
-        name
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if name != "self"
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
-    try:
-        config = optimizer.get_config()
-    except NotImplementedError:  # a subclass need not be serializable
-        config = {}
-    if not parameters <= set(config):
-        config = {"id": id(optimizer)}
-    excluded = list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
-    return json.dumps([cls.__module__, cls.__qualname__, config, excluded], default=repr)
 
 
 def _paths(structure: Any) -> list[str]:
@@ -80,8 +59,11 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         self._learning_rate = learning_rate
         self._numbers = numbers
         # Taken now: within a trace a Keras optimizer cannot tell its configuration.
-        traced_rate = id(learning_rate) if tf.is_symbolic_tensor(learning_rate) else None
-        self._key = (_config_key(keras_optimizer), device, weight_names, traced_rate)
+        excluded = getattr(keras_optimizer, "_exclude_from_weight_decay_names", None) or []
+        with eager_world():
+            self._key = comparison.key(
+                (keras_optimizer, tuple(excluded), device, weight_names, learning_rate)
+            )
 
     @property
     def keras_optimizer(self) -> Any:
