@@ -1,5 +1,6 @@
 """One TFF runtime for the whole session, ended before the interpreter is."""
 
+import asyncio
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -24,3 +25,12 @@ def tff_runtime():
     tff.backends.native.set_sync_local_cpp_execution_context()
     yield
     tff.test.set_no_default_context()
+
+
+@pytest.fixture(autouse=True)
+def event_loop():
+    """A loop for `tff.simulation`, which asks for the thread's; `asyncio.run` takes it away."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    loop.close()

@@ -92,12 +92,13 @@ def test_statistics_merge_into_what_one_fold_gives(cohort, cut):
     counted = [(score, log) for score, log, _ in cohort if log > -math.inf]
     assert whole.clients == len(counted)
     assert whole.non_finite == sum(bad for *_, bad in cohort)
+    assert whole.zero_weight == sum(log == -math.inf and not bad for _, log, bad in cohort)
     if counted:
         score_max, minus_min, log_max = whole.largest[:, 0]
         np.testing.assert_allclose(score_max, max(s for s, _ in counted))
         np.testing.assert_allclose(-minus_min, min(s for s, _ in counted))
         np.testing.assert_allclose(log_max, max(log for _, log in counted))
-        np.testing.assert_allclose(whole.sums[2], sum(s for s, _ in counted), rtol=1e-12)
+        np.testing.assert_allclose(whole.sums[3], sum(s for s, _ in counted), rtol=1e-12)
 
 
 def test_a_client_without_weight_may_hold_anything():
