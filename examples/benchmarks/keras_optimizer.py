@@ -14,7 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
-from timing import table, time_side_by_side
+from timing import time_side_by_side
 
 import tff_optim
 
@@ -127,20 +127,21 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--tensors", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--steps-per-call", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    rows = []
+    steps = arguments.steps_per_call
     for parameters in arguments.parameters:
         for count in arguments.tensors:
-            steps = arguments.steps_per_call
             runs = contenders(parameters, count, steps)
-            seconds = time_side_by_side(runs, rounds=arguments.rounds)
+            if (parameters, count) == (arguments.parameters[0], arguments.tensors[0]):
+                print("| parameters | tensors |", " | ".join(runs), "|", flush=True)
+                print("|" + "---|" * (len(runs) + 2), flush=True)
+            seconds = time_side_by_side(runs, rounds=arguments.rounds, warm_up=2)
             cells = [
                 f"{value * 1e3 / steps:.2f} ({seconds['ours'] / value:.2f})"
                 for value in seconds.values()
             ]
-            rows.append([f"{parameters:.0e}", str(count), *cells])
-    print(table(["parameters", "tensors", *seconds], rows))
+            print(f"| {parameters:.0e} | {count} |", " | ".join(cells), "|", flush=True)
     tff.test.set_no_default_context()
 
 
