@@ -80,16 +80,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--output", type=pathlib.Path, default=pathlib.Path("output/digits.png"), help="the picture"
     )
     parsed = parser.parse_args(arguments)
-    if parsed.clients_per_round > parsed.clients:
-        parser.error(
-            f"argument --clients-per-round: must be at most --clients, {parsed.clients}; found "
-            f"{parsed.clients_per_round}"
-        )
-    if parsed.random_labels > parsed.clients:
-        parser.error(
-            f"argument --random-labels: must be at most --clients, {parsed.clients}; found "
-            f"{parsed.random_labels}"
-        )
+    for name in ("clients_per_round", "random_labels"):
+        found = getattr(parsed, name)
+        if found > parsed.clients:
+            option = "--" + name.replace("_", "-")
+            parser.error(
+                f"argument {option}: must be at most --clients, {parsed.clients}; found {found}"
+            )
     if parsed.target >= 1:
         parser.error(f"argument --target: must be below 1; found {parsed.target:g}")
     return parsed
