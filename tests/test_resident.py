@@ -21,7 +21,7 @@ from resident_cases import (
 )
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import handover, leaves, mergeable
+from tff_optim.resident import handover, leaves, map_reduce, rounds
 from tff_optim.resident import host as host_lib
 
 
@@ -179,13 +179,14 @@ def test_tffs_own_loop_with_managers(resident, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "exact"),
     [
-        ({"clients_per_step": 2}, False),
+        ({"clients_per_step": 1}, True),
+        ({"clients_per_step": 2}, True),
+        ({"clients_per_step": 8}, True),
         ({"workers": 2}, False),
         ({"workers": 2, "clients_per_step": 1}, False),
-        ({"clients_per_step": 8}, True),
     ],
 )
-def test_pieces_and_workers_give_the_same_to_rounding(settings, exact):
+def test_steps_give_the_same_bits_and_workers_the_same_to_rounding(settings, exact):
     check = assert_equal if exact else assert_close
     with ResidentProcess(process(), **settings) as r:
         state = r.initialize()
@@ -209,16 +210,13 @@ def test_pieces_without_shared_files(monkeypatch):
 
 def test_split_deals_every_client_once_in_order():
     for total in range(0, 9):
-        for size in (None, 1, 2, 3):
-            for workers in (1, 2, 3):
-                data = list(range(total))
-                shares = mergeable.split(data, size, workers)
-                assert [x for share in shares for piece in share for x in piece] == data
-                assert 1 <= len(shares) <= workers
-                pieces = [piece for share in shares for piece in share]
-                assert all(pieces) or pieces == [[]]
-                limit = size or max(-(-total // workers), 1)
-                assert all(len(piece) <= limit for piece in pieces)
+        for workers in (1, 2, 3):
+            data = list(range(total))
+            shares = map_reduce.split(data, workers)
+            assert [x for share in shares for x in share] == data
+            assert 1 <= len(shares) <= workers
+            assert all(shares) or shares == [[]]
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_process_with_dependent_aggregations_says_which():

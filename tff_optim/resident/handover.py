@@ -34,27 +34,6 @@ def compile_native(computation: Any) -> Any:
     return tff.backends.native.desugar_and_transform_to_native(computation)
 
 
-def lift(computation: Any, num_arguments: int = 1) -> Any:
-    """Turns an unplaced computation into one at the server, compiled.
-
-    `(T -> U)` becomes `(T@SERVER -> U@SERVER)`. With two arguments, `(<T, U> -> V)` becomes
-    `(<T@SERVER, U@SERVER> -> V@SERVER)`, so that its arguments may come from anywhere.
-    """
-    parameter = computation.type_signature.parameter
-    if num_arguments == 1:
-
-        @tff.federated_computation(tff.FederatedType(parameter, tff.SERVER))
-        def lifted(arg: Any) -> Any:
-            return tff.federated_map(computation, arg)
-    else:
-
-        @tff.federated_computation([tff.FederatedType(t, tff.SERVER) for t in parameter])
-        def lifted(args: Any) -> Any:
-            return tff.federated_map(computation, tff.federated_zip(args))
-
-    return compile_native(lifted)
-
-
 def save_op(prefix: Any, names: list[str], tensors: list[Any]) -> Any:
     """Writes named tensors, and the mark, as the checkpoint `prefix`."""
     return tf.raw_ops.SaveV2(
@@ -70,61 +49,50 @@ class Carrier:
     """The compiled computations that move values of one type.
 
     Attributes:
-        type: The unplaced type.
+        type: `T`, the type without its placement.
         leaves: Its leaves.
-        fence: `T@SERVER -> int32@SERVER`, whose result is there once the value is.
-        save: `<T@SERVER, str@SERVER> -> int32@SERVER`; None where checkpoints cannot hold `T`.
-        load: `str@SERVER -> T@SERVER`; likewise.
+        placed: Whether its values are placed at the server: `T@SERVER` instead of `T`, and so on.
+        fence: `T -> int32`, whose result is there once the value is.
+        save: `<T, str> -> int32`; None where checkpoints cannot hold `T`.
+        load: `str -> T`; likewise.
     """
 
     type: tff.Type
     leaves: list[leaves.Leaf]
+    placed: bool
     fence: Any
     save: Any
     load: Any
 
-    @property
-    def placed_type(self) -> tff.Type:
-        """`T@SERVER`."""
-        return tff.FederatedType(self.type, tff.SERVER)
+    def place(self, type_spec: tff.Type) -> tff.Type:
+        """The type with this carrier's placement."""
+        return tff.FederatedType(type_spec, tff.SERVER) if self.placed else type_spec
 
 
-def build_carrier(type_spec: tff.Type) -> Carrier:
-    """Builds what moves values of an unplaced type."""
+def build_carrier(type_spec: tff.Type, placed: bool = False) -> Carrier:
+    """Builds what moves values of a type, given without its placement."""
     parts = leaves.leaves_of(type_spec)
+    names = [leaf.name for leaf in parts]
 
-    @tff.tensorflow.computation(tff.to_type([type_spec]))
+    def compiled(function: Any, *types: Any) -> Any:
+        # One structure of arguments: TFF would take a single argument's structure apart.
+        computation = tff.tensorflow.computation(function, tff.to_type(list(types)))
+        return compile_native(_at_server(computation) if placed else computation)
+
     def fence(args: Any) -> Any:
         # A sequence has no value to wait for.
         tensors = [x for x in leaves.flatten(args[0], type_spec) if not _is_dataset(x)]
         with tf.control_dependencies([tf.shape(x) for x in tensors]):
             return tf.constant(0, tf.int32)
 
-    @tff.federated_computation(tff.FederatedType(type_spec, tff.SERVER))
-    def fence_at_server(value: Any) -> Any:
-        return tff.federated_map(fence, tff.federated_zip([value]))
-
-    compiled_fence = compile_native(fence_at_server)
-    if not all(leaf.is_tensor for leaf in parts):
-        return Carrier(type_spec, parts, compiled_fence, None, None)
-    names = [leaf.name for leaf in parts]
-
-    @tff.tensorflow.computation(tff.to_type([type_spec, np.str_]))
     def save(args: Any) -> Any:
         written = save_op(args[1], names, leaves.flatten(args[0], type_spec))
         with tf.control_dependencies([written]):
             return tf.constant(0, tf.int32)
 
-    @tff.federated_computation(
-        tff.FederatedType(type_spec, tff.SERVER), tff.FederatedType(np.str_, tff.SERVER)
-    )
-    def save_at_server(value: Any, path: Any) -> Any:
-        return tff.federated_map(save, tff.federated_zip([value, path]))
-
-    @tff.tensorflow.computation(np.str_)
-    def load(path: Any) -> Any:
+    def load(args: Any) -> Any:
         tensors = tf.raw_ops.RestoreV2(
-            prefix=path,
+            prefix=args[0],
             tensor_names=[*names, MARK],
             shape_and_slices=[""] * (len(names) + 1),
             dtypes=[*(leaf.dtype for leaf in parts), tf.int32],
@@ -132,42 +100,53 @@ def build_carrier(type_spec: tff.Type) -> Carrier:
         shaped = [tf.ensure_shape(t, leaf.shape) for t, leaf in zip(tensors, parts, strict=False)]
         return leaves.pack(shaped, type_spec)
 
-    @tff.federated_computation(tff.FederatedType(np.str_, tff.SERVER))
-    def load_at_server(path: Any) -> Any:
-        return tff.federated_map(load, path)
-
+    in_files = all(leaf.is_tensor for leaf in parts)
     return Carrier(
-        type_spec,
-        parts,
-        compiled_fence,
-        compile_native(save_at_server),
-        compile_native(load_at_server),
+        type=type_spec,
+        leaves=parts,
+        placed=placed,
+        fence=compiled(fence, type_spec),
+        save=compiled(save, type_spec, np.str_) if in_files else None,
+        load=compiled(load, np.str_) if in_files else None,
     )
+
+
+def _at_server(computation: Any) -> Any:
+    """Turns `<T, U, ...> -> V` into `<T@SERVER, U@SERVER, ...> -> V@SERVER`."""
+
+    @tff.federated_computation(
+        [tff.FederatedType(t, tff.SERVER) for t in computation.type_signature.parameter]
+    )
+    def lifted(args: Any) -> Any:
+        return tff.federated_map(computation, tff.federated_zip(args))
+
+    return lifted
 
 
 def _is_dataset(value: object) -> bool:
     return isinstance(value, tf.data.Dataset)
 
 
-_PATH_TYPE = tff.FederatedType(np.str_, tff.SERVER)
+_PATH_TYPE = tff.TensorType(np.str_)
 
 
 async def wait(carrier: Carrier, executor: CohortExecutor, value: Any) -> None:
     """Waits until a value has been computed; errors of its computation are raised here."""
-    await (await executor.call(carrier.fence, value)).compute()
+    await (await executor.call(carrier.fence, await executor.struct(value))).compute()
 
 
 async def save_in_worker(
     carrier: Carrier, executor: CohortExecutor, value: Any, prefix: str
 ) -> None:
     """Lets the worker write a value as the checkpoint `prefix`."""
-    path = await executor.create(prefix, _PATH_TYPE)
+    path = await executor.create(prefix, carrier.place(_PATH_TYPE))
     await (await executor.call(carrier.save, value, path)).compute()
 
 
 async def load_in_worker(carrier: Carrier, executor: CohortExecutor, prefix: str) -> Any:
     """Lets the worker read a value from the checkpoint `prefix`."""
-    value = await executor.call(carrier.load, await executor.create(prefix, _PATH_TYPE))
+    path = await executor.create(prefix, carrier.place(_PATH_TYPE))
+    value = await executor.call(carrier.load, await executor.struct(path))
     await wait(carrier, executor, value)  # or the file might be gone before it is read
     return value
 
@@ -214,7 +193,7 @@ def _reader() -> Any:
         def read(path: Any) -> Any:
             return tf.io.read_file(path)
 
-        _READER.append(lift(read))
+        _READER.append(compile_native(read))
     return _READER[0]
 
 
@@ -301,16 +280,21 @@ async def put(
         with Exchange(executor.host) as prefix:
             save_op(prefix, [leaf.name for leaf in carrier.leaves], arrays)
             return await load_in_worker(carrier, executor, prefix)
-    return await executor.create(leaves.pack(arrays, carrier.type), carrier.placed_type)
+    return await executor.create(leaves.pack(arrays, carrier.type), carrier.place(carrier.type))
 
 
-async def move(carrier: Carrier, source: CohortExecutor, value: Any, target: CohortExecutor) -> Any:
-    """Moves a value between two executors of one worker."""
-    if source is target:
-        return value
+async def move(
+    source_carrier: Carrier,
+    source: CohortExecutor,
+    value: Any,
+    target_carrier: Carrier,
+    target: CohortExecutor,
+) -> Any:
+    """Moves a value between two executors, or two placements, of one worker."""
     assert source.host is target.host
-    if carrier.save is not None and has_room(source.host, leaves.num_bytes(carrier.type)):
+    if by_file(source_carrier, source.host):
         with Exchange(source.host) as prefix:
-            await save_in_worker(carrier, source, value, prefix)
-            return await load_in_worker(carrier, target, prefix)
-    return await put(carrier, target, await fetch(carrier, source, value))
+            await save_in_worker(source_carrier, source, value, prefix)
+            return await load_in_worker(target_carrier, target, prefix)
+    arrays = await fetch(source_carrier, source, value, files=False)
+    return await put(target_carrier, target, arrays, files=False)

@@ -1,12 +1,13 @@
 """ResidentProcess: a learning process whose server state stays in the worker."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tensorflow_federated as tff
 
-from tff_optim.resident import handover, leaves, mergeable, references, rounds
+from tff_optim.resident import handover, leaves, map_reduce, references, rounds
 from tff_optim.resident import worker as worker_lib
 from tff_optim.resident.errors import WorkerLostError
 from tff_optim.resident.host import ConnectionCutError, Host
@@ -94,12 +95,9 @@ class ResidentProcess:
         self._data_type = process.next.type_signature.parameter[1]
         self._metrics_type = process.next.type_signature.result.metrics.member
         self._carrier = handover.build_carrier(self._state_type)
-        self._in_pieces = clients_per_step is not None or len(self._targets) > 1
-        if self._in_pieces:
-            self._parts = mergeable.build_mergeable_round(process.next)
-        else:
-            self._next = handover.compile_native(process.next)
         self._compiled: dict[str, Any] = {}
+        if clients_per_step is not None or len(self._targets) > 1:
+            self._map_reduce()  # raises where the process cannot be split
         self._hosts: list[Host | None] = [None] * len(self._targets)
         self._closed = False
 
@@ -129,7 +127,9 @@ class ResidentProcess:
             async def work() -> Resident:
                 executor = host.executor(0)
                 value = await executor.call(computation)
-                await handover.wait(self._carrier, executor, value)
+                value = await handover.move(
+                    self._placed_carrier(), executor, value, self._carrier, executor
+                )
                 return Resident(self._carrier, executor, value)
 
             return host.run(work)
@@ -160,11 +160,19 @@ class ResidentProcess:
 
         def attempt() -> tuple[Resident, Any]:
             resident = self._take_in(state)
-            if not self._in_pieces:
-                return rounds.whole_round(self._next, self._data_type, resident, data)
-            shares = mergeable.split(data, self._clients_per_step, len(self._hosts))
+            parts = self._map_reduce()
+            if parts is None:
+                return rounds.whole_round(
+                    self._compile("next", lambda: handover.compile_native(self._process.next)),
+                    self._placed_carrier(),
+                    self._data_type,
+                    resident,
+                    data,
+                )
+            shares = map_reduce.split(data, len(self._hosts))
             hosts = [self._host(i) for i in range(len(shares))]
-            return rounds.round_in_pieces(self._parts, self._data_type, resident, shares, hosts)
+            at_once = self._clients_per_step or rounds.default_clients_per_step()
+            return rounds.map_reduce_round(parts, resident, shares, hosts, at_once)
 
         new_state, metrics = self.persist(attempt)
         metrics = tff.types.type_to_py_container(metrics, self._metrics_type)
@@ -294,6 +302,25 @@ class ResidentProcess:
                 if (home is not None and home.lost is not None) or replaced > 1:
                     raise
 
+    def _map_reduce(self) -> map_reduce.MapReduceRound | None:
+        """The round in MapReduce form; None where it has none and nothing asks for it."""
+
+        def build() -> map_reduce.MapReduceRound | None:
+            try:
+                return map_reduce.build_map_reduce_round(self._process.next)
+            except ValueError as e:
+                if self._clients_per_step is not None or len(self._targets) > 1:
+                    raise
+                logging.getLogger(__name__).info("Rounds run on all clients at once: %s", e)
+                return None
+
+        return self._compile("round", build)
+
+    def _placed_carrier(self) -> handover.Carrier:
+        return self._compile(
+            "placed", lambda: handover.build_carrier(self._state_type, placed=True)
+        )
+
     def _compile(self, name: str, build: Callable[[], Any]) -> Any:
         if name not in self._compiled:
             self._compiled[name] = build()
@@ -301,7 +328,7 @@ class ResidentProcess:
 
     def read(self, name: str, computation: Any, state: Any, files: bool | None = None) -> Any:
         """Calls an unplaced `S -> T` in the worker and brings the result to Python."""
-        compiled = self._compile(name, lambda: handover.lift(computation))
+        compiled = self._compile(name, lambda: handover.compile_native(computation))
         carrier = self._compile(
             f"result of {name}",
             lambda: handover.build_carrier(computation.type_signature.result),
@@ -322,7 +349,7 @@ class ResidentProcess:
         self, name: str, computation: Any, state: Any, part: Any, files: bool | None = None
     ) -> Any:
         """Calls an unplaced `<S, T> -> S` in the worker with a `T` from Python."""
-        compiled = self._compile(name, lambda: handover.lift(computation, num_arguments=2))
+        compiled = self._compile(name, lambda: handover.compile_native(computation))
         part_type = computation.type_signature.parameter[1]
         arrays = leaves.as_arrays(part, part_type)
         carrier = self._compile(f"part of {name}", lambda: handover.build_carrier(part_type))
