@@ -302,6 +302,29 @@ def test_jit_compile_compiles_the_step_and_changes_no_number():
     contracts.assert_close(found, one_step(plain)[1])
 
 
+def test_compiled_steps_are_traced_once_for_the_same_gradients():
+    def make():
+        keras = K.Adam(0.1, weight_decay=0.01)
+        keras.exclude_from_weight_decay(var_names=["bias"])
+        keras.jit_compile = True
+        return keras
+
+    optimizer, plain = build_keras_optimizer(make), build_keras_optimizer(make)
+    plain.keras_optimizer.jit_compile = False
+    weights = {"bias": tf.constant([1.0, 2.0]), "kernel": tf.constant([[3.0]])}
+    specs = tf.nest.map_structure(lambda w: tf.TensorSpec(w.shape, w.dtype), weights)
+    ends = []
+    for each in (optimizer, plain):
+        state, current = each.initialize(specs), weights
+        for _ in range(3):
+            state, current = each.next(state, current, weights)
+        for _ in range(2):
+            state, current = each.next(state, current, weights | {"bias": None})
+        ends.append(current)
+    contracts.assert_close(*ends)
+    assert optimizer._compiled.experimental_get_tracing_count() == 2
+
+
 # ------------------------------------------------------------------------------------ user subclasses
 
 

@@ -753,6 +753,11 @@ def test_bad_arguments(options, message):
         (lambda: projections.Box("a", 0.5), "`lower` of `Box` must be a finite number; found 'a'"),
         (lambda: projections.Box(0, np.inf), "`upper` of `Box` must be a finite number; found inf"),
         (lambda: projections.Ball(0), "`radius` of `Ball` must be a number greater than 0"),
+        (
+            lambda: projections.Ball(1e-40),
+            "`radius` of `Ball` .* neither 0 nor infinite in float32",
+        ),
+        (lambda: projections.Ball(1e39), "`radius` of `Ball` .* neither 0 nor infinite in float32"),
         (lambda: projections.Projection(3), "`function` of `Projection` must be"),
         (lambda: projections.Projection(abs, where=3), "`where` of `Projection` must be a regular"),
         (

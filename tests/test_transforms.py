@@ -330,8 +330,11 @@ def test_clipping_of_gradients_whose_squares_overflow():
             _, found = step(part.initialize([]), None, long)
             for a, b in zip(found, expected, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-6)
-    _, found = two.next(two.initialize([]), None, [tf.constant([3e200], tf.float64), *long])
+    rest = [*long, tf.zeros([2]), tf.zeros([0])]
+    _, found = two.next(two.initialize([]), None, [tf.constant([3e200], tf.float64), *rest])
     np.testing.assert_allclose(found[0], [2.0], rtol=1e-12)
+    for gradient in found[1:]:
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
     _, found = one.next(one.initialize([]), None, [tf.constant([np.inf, 1.0]), tf.ones([1])])
     assert np.isnan(found[0][0])  # a gradient that is not finite is not made to look so
     np.testing.assert_array_equal(found[1], [1.0])

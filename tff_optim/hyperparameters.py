@@ -41,7 +41,7 @@ def check_number(owner: str, name: str, value: Any, rule: str, holds: Callable) 
         raise ValueError(message)
 
 
-def _single(value: float) -> float:
+def single(value: float) -> float:
     """`value` as the state keeps it and TensorFlow computes with it: subnormal numbers are 0."""
     with np.errstate(over="ignore"):
         rounded = float(np.float32(value))
@@ -50,7 +50,7 @@ def _single(value: float) -> float:
 
 def _check_kept_number(owner: str, name: str, value: Any, rule: str, holds: Callable) -> None:
     check_number(owner, name, value, rule, holds)
-    kept = _single(value)
+    kept = single(value)
     if not math.isfinite(kept) or not holds(kept):
         raise ValueError(
             f"`{name}` of `{owner}` must be {rule}; found {value!r}, which is {kept!r} when rounded "

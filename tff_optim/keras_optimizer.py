@@ -64,6 +64,8 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
             self._key = comparison.key(
                 (keras_optimizer, tuple(excluded), device, weight_names, learning_rate)
             )
+        # Made once: a function made in every call would be traced and compiled in every call.
+        self._compiled = tf.function(self._build_and_step, jit_compile=True)
 
     @property
     def keras_optimizer(self) -> Any:
@@ -160,17 +162,37 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
             given_gradients = keras_step.prepare_gradients(
                 self.keras_optimizer, [flat_gradients[i] for i in given]
             )
-        new_state, new_values = call_traced(
-            functools.partial(self._step, template, given),
-            tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state)),
-            values,
-            given_gradients,
-            jit_compile=self.keras_optimizer.jit_compile,
-        )
+        state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
+        if self.keras_optimizer.jit_compile:
+            labels = tuple(cell.name for cell in template.weights)
+            step = functools.partial(self._compiled, tuple(names), labels, tuple(given))
+        else:
+            step = functools.partial(self._step, template, given)
+        new_state, new_values = call_traced(step, state, values, given_gradients)
         return new_state, tf.nest.pack_sequence_as(weights, new_values)
 
+    def _build_and_step(
+        self,
+        names: tuple[str, ...],
+        labels: tuple[str, ...],
+        given: tuple[int, ...],
+        state: Any,
+        values: Any,
+        gradients: Any,
+    ) -> tuple[Any, list[tf.Tensor]]:
+        """`_step`, from arguments by which a traced one is found again."""
+        template = keras_step.build_template(self.keras_optimizer, self._initial, values, names)
+        for cell, label in zip(template.weights, labels):
+            cell.name = label
+        return self._step(template, given, state, values, gradients)
+
     def _step(
-        self, template: keras_step.Copy, given: list[int], state: Any, values: Any, gradients: Any
+        self,
+        template: keras_step.Copy,
+        given: Sequence[int],
+        state: Any,
+        values: Any,
+        gradients: Any,
     ) -> tuple[Any, list[tf.Tensor]]:
         with device_scope(self.device):
             optimizer = template.optimizer

@@ -291,7 +291,8 @@ def build_optimizer(
       jit_compile: Whether to fuse the step with XLA where it runs in the Python process: faster
         from about a million parameters on, after a compilation of about a second for each shape
         of the weights. TFF's worker has no XLA compiler and runs the same step unfused. Results
-        change by rounding only, but every part must be of operations that XLA knows.
+        change by rounding only, but every part must be of operations that XLA knows. Not needed
+        where the caller's own training loop is compiled as a whole.
 
     Returns:
       A `tff.learning.optimizers.Optimizer`.

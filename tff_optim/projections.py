@@ -172,14 +172,17 @@ class Ball:
     For a bound on single rows or columns take `tf.keras.constraints.MaxNorm`.
 
     Attributes:
-      radius: The greatest norm; a number greater than 0.
+      radius: The greatest norm; a number greater than 0, neither 0 nor infinite in float32.
 
     Example:
       >>> Ball(1.0)(tf.constant([3.0, 4.0])).numpy()
       array([0.6, 0.8], dtype=float32)
     """
 
-    radius: float = hyperparameters.constant("a number greater than 0", lambda x: x > 0)
+    radius: float = hyperparameters.constant(
+        "a number greater than 0, neither 0 nor infinite in float32",
+        lambda x: 0 < hyperparameters.single(x) < math.inf,
+    )
 
     def __call__(self, tensor: tf.Tensor) -> tf.Tensor:
         """The nearest tensor in the ball."""

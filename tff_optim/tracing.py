@@ -26,18 +26,16 @@ def scratch_graph() -> Iterator[tf.Graph]:
         yield graph
 
 
-def call_traced(function: Callable[..., Any], *arguments: Any, jit_compile: bool = False) -> Any:
+def call_traced(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function that runs Keras code, traced where that code means what its author meant.
 
     Under a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is not
     an operation but compares identities. So there the function is traced outside of that graph.
     """
     if tf.compat.v1.executing_eagerly_outside_functions():
-        if jit_compile:
-            function = tf.function(function, jit_compile=True)
         return function(*arguments)
     specs = tf.nest.map_structure(tf.type_spec_from_value, arguments)
     with eager_world():
-        traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
+        traced = tf.function(function, autograph=False)
         traced = traced.get_concrete_function(*specs)
     return traced(*arguments)

@@ -2,8 +2,10 @@
 
 FedProx, global clipping, Adam, momentum, decoupled weight decay: the same steps in all of them, on
 weights split into ten tensors. The pipeline and optax run ten steps in one graph, as in a client's
-training loop; declearn has no graph and is called step by step. Prints the median time of a step
-and ratios within this run, after a check that all of them take the same steps.
+training loop; declearn has no graph and is called step by step. The pipeline runs plainly, with
+its step compiled by XLA, and with the caller's whole loop compiled, as optax's is. Prints the median
+time of a step and ratios within this run, to the best of the pipeline's columns, after a check that
+all of them take the same steps.
 
     .venv-bench/bin/python examples/benchmarks/pipeline.py
 """
@@ -38,7 +40,13 @@ def make_values(parameters: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return weights, gradients
 
 
-def run_pipeline(weights: list, gradients: list, jit_compile: bool, in_graph: bool = True) -> Run:
+def run_pipeline(
+    weights: list,
+    gradients: list,
+    jit_compile: bool = False,
+    jit_loop: bool = False,
+    in_graph: bool = True,
+) -> Run:
     optimizer = tff_optim.build_optimizer(
         LEARNING_RATE,
         regularizers=[regularizers.FedProx(ALPHA)],
@@ -52,7 +60,7 @@ def run_pipeline(weights: list, gradients: list, jit_compile: bool, in_graph: bo
     )
     steps_per_call = STEPS if in_graph else 1
 
-    @tf.function
+    @tf.function(jit_compile=jit_loop or None)
     def next_fn(state: dict, weights: tuple, gradients: tuple) -> tuple:
         for _ in tf.range(steps_per_call):
             state, weights = optimizer.next(state, weights, gradients)
@@ -151,13 +159,14 @@ def run_optax(weights: list, gradients: list) -> Run:
 
 
 CONTENDERS: dict[str, Callable[[list, list], Run]] = {
-    "pipeline": lambda w, g: run_pipeline(w, g, jit_compile=False),
-    "pipeline, compiled": lambda w, g: run_pipeline(w, g, jit_compile=True),
-    "same, called step by step": lambda w, g: run_pipeline(w, g, True, in_graph=False),
+    "pipeline": run_pipeline,
+    "step compiled": lambda w, g: run_pipeline(w, g, jit_compile=True),
+    "loop compiled": lambda w, g: run_pipeline(w, g, jit_loop=True),
+    "step compiled, called from Python": lambda w, g: run_pipeline(w, g, True, in_graph=False),
     "declearn": run_declearn,
     "optax": run_optax,
 }
-OURS = "pipeline, compiled"
+OURS = ("pipeline", "step compiled", "loop compiled")
 
 
 def check_agreement(contenders: dict) -> None:
@@ -166,7 +175,7 @@ def check_agreement(contenders: dict) -> None:
     ends = {name: make(weights, gradients)() for name, make in contenders.items()}
     for name, end in ends.items():
         assert np.abs(end - weights[0]).max() > 1e-3
-        np.testing.assert_allclose(end, ends[OURS], rtol=1e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(end, ends["pipeline"], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def main() -> None:
@@ -186,7 +195,7 @@ def main() -> None:
     headers = [
         "parameters",
         *(f"{n}, ms" for n in contenders),
-        *(f"{r} / compiled" for r in rivals),
+        *(f"{r} / best of ours" for r in rivals),
     ]
     rows = []
     for parameters in map(int, arguments.parameters):
@@ -195,7 +204,8 @@ def main() -> None:
         rounds = max(4, min(20, int(2e7) // parameters))
         times = time_side_by_side(runs, rounds=rounds, warm_up=1)
         rows.append([f"{parameters:.0e}", *(f"{1e3 * times[n] / STEPS:.2f}" for n in contenders)])
-        rows[-1] += [f"{times[rival] / times[OURS]:.1f}" for rival in rivals]
+        best = min(times[name] for name in OURS)
+        rows[-1] += [f"{times[rival] / best:.1f}" for rival in rivals]
     print(table(headers, rows))
 
 

@@ -1,5 +1,6 @@
 """Transforms that divide gradients by their size over past steps."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -141,8 +142,8 @@ class Adam(GradientTransform):
         """See base class."""
         del weights  # The rule looks at gradients alone.
 
-        def average(v: tf.Tensor, square: tf.Tensor, beta_2: tf.Tensor) -> tf.Tensor:
-            return v + (1 - beta_2) * (square - v)
+        def average(v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
+            return v + move * (square - v)
 
         return _next_moments(self, state, gradients, average)
 
@@ -181,8 +182,8 @@ class Yogi(GradientTransform):
         """See base class."""
         del weights  # The rule looks at gradients alone.
 
-        def average(v: tf.Tensor, square: tf.Tensor, beta_2: tf.Tensor) -> tf.Tensor:
-            return v - tf.sign(v - square) * (1 - beta_2) * square
+        def average(v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
+            return v - tf.sign(v - square) * move * square
 
         return _next_moments(self, state, gradients, average)
 
@@ -206,24 +207,28 @@ def _next_moments(
     hyperparameters.check_state(part, state, slots=names, counts_steps=True)
     values = hyperparameters.current(part, state)
     carried = hyperparameters.advance(part, state)
-    # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1. As factors:
-    # two divisions less for each element.
     t = tf.cast(carried[hyperparameters.STEP], tf.float64)
-    correction_1 = 1 / (1 - tf.pow(leaves.number(values["beta_1"], tf.float64), t))
-    correction_2 = 1 / (1 - tf.pow(leaves.number(values["beta_2"], tf.float64), t))
+
+    @functools.cache  # once per dtype, not per leaf
+    def factors(dtype: tf.DType) -> list[tf.Tensor]:
+        # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1. As
+        # factors: two divisions less for each element.
+        betas = [values["beta_1"], values["beta_2"]]
+        corrections = [1 / (1 - tf.pow(leaves.number(beta, tf.float64), t)) for beta in betas]
+        moves = [1 - leaves.number(beta, dtype) for beta in betas]
+        return [*moves, *(leaves.number(x, dtype) for x in (*corrections, values["epsilon"]))]
 
     def step(
         g: tf.Tensor, m: tf.Tensor, v: tf.Tensor, *maximum: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        m += (1 - leaves.number(values["beta_1"], g.dtype)) * (g - m)
-        v = average_squares(v, tf.square(g), leaves.number(values["beta_2"], g.dtype))
-        corrected = v * leaves.number(correction_2, g.dtype)
+        move_1, move_2, correction_1, correction_2, epsilon = factors(g.dtype)
+        m += move_1 * (g - m)
+        v = average_squares(v, tf.square(g), move_2)
+        corrected = v * correction_2
         if maximum:
             corrected = tf.maximum(corrected, maximum[0])
             maximum = (corrected,)
-        epsilon = leaves.number(values["epsilon"], g.dtype)
-        result = m * leaves.number(correction_1, g.dtype) / (tf.sqrt(corrected) + epsilon)
-        return result, m, v, *maximum
+        return m * correction_1 / (tf.sqrt(corrected) + epsilon), m, v, *maximum
 
     slots = {name: state[name] for name in names}
     gradients, new_slots = leaves.map_leaves(step, gradients, slots)

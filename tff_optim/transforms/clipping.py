@@ -1,5 +1,7 @@
 """Transforms that bound the length of gradients."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -36,10 +38,10 @@ class ClipByNorm(GradientTransform):
         """See base class."""
         del weights  # The rule looks at gradients alone.
         hyperparameters.check_state(self, state)
-        max_norm = hyperparameters.current(self, state)["max_norm"]
+        max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
 
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
-            return (g * _factor(_norm(g), leaves.number(max_norm, g.dtype)),)
+            return (g * leaves.number(_factor(_norm([g]), max_norm), g.dtype),)
 
         gradients, _ = leaves.map_leaves(clip, gradients, {})
         return hyperparameters.advance(self, state), gradients
@@ -78,32 +80,33 @@ class ClipByGlobalNorm(GradientTransform):
         hyperparameters.check_state(self, state)
         max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
         present = [g for g in tf.nest.flatten(gradients) if g is not None]
-        # One number per tensor: float64 costs nothing here.
-        norms = [tf.cast(_norm(g), tf.float64) for g in present]
-        total = _norm(tf.stack(norms)) if norms else tf.zeros([], tf.float64)
-        factor = _factor(total, max_norm)
+        norm = _norm(present) if present else tf.zeros([], tf.float64)
+        factor = functools.cache(functools.partial(leaves.number, _factor(norm, max_norm)))
 
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
-            return (g * leaves.number(factor, g.dtype),)
+            return (g * factor(g.dtype),)
 
         gradients, _ = leaves.map_leaves(clip, gradients, {})
         return hyperparameters.advance(self, state), gradients
 
 
-def _norm(g: tf.Tensor) -> tf.Tensor:
-    """The Euclidean norm, also where the squares are greater than the dtype can hold."""
-    norm = _root_of_squares(g)
+def _norm(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The Euclidean norm of all tensors as one vector, also where a dtype cannot hold its square."""
+    norm = _root_of_squares(tensors)
 
     def scaled() -> tf.Tensor:
-        greatest = tf.reduce_max(tf.abs(g))
-        return greatest * _root_of_squares(g / greatest)
+        greatest = tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(g)), tf.float64) for g in tensors])
+        return greatest * _root_of_squares([g / tf.cast(greatest, g.dtype) for g in tensors])
 
     # Scaling takes more passes than the norm itself: only where it is needed.
     return tf.cond(tf.math.is_inf(norm), scaled, lambda: norm)
 
 
-def _root_of_squares(g: tf.Tensor) -> tf.Tensor:
-    return tf.sqrt(2 * tf.nn.l2_loss(g))  # in one pass, where squares and their sum take two
+def _root_of_squares(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    # Halves of sums of squares in one pass, where squares and their sum take two. One number per
+    # tensor: float64 costs nothing from there on.
+    halves = [tf.cast(tf.nn.l2_loss(g), tf.float64) for g in tensors]
+    return tf.sqrt(2 * tf.add_n(halves))
 
 
 def _factor(norm: tf.Tensor, max_norm: tf.Tensor) -> tf.Tensor:
