@@ -21,7 +21,7 @@ from resident_cases import (
 )
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import handover, leaves, map_reduce, rounds
+from tff_optim.resident import handover, leaves, map_reduce
 from tff_optim.resident import host as host_lib
 
 
@@ -123,11 +123,11 @@ def test_values_cross_in_files_as_in_messages(resident, monkeypatch):
 
 
 def test_without_room_in_the_shared_directory_it_warns_and_uses_messages(resident, monkeypatch):
-    state = resident.initialize()
+    monkeypatch.setattr(handover, "FILES_FROM_BYTES", 0)
     Usage = collections.namedtuple("Usage", "total used free")
     monkeypatch.setattr(handover.shutil, "disk_usage", lambda path: Usage(10, 10, 0))
     with pytest.warns(UserWarning, match="has 0 bytes left"):
-        state, _ = resident.next(state, list(cohorts()[0]))
+        state = resident.restore(plain_run()[1][0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_equal(resident.materialize(state), plain_run()[1][0])
@@ -219,31 +219,42 @@ def test_split_deals_every_client_once_in_order():
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_process_with_dependent_aggregations_says_which():
-    init = process().initialize
+def two_pass_process():
+    """The tiny process with a second aggregation, of the clients' distances from the first."""
 
     @tff.federated_computation(*process().next.type_signature.parameter)
     def twice(state, data):
         output = process().next(state, data)
-        ones = tff.federated_map(
+        counts = tff.federated_map(
             tff.tensorflow.computation(lambda d: d.reduce(0.0, lambda a, b: a + 1.0)), data
         )
-        mean = tff.federated_mean(ones)
-        shifted = tff.federated_map(
-            tff.tensorflow.computation(lambda x, m: x - m),
-            (ones, tff.federated_broadcast(mean)),
+        mean = tff.federated_mean(counts)
+        distances = tff.federated_map(
+            tff.tensorflow.computation(lambda x, m: (x - m) ** 2),
+            (counts, tff.federated_broadcast(mean)),
         )
-        metrics = tff.federated_zip(collections.OrderedDict(spread=tff.federated_sum(shifted)))
+        metrics = tff.federated_zip(collections.OrderedDict(spread=tff.federated_sum(distances)))
         return tff.learning.templates.LearningProcessOutput(output.state, metrics)
 
-    dependent = tff.learning.templates.LearningProcess(
-        init, twice, process().get_model_weights, process().set_model_weights
+    return tff.learning.templates.LearningProcess(
+        process().initialize, twice, process().get_model_weights, process().set_model_weights
     )
+
+
+def test_a_process_with_dependent_aggregations_says_which_or_runs_on_all_clients_at_once():
+    two_pass = two_pass_process()
     with pytest.raises(ValueError, match=r"`federated_sum` of float32@SERVER depends on .*mean"):
-        ResidentProcess(dependent, clients_per_step=2)
-    with ResidentProcess(dependent) as r:
-        _, metrics = r.next(r.initialize(), list(cohorts()[0]))
-        assert metrics["spread"] == 0.0
+        ResidentProcess(two_pass, clients_per_step=2)
+    with ResidentProcess(two_pass) as r:
+        state = r.initialize()
+        plain = two_pass.initialize()
+        for n in (3, 1, 2):
+            clients = [cohort(1, n + i, batches=i + 1)[0] for i in range(n)]
+            state, metrics = r.next(state, clients)
+            plain, plain_metrics = two_pass.next(plain, clients)
+            assert_equal(metrics, plain_metrics)
+            assert_equal(r.materialize(state), plain)
+        assert metrics["spread"] == 0.5
 
 
 def test_a_state_of_all_kinds_of_leaves(monkeypatch):
@@ -379,19 +390,63 @@ def test_closing_ends_the_workers_and_later_calls_say_so():
     r.close()  # a second time changes nothing
 
 
-def test_more_cohort_sizes_than_executors_are_kept(resident, monkeypatch):
+def test_more_cohort_sizes_than_executors_are_kept(monkeypatch):
     monkeypatch.setattr(host_lib, "_NUM_EXECUTORS", 2)
-    first = resident.initialize()
-    plain = process().initialize()
-    state = first
-    for n in (3, 1, 2, 4):
-        clients = cohort(n, n, batches=1)
-        state, _ = resident.next(state, clients)
-        plain, _ = process().next(plain, clients)
-    assert_equal(resident.materialize(state), plain)
-    assert len(resident.home()._executors) == 2
-    # A state outlives the place of its executor among the kept ones.
-    assert_equal(resident.materialize(first), plain_run()[0][0])
+    two_pass = two_pass_process()
+    with ResidentProcess(two_pass) as r:
+        first = state = r.initialize()
+        plain = two_pass.initialize()
+        for n in (3, 1, 2, 4):
+            clients = cohort(n, n, batches=1)
+            state, _ = r.next(state, clients)
+            plain, _ = two_pass.next(plain, clients)
+        assert_equal(r.materialize(state), plain)
+        assert len(r.home()._executors) == 2
+        # A state outlives the place of its executor among the kept ones.
+        assert_equal(r.materialize(first), plain_run()[0][0])
+
+
+def memory_in_use(pid):
+    with open(f"/proc/{pid}/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) * 1024
+
+
+def large_process(size):
+    """A process of which a round is one Adam step on a tensor of `size` numbers."""
+
+    def large_model_fn():
+        model = tf.keras.Sequential(
+            [
+                tf.keras.layers.InputLayer(input_shape=(1,)),
+                tf.keras.layers.Dense(size, use_bias=False),
+            ]
+        )
+        spec = (tf.TensorSpec([None, 1]), tf.TensorSpec([None, 1]))
+        return tff.learning.models.from_keras_model(
+            model, loss=tf.keras.losses.MeanSquaredError(), input_spec=spec
+        )
+
+    return tff.learning.algorithms.build_weighted_fed_avg(
+        large_model_fn,
+        client_optimizer_fn=tff.learning.optimizers.build_sgdm(0.1),
+        server_optimizer_fn=tff.learning.optimizers.build_adam(0.1),
+    )
+
+
+@pytest.mark.parametrize("what", ["rounds", "clients"])
+def test_the_workers_memory_grows_with_neither(what, monkeypatch):
+    # So that memory in use is what values need: these kernels come with a pool of their own.
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    size = 10_000_000  # so large that the system's allocator gives it back when it is freed
+    client = tf.data.Dataset.from_tensors(([[1.0]], [[1.0]]))
+    with ResidentProcess(large_process(size), clients_per_step=2) as r:
+        state, _ = r.next(r.initialize(), [client] * 2)
+        used = []
+        for n in [2] * 8 if what == "rounds" else [4, 12]:
+            state, _ = r.next(state, [client] * n)
+            used.append(memory_in_use(r.home().worker.pid))
+    # Kept, each round would add four tensors, and each client two: 28 and 16 of them.
+    assert used[-1] - used[0] < 4 * size * 8, used
 
 
 def test_leaf_names_and_sizes():

@@ -130,6 +130,28 @@ def test_a_plain_state_is_restored(on_device, plain_states):
     assert_close(on_device.materialize(state), plain_states[0][3])
 
 
+def test_weights_and_hparams_are_read_and_written(on_device, plain, plain_states):
+    plain_state = plain_states[0][2]
+    state = on_device.restore(plain_state)
+    hparams = plain.get_hparams(plain_state)
+    assert_equal(on_device.get_hparams(state), hparams)
+    hparams["client_work"]["learning_rate"] = 0.02
+    hparams["finalizer"]["learning_rate"] = 0.3
+    changed = on_device.set_hparams(state, hparams)
+    expected = plain.set_hparams(plain_state, hparams)
+    assert_equal(on_device.materialize(changed), expected)
+
+    weights = tf.nest.map_structure(lambda w: w + 1, plain.get_model_weights(plain_state))
+    changed = on_device.set_model_weights(changed, weights)
+    expected = plain.set_model_weights(expected, weights)
+    assert_equal(on_device.materialize(changed), expected)
+    after, _ = on_device.next(changed, list(cohorts()[0]))
+    expected, _ = plain.next(expected, list(cohorts()[0]))
+    assert_close(on_device.materialize(after), expected)
+    # What was given stays as it was.
+    assert_equal(on_device.materialize(state), plain_state)
+
+
 def test_both_ways_of_crossing_are_measured_and_give_the_same(on_device, monkeypatch):
     state = on_device.initialize()
     on_device.next(state, list(cohorts()[0]))

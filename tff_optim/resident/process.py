@@ -24,6 +24,10 @@ class ResidentProcess:
     release managers fetch them when they need them. A plain state, such as a manager loads,
     can be given wherever a state is expected.
 
+    Rounds run in TFF's MapReduce form, a few clients after the other, so that the worker's
+    memory depends on the model and not on the cohort. A process in which one aggregation depends
+    on another has no such form: its rounds run on all clients at once, as plain TFF runs them.
+
     Example:
         >>> import tensorflow as tf
         >>> model = tff.learning.models.functional_model_from_keras(
@@ -48,8 +52,9 @@ class ResidentProcess:
         workers: None or 1 for one local worker, N for N local workers, or a list of
             `'host:port'` of running TFF workers. States live in the first one; every worker
             takes an equal share of each cohort.
-        clients_per_step: The largest number of clients that a worker runs at once; None for
-            its whole share.
+        clients_per_step: The largest number of clients that a worker runs at once, which
+            bounds its memory; None for four times the number of this machine's cores.
+            It makes no difference to the numbers.
         heartbeat: Seconds between two looks at a worker while it computes, and the time it
             has to answer before it counts as lost.
         start_timeout: Seconds that a worker has to start.

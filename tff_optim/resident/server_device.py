@@ -6,12 +6,14 @@ aggregate and the new weights cross, once a round.
 """
 
 import asyncio
+import collections
 import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -95,6 +97,7 @@ class ServerDeviceProcess:
             ),
         )
         self._state_type = plain.initialize.type_signature.result.member
+        self._hparams_type = plain.get_hparams.type_signature.result
         clients_half = tff.learning.templates.compose_learning_process(
             *parts, _collecting_finalizer(self._weights_type)
         )
@@ -121,12 +124,7 @@ class ServerDeviceProcess:
         specs = tf.nest.map_structure(lambda w: tf.TensorSpec(w.shape, w.dtype), trainable)
         with device_scope(self._device):
             optimizer_state = self._optimizer.initialize(specs)
-            flat_state = leaves.flatten(optimizer_state, self._state_type.finalizer)
-            types = leaves.leaves_of(self._state_type.finalizer)
-            tensors = [
-                tf.identity(tf.convert_to_tensor(x, leaf.dtype))
-                for x, leaf in zip(flat_state, types, strict=True)
-            ]
+        tensors = self._optimizer_tensors(optimizer_state)
         return self._new_state(inner, self._on_device(weights), tensors)
 
     def next(self, state: Any, client_data: Sequence[Any]) -> Any:
@@ -159,6 +157,41 @@ class ServerDeviceProcess:
     def get_model_weights(self, state: Any) -> Any:
         """Brings the model weights of a state to Python."""
         return leaves.pack([w.numpy()[()] for w in self._held(state).weights], self._weights_type)
+
+    def set_model_weights(self, state: Any, model_weights: Any) -> Any:
+        """Returns a state with other model weights."""
+        held = self._held(state)
+        arrays = leaves.as_arrays(model_weights, self._weights_type)
+        inner = self._inner.set_model_weights(held.inner, leaves.pack(arrays, self._weights_type))
+        return self._new_state(inner, self._on_device(arrays), held.optimizer_state)
+
+    def get_hparams(self, state: Any) -> Any:
+        """The hyperparameters of a state, those of the clients' work and of the optimizer."""
+        held = self._held(state)
+        flat = leaves.flatten(
+            collections.OrderedDict(
+                client_work=self._inner.get_hparams(held.inner)["client_work"],
+                finalizer=self._optimizer.get_hparams(self._optimizer_state(held)),
+            ),
+            self._hparams_type,
+        )
+        types = leaves.leaves_of(self._hparams_type)
+        arrays = [
+            np.asarray(x, leaf.dtype.as_numpy_dtype)[()]
+            for x, leaf in zip(flat, types, strict=True)
+        ]
+        return leaves.pack(arrays, self._hparams_type)
+
+    def set_hparams(self, state: Any, hparams: Any) -> Any:
+        """Returns a state with other hyperparameters, given as `get_hparams` returns them."""
+        held = self._held(state)
+        inner_hparams = self._inner.get_hparams(held.inner)
+        inner_hparams["client_work"] = hparams["client_work"]
+        inner = self._inner.set_hparams(held.inner, inner_hparams)
+        optimizer_state = self._optimizer.set_hparams(
+            self._optimizer_state(held), hparams["finalizer"]
+        )
+        return self._new_state(inner, held.weights, self._optimizer_tensors(optimizer_state))
 
     def materialize(self, state: Any) -> Any:
         """Brings a state to Python: the state of the composed process."""
@@ -220,6 +253,18 @@ class ServerDeviceProcess:
     def _on_device(self, arrays: Sequence[Any]) -> list[tf.Tensor]:
         with device_scope(self._device):
             return [tf.identity(tf.convert_to_tensor(x)) for x in arrays]
+
+    def _optimizer_state(self, held: "_Held") -> Any:
+        return leaves.pack(held.optimizer_state, self._state_type.finalizer)
+
+    def _optimizer_tensors(self, optimizer_state: Any) -> list[tf.Tensor]:
+        types = leaves.leaves_of(self._state_type.finalizer)
+        flat = leaves.flatten(optimizer_state, self._state_type.finalizer)
+        with device_scope(self._device):
+            return [
+                tf.identity(tf.convert_to_tensor(x, leaf.dtype))
+                for x, leaf in zip(flat, types, strict=True)
+            ]
 
     def _new_state(
         self, inner: Any, weights: list[tf.Tensor], optimizer_state: list[tf.Tensor]
