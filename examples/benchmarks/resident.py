@@ -50,14 +50,17 @@ def median_seconds(step, repeats=5):
     return statistics.median(seconds)
 
 
-def median_round(process, state, data, repeats=5):
-    """Median seconds of rounds that go on from each other, as in a training loop."""
-    current = [state]
-
-    def step():
-        current[0] = process.next(current[0], data).state
-
-    return median_seconds(step, repeats)
+def median_rounds(processes, data, repeats=5):
+    """Median seconds of rounds of each process, in turn; each goes on from its own last."""
+    states = [process.initialize() for process in processes]
+    seconds = [[] for _ in processes]
+    for repeat in range(1 + repeats):
+        for i, process in enumerate(processes):
+            begin = time.perf_counter()
+            states[i] = process.next(states[i], data).state
+            if repeat:  # the first time compiles, connects, warms up
+                seconds[i].append(time.perf_counter() - begin)
+    return [statistics.median(s) for s in seconds]
 
 
 def start_plain():
@@ -166,9 +169,8 @@ def server_step(table, scale):
         process = server_step_process(size)
         data = [[0.25, 0.25]]
         start_plain()
-        plain = median_round(process, process.initialize(), data, 3)
         with ResidentProcess(process) as resident:
-            seconds = median_round(resident, resident.initialize(), data)
+            plain, seconds = median_rounds([process, resident], data)
         table.row(f"server step, Adam, {name} parameters", plain, seconds, target)
         table.row(
             f"the same in a `tf.function`, {name}", function_seconds(size), seconds, "0.67 (1/1.5)"
@@ -240,15 +242,12 @@ def fed_avg(model_fn):
 
 def fed_avg_round(table, scale):
     model_fn, client = dense_model(int(2500 * scale) or 1, 3000)
-    process = fed_avg(model_fn)
+    process, work_alone = fed_avg(model_fn), client_work_alone(model_fn)
     data = [client(20) for _ in range(4)]
     start_plain()
-    plain = median_round(process, process.initialize(), data, 3)
-    with ResidentProcess(process) as resident:
-        seconds = median_round(resident, resident.initialize(), data)
+    with ResidentProcess(process) as resident, ResidentProcess(work_alone) as resident_work:
+        plain, seconds, work = median_rounds([process, resident, resident_work], data)
     table.row("FedAvg round, 7.5e6 parameters, 4 clients", plain, seconds, "2.5")
-    with ResidentProcess(client_work_alone(model_fn)) as resident:
-        work = median_round(resident, resident.initialize(), data)
     table.row("the clients' work alone, in the worker", work, seconds, "0.83 (1/1.2)")
 
 
@@ -311,10 +310,9 @@ def server_device(table, scale):
     )
     data = [[0.25, 0.25]]
     start_plain()
-    plain = median_round(plain_process, plain_process.initialize(), data, 3)
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
     with ServerDeviceProcess(*parts, ADAM, server_device=device) as process:
-        seconds = median_round(process, process.initialize(), data)
+        plain, seconds = median_rounds([plain_process, process], data)
         times = process.handover_times
     table.row(f"round with the server step on {device}, 1e7 parameters", plain, seconds, "15")
     if times.file_seconds is not None:
