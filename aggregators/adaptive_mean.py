@@ -17,7 +17,7 @@ from aggregators.measurements import (
     statistics_reduction,
 )
 from aggregators.one_pass import ScoredUpdate, build_one_pass_process
-from aggregators.reduction import Reduction, federated_reduction, zip_reductions
+from aggregators.reduction import Reduction, federated_reduction, of_lifted, zip_reductions
 from aggregators.scores import MODEL_SCORES, Score, check_score, score_layers
 from aggregators.streaming_mean import LogWeighted, mean_reduction
 from aggregators.weighting import (
@@ -154,12 +154,14 @@ def federated_adaptive_mean(
             tff.tensorflow.computation(lambda x: tf.stack(list(x))), typical_score
         )
 
+    reduction = mean_and_statistics(specs, groups, sample_size)
+
     @tff.tensorflow.computation
     def on_client(value: Any, server: Any, weight: Any, typical: Any) -> Any:
         is_model = value_is == "model"
         model = value if is_model else tf.nest.map_structure(tf.subtract, server, value)
         scores = score_layers(score, server, model, groups)
-        return weigh(weighting, value, scores, weight, typical, False)
+        return reduction.lift(weigh(weighting, value, scores, weight, typical, False))  # type: ignore[misc]
 
     parts = tff.federated_map(
         on_client,
@@ -170,7 +172,7 @@ def federated_adaptive_mean(
             tff.federated_broadcast(typical_score),
         ),
     )
-    reduced = federated_reduction(parts, mean_and_statistics(specs, groups, sample_size))
+    reduced = federated_reduction(parts, of_lifted(reduction))
 
     @tff.tensorflow.computation
     def on_server(reduced: Any, server: Any, typical: Any) -> Any:
