@@ -408,6 +408,11 @@ def test_whole_processes_spread_over_workers():
             "`momentum` must be that of `client_optimizer_fn`; found 0.0, and 0.8",
         ),
         (
+            lambda m: aggregators.build_fed_nova(m, SGD, momentum=0.8),
+            ValueError,
+            "`momentum` must be that of `client_optimizer_fn`; found 0.8, and 0.0",
+        ),
+        (
             lambda m: aggregators.build_q_fed_avg(m, SGD, learning_rate=5.0),
             ValueError,
             "`learning_rate` must be that of `client_optimizer_fn`; found 5.0, and 0.2",

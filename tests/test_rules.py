@@ -232,9 +232,7 @@ def test_steps_of_high_momentum_do_not_cancel(momentum):
 
 
 def test_a_mean_of_half_precision_is_taken_in_single():
-    factory = aggregators.AdaptiveMeanFactory(
-        weighting.uniform(), score=scores.l2_distance
-    )
+    factory = aggregators.AdaptiveMeanFactory(weighting.uniform(), score=scores.l2_distance)
     mixed = tff.to_type([(np.float16, [2]), (np.float64, [2])])
     process = factory.create(mixed, contracts.WEIGHT_TYPE)
     assert process.next.type_signature.result.result.member.is_equivalent_to(mixed)
