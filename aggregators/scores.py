@@ -88,8 +88,7 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     excess = tf.math.expm1(log_ratio)
     middle = tf.math.log1p(0.5 * excess)
     near = 0.5 * tf.reduce_sum(p * ((1.0 + excess) * (log_ratio - middle) - middle))
-    found = _sound_or(tf.maximum(near, 0.0), lambda: _textbook_js(s, c), s)
-    return _as_wide_as(server, found)
+    return _as_wide_as(server, _sound_or(near, lambda: _textbook_js(s, c), s))
 
 
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -179,6 +178,9 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
 UPDATE_SCORES = (l2_distance, spectral_distance, cosine_distance)
 MODEL_SCORES = (kl_divergence, js_divergence)
 
+# Not finite wherever a tensor of the client is not; cosine distance is 1 to a zero layer all the same.
+TELLING_SCORES = (kl_divergence, js_divergence, l2_distance)
+
 
 def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
     """Scores every layer of a client's model.
@@ -258,7 +260,7 @@ def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, t
 
 def _sound_or(near: tf.Tensor, textbook: Callable[[], tf.Tensor], layer: tf.Tensor) -> tf.Tensor:
     """The textbook sum where exp overflows: layers so far apart that the sum is exact."""
-    sound = tf.math.is_finite(near)
+    sound, near = tf.math.is_finite(near), tf.maximum(near, 0.0)
     if layer.shape[0] <= _SMALL:  # both at once cost less than building a branch
         return tf.where(sound, near, textbook())
     return tf.cond(sound, lambda: near, textbook)
