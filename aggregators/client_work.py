@@ -317,44 +317,38 @@ def build_scored_client_work(
     def work(state: Any, weights: Any, dataset: Any) -> Any:
         # The model is made here, in the graph that trains it.
         train = build_training(model_fn, optimizer, loss_at, loop_implementation)
+        done = train(weights, dataset, state)
+        if score is None:
+            scores = tf.zeros([len(groups)])
+        elif score == "loss":
+            scores = tf.fill([len(groups)], done.loss)
+        else:
+            scores = score_layers(score, done.initial, done.trained, groups)
+        delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
+        bad = tf.logical_not(tf.reduce_all([all_finite(x) for x in [*delta, scores, done.loss]]))
 
-        def run(state: Any, weights: Any, dataset: Any) -> Any:
-            done = train(weights, dataset, state)
-            if score is None:
-                scores = tf.zeros([len(groups)])
-            elif score == "loss":
-                scores = tf.fill([len(groups)], done.loss)
-            else:
-                scores = score_layers(score, done.initial, done.trained, groups)
-            delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
-            bad = tf.logical_not(
-                tf.reduce_all([all_finite(x) for x in [*delta, scores, done.loss]])
-            )
+        def zeros_if_bad(tensor: tf.Tensor) -> tf.Tensor:
+            return tf.where(bad, tf.zeros_like(tensor), tensor)
 
-            def zeros_if_bad(tensor: tf.Tensor) -> tf.Tensor:
-                return tf.where(bad, tf.zeros_like(tensor), tensor)
-
-            if client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
-                weight = tf.cast(done.examples, tf.float32)
-            else:
-                # Without examples there is neither score nor loss, and zeros look like the best.
-                weight = tf.cast(done.examples > 0, tf.float32)
-            update = ScoredUpdate(
-                delta=tf.nest.pack_sequence_as(weights.trainable, [zeros_if_bad(x) for x in delta]),
-                scores=zeros_if_bad(scores),
-                loss=zeros_if_bad(done.loss),
-                steps=done.steps,
-                non_finite=bad,
-            )
-            metrics = tf.nest.map_structure(
-                lambda new, fresh: tf.where(bad, fresh, new), done.metrics, done.fresh_metrics
-            )
-            result = tff.learning.templates.ClientResult(
-                update=update, update_weight=zeros_if_bad(weight)
-            )
-            return result, metrics
-
-        return run(state, weights, dataset)
+        if client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
+            weight = tf.cast(done.examples, tf.float32)
+        else:
+            # Without examples there is neither score nor loss, and zeros look like the best.
+            weight = tf.cast(done.examples > 0, tf.float32)
+        update = ScoredUpdate(
+            delta=tf.nest.pack_sequence_as(weights.trainable, [zeros_if_bad(x) for x in delta]),
+            scores=zeros_if_bad(scores),
+            loss=zeros_if_bad(done.loss),
+            steps=done.steps,
+            non_finite=bad,
+        )
+        metrics = tf.nest.map_structure(
+            lambda new, fresh: tf.where(bad, fresh, new), done.metrics, done.fresh_metrics
+        )
+        result = tff.learning.templates.ClientResult(
+            update=update, update_weight=zeros_if_bad(weight)
+        )
+        return result, metrics
 
     @tff.federated_computation(
         initialize.type_signature.result,
