@@ -17,8 +17,8 @@ from aggregators.measurements import (
     statistics_reduction,
 )
 from aggregators.one_pass import ScoredUpdate, build_one_pass_process
-from aggregators.reduction import Reduction, federated_reduction, zip_reductions
-from aggregators.scores import MODEL_SCORES, Score, check_score, score_layers
+from aggregators.reduction import Reduction, federated_reduction, of_lifted, zip_reductions
+from aggregators.scores import MODEL_SCORES, TELLING_SCORES, Score, check_score, score_layers
 from aggregators.streaming_mean import LogWeighted, mean_reduction
 from aggregators.weighting import (
     Weighting,
@@ -154,12 +154,14 @@ def federated_adaptive_mean(
             tff.tensorflow.computation(lambda x: tf.stack(list(x))), typical_score
         )
 
+    reduction = mean_and_statistics(specs, groups, sample_size)
+
     @tff.tensorflow.computation
     def on_client(value: Any, server: Any, weight: Any, typical: Any) -> Any:
         is_model = value_is == "model"
         model = value if is_model else tf.nest.map_structure(tf.subtract, server, value)
         scores = score_layers(score, server, model, groups)
-        return weigh(weighting, value, scores, weight, typical, False)
+        return reduction.lift(weigh(weighting, value, scores, weight, typical, False, score))  # type: ignore[misc]
 
     parts = tff.federated_map(
         on_client,
@@ -170,7 +172,7 @@ def federated_adaptive_mean(
             tff.federated_broadcast(typical_score),
         ),
     )
-    reduced = federated_reduction(parts, mean_and_statistics(specs, groups, sample_size))
+    reduced = federated_reduction(parts, of_lifted(reduction))
 
     @tff.tensorflow.computation
     def on_server(reduced: Any, server: Any, typical: Any) -> Any:
@@ -309,7 +311,7 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
                 )
             zeros = tf.nest.map_structure(tf.zeros_like, value)
             scores = score_layers(score, value, zeros, groups)  # type: ignore[arg-type]
-            return weigh(weighting, value, scores, weight, typical, False)
+            return weigh(weighting, value, scores, weight, typical, False, score)
 
         def server_part(state: Any, reduced: Any) -> tuple[Any, Any, Any]:
             typical, totals = state["typical_score"], reduced["statistics"]
@@ -336,6 +338,7 @@ def weigh(
     weight: tf.Tensor,
     typical_score: tf.Tensor,
     non_finite: Any,
+    score: Score | None = None,
 ) -> OrderedDict[str, Any]:
     """One client's part in `mean_and_statistics`.
 
@@ -346,6 +349,8 @@ def weigh(
       weight: The client's own weight, a number.
       typical_score: Running mean score, shape `[num_layers]`.
       non_finite: Whether the value is already known not to be finite.
+      score: What has scored this value here, if anything has. Some scores are not finite where a
+        tensor is not, which saves another pass over the tensors.
 
     Returns:
       A mapping of `mean` to a `LogWeighted` and `statistics` to `ClientStatistics`.
@@ -355,8 +360,9 @@ def weigh(
         tf.cast(non_finite, tf.bool)
         | tf.logical_not(all_finite(scores))
         | tf.logical_not(tf.math.is_finite(tf.cast(weight, tf.float64)))
-        | tf.logical_not(finite_tensors(tensors))
     )
+    if score not in TELLING_SCORES:
+        bad |= tf.logical_not(finite_tensors(tensors))
     logs = log_weights(weighting, scores, weight, typical_score)
     # What has weight and sound scores and still does not count is a score without a number.
     bad |= (weight > 0) & tf.reduce_all(tf.math.is_inf(logs))

@@ -16,7 +16,7 @@ from aggregators.measurements import (
     statistics_reduction,
 )
 from aggregators.one_pass import ScoredUpdate
-from aggregators.reduction import federated_reduction
+from aggregators.reduction import federated_reduction, of_lifted
 from aggregators.scores import Score, check_score, score_layers
 from aggregators.weighting import (
     Weighting,
@@ -129,6 +129,7 @@ def build_score_weighted_client_work(
             f"`client_work` must send one number as its weight; found {result_type.update_weight}."
         )
     groups = resolve_layers(layers, len(specs))
+    reduction = statistics_reduction(1, sample_size)
     inner_type = state_type.member
 
     @tff.tensorflow.computation(inner_type)
@@ -174,7 +175,8 @@ def build_score_weighted_client_work(
             update_weight=tf.cast(new, tf.float32),
         )
         # The logarithms of the weights that are sent, clipped as those are.
-        return weighted, ClientStatistics(mean, tf.math.log(new)[tf.newaxis], bad)
+        logs = tf.math.log(new)[tf.newaxis]
+        return weighted, reduction.lift(ClientStatistics(mean, logs, bad))  # type: ignore[misc]
 
     inner_measured = signature.result.measurements.member
 
@@ -187,7 +189,7 @@ def build_score_weighted_client_work(
         output = client_work.next(state["client_work"], weights, data)
         typical = tff.federated_broadcast(state["typical_score"])
         weighted, parts = tff.federated_map(weigh_client, (output.result, weights, data, typical))
-        totals = federated_reduction(parts, statistics_reduction(1, sample_size))
+        totals = federated_reduction(parts, of_lifted(reduction))
 
         @tff.tensorflow.computation
         def on_server(state: Any, inner: Any, measured: Any, totals: Any) -> Any:
@@ -315,45 +317,38 @@ def build_scored_client_work(
     def work(state: Any, weights: Any, dataset: Any) -> Any:
         # The model is made here, in the graph that trains it.
         train = build_training(model_fn, optimizer, loss_at, loop_implementation)
+        done = train(weights, dataset, state)
+        if score is None:
+            scores = tf.zeros([len(groups)])
+        elif score == "loss":
+            scores = tf.fill([len(groups)], done.loss)
+        else:
+            scores = score_layers(score, done.initial, done.trained, groups)
+        delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
+        bad = tf.logical_not(tf.reduce_all([all_finite(x) for x in [*delta, scores, done.loss]]))
 
-        @tf.function
-        def run(state: Any, weights: Any, dataset: Any) -> Any:
-            done = train(weights, dataset, state)
-            if score is None:
-                scores = tf.zeros([len(groups)])
-            elif score == "loss":
-                scores = tf.fill([len(groups)], done.loss)
-            else:
-                scores = score_layers(score, done.initial, done.trained, groups)
-            delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
-            bad = tf.logical_not(
-                finite_tensors(tuple(delta)) & all_finite(scores) & tf.math.is_finite(done.loss)
-            )
+        def zeros_if_bad(tensor: tf.Tensor) -> tf.Tensor:
+            return tf.where(bad, tf.zeros_like(tensor), tensor)
 
-            def zeros_if_bad(tensor: tf.Tensor) -> tf.Tensor:
-                return tf.where(bad, tf.zeros_like(tensor), tensor)
-
-            if client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
-                weight = tf.cast(done.examples, tf.float32)
-            else:
-                # Without examples there is neither score nor loss, and zeros look like the best.
-                weight = tf.cast(done.examples > 0, tf.float32)
-            update = ScoredUpdate(
-                delta=tf.nest.pack_sequence_as(weights.trainable, [zeros_if_bad(x) for x in delta]),
-                scores=zeros_if_bad(scores),
-                loss=zeros_if_bad(done.loss),
-                steps=done.steps,
-                non_finite=bad,
-            )
-            metrics = tf.nest.map_structure(
-                lambda new, fresh: tf.where(bad, fresh, new), done.metrics, done.fresh_metrics
-            )
-            result = tff.learning.templates.ClientResult(
-                update=update, update_weight=zeros_if_bad(weight)
-            )
-            return result, metrics
-
-        return run(state, weights, dataset)
+        if client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
+            weight = tf.cast(done.examples, tf.float32)
+        else:
+            # Without examples there is neither score nor loss, and zeros look like the best.
+            weight = tf.cast(done.examples > 0, tf.float32)
+        update = ScoredUpdate(
+            delta=tf.nest.pack_sequence_as(weights.trainable, [zeros_if_bad(x) for x in delta]),
+            scores=zeros_if_bad(scores),
+            loss=zeros_if_bad(done.loss),
+            steps=done.steps,
+            non_finite=bad,
+        )
+        metrics = tf.nest.map_structure(
+            lambda new, fresh: tf.where(bad, fresh, new), done.metrics, done.fresh_metrics
+        )
+        result = tff.learning.templates.ClientResult(
+            update=update, update_weight=zeros_if_bad(weight)
+        )
+        return result, metrics
 
     @tff.federated_computation(
         initialize.type_signature.result,

@@ -27,19 +27,21 @@ class ClientStatistics(NamedTuple):
 class Totals(NamedTuple):
     """The measurements of any set of clients, in a form that merges with a handful of operations.
 
-    What adds up lies in one tensor, what takes the larger in another, what adds up as logarithms in
-    a third: TFF traces these functions anew for every process that is built.
+    What takes the larger lies in one tensor, what adds up as logarithms in another: TFF traces these
+    functions anew for every process that is built.
 
     Attributes:
-      sums: float64 of shape `[3 + num_layers]`: clients that counted, clients that were not
-        finite, clients of weight 0, and scores.
+      counts: float64 of shape `[3]`: clients that counted, clients that were not finite, and other
+        clients of weight 0.
+      scores: float64 of shape `[num_layers]`: sums over the clients that counted.
       largest: float64 of shape `[3, num_layers]`: score, minus score, and log-weight.
       log_sums: float64 of shape `[2, num_layers]`: weights and their squares.
       sample: `()`, or how many rows are filled (int32) and rows of scores and log-weights (float64
         of shape `[sample_size, 2, num_layers]`).
     """
 
-    sums: Any
+    counts: Any
+    scores: Any
     largest: Any
     log_sums: Any
     sample: Any
@@ -47,17 +49,17 @@ class Totals(NamedTuple):
     @property
     def clients(self) -> tf.Tensor:
         """How many clients counted, int32."""
-        return tf.cast(self.sums[0], tf.int32)
+        return tf.cast(tf.unstack(self.counts)[0], tf.int32)
 
     @property
     def non_finite(self) -> tf.Tensor:
         """How many clients were not finite, int32."""
-        return tf.cast(self.sums[1], tf.int32)
+        return tf.cast(tf.unstack(self.counts)[1], tf.int32)
 
     @property
     def zero_weight(self) -> tf.Tensor:
         """How many other clients had no weight, int32."""
-        return tf.cast(self.sums[2], tf.int32)
+        return tf.cast(tf.unstack(self.counts)[2], tf.int32)
 
 
 def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
@@ -79,7 +81,8 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
     def zero() -> Totals:
         empty = tf.zeros([sample_size, 2, num_layers], tf.float64)
         return Totals(
-            sums=tf.zeros([3 + num_layers], tf.float64),
+            counts=tf.zeros([3], tf.float64),
+            scores=tf.zeros([num_layers], tf.float64),
             largest=tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64)),
             log_sums=tf.fill([2, num_layers], tf.constant(-math.inf, tf.float64)),
             sample=(tf.constant(0), empty) if sample_size else (),
@@ -90,14 +93,13 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
         counts = tf.reduce_any(logs > -math.inf)
         scores = tf.cast(value.scores, tf.float64)
         weightless = tf.logical_not(counts | value.non_finite)
-        flags = tf.cast(tf.stack([counts, value.non_finite, weightless]), tf.float64)
-        sums = tf.concat([flags, tf.where(counts, scores, tf.zeros_like(scores))], 0)
         least = tf.fill([3, num_layers], tf.constant(-math.inf, tf.float64))
         sample: Any = ()
         if sample_size:
             sample = (tf.cast(counts, tf.int32), pad(tf.stack([scores, logs])[tf.newaxis]))
         return Totals(
-            sums=sums,
+            counts=tf.cast(tf.stack([counts, value.non_finite, weightless]), tf.float64),
+            scores=tf.where(counts, scores, tf.zeros_like(scores)),
             largest=tf.where(counts, tf.stack([scores, -scores, logs]), least),
             log_sums=tf.stack([logs, 2.0 * logs]),
             sample=sample,
@@ -110,7 +112,8 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
             rows = pad(tf.concat([rows_a[:filled_a], rows_b[:filled_b]], 0))
             sample = (tf.minimum(filled_a + filled_b, sample_size), rows)
         return Totals(
-            sums=a.sums + b.sums,
+            counts=a.counts + b.counts,
+            scores=a.scores + b.scores,
             largest=tf.maximum(a.largest, b.largest),
             log_sums=log_add(a.log_sums, b.log_sums),
             sample=sample,
@@ -121,7 +124,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0) -> Reduction:
 
 def mean_score(totals: Totals) -> tf.Tensor:
     """Unweighted mean score per layer of the clients that counted, float64; NaN if none did."""
-    return totals.sums[3:] / totals.sums[0]
+    return totals.scores / tf.unstack(totals.counts)[0]
 
 
 def measure(totals: Totals, scale: tf.Tensor) -> OrderedDict[str, tf.Tensor]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_federated as tff
 
-from aggregators.reduction import Reduction, federated_reduction
+from aggregators.reduction import Reduction, federated_reduction, of_lifted
 
 
 class ScoredUpdate(NamedTuple):
@@ -46,7 +46,7 @@ def build_one_pass_process(
       weight_type: TFF type `W` of a client's weight.
       initial_state: Function of nothing that returns the state, constant tensors.
       client_part: `(value, weight, state) -> part`, run on each client.
-      reduction: Reduces the parts.
+      reduction: Reduces the parts; has a `lift`, which runs on the clients too.
       server_part: `(state, reduced) -> (new state, result, measurements)`.
 
     Returns:
@@ -55,7 +55,10 @@ def build_one_pass_process(
     # The lambda is for callables that TFF takes for a type, such as a class.
     initial = tff.tensorflow.computation(lambda: initial_state())
     state_type = initial.type_signature.result
-    on_client = tff.tensorflow.computation(client_part, [value_type, weight_type, state_type])
+
+    @tff.tensorflow.computation(value_type, weight_type, state_type)
+    def on_client(value: Any, weight: Any, state: Any) -> Any:
+        return reduction.lift(client_part(value, weight, state))  # type: ignore[misc]
 
     @tff.federated_computation
     def initialize() -> Any:
@@ -68,7 +71,7 @@ def build_one_pass_process(
     )
     def next_fn(state: Any, value: Any, weight: Any) -> Any:
         parts = tff.federated_map(on_client, (value, weight, tff.federated_broadcast(state)))
-        reduced = federated_reduction(parts, reduction)
+        reduced = federated_reduction(parts, of_lifted(reduction))
         on_server = tff.tensorflow.computation(
             server_part, [state_type, reduced.type_signature.member]
         )

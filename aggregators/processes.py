@@ -410,7 +410,9 @@ def build_fed_nova(
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range, or the optimizer has another momentum.
+      ValueError: If an argument is out of its range, or the optimizer has another momentum, or
+        none where one is given. An optimizer that keeps a state but does not name its momentum
+        among its hyperparameters cannot be checked.
 
     Example:
       >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
@@ -521,11 +523,15 @@ def compose_fed_avg(
 
 
 def _check_hparam(optimizer: tff.learning.optimizers.Optimizer, name: str, value: float) -> None:
-    """Raises `ValueError` if the optimizer has a number of this name, and it is another one."""
-    hparams = optimizer.get_hparams(optimizer.initialize(tf.TensorSpec((), tf.float32)))
-    if name not in hparams:
+    """Raises `ValueError` if the optimizer is known to have another number of this name."""
+    state = optimizer.initialize(tf.TensorSpec((), tf.float32))
+    hparams = optimizer.get_hparams(state)
+    if name in hparams:
+        found = np.asarray(hparams[name])
+    elif name == "momentum" and len(tf.nest.flatten(state)) == len(tf.nest.flatten(hparams)):
+        found = np.asarray(0.0)  # it keeps nothing from step to step
+    else:
         return
-    found = np.asarray(hparams[name])
     if found.dtype.kind in "fiu" and not np.allclose(found, value, rtol=1e-5, atol=0.0):
         raise ValueError(
             f"`{name}` must be that of `client_optimizer_fn`; found {value!r}, and {found} in the "

@@ -35,8 +35,10 @@ class Reduction:
       merge: `(accumulator, accumulator) -> accumulator`; None if there is no such function, and
         then the reduction works on one worker only, and says so elsewhere.
       report: `accumulator -> result`.
+      lift: `value -> accumulator` of that client alone, if `accumulate` is `merge` after it; else
+        None. Lets clients lift their own values; see `of_lifted`.
 
-    All four are functions of TensorFlow operations.
+    All are functions of TensorFlow operations.
 
     Example:
       >>> largest = reduction_from_merge(lambda: float("-inf"), lambda x: x, tf.maximum)
@@ -48,6 +50,7 @@ class Reduction:
     accumulate: Callable[[Any, Any], Any]
     merge: Callable[[Any, Any], Any] | None
     report: Callable[[Any], Any] = _unchanged
+    lift: Callable[[Any], Any] | None = None
 
 
 def reduction_from_merge(
@@ -70,7 +73,21 @@ def reduction_from_merge(
     Returns:
       A `Reduction`.
     """
-    return Reduction(zero, lambda total, value: merge(total, lift(value)), merge, report)
+    return Reduction(zero, lambda total, value: merge(total, lift(value)), merge, report, lift)
+
+
+def of_lifted(reduction: Reduction) -> Reduction:
+    """The same reduction over values that the clients have lifted: accumulating is merging.
+
+    One graph less to trace, to optimize and to send, wherever a process is built and first run.
+
+    Args:
+      reduction: A `Reduction` that has a `lift`.
+
+    Returns:
+      A `Reduction` over what `lift` returns.
+    """
+    return Reduction(reduction.zero, reduction.merge, reduction.merge, reduction.report)  # type: ignore[arg-type]
 
 
 def zip_reductions(**reductions: Reduction) -> Reduction:
@@ -81,7 +98,8 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
 
     Returns:
       A reduction over dictionaries: each value is a mapping from the names to what each takes, and
-      the result one from the names to what each gives. It has a `merge` if all of them have.
+      the result one from the names to what each gives. It has a `merge` if all of them have, and
+      a `lift` if all of them have.
 
     Example:
       >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
@@ -98,6 +116,9 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
     def merge(a: Any, b: Any) -> Any:
         return each(lambda name, part: part.merge(a[name], b[name]))  # type: ignore[misc]
 
+    def lift(value: Any) -> Any:
+        return each(lambda name, part: part.lift(value[name]))  # type: ignore[misc]
+
     return Reduction(
         zero=lambda: each(lambda name, part: part.zero()),
         accumulate=lambda total, value: each(
@@ -105,6 +126,7 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
         ),
         merge=None if any(part.merge is None for part in reductions.values()) else merge,
         report=lambda total: each(lambda name, part: part.report(total[name])),
+        lift=None if any(part.lift is None for part in reductions.values()) else lift,
     )
 
 
@@ -137,7 +159,10 @@ def federated_reduction(value: Any, reduction: Reduction) -> Any:
     zero = tff.tensorflow.computation(lambda: reduction.zero())
     total = zero.type_signature.result
     accumulate = _checked("accumulate", reduction.accumulate, (total, member), total, _bare)
-    merge = _merge_computation(reduction.merge, total, _bare)
+    if reduction.merge is reduction.accumulate:
+        merge = accumulate
+    else:
+        merge = _merge_computation(reduction.merge, total, _bare)
     report = tff.tensorflow.computation(lambda total: reduction.report(total), total)
     return tff.federated_aggregate(value, zero(), accumulate, merge, report)
 
@@ -229,8 +254,11 @@ def _checked(
         computation = function
     else:
         # The lambda since TFF takes no functions with default arguments, as most of TensorFlow's own
-        # have; `tf.function` around it is for the control flow that people write in Python.
-        computation = tff.tensorflow.computation(wrap(lambda a, b: function(a, b)), list(parameter))
+        # have, and of one argument since names of two would make TFF wrap every call once more;
+        # `tf.function` around it is for the control flow that people write in Python.
+        computation = tff.tensorflow.computation(
+            wrap(lambda pair: function(pair[0], pair[1])), tff.to_type(parameter)
+        )
     returns = computation.type_signature.result
     if not result.is_assignable_from(returns):
         raise TypeError(

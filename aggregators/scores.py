@@ -56,9 +56,7 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     s, c = _flat(server), _flat(client)
     p, change, near = _softmax_change(s, c)
     del p, change  # only the divergence is needed
-    # exp overflows where layers are far apart. There the textbook sum is exact; it is only run then.
-    found = tf.cond(tf.math.is_finite(near), lambda: near, lambda: _textbook_kl(s, c))
-    return _as_wide_as(server, found)
+    return _as_wide_as(server, _sound_or(near, lambda: _textbook_kl(s, c), s))
 
 
 def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -90,10 +88,7 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     excess = tf.math.expm1(log_ratio)
     middle = tf.math.log1p(0.5 * excess)
     near = 0.5 * tf.reduce_sum(p * ((1.0 + excess) * (log_ratio - middle) - middle))
-    found = tf.cond(
-        tf.math.is_finite(near), lambda: tf.maximum(near, 0.0), lambda: _textbook_js(s, c)
-    )
-    return _as_wide_as(server, found)
+    return _as_wide_as(server, _sound_or(near, lambda: _textbook_js(s, c), s))
 
 
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -183,6 +178,9 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
 UPDATE_SCORES = (l2_distance, spectral_distance, cosine_distance)
 MODEL_SCORES = (kl_divergence, js_divergence)
 
+# Not finite wherever a tensor of the client is not; cosine distance is 1 to a zero layer all the same.
+TELLING_SCORES = (kl_divergence, js_divergence, l2_distance)
+
 
 def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
     """Scores every layer of a client's model.
@@ -200,6 +198,8 @@ def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.T
       TypeError: If `score` does not return one number per layer.
     """
     servers, clients = tf.nest.flatten(server), tf.nest.flatten(client)
+    if score not in UPDATE_SCORES + MODEL_SCORES:
+        score = tf.function(score)  # for the control flow that people write in Python
     found = []
     for group in groups:
         value = tf.convert_to_tensor(
@@ -256,6 +256,14 @@ def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, t
     change -= tf.reduce_sum(p * change)
     excess = tf.reduce_sum(p * (tf.math.expm1(change) - change))
     return p, change, tf.math.log1p(tf.maximum(excess, 0.0))
+
+
+def _sound_or(near: tf.Tensor, textbook: Callable[[], tf.Tensor], layer: tf.Tensor) -> tf.Tensor:
+    """The textbook sum where exp overflows: layers so far apart that the sum is exact."""
+    sound, near = tf.math.is_finite(near), tf.maximum(near, 0.0)
+    if layer.shape[0] <= _SMALL:  # both at once cost less than building a branch
+        return tf.where(sound, near, textbook())
+    return tf.cond(sound, lambda: near, textbook)
 
 
 def _textbook_kl(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:

@@ -74,15 +74,16 @@ def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
 
     def merge(a: LogWeighted, b: LogWeighted) -> LogWeighted:
         total = log_add(a.log_weights, b.log_weights)
-        share_a, share_b = share(a.log_weights, total), share(b.log_weights, total)
+        shares = tf.unstack(share(tf.stack([a.log_weights, b.log_weights]), total))
+        by_dtype = {
+            dtype: [tf.unstack(tf.cast(part, dtype)) for part in shares]
+            for dtype in dict.fromkeys(wide)
+        }
         tensors = []
         for position, (x, y) in enumerate(zip(a.tensors, b.tensors, strict=True)):
-            layer, dtype = owner[position], wide[position]
-            tensors.append(
-                # 0 times NaN is 0 here: a client of weight 0 leaves no trace.
-                tf.math.multiply_no_nan(x, tf.cast(share_a[layer], dtype))
-                + tf.math.multiply_no_nan(y, tf.cast(share_b[layer], dtype))
-            )
+            of_x, of_y = (part[owner[position]] for part in by_dtype[wide[position]])
+            # 0 times NaN is 0 here: a client of weight 0 leaves no trace.
+            tensors.append(tf.math.multiply_no_nan(x, of_x) + tf.math.multiply_no_nan(y, of_y))
         return LogWeighted(tuple(tensors), total)
 
     def report(total: LogWeighted) -> LogWeighted:
@@ -100,7 +101,7 @@ def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
 
 
 def share(log_part: tf.Tensor, log_total: tf.Tensor) -> tf.Tensor:
-    """exp(part - total), and 0 where the total is -inf."""
+    """exp(part - total), and 0 where the total is -inf; `[..., num_layers]` and `[num_layers]`."""
     some = tf.math.is_finite(log_total)
     safe = tf.where(some, log_total, tf.zeros_like(log_total))
     return tf.where(some, tf.exp(log_part - safe), tf.zeros_like(log_total))

@@ -11,6 +11,7 @@ import tensorflow_federated as tff
 
 import aggregators
 from aggregators import federated_adaptive_mean, scores, weighting
+from aggregators.adaptive_mean import weigh
 
 SHAPES = [(2, 3), (3,), (4,)]
 MODEL = tff.to_type([(np.float32, shape) for shape in SHAPES])
@@ -141,6 +142,27 @@ def test_without_a_usable_client_the_model_is_the_servers_and_the_delta_zero(by_
     for output in (models, deltas):
         assert output.measurements["unchanged"] == 1
         assert output.measurements["non_finite_clients"] == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "score", scores.UPDATE_SCORES + scores.MODEL_SCORES, ids=lambda score: score.__name__
+)
+def test_no_score_hides_a_client_that_is_not_finite(score, bad):
+    for position in range(len(SHAPES)):
+        ((_, (client,), _), zeros) = cohort(3, size=1), [np.zeros(s, np.float32) for s in SHAPES]
+        client[position].flat[-1] = bad
+        # Against a model, the zeros included that a model may hold, and an update against zeros.
+        pairs = [(cohort(3)[0], client), (zeros, client)]
+        if score in scores.UPDATE_SCORES:
+            pairs.append((client, zeros))
+        for groups in (((0,), (1,), (2,)), ((0, 1, 2),)):
+            for old, new in pairs:
+                found = scores.score_layers(score, old, new, groups)
+                none = tf.zeros([len(groups)])
+                part = weigh(weighting.softmax(scale=1.0), client, found, 1.0, none, False, score)
+                assert part["statistics"].non_finite
+                assert np.all(np.isneginf(part["mean"].log_weights))
 
 
 def test_two_workers_give_the_same_mean(by_kl):

@@ -1,6 +1,7 @@
 """Whole learning processes against federated training written in NumPy."""
 
 import asyncio
+import functools
 
 import federated_twin as twin
 import numpy as np
@@ -123,6 +124,12 @@ PROCESSES = {
 }
 
 
+@functools.cache
+def built(name):
+    """The process of this name, built once for all tests."""
+    return PROCESSES[name][1](twin.functional_model())
+
+
 def trained(process, rounds=3, data=DATA):
     state, outputs = process.initialize(), []
     for _ in range(rounds):
@@ -143,8 +150,8 @@ def test_no_public_process_is_missing_from_the_table():
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_equals_federated_training_in_numpy(name):
-    _, build, combine, how = PROCESSES[name]
-    process = build(twin.functional_model())
+    _, _, combine, how = PROCESSES[name]
+    process = built(name)
     weights, outputs = trained(process)
     for found, expected in zip(weights, twin.simulate(3, DATA, combine, **how), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -155,6 +162,30 @@ def test_equals_federated_training_in_numpy(name):
     # The rule did something: plain averaging ends elsewhere.
     plain = twin.simulate(3, DATA, twin.by_examples, **how)
     assert max(abs(w - p).max() for w, p in zip(weights, plain, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_sub_rounds_give_the_same_rounds(name):
+    """Three pieces of four clients, merged; the second round sees what the first has carried over."""
+    process = built(name)
+    weights, outputs = trained(process, 2)
+    with runtimes.subrounds(3):
+        merged, merged_outputs = trained(process, 2)
+    for a, b in zip(weights, merged, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(outputs, merged_outputs, strict=True):
+        assert a.metrics["aggregator"]["clients"] == len(DATA)
+        for part in ("aggregator", "client_work"):
+            tf.nest.map_structure(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4),
+                a.metrics[part],
+                b.metrics[part],
+            )
+        tf.nest.map_structure(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4),
+            a.state.aggregator,
+            b.state.aggregator,
+        )
 
 
 @pytest.mark.parametrize("name", ["adaptive", "q-fed-avg"])
@@ -340,7 +371,7 @@ def test_whole_processes_spread_over_workers():
     )
     processes = {
         "weights on the clients": aggregators.compose_fed_avg(model_fn, work),
-        "weights in the stream": PROCESSES["fed-med"][1](twin.functional_model()),
+        "weights in the stream": built("fed-med"),
     }
     here = {name: trained(process, 2)[0] for name, process in processes.items()}
     with runtimes.two_workers():
@@ -375,6 +406,11 @@ def test_whole_processes_spread_over_workers():
             lambda m: aggregators.build_fed_nova(m, MOMENTUM),
             ValueError,
             "`momentum` must be that of `client_optimizer_fn`; found 0.0, and 0.8",
+        ),
+        (
+            lambda m: aggregators.build_fed_nova(m, SGD, momentum=0.8),
+            ValueError,
+            "`momentum` must be that of `client_optimizer_fn`; found 0.8, and 0.0",
         ),
         (
             lambda m: aggregators.build_q_fed_avg(m, SGD, learning_rate=5.0),

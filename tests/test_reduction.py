@@ -99,7 +99,7 @@ def test_statistics_merge_into_what_one_fold_gives(cohort, cut):
         np.testing.assert_allclose(score_max, max(s for s, _ in counted), atol=tiny)
         np.testing.assert_allclose(-minus_min, min(s for s, _ in counted), atol=tiny)
         np.testing.assert_allclose(log_max, max(log for _, log in counted), atol=tiny)
-        np.testing.assert_allclose(whole.sums[3], sum(s for s, _ in counted), 1e-12, tiny)
+        np.testing.assert_allclose(whole.scores[0], sum(s for s, _ in counted), 1e-12, tiny)
 
 
 def test_a_client_without_weight_may_hold_anything():

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
-from aggregators import weighting
+from aggregators import scores, weighting
 
 SAMPLES = ("sample_scores", "sample_weights")
 every_rule = pytest.mark.parametrize("case", contracts.CASES, ids=lambda case: case.name)
@@ -166,7 +166,7 @@ def test_measurements_equal_numpy():
 
 def test_a_sample_larger_than_the_cohort_says_how_many_rows_are_filled():
     factory = aggregators.AdaptiveMeanFactory(
-        weighting.uniform(), score=aggregators.scores.l2_distance, sample_size=4
+        weighting.uniform(), score=scores.l2_distance, sample_size=4
     )
     process = factory.create(tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE)
     updates = [np.float32([3, 4]), np.float32([0, 1])]
@@ -203,7 +203,7 @@ def test_the_gate_opens_for_a_rise_of_negative_losses():
 
 def test_a_client_whose_score_has_no_number_is_counted_as_bad():
     nan_below_one = weighting.Weighting(lambda r: tf.sqrt(r - 1.0), scale=None)
-    factory = aggregators.AdaptiveMeanFactory(nan_below_one, score=aggregators.scores.l2_distance)
+    factory = aggregators.AdaptiveMeanFactory(nan_below_one, score=scores.l2_distance)
     process = factory.create(tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE)
     updates = [np.float32([0.1, 0.1]), np.float32([3, 4]), np.float32([0, 1])]
     output = process.next(process.initialize(), updates, [1.0, 1.0, 1.0])
@@ -232,9 +232,7 @@ def test_steps_of_high_momentum_do_not_cancel(momentum):
 
 
 def test_a_mean_of_half_precision_is_taken_in_single():
-    factory = aggregators.AdaptiveMeanFactory(
-        weighting.uniform(), score=aggregators.scores.l2_distance
-    )
+    factory = aggregators.AdaptiveMeanFactory(weighting.uniform(), score=scores.l2_distance)
     mixed = tff.to_type([(np.float16, [2]), (np.float64, [2])])
     process = factory.create(mixed, contracts.WEIGHT_TYPE)
     assert process.next.type_signature.result.result.member.is_equivalent_to(mixed)
@@ -244,3 +242,57 @@ def test_a_mean_of_half_precision_is_taken_in_single():
     half = np.mean([np.float64(c[0]) for c in clients], 0)
     np.testing.assert_array_equal(result[0], half.astype(np.float16))
     np.testing.assert_allclose(result[1], np.mean([c[1] for c in clients], 0), rtol=1e-14)
+
+
+# Sums of such values leave float16, and so do their squares; in bfloat16 sums lose the small ones.
+# Exactly float16 and bfloat16 both, so that the truth is that of what was sent.
+HUGE = [np.float64(a) for a in ([61440, -57344, 64], [59392, -61440, 1], [65024, -49152, -2])]
+HALVES = [np.float16, tf.bfloat16.as_numpy_dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
+def test_half_precision_updates_are_scored_and_averaged_in_single(dtype):
+    factory = aggregators.AdaptiveMeanFactory(
+        weighting.softmax(1e4, prefer="far", scale=None), score=scores.l2_distance
+    )
+    updates = [[a.astype(dtype)] for a in HUGE]
+    process = factory.create(tff.to_type([(dtype, [3])]), contracts.WEIGHT_TYPE)
+    examples = [1.0, 2.0, 3.0]
+    output = process.next(process.initialize(), updates, examples)
+    norms = np.array([np.linalg.norm(np.float64(u[0])) for u in updates])
+    assert norms.min() > 65504  # more than float16 holds
+    assert output.measurements["clients"] == 3
+    for name, expected in (("min", norms.min()), ("mean", norms.mean()), ("max", norms.max())):
+        np.testing.assert_allclose(output.measurements[f"score_{name}"], expected, rtol=1e-5)
+    shares = np.array(examples) * np.exp((norms - norms.max()) / 1e4)
+    mean = sum(s * np.float64(u[0]) for s, u in zip(shares / shares.sum(), updates, strict=True))
+    assert output.result[0].dtype == dtype
+    # Rounded once, at the end, but for float32's own error.
+    one_step = 2.0**-10 if dtype is np.float16 else 2.0**-7
+    np.testing.assert_allclose(np.float64(output.result[0]), mean, rtol=0.51 * one_step)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
+def test_half_precision_models_are_weighed_by_their_divergence(dtype):
+    server = np.float64([61440, 61440, 61440]).astype(dtype)
+    models = [np.float64(a).astype(dtype) for a in ([61440, 61440, 61440], [65024, 61440, 57344])]
+    kind = tff.to_type((dtype, [3]))
+
+    @tff.federated_computation(
+        tff.FederatedType(kind, tff.CLIENTS), tff.FederatedType(kind, tff.SERVER)
+    )
+    def average(trained, model):
+        return aggregators.federated_adaptive_mean(
+            trained, model, score=scores.kl_divergence, weighting=weighting.softmax(scale=1e3)
+        )
+
+    output = average(models, server)
+    # softmax(server) is a third each, and log softmax(client) is the client less its largest.
+    divergence = [0.0, float(np.max(np.float64(models[1])) - np.mean(np.float64(models[1])))]
+    divergence[1] -= np.log(3)
+    np.testing.assert_allclose(output.measurements["score_max"], divergence[1], rtol=1e-5)
+    shares = np.exp(-np.array(divergence) / 1e3)
+    mean = sum(s * np.float64(m) for s, m in zip(shares / shares.sum(), models, strict=True))
+    assert output.mean.dtype == dtype
+    one_step = 2.0**-10 if dtype is np.float16 else 2.0**-7
+    np.testing.assert_allclose(np.float64(output.mean), mean, rtol=0.51 * one_step)

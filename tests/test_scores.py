@@ -4,6 +4,7 @@ import aggregation_twins as twins
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_federated as tff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -295,3 +296,17 @@ def test_one_round_cannot_blow_the_running_score_up():
 def test_bad_arguments_raise_at_construction(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_score_of_ones_own_may_branch_in_python():
+    def score(server, client):
+        if tf.reduce_sum(client[0]) > tf.reduce_sum(server[0]):
+            return tf.constant(2.0)
+        return tf.constant(1.0)
+
+    @tff.tensorflow.computation
+    def found():
+        zeros, ones = tf.zeros([2]), tf.ones([3])
+        return scores.score_layers(score, [zeros, ones], [ones[:2], ones], ((0,), (1,)))
+
+    np.testing.assert_array_equal(found(), [2.0, 1.0])

@@ -12,11 +12,8 @@ Two comparisons, both in TFF's worker and with all large values made and kept th
 """
 
 import argparse
-import collections
 import functools
 import os
-import statistics
-import time
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -24,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
+from timing import time_side_by_side
 
 import aggregators
 from aggregators import scores, weighting
@@ -102,17 +100,6 @@ def aggregation(kind: str, shapes: list[tuple[int, ...]]) -> Any:
     return run
 
 
-def seconds(call: Any, repeats: int) -> float:
-    """Median of a few calls, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def compare_aggregations(clients: list[int], parameters: list[int], repeats: int) -> None:
     print("One aggregation: seconds, and times tff.aggregators.MeanFactory")
     print(f"{'clients':>8} {'parameters':>11} {'mean':>8} {'scored':>15} {'l2':>15} {'kl':>15}")
@@ -120,17 +107,13 @@ def compare_aggregations(clients: list[int], parameters: list[int], repeats: int
         runs = {kind: aggregation(kind, shapes_of(size)) for kind in ("mean", "scored", "l2", "kl")}
         for number in clients:
             seeds = [1.0 + k for k in range(number)]
-            # Interleaved twice, so that a busy moment of the machine hits all alike.
-            found = collections.defaultdict(list)
-            for _ in range(2):
-                for kind, run in runs.items():
-                    found[kind].append(seconds(functools.partial(run, seeds), repeats))
-            best = {kind: min(times) for kind, times in found.items()}
+            calls = {kind: functools.partial(run, seeds) for kind, run in runs.items()}
+            found = time_side_by_side(calls, rounds=repeats, warm_up=1)
             row = "".join(
-                f"{best[kind]:>9.3f} {best[kind] / best['mean']:>4.2f}x"
+                f"{found[kind]:>9.3f} {found[kind] / found['mean']:>4.2f}x"
                 for kind in ("scored", "l2", "kl")
             )
-            print(f"{number:>8} {size:>11} {best['mean']:>8.3f} {row}", flush=True)
+            print(f"{number:>8} {size:>11} {found['mean']:>8.3f} {row}", flush=True)
 
 
 def make_model() -> tff.learning.models.FunctionalModel:
@@ -164,27 +147,30 @@ def compare_rounds(number: int, repeats: int) -> None:
         ),
         "build_fed_kl": lambda: aggregators.build_fed_kl(make_model(), sgd),
     }
-    builders["build_weighted_fed_avg"]()  # TensorFlow's own first steps are not ours to count
-    found: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
-    for _ in range(2):
-        for name, build in builders.items():
-            start = time.perf_counter()
-            process = build()
-            state = process.next(process.initialize(), data).state
-            first = time.perf_counter() - start
+    processes = {}
 
-            def call(process: Any = process, state: Any = state) -> None:
-                process.next(state, data)
+    def first_round(name: str) -> None:
+        process = builders[name]()
+        processes[name] = process, process.next(process.initialize(), data).state
 
-            found[name].append((first, seconds(call, repeats)))
+    def later_round(name: str) -> None:
+        process, state = processes[name]
+        process.next(state, data)
+
+    # Not counted: the first build of each, which pays for TensorFlow's own first steps too.
+    first, later = (
+        time_side_by_side(
+            {name: functools.partial(call, name) for name in builders}, rounds=rounds, warm_up=1
+        )
+        for call, rounds in ((first_round, repeats), (later_round, 4 * repeats))
+    )
     print(f"\nWhole rounds: {number} clients, 10 batches of 32, 397510 parameters; seconds")
     print(f"{'':>24} {'build + first round':>24} {'later round':>20}")
-    base = [min(column) for column in zip(*found["build_weighted_fed_avg"], strict=True)]
-    for name, times in found.items():
-        first, later = (min(column) for column in zip(*times, strict=True))
+    plain = "build_weighted_fed_avg"
+    for name in builders:
         print(
-            f"{name:>24} {first:>16.2f} {first / base[0]:>6.2f}x {later:>12.3f} "
-            f"{later / base[1]:>6.2f}x"
+            f"{name:>24} {first[name]:>16.2f} {first[name] / first[plain]:>6.2f}x "
+            f"{later[name]:>12.3f} {later[name] / later[plain]:>6.2f}x"
         )
 
 
@@ -192,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--parameters", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--round-clients", type=int, default=10)
     arguments = parser.parse_args()
     tff.backends.native.set_sync_local_cpp_execution_context()
