@@ -4,10 +4,10 @@ The accumulator is the mean itself, `M`, and the logarithm of the weight behind 
 
 ```
 L' = log(exp(L_a) + exp(L_b))
-M' = M_a exp(L_a - L') + M_b exp(L_b - L')
+M' = M_a + (M_b - M_a) exp(L_b - L')
 ```
 
-Both factors lie in [0, 1], so no weight, however large or small, over- or underflows, and neither
+The factor lies in [0, 1], so no weight, however large or small, over- or underflows, and neither
 does a sum of large values. `accumulate` is this merge with `M_b` a client's value and `L_b` its
 log-weight. A log-weight of -inf (weight 0) removes the value altogether, NaN included.
 """
@@ -74,16 +74,13 @@ def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
 
     def merge(a: LogWeighted, b: LogWeighted) -> LogWeighted:
         total = log_add(a.log_weights, b.log_weights)
-        shares = tf.unstack(share(tf.stack([a.log_weights, b.log_weights]), total))
-        by_dtype = {
-            dtype: [tf.unstack(tf.cast(part, dtype)) for part in shares]
-            for dtype in dict.fromkeys(wide)
-        }
+        of_b = share(b.log_weights, total)
+        by_dtype = {dtype: tf.unstack(tf.cast(of_b, dtype)) for dtype in dict.fromkeys(wide)}
         tensors = []
         for position, (x, y) in enumerate(zip(a.tensors, b.tensors, strict=True)):
-            of_x, of_y = (part[owner[position]] for part in by_dtype[wide[position]])
+            of_y = by_dtype[wide[position]][owner[position]]
             # 0 times NaN is 0 here: a client of weight 0 leaves no trace.
-            tensors.append(tf.math.multiply_no_nan(x, of_x) + tf.math.multiply_no_nan(y, of_y))
+            tensors.append(x + tf.math.multiply_no_nan(y - x, of_y))
         return LogWeighted(tuple(tensors), total)
 
     def report(total: LogWeighted) -> LogWeighted:
