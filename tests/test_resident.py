@@ -15,12 +15,14 @@ from resident_cases import (
     cohort,
     cohorts,
     is_running,
+    model_fn,
     plain_run,
     process,
     wait_until,
 )
 
-from tff_optim import ResidentProcess
+import aggregators
+from tff_optim import ResidentProcess, build_keras_optimizer
 from tff_optim.resident import handover, leaves, map_reduce
 from tff_optim.resident import host as host_lib
 
@@ -40,6 +42,38 @@ def test_every_round_is_bit_identical_over_changing_cohort_sizes(resident):
         state, metrics = output
         assert_equal(metrics, plain_metrics)
         assert_equal(resident.materialize(state), plain_state)
+
+
+ADAM = tff.learning.optimizers.build_adam(0.1)
+SGD = tff.learning.optimizers.build_sgdm(0.05)
+OTHERS = {
+    # Zeroing and clipping at norms that move with the rounds.
+    "robust aggregation": lambda: tff.learning.algorithms.build_weighted_fed_avg(
+        model_fn, SGD, ADAM, model_aggregator=tff.learning.robust_aggregator()
+    ),
+    "state at the clients": lambda: tff.learning.algorithms.build_weighted_mime_lite(
+        model_fn, tff.learning.optimizers.build_sgdm(0.1, momentum=0.9), SGD
+    ),
+    "Keras optimizers, KL weights": lambda: aggregators.build_fed_kl(
+        model_fn,
+        build_keras_optimizer(tf.keras.optimizers.SGD(0.1)),
+        build_keras_optimizer(tf.keras.optimizers.Nadam(0.01)),
+    ),
+    "a gate over two means": lambda: aggregators.build_fed_med(model_fn, SGD),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_processes_are_bit_identical_too(name):
+    plain_process = OTHERS[name]()
+    plain = plain_process.initialize()
+    with ResidentProcess(plain_process, clients_per_step=2) as r:
+        state = r.restore(plain)
+        for clients in cohorts()[1:4]:
+            state, metrics = r.next(state, list(clients))
+            plain, plain_metrics = plain_process.next(plain, list(clients))
+            assert_equal(metrics, plain_metrics)
+            assert_equal(r.materialize(state), plain)
 
 
 def test_states_are_values_a_second_round_from_one_state_gives_the_same(resident):

@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
+from timing import time_side_by_side
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import ResidentCheckpoints, ServerDeviceProcess
@@ -337,28 +338,24 @@ def checkpoints(table, scale):
             last = asyncio.run(theirs.get_versions())[-1]
             return asyncio.run(theirs.load(last, plain_state))
 
-        rows = [
-            (
-                f"{verb} a checkpoint, 1e7 parameters with Adam",
-                median_seconds(manager, 3),
-                median_seconds(ours_),
-            )
-            for verb, manager, ours_ in (
-                (
-                    "saving",
-                    lambda: asyncio.run(theirs.save(state, next(versions))),
-                    lambda: ours.save_now(state, next(versions)),
-                ),
-                (
-                    "restoring",
-                    lambda: resident.restore(load_theirs()),
-                    lambda: ours.load_now(ours.versions()[-1]),
-                ),
-            )
-        ]
-        python_only = median_seconds(
-            lambda: asyncio.run(theirs.save(plain_state, next(versions))), 3
-        ) + median_seconds(load_theirs, 3)
+        steps = {
+            "theirs, save": lambda: asyncio.run(theirs.save(state, next(versions))),
+            "ours, save": lambda: ours.save_now(state, next(versions)),
+            "theirs, restore": lambda: resident.restore(load_theirs()),
+            "ours, restore": lambda: ours.load_now(ours.versions()[-1]),
+            "python, save": lambda: asyncio.run(theirs.save(plain_state, next(versions))),
+            "python, restore": load_theirs,
+        }
+        times = time_side_by_side(steps, rounds=5, warm_up=1)
+    rows = [
+        (
+            f"{what} a checkpoint, 1e7 parameters with Adam",
+            times[f"theirs, {verb}"],
+            times[f"ours, {verb}"],
+        )
+        for what, verb in (("saving", "save"), ("restoring", "restore"))
+    ]
+    python_only = times["python, save"] + times["python, restore"]
     for what, plain, seconds in rows:
         table.row(what, plain, seconds, "-")
     both = sum(row[2] for row in rows)
