@@ -151,7 +151,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             host = self._process.home()
 
             async def work() -> Resident:
-                executor = host.executor(0)
+                executor = host.own_executor()
                 if host.shares_files:
                     value = await handover.load_in_worker(carrier, executor, prefix)
                 else:

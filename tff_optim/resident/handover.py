@@ -20,7 +20,7 @@ import tensorflow_federated as tff
 from tff_optim.resident import host as host_lib
 from tff_optim.resident import leaves
 from tff_optim.resident import worker as worker_lib
-from tff_optim.resident.host import CohortExecutor, Host
+from tff_optim.resident.host import Executor, Host
 
 # Below, a gRPC message is as fast as a file.
 FILES_FROM_BYTES = 1 << 20
@@ -130,20 +130,18 @@ def _is_dataset(value: object) -> bool:
 _PATH_TYPE = tff.TensorType(np.str_)
 
 
-async def wait(carrier: Carrier, executor: CohortExecutor, value: Any) -> None:
+async def wait(carrier: Carrier, executor: Executor, value: Any) -> None:
     """Waits until a value has been computed; errors of its computation are raised here."""
     await (await executor.call(carrier.fence, await executor.struct(value))).compute()
 
 
-async def save_in_worker(
-    carrier: Carrier, executor: CohortExecutor, value: Any, prefix: str
-) -> None:
+async def save_in_worker(carrier: Carrier, executor: Executor, value: Any, prefix: str) -> None:
     """Lets the worker write a value as the checkpoint `prefix`."""
     path = await executor.create(prefix, carrier.place(_PATH_TYPE))
     await (await executor.call(carrier.save, value, path)).compute()
 
 
-async def load_in_worker(carrier: Carrier, executor: CohortExecutor, prefix: str) -> Any:
+async def load_in_worker(carrier: Carrier, executor: Executor, prefix: str) -> Any:
     """Lets the worker read a value from the checkpoint `prefix`."""
     path = await executor.create(prefix, carrier.place(_PATH_TYPE))
     value = await executor.call(carrier.load, await executor.struct(path))
@@ -178,7 +176,7 @@ class Exchange:
                 os.remove(self.prefix + suffix)
 
 
-async def _read_file(executor: CohortExecutor, path: str) -> object:
+async def _read_file(executor: Executor, path: str) -> object:
     value = await executor.call(_reader(), await executor.create(path, _PATH_TYPE))
     return await value.compute()
 
@@ -197,7 +195,7 @@ def _reader() -> Any:
     return _READER[0]
 
 
-async def look_for_files(executor: CohortExecutor) -> None:
+async def look_for_files(executor: Executor) -> None:
     """Finds out whether a worker sees this machine's files, and is the one we started.
 
     Raises:
@@ -249,7 +247,7 @@ def has_room(host: Host, size: int) -> bool:
 
 
 async def fetch(
-    carrier: Carrier, executor: CohortExecutor, value: Any, files: bool | None = None
+    carrier: Carrier, executor: Executor, value: Any, files: bool | None = None
 ) -> list[Any]:
     """Brings a value to Python, as the list of its leaves.
 
@@ -273,7 +271,7 @@ def _plain(tensor: tf.Tensor) -> Any:
 
 
 async def put(
-    carrier: Carrier, executor: CohortExecutor, arrays: list[Any], files: bool | None = None
+    carrier: Carrier, executor: Executor, arrays: list[Any], files: bool | None = None
 ) -> Any:
     """Takes the leaves of a value from Python into the worker; `files` is as for `fetch`."""
     if by_file(carrier, executor.host) if files is None else files:
@@ -285,10 +283,10 @@ async def put(
 
 async def move(
     source_carrier: Carrier,
-    source: CohortExecutor,
+    source: Executor,
     value: Any,
     target_carrier: Carrier,
-    target: CohortExecutor,
+    target: Executor,
 ) -> Any:
     """Moves a value between two executors, or two placements, of one worker."""
     assert source.host is target.host

@@ -9,6 +9,7 @@ import asyncio
 import collections
 import contextlib
 import queue
+import random
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
@@ -108,12 +109,11 @@ def _throw_away(garbage: "queue.SimpleQueue[Callable[[], Any] | None]") -> None:
             request()
 
 
-class CohortExecutor:
-    """The part of a worker that runs rounds of one number of clients, and holds their values."""
+class Executor:
+    """A part of a worker that computes, for one number of clients, and holds what it computed."""
 
     def __init__(self, host: "Host", num_clients: int, stub: _Stub):
         self.host = host
-        self.num_clients = num_clients
         # Every dropped state is given back at once: the default keeps the last 20.
         self._executor = tff.framework.RemoteExecutor(stub, dispose_batch_size=1)
         self._executor.set_cardinalities({tff.CLIENTS: num_clients})
@@ -159,17 +159,28 @@ class Host:
         self.worker = worker
         self._heartbeat = heartbeat
         self._stub = _Stub(worker.channel)
-        self._executors: collections.OrderedDict[int, CohortExecutor] = collections.OrderedDict()
+        # A worker has one executor for each number of clients, shared by all who connect to it,
+        # where one's call waits for another's to end. What has no placement can run under any
+        # number: one that nobody else will take.
+        self._own_number = random.SystemRandom().randrange(1 << 20, 1 << 31)
+        self._own: Executor | None = None
+        self._executors: collections.OrderedDict[int, Executor] = collections.OrderedDict()
         self.lost: WorkerLostError | None = None
         self._closed = False
         # Filled in by `handover`: whether the worker sees this process's files.
         self.shares_files: bool | None = None
 
-    def executor(self, num_clients: int) -> CohortExecutor:
+    def own_executor(self) -> Executor:
+        """Returns the executor for values without placement; to be called inside `start`."""
+        if self._own is None:
+            self._own = Executor(self, self._own_number, self._stub)
+        return self._own
+
+    def executor(self, num_clients: int) -> Executor:
         """Returns the executor for a number of clients; to be called inside `start`."""
         executor = self._executors.pop(num_clients, None)
         if executor is None:
-            executor = CohortExecutor(self, num_clients, self._stub)
+            executor = Executor(self, num_clients, self._stub)
         self._executors[num_clients] = executor
         while len(self._executors) > _NUM_EXECUTORS:
             # It ends once the last state that lives in it is dropped.
@@ -240,6 +251,7 @@ class Host:
         """Ends a local worker; closes the connection to a remote one."""
         if not self._closed:
             self._closed = True
+            self._own = None
             self._executors.clear()
             self._stub.close()
             self.worker.close()

@@ -130,10 +130,10 @@ class ResidentProcess:
             host = self._host(0)
 
             async def work() -> Resident:
-                executor = host.executor(0)
-                value = await executor.call(computation)
+                placed, executor = host.executor(0), host.own_executor()
+                value = await placed.call(computation)
                 value = await handover.move(
-                    self._placed_carrier(), executor, value, self._carrier, executor
+                    self._placed_carrier(), placed, value, self._carrier, executor
                 )
                 return Resident(self._carrier, executor, value)
 
@@ -256,7 +256,7 @@ class ResidentProcess:
             new = host
 
             async def look() -> None:
-                await handover.look_for_files(new.executor(0))
+                await handover.look_for_files(new.own_executor())
 
             try:
                 host.run(look)
@@ -279,7 +279,7 @@ class ResidentProcess:
         host = self._host(0)
 
         async def work() -> Resident:
-            executor = host.executor(0)
+            executor = host.own_executor()
             value = await handover.put(self._carrier, executor, arrays)
             await handover.wait(self._carrier, executor, value)
             return Resident(self._carrier, executor, value)

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim.resident import handover, leaves
-from tff_optim.resident.host import CohortExecutor
+from tff_optim.resident.host import Executor
 
 
 class Resident:
@@ -19,7 +19,7 @@ class Resident:
         value: TFF's handle of it.
     """
 
-    def __init__(self, carrier: handover.Carrier, executor: CohortExecutor, value: Any):
+    def __init__(self, carrier: handover.Carrier, executor: Executor, value: Any):
         self.carrier = carrier
         self.executor = executor
         self.value = value

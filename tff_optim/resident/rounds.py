@@ -9,7 +9,7 @@ import tensorflow_federated as tff
 
 from tff_optim.resident import handover
 from tff_optim.resident.handover import Carrier
-from tff_optim.resident.host import CohortExecutor, Host
+from tff_optim.resident.host import Executor, Host
 from tff_optim.resident.map_reduce import MapReduceRound
 from tff_optim.resident.references import Resident
 
@@ -50,7 +50,7 @@ def map_reduce_round(
 
         def share_work(host: Host, share: Sequence[Any]) -> Any:
             async def work() -> Any:
-                executor = state.executor if host is home else host.executor(0)
+                executor = state.executor if host is home else host.own_executor()
                 here = context if host is home else await sent(executor)
                 total = await _add_up(parts, executor, here, share, clients_per_step)
                 await handover.wait(parts.aggregate, executor, total)
@@ -68,7 +68,7 @@ def map_reduce_round(
                 call.abandoned = True
             raise
     arriving = [
-        _receive(parts.aggregate, home, host.executor(0), total)
+        _receive(parts.aggregate, home, host.own_executor(), total)
         for host, total in zip(hosts[1:], totals[1:], strict=True)
     ]
 
@@ -83,7 +83,7 @@ def map_reduce_round(
 
 async def _add_up(
     parts: MapReduceRound,
-    executor: CohortExecutor,
+    executor: Executor,
     context: Any,
     share: Sequence[Any],
     clients_per_step: int,
@@ -114,7 +114,7 @@ async def _finish(parts: MapReduceRound, state: Resident, total: Any) -> Any:
 
 def _send(
     carrier: Carrier,
-    source: CohortExecutor,
+    source: Executor,
     value: Any,
     hosts: Sequence[Host],
     files: contextlib.ExitStack,
@@ -124,31 +124,31 @@ def _send(
         prefix = files.enter_context(handover.Exchange(source.host))
         source.host.run(lambda: handover.save_in_worker(carrier, source, value, prefix))
 
-        async def load(executor: CohortExecutor) -> Any:
+        async def load(executor: Executor) -> Any:
             return await handover.load_in_worker(carrier, executor, prefix)
 
         return load
     arrays = source.host.run(lambda: handover.fetch(carrier, source, value, files=False))
 
-    async def put(executor: CohortExecutor) -> Any:
+    async def put(executor: Executor) -> Any:
         return await handover.put(carrier, executor, arrays, files=False)
 
     return put
 
 
-def _receive(carrier: Carrier, home: Host, source: CohortExecutor, value: Any) -> Any:
+def _receive(carrier: Carrier, home: Host, source: Executor, value: Any) -> Any:
     """Brings a value of another worker within reach of the first one."""
     if not (handover.by_file(carrier, source.host) and handover.by_file(carrier, home)):
         arrays = source.host.run(lambda: handover.fetch(carrier, source, value, files=False))
 
-        async def put(executor: CohortExecutor) -> Any:
+        async def put(executor: Executor) -> Any:
             return await handover.put(carrier, executor, arrays, files=False)
 
         return put
     exchange = handover.Exchange(home)
     source.host.run(lambda: handover.save_in_worker(carrier, source, value, exchange.prefix))
 
-    async def load(executor: CohortExecutor) -> Any:
+    async def load(executor: Executor) -> Any:
         with exchange as prefix:
             return await handover.load_in_worker(carrier, executor, prefix)
 
