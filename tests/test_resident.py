@@ -291,6 +291,14 @@ def test_a_process_with_dependent_aggregations_says_which_or_runs_on_all_clients
         assert metrics["spread"] == 0.5
 
 
+def test_a_process_with_secure_sums_is_refused():
+    secure = tff.learning.algorithms.build_weighted_fed_avg(
+        model_fn, SGD, model_aggregator=tff.learning.secure_aggregator()
+    )
+    with pytest.raises(ValueError, match="without secure sums, which TFF's worker cannot take"):
+        ResidentProcess(secure, clients_per_step=2)
+
+
 def test_a_state_of_all_kinds_of_leaves(monkeypatch):
     @tff.tensorflow.computation
     def start():

@@ -1,9 +1,9 @@
 """A round as MapReduce: TFF's own form of it, compiled for values that stay in the worker.
 
-TFF's executor brings a value into a message and back wherever it is broadcast or aggregated,
-twice the time of reading it from a disk. In MapReduce form a round is a handful of TensorFlow
-computations without placements, which are called on handles: nothing but the clients' data goes
-in, and nothing but the metrics comes out.
+TFF's executor turns a value into a message and back wherever it is broadcast or aggregated: 0.15 s
+for 40 MB. In MapReduce form a round is a handful of TensorFlow computations without placements,
+which are called on handles: nothing but the clients' data goes in, and nothing but the metrics
+comes out.
 """
 
 import itertools
@@ -64,13 +64,18 @@ def build_map_reduce_round(next_computation: Any) -> MapReduceRound:
             "`clients_per_step` and more than one worker need a process that TFF can split at its "
             f"aggregation, and it cannot split this one: {e}"
         ) from e
+    if any(len(inputs) for inputs in list(form.work.type_signature.result)[1:]):
+        raise ValueError(
+            "`clients_per_step` and more than one worker need a process without secure sums, which "
+            "TFF's worker cannot take. Simulate with the aggregator that is made secure."
+        )
     state_type, _ = form.update.type_signature.parameter
     data_type, context_type = form.work.type_signature.parameter
     aggregate_type = form.zero.type_signature.result
 
     @tff.federated_computation(aggregate_type, data_type, context_type)
     def add_client(aggregate: Any, data: Any, context: Any) -> Any:
-        # The other outputs are the inputs of secure sums, which this runtime does in the clear.
+        # The other outputs would be the inputs of secure sums.
         return form.accumulate(aggregate, form.work(data, context)[0])
 
     @tff.federated_computation(aggregate_type)
