@@ -167,7 +167,7 @@ def server_step(table, scale):
     for name, size in (("1e6", 1e6), ("1e7", 1e7)):
         size = int(size * scale)
         process = server_step_process(size)
-        data = [[0.25, 0.25]]
+        data = [tf.data.Dataset.from_tensor_slices([0.25, 0.25])]
         start_plain()
         with ResidentProcess(process) as resident:
             plain, seconds = median_rounds([process, resident], data)
@@ -310,7 +310,7 @@ def server_device(table, scale):
     plain_process = tff.learning.templates.compose_learning_process(
         *parts, tff.learning.templates.build_apply_optimizer_finalizer(ADAM, weights_type)
     )
-    data = [[0.25, 0.25]]
+    data = [tf.data.Dataset.from_tensor_slices([0.25, 0.25])]
     start_plain()
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
     with ServerDeviceProcess(*parts, ADAM, server_device=device) as process:
@@ -328,7 +328,9 @@ def server_device(table, scale):
 def checkpoints(table, scale):
     process = server_step_process(int(1e7 * scale))
     with ResidentProcess(process) as resident, tempfile.TemporaryDirectory(dir=".") as directory:
-        state, _ = resident.next(resident.initialize(), [[0.25, 0.25]])
+        state, _ = resident.next(
+            resident.initialize(), [tf.data.Dataset.from_tensor_slices([0.25, 0.25])]
+        )
         plain_state = resident.materialize(state)
         ours = ResidentCheckpoints(resident, os.path.join(directory, "resident"))
         theirs = tff.program.FileProgramStateManager(os.path.join(directory, "plain"))
