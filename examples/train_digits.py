@@ -80,7 +80,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--resident",
         action="store_true",
-        help="leave the server's state in the worker: the same numbers, in less time",
+        help="leave the server's state in the worker: the same numbers, faster for large models",
     )
     add(
         "--output", type=pathlib.Path, default=pathlib.Path("output/digits.png"), help="the picture"

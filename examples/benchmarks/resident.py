@@ -40,16 +40,6 @@ class Table:
         )
 
 
-def median_seconds(step, repeats=5):
-    step()  # compiles, connects, warms up
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
-
-
 def median_rounds(processes, data, repeats=5):
     """Median seconds of rounds of each process, in turn; each goes on from its own last."""
     states = [process.initialize() for process in processes]

@@ -59,7 +59,11 @@ def build_map_reduce_round(next_computation: Any) -> MapReduceRound:
         )
     try:
         form = tff.backends.mapreduce.get_map_reduce_form_for_computation(next_computation)
-    except (TypeError, ValueError, _compilation_error()) as e:
+    except (
+        TypeError,
+        ValueError,
+        tff.backends.mapreduce.compiler.MapReduceFormCompilationError,
+    ) as e:
         raise ValueError(
             "`clients_per_step` and more than one worker need a process that TFF can split at its "
             f"aggregation, and it cannot split this one: {e}"
@@ -97,10 +101,6 @@ def build_map_reduce_round(next_computation: Any) -> MapReduceRound:
         context=handover.build_carrier(context_type),
         aggregate=handover.build_carrier(aggregate_type),
     )
-
-
-def _compilation_error() -> type[Exception]:
-    return tff.backends.mapreduce.compiler.MapReduceFormCompilationError
 
 
 def _is_aggregation(block: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import tensorflow_federated as tff
@@ -46,7 +46,7 @@ def map_reduce_round(
 
     context = home.run(prepare)
     with contextlib.ExitStack() as files:
-        sent = _send(parts.context, state.executor, context, hosts, files)
+        sent = _within_reach(parts.context, state.executor, context, home, hosts, files)
 
         def share_work(host: Host, share: Sequence[Any]) -> Any:
             async def work() -> Any:
@@ -67,18 +67,19 @@ def map_reduce_round(
             for call in calls:
                 call.abandoned = True
             raise
-    arriving = [
-        _receive(parts.aggregate, home, host.own_executor(), total)
-        for host, total in zip(hosts[1:], totals[1:], strict=True)
-    ]
+        arriving = [
+            _within_reach(parts.aggregate, host.own_executor(), total, home, [host, home], files)
+            for host, total in zip(hosts[1:], totals[1:], strict=True)
+        ]
 
-    async def merge() -> Any:
-        total = totals[0]
-        for arrive in arriving:
-            total = await state.executor.call(parts.merge, total, await arrive(state.executor))
-        return await _finish(parts, state, total)
+        async def merge() -> Any:
+            total = totals[0]
+            for arrive in arriving:
+                total = await state.executor.call(parts.merge, total, await arrive(state.executor))
+            return await _finish(parts, state, total)
 
-    return home.run(merge)
+        result = home.run(merge)
+    return result
 
 
 async def _add_up(
@@ -112,47 +113,21 @@ async def _finish(parts: MapReduceRound, state: Resident, total: Any) -> Any:
     return Resident(state.carrier, executor, new_state), metrics
 
 
-def _send(
+def _within_reach(
     carrier: Carrier,
     source: Executor,
     value: Any,
+    home: Host,
     hosts: Sequence[Host],
     files: contextlib.ExitStack,
-) -> Any:
-    """Brings a value of the first worker within reach of the others."""
+) -> Callable[[Executor], Awaitable[Any]]:
+    """Brings a value of one of the hosts within reach of all: returns what takes it in there."""
     if all(handover.by_file(carrier, host) for host in hosts):
-        prefix = files.enter_context(handover.Exchange(source.host))
+        prefix = files.enter_context(handover.Exchange(home))
         source.host.run(lambda: handover.save_in_worker(carrier, source, value, prefix))
-
-        async def load(executor: Executor) -> Any:
-            return await handover.load_in_worker(carrier, executor, prefix)
-
-        return load
+        return lambda executor: handover.load_in_worker(carrier, executor, prefix)
     arrays = source.host.run(lambda: handover.fetch(carrier, source, value, files=False))
-
-    async def put(executor: Executor) -> Any:
-        return await handover.put(carrier, executor, arrays, files=False)
-
-    return put
-
-
-def _receive(carrier: Carrier, home: Host, source: Executor, value: Any) -> Any:
-    """Brings a value of another worker within reach of the first one."""
-    if not (handover.by_file(carrier, source.host) and handover.by_file(carrier, home)):
-        arrays = source.host.run(lambda: handover.fetch(carrier, source, value, files=False))
-
-        async def put(executor: Executor) -> Any:
-            return await handover.put(carrier, executor, arrays, files=False)
-
-        return put
-    exchange = handover.Exchange(home)
-    source.host.run(lambda: handover.save_in_worker(carrier, source, value, exchange.prefix))
-
-    async def load(executor: Executor) -> Any:
-        with exchange as prefix:
-            return await handover.load_in_worker(carrier, executor, prefix)
-
-    return load
+    return lambda executor: handover.put(carrier, executor, arrays, files=False)
 
 
 def whole_round(
