@@ -1,6 +1,6 @@
 """A value of a TFF type as a flat list of named tensors, and back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -37,17 +37,21 @@ class Leaf:
         return tf.dtypes.as_dtype(self.type.dtype)
 
 
+# The recursive functions here are no closures: a closure that calls itself is a cycle, and keeps
+# what it has seen, such as a state and its memory in the worker, until Python looks for cycles.
+
+
 def leaves_of(type_spec: tff.Type) -> list[Leaf]:
     """Lists the leaves of an unplaced type, in TFF's order."""
+    return [Leaf("/".join(path) or "value", leaf) for path, leaf in _walk_type(type_spec, ())]
 
-    def walk(type_spec: tff.Type, path: tuple[str, ...]) -> Iterable[Leaf]:
-        if isinstance(type_spec, tff.StructType):
-            for i, (name, element) in enumerate(tff.structure.iter_elements(type_spec)):
-                yield from walk(element, (*path, name or str(i)))
-        else:
-            yield Leaf("/".join(path) or "value", type_spec)
 
-    return list(walk(type_spec, ()))
+def _walk_type(type_spec: tff.Type, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
+    if not isinstance(type_spec, tff.StructType):
+        yield path, type_spec
+        return
+    for i, (name, element) in enumerate(tff.structure.iter_elements(type_spec)):
+        yield from _walk_type(element, (*path, name or str(i)))
 
 
 def flatten(value: object, type_spec: tff.Type) -> list[Any]:
@@ -56,48 +60,48 @@ def flatten(value: object, type_spec: tff.Type) -> list[Any]:
     Raises:
         TypeError: `value` has another structure than `type_spec`.
     """
-    found: list[Any] = []
+    return list(_walk_value(value, type_spec, ""))
 
-    def walk(value: Any, type_spec: tff.Type, path: str) -> None:
-        if not isinstance(type_spec, tff.StructType):
-            found.append(value)
-            return
-        try:
-            elements = tff.structure.to_elements(tff.structure.from_container(value))
-        except TypeError:
-            elements = None
-        if elements is None or len(elements) != len(type_spec):
+
+def _walk_value(value: Any, type_spec: tff.Type, path: str) -> Iterable[Any]:
+    if not isinstance(type_spec, tff.StructType):
+        yield value
+        return
+    try:
+        elements = tff.structure.to_elements(tff.structure.from_container(value))
+    except TypeError:
+        elements = None
+    if elements is None or len(elements) != len(type_spec):
+        raise TypeError(
+            f"`state` must have the structure of the process's state at {path or 'the top'}: "
+            f"expected {type_spec}, found {type(value).__name__}. Take a state from "
+            "`initialize`, `next`, `restore` or the plain process."
+        )
+    for i, ((found_name, element), (name, element_type)) in enumerate(
+        zip(elements, tff.structure.iter_elements(type_spec), strict=True)
+    ):
+        if found_name not in (name, None):
             raise TypeError(
-                f"`state` must have the structure of the process's state at {path or 'the top'}: "
-                f"expected {type_spec}, found {type(value).__name__}. Take a state from "
-                "`initialize`, `next`, `restore` or the plain process."
+                f"`state` must name its elements as the process does at {path or 'the top'}: "
+                f"expected {name!r}, found {found_name!r}."
             )
-        for i, ((found_name, element), (name, element_type)) in enumerate(
-            zip(elements, tff.structure.iter_elements(type_spec), strict=True)
-        ):
-            if found_name not in (name, None):
-                raise TypeError(
-                    f"`state` must name its elements as the process does at {path or 'the top'}: "
-                    f"expected {name!r}, found {found_name!r}."
-                )
-            walk(element, element_type, f"{path}/{name or i}".lstrip("/"))
-
-    walk(value, type_spec, "")
-    return found
+        yield from _walk_value(element, element_type, f"{path}/{name or i}".lstrip("/"))
 
 
 def pack(values: Sequence[Any], type_spec: tff.Type) -> Any:
     """Puts flat values into the Python containers that `type_spec` remembers."""
-    rest = iter(values)
+    return tff.types.type_to_py_container(_structured(iter(values), type_spec), type_spec)
 
-    def walk(type_spec: tff.Type) -> Any:
-        if not isinstance(type_spec, tff.StructType):
-            return next(rest)
-        return tff.structure.Struct(
-            [(name, walk(element)) for name, element in tff.structure.iter_elements(type_spec)]
-        )
 
-    return tff.types.type_to_py_container(walk(type_spec), type_spec)
+def _structured(values: Iterator[Any], type_spec: tff.Type) -> Any:
+    if not isinstance(type_spec, tff.StructType):
+        return next(values)
+    return tff.structure.Struct(
+        [
+            (name, _structured(values, element))
+            for name, element in tff.structure.iter_elements(type_spec)
+        ]
+    )
 
 
 def as_arrays(value: object, type_spec: tff.Type) -> list[Any]:
