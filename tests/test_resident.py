@@ -216,6 +216,7 @@ def test_tffs_own_loop_with_managers(resident, tmp_path):
     [
         ({"clients_per_step": 1}, True),
         ({"clients_per_step": 2}, True),
+        ({"clients_per_step": 4}, True),
         ({"clients_per_step": 8}, True),
         ({"workers": 2}, False),
         ({"workers": 2, "clients_per_step": 1}, False),
@@ -229,6 +230,33 @@ def test_steps_give_the_same_bits_and_workers_the_same_to_rounding(settings, exa
             state, metrics = r.next(state, list(clients))
             check(r.materialize(state), plain_state)
             check(metrics, plain_metrics)
+
+
+@pytest.mark.parametrize("clients_per_step", [2, 4])
+def test_clients_run_side_by_side(clients_per_step, tmp_path):
+    def meet(name):
+        """Comes, and goes on once two are there."""
+
+        def wait(x, y):
+            come = tf.io.write_file(f"{tmp_path}/{name}", "")
+            deadline = tf.timestamp() + 30.0
+
+            def look(found):
+                with tf.control_dependencies([found]):  # or it would be looked for only once
+                    return tf.size(tf.io.matching_files(f"{tmp_path}/*"))
+
+            with tf.control_dependencies([come]):
+                found = tf.while_loop(
+                    lambda found: (found < 2) & (tf.timestamp() < deadline), look, [tf.constant(0)]
+                )
+            with tf.control_dependencies([tf.debugging.Assert(found[0] >= 2, ["nobody came"])]):
+                return tf.identity(x), y
+
+        return wait
+
+    clients = [client.take(1).map(meet(i)) for i, client in enumerate(cohorts()[0])]
+    with ResidentProcess(process(), clients_per_step=clients_per_step) as r:
+        r.next(r.initialize(), clients)
 
 
 def test_pieces_without_shared_files(monkeypatch):

@@ -74,10 +74,15 @@ def build_carrier(type_spec: tff.Type, placed: bool = False) -> Carrier:
     parts = leaves.leaves_of(type_spec)
     names = [leaf.name for leaf in parts]
 
-    def compiled(function: Any, *types: Any) -> Any:
+    def traced(function: Any, *types: Any) -> Any:
         # One structure of arguments: TFF would take a single argument's structure apart.
         computation = tff.tensorflow.computation(function, tff.to_type(list(types)))
-        return compile_native(_at_server(computation) if placed else computation)
+        return _at_server(computation) if placed else computation
+
+    def with_one(computation: Any) -> Any:
+        """Calls `<T> -> U` with a `T`."""
+        (only,) = computation.type_signature.parameter
+        return tff.federated_computation(lambda value: computation([value]), only)
 
     def fence(args: Any) -> Any:
         # A sequence has no value to wait for.
@@ -105,9 +110,9 @@ def build_carrier(type_spec: tff.Type, placed: bool = False) -> Carrier:
         type=type_spec,
         leaves=parts,
         placed=placed,
-        fence=compiled(fence, type_spec),
-        save=compiled(save, type_spec, np.str_) if in_files else None,
-        load=compiled(load, np.str_) if in_files else None,
+        fence=compile_native(with_one(traced(fence, type_spec))),
+        save=compile_native(traced(save, type_spec, np.str_)) if in_files else None,
+        load=compile_native(with_one(traced(load, np.str_))) if in_files else None,
     )
 
 
@@ -132,7 +137,7 @@ _PATH_TYPE = tff.TensorType(np.str_)
 
 async def wait(carrier: Carrier, executor: Executor, value: Any) -> None:
     """Waits until a value has been computed; errors of its computation are raised here."""
-    await (await executor.call(carrier.fence, await executor.struct(value))).compute()
+    await (await executor.call(carrier.fence, value)).compute()
 
 
 async def save_in_worker(carrier: Carrier, executor: Executor, value: Any, prefix: str) -> None:
@@ -144,7 +149,7 @@ async def save_in_worker(carrier: Carrier, executor: Executor, value: Any, prefi
 async def load_in_worker(carrier: Carrier, executor: Executor, prefix: str) -> Any:
     """Lets the worker read a value from the checkpoint `prefix`."""
     path = await executor.create(prefix, carrier.place(_PATH_TYPE))
-    value = await executor.call(carrier.load, await executor.struct(path))
+    value = await executor.call(carrier.load, path)
     await wait(carrier, executor, value)  # or the file might be gone before it is read
     return value
 

@@ -124,18 +124,23 @@ class Executor:
         """Puts a Python value of the given type into the worker."""
         return await self._executor.create_value(value, type_spec)
 
-    async def call(self, computation: Any, *args: Any) -> Any:
-        """Calls a compiled computation on values of this executor."""
+    async def function(self, computation: Any) -> Any:
+        """Puts a compiled computation into the worker, once, to be called or passed on."""
         known = self._functions.get(id(computation))
         if known is None:
             function = await self._executor.create_value(computation, computation.type_signature)
             # The computation is kept as well, so that its id is not given to another one.
             known = self._functions[id(computation)] = (computation, function)
+        return known[1]
+
+    async def call(self, computation: Any, *args: Any) -> Any:
+        """Calls a compiled computation on values of this executor."""
+        function = await self.function(computation)
         if not args:
-            return await self._executor.create_call(known[1])
+            return await self._executor.create_call(function)
         if len(args) == 1:
-            return await self._executor.create_call(known[1], args[0])
-        return await self._executor.create_call(known[1], await self.struct(*args))
+            return await self._executor.create_call(function, args[0])
+        return await self._executor.create_call(function, await self.struct(*args))
 
     async def struct(self, *elements: Any) -> Any:
         """Makes an unnamed structure of values of this executor."""

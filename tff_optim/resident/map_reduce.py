@@ -6,6 +6,7 @@ which are called on handles: nothing but the clients' data goes in, and nothing 
 comes out.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,8 @@ class MapReduceRound:
         data_type: `D`, the type of one client's data.
         prepare: `S -> C`, what the clients are sent.
         zero: `( -> A)`, the aggregate of no clients.
-        add_client: `<A, D, C> -> A`, a client's work, added to an aggregate.
+        work: `<D, C> -> U`, a client's work.
+        accumulate: `<A, U> -> A`, an aggregate with one more update.
         merge: `<A, A> -> A`.
         settle: `A -> A`, the same value without a trace of where it comes from.
         finish: `<S, A> -> <S, M>`.
@@ -35,7 +37,8 @@ class MapReduceRound:
     data_type: tff.Type
     prepare: Any
     zero: Any
-    add_client: Any
+    work: Any
+    accumulate: Any
     merge: Any
     settle: Any
     finish: Any
@@ -77,10 +80,9 @@ def build_map_reduce_round(next_computation: Any) -> MapReduceRound:
     data_type, context_type = form.work.type_signature.parameter
     aggregate_type = form.zero.type_signature.result
 
-    @tff.federated_computation(aggregate_type, data_type, context_type)
-    def add_client(aggregate: Any, data: Any, context: Any) -> Any:
-        # The other outputs would be the inputs of secure sums.
-        return form.accumulate(aggregate, form.work(data, context)[0])
+    @tff.federated_computation(data_type, context_type)
+    def work(data: Any, context: Any) -> Any:
+        return form.work(data, context)[0]  # the other outputs would be the inputs of secure sums
 
     @tff.federated_computation(aggregate_type)
     def settle(aggregate: Any) -> Any:
@@ -94,13 +96,35 @@ def build_map_reduce_round(next_computation: Any) -> MapReduceRound:
         data_type=data_type,
         prepare=handover.compile_native(form.prepare),
         zero=handover.compile_native(form.zero),
-        add_client=handover.compile_native(add_client),
+        work=handover.compile_native(work),
+        accumulate=handover.compile_native(form.accumulate),
         merge=handover.compile_native(form.merge),
         settle=handover.compile_native(settle),
         finish=handover.compile_native(finish),
         context=handover.build_carrier(context_type),
         aggregate=handover.build_carrier(aggregate_type),
     )
+
+
+@functools.lru_cache
+def add_clients(work_type: tff.Type, accumulate_type: tff.Type, num_clients: int) -> Any:
+    """Builds `<A, [D, D, ...], C, (<D, C> -> U), (<A, U> -> A)> -> A`.
+
+    It adds the work of some clients to an aggregate, in their order, in one call: the worker runs
+    them side by side, and Python has little to do for each.
+    """
+    data_type, context_type = work_type.parameter
+    aggregate_type = accumulate_type.result
+
+    @tff.federated_computation(
+        aggregate_type, [data_type] * num_clients, context_type, work_type, accumulate_type
+    )
+    def add(aggregate: Any, cohort: Any, context: Any, work: Any, accumulate: Any) -> Any:
+        for i in range(num_clients):
+            aggregate = accumulate(aggregate, work(cohort[i], context))
+        return aggregate
+
+    return add
 
 
 def _is_aggregation(block: Any) -> bool:

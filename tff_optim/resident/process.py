@@ -53,7 +53,7 @@ class ResidentProcess:
             `'host:port'` of running TFF workers. States live in the first one; every worker
             takes an equal share of each cohort.
         clients_per_step: The largest number of clients that a worker runs at once, which
-            bounds its memory; None for four times the number of this machine's cores.
+            bounds its memory; None for eight times the number of this machine's cores.
             It makes no difference to the numbers.
         heartbeat: Seconds between two looks at a worker while it computes, and the time it
             has to answer before it counts as lost.

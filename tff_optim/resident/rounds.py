@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.resident import handover
+from tff_optim.resident import handover, map_reduce
 from tff_optim.resident.handover import Carrier
 from tff_optim.resident.host import Executor, Host
 from tff_optim.resident.map_reduce import MapReduceRound
@@ -16,7 +16,7 @@ from tff_optim.resident.references import Resident
 
 def default_clients_per_step() -> int:
     """Enough clients at once to keep the processor cores of this machine busy."""
-    return 4 * (os.cpu_count() or 1)
+    return 8 * (os.cpu_count() or 1)
 
 
 def map_reduce_round(
@@ -82,6 +82,12 @@ def map_reduce_round(
     return result
 
 
+def _in_groups(clients: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """So few clients for a call that the worker need not wait long for it, nor Python make many."""
+    for begin in range(0, len(clients), 4):
+        yield clients[begin : begin + 4]
+
+
 async def _add_up(
     parts: MapReduceRound,
     executor: Executor,
@@ -89,17 +95,23 @@ async def _add_up(
     share: Sequence[Any],
     clients_per_step: int,
 ) -> Any:
-    """Adds up the clients of a share, a few at a time, in their order."""
+    """Adds up the clients of a share, some side by side, in their order."""
+    functions = [await executor.function(part) for part in (parts.work, parts.accumulate)]
+    types = [part.type_signature for part in (parts.work, parts.accumulate)]
     total = await executor.call(parts.zero)
-    for number, data in enumerate(share):
-        if number and number % clients_per_step == 0:
+    for begin in range(0, len(share), clients_per_step):
+        if begin:
             # Without this wait the worker would run all clients, and hold their memory, at once.
             await handover.wait(parts.aggregate, executor, total)
             # A value in TFF's worker keeps what it was computed from; once it is there, what is
             # selected from it does not.
             total = await executor.call(parts.settle, total)
-        value = await executor.create(data, parts.data_type)
-        total = await executor.call(parts.add_client, total, value, context)
+        # The worker begins with the first clients while others are still being sent.
+        for group in _in_groups(share[begin : begin + clients_per_step]):
+            data = [await executor.create(client, parts.data_type) for client in group]
+            add = map_reduce.add_clients(*types, len(group))
+            cohort = await executor.struct(*data)
+            total = await executor.call(add, total, cohort, context, *functions)
     return total
 
 
