@@ -226,7 +226,7 @@ def build_scored_client_work(
     loss_at: LossAt = "training",
     client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
     metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_REDUCE,
+    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
 ) -> tff.learning.templates.ClientWorkProcess:
     """Trains as TFF's client work does, and sends scores, loss and steps with the update.
 
@@ -252,7 +252,9 @@ def build_scored_client_work(
         one forward pass over the data before training, the model not in training mode.
       client_weighting: By number of examples, or uniform.
       metrics_aggregator: As for `tff.learning.algorithms.build_weighted_fed_avg`.
-      loop_implementation: As there.
+      loop_implementation: As there; but a loop over the dataset's iterator if not given. For a
+        `dataset.reduce`, TensorFlow prepares the step anew for every client, which takes longer
+        than the training of a small model.
 
     Returns:
       A `tff.learning.templates.ClientWorkProcess`. Its state is the optimizer's hyperparameters,

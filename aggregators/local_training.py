@@ -185,7 +185,8 @@ def _functional_training(
 def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
     if loop is Loop.DATASET_REDUCE:
         return dataset.reduce(state, step)
-    for batch in dataset:
+    # Over the dataset itself, AutoGraph would make a `scan` and a `reduce` of it.
+    for batch in iter(dataset):
         state = step(state, batch)
     return state
 

@@ -41,7 +41,7 @@ def build_adaptive_fed_avg(
     client_weighting: tff.learning.ClientWeighting = _NUM_EXAMPLES,
     model_distributor: tff.learning.templates.DistributionProcess | None = None,
     metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_REDUCE,
+    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
 ) -> tff.learning.templates.LearningProcess:
     """Builds federated averaging that weighs clients, layer by layer, by what their models score.
 
@@ -69,7 +69,7 @@ def build_adaptive_fed_avg(
       client_weighting: The weight that `times_examples` multiplies with.
       model_distributor: As for `build_weighted_fed_avg`.
       metrics_aggregator: As there.
-      loop_implementation: As there.
+      loop_implementation: As for `build_scored_client_work`.
 
     Returns:
       A `tff.learning.templates.LearningProcess`. `state.aggregator` holds the running mean score;
@@ -248,7 +248,7 @@ def build_fed_med(
     client_weighting: tff.learning.ClientWeighting = _NUM_EXAMPLES,
     model_distributor: tff.learning.templates.DistributionProcess | None = None,
     metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_REDUCE,
+    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
 ) -> tff.learning.templates.LearningProcess:
     """Builds FedMed-style training: adaptive or plain averaging, as the clients' loss says.
 
@@ -271,7 +271,7 @@ def build_fed_med(
       client_weighting: As there.
       model_distributor: As there.
       metrics_aggregator: As there.
-      loop_implementation: As there.
+      loop_implementation: As for `build_scored_client_work`.
 
     Returns:
       A `tff.learning.templates.LearningProcess`; `metrics["aggregator"]["adaptive"]` is the branch.
@@ -326,7 +326,7 @@ def build_q_fed_avg(
     sample_size: int = 0,
     model_distributor: tff.learning.templates.DistributionProcess | None = None,
     metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_REDUCE,
+    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
 ) -> tff.learning.templates.LearningProcess:
     """Builds q-FedAvg: fairer losses across clients; see `QFedAvgFactory`.
 
@@ -343,7 +343,7 @@ def build_q_fed_avg(
       sample_size: As for `build_adaptive_fed_avg`.
       model_distributor: As there.
       metrics_aggregator: As there.
-      loop_implementation: As there.
+      loop_implementation: As for `build_scored_client_work`.
 
     Returns:
       A `tff.learning.templates.LearningProcess`.
@@ -389,7 +389,7 @@ def build_fed_nova(
     client_weighting: tff.learning.ClientWeighting = _NUM_EXAMPLES,
     model_distributor: tff.learning.templates.DistributionProcess | None = None,
     metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_REDUCE,
+    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
 ) -> tff.learning.templates.LearningProcess:
     """Builds FedNova: averaging normalised by steps; see `FedNovaFactory`.
 
@@ -403,7 +403,7 @@ def build_fed_nova(
       client_weighting: As there.
       model_distributor: As there.
       metrics_aggregator: As there.
-      loop_implementation: As there.
+      loop_implementation: As for `build_scored_client_work`.
 
     Returns:
       A `tff.learning.templates.LearningProcess`.

@@ -68,7 +68,7 @@ PROCESSES = {
             score=scores.cosine_distance,
             weighting=weighting.power(0.5, bound=3.0),
             layers="model",
-            loop_implementation=tff.learning.LoopImplementation.DATASET_ITERATOR,
+            loop_implementation=tff.learning.LoopImplementation.DATASET_REDUCE,
         ),
         twin.adaptive(
             twin.twins.cosine, lambda r: np.maximum(r, 1e-3) ** 0.5, groups=twin.MODEL, bound=3.0
