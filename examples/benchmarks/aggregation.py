@@ -141,19 +141,19 @@ def compare_rounds(number: int, repeats: int) -> None:
         for _ in range(number)
     ]
     sgd = tff.learning.optimizers.build_sgdm(0.05)
+    plain = tff.learning.algorithms.build_weighted_fed_avg
     builders = {
-        "build_weighted_fed_avg": lambda: tff.learning.algorithms.build_weighted_fed_avg(
-            make_model(), sgd
-        ),
-        "build_fed_kl": lambda: aggregators.build_fed_kl(make_model(), sgd),
+        (loop, build): functools.partial(build, loop_implementation=loop)
+        for loop in tff.learning.LoopImplementation
+        for build in (plain, aggregators.build_fed_kl)
     }
     processes = {}
 
-    def first_round(name: str) -> None:
-        process = builders[name]()
+    def first_round(name: Any) -> None:
+        process = builders[name](make_model(), sgd)
         processes[name] = process, process.next(process.initialize(), data).state
 
-    def later_round(name: str) -> None:
+    def later_round(name: Any) -> None:
         process, state = processes[name]
         process.next(state, data)
 
@@ -165,12 +165,13 @@ def compare_rounds(number: int, repeats: int) -> None:
         for call, rounds in ((first_round, repeats), (later_round, 4 * repeats))
     )
     print(f"\nWhole rounds: {number} clients, 10 batches of 32, 397510 parameters; seconds")
-    print(f"{'':>24} {'build + first round':>24} {'later round':>20}")
-    plain = "build_weighted_fed_avg"
-    for name in builders:
+    print(f"{'loop':>16} {'':>24} {'build + first round':>24} {'later round':>20}")
+    for loop, build in builders:
+        mine, reference = (loop, build), (loop, plain)
         print(
-            f"{name:>24} {first[name]:>16.2f} {first[name] / first[plain]:>6.2f}x "
-            f"{later[name]:>12.3f} {later[name] / later[plain]:>6.2f}x"
+            f"{loop.name:>16} {build.__name__:>24} "
+            f"{first[mine]:>16.2f} {first[mine] / first[reference]:>6.2f}x "
+            f"{later[mine]:>12.3f} {later[mine] / later[reference]:>6.2f}x"
         )
 
 
