@@ -108,10 +108,9 @@ async def _add_up(
             total = await executor.call(parts.settle, total)
         # The worker begins with the first clients while others are still being sent.
         for group in _in_groups(share[begin : begin + clients_per_step]):
-            data = [await executor.create(client, parts.data_type) for client in group]
             add = map_reduce.add_clients(*types, len(group))
-            cohort = await executor.struct(*data)
-            total = await executor.call(add, total, cohort, context, *functions)
+            data = await executor.create(list(group), add.type_signature.parameter[1])
+            total = await executor.call(add, total, data, context, *functions)
     return total
 
 
