@@ -20,6 +20,10 @@ Score = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], tf.Tensor]
 # Layers of so many elements take less than a tenth of a millisecond, whatever the precision.
 _SMALL = 2**14
 
+# Layers of more elements are taken in blocks that stay in a core's cache. Smaller ones do not repay
+# the larger graph, which takes a tenth of a second to trace and to load.
+_LARGE, _BLOCK = 2**19, 2**15
+
 
 def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """Kullback-Leibler divergence of the softmaxed client layer from the softmaxed server layer.
@@ -36,7 +40,14 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     ```
 
     whose terms are all positive and small. Small layers are computed in float64, which costs
-    nothing there; in large ones the rounding of single terms averages out.
+    nothing there. Large ones (over 2^19 elements) of which none changed by more than 0.2 take
+
+    ```
+    d = k2 / 2 + k3 / 6 + k4 / 24 + ...
+    ```
+
+    up to there, `kj` the j-th cumulant of `client - server` under `p`: one pass over memory instead
+    of ten. What is left out is below 0.2 % of `d`, and below 1e-6 of it for bell-shaped changes.
 
     Blind to a constant added to the whole layer, and always 0 for a layer of one element.
 
@@ -54,9 +65,16 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     Source: Kullback and Leibler, 1951.
     """
     s, c = _flat(server), _flat(client)
-    p, change, near = _softmax_change(s, c)
-    del p, change  # only the divergence is needed
-    return _as_wide_as(server, _sound_or(near, lambda: _textbook_kl(s, c), s))
+
+    def at_any_distance() -> tf.Tensor:
+        p, change, near = _softmax_change(s, c)
+        del p, change  # only the divergence is needed
+        return _sound_or(near, lambda: _textbook_kl(s, c), s)
+
+    def series(k2: tf.Tensor, k3: tf.Tensor, k4: tf.Tensor) -> tf.Tensor:
+        return k2 / 2.0 + k3 / 6.0 + k4 / 24.0
+
+    return _as_wide_as(server, _series_or(series, at_any_distance, s, c))
 
 
 def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -66,7 +84,8 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     d = KL(p || m) / 2 + KL(q || m) / 2,   m = (p + q) / 2
     ```
 
-    with `p = softmax(server)` and `q = softmax(client)`. Symmetric, and never above log 2.
+    with `p = softmax(server)` and `q = softmax(client)`. Symmetric, and never above log 2. Large
+    layers that changed little take `k2 / 8 + k3 / 16 + (k4 - k2^2) / 64`; see `kl_divergence`.
 
     Args:
       server: Tensors of the server's layer, floating.
@@ -82,13 +101,20 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     Source: Lin, Divergence measures based on the Shannon entropy, 1991.
     """
     s, c = _flat(server), _flat(client)
-    p, change, kl = _softmax_change(s, c)
-    # log(q / p), q / p - 1 and log(m / p); then sum of p * ((q / p) log(q / m) - log(m / p)) / 2.
-    log_ratio = change - kl
-    excess = tf.math.expm1(log_ratio)
-    middle = tf.math.log1p(0.5 * excess)
-    near = 0.5 * tf.reduce_sum(p * ((1.0 + excess) * (log_ratio - middle) - middle))
-    return _as_wide_as(server, _sound_or(near, lambda: _textbook_js(s, c), s))
+
+    def at_any_distance() -> tf.Tensor:
+        p, change, kl = _softmax_change(s, c)
+        # log(q / p), q / p - 1 and log(m / p); then sum of p * ((q / p) log(q / m) - log(m / p)) / 2.
+        log_ratio = change - kl
+        excess = tf.math.expm1(log_ratio)
+        middle = tf.math.log1p(0.5 * excess)
+        near = 0.5 * tf.reduce_sum(p * ((1.0 + excess) * (log_ratio - middle) - middle))
+        return _sound_or(near, lambda: _textbook_js(s, c), s)
+
+    def series(k2: tf.Tensor, k3: tf.Tensor, k4: tf.Tensor) -> tf.Tensor:
+        return k2 / 8.0 + k3 / 16.0 + (k4 - k2 * k2) / 64.0
+
+    return _as_wide_as(server, _series_or(series, at_any_distance, s, c))
 
 
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -247,6 +273,39 @@ def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
 def _unit_peak(vector: tf.Tensor) -> tf.Tensor:
     """The vector divided by its largest absolute value; itself if that is 0."""
     return tf.math.divide_no_nan(vector, tf.reduce_max(tf.abs(vector)))
+
+
+def _series_or(
+    series: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor],
+    at_any_distance: Callable[[], tf.Tensor],
+    s: tf.Tensor,
+    c: tf.Tensor,
+) -> tf.Tensor:
+    """For large layers, the series in the cumulants of c - s under softmax(s), where it holds."""
+    if s.dtype == tf.float64 or s.shape[0] <= _LARGE:
+        return at_any_distance()
+
+    def add_block(start: tf.Tensor, largest: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        size = tf.minimum(s.shape[0] - start, _BLOCK)
+        block = tf.slice(s, start, size)
+        change = tf.slice(c, start, size) - block
+        square = tf.square(change)
+        p = tf.exp(block - s[0])  # not normalised
+        p_square = p * square
+        terms = (p, p * change, p_square, p_square * change, p_square * square)
+        found = tf.cast(tf.stack([tf.reduce_sum(term) for term in terms]), tf.float64)
+        return start + _BLOCK, tf.maximum(largest, tf.reduce_max(square)), sums + found
+
+    nothing = (tf.constant([0]), tf.constant(0.0), tf.zeros([5], tf.float64))
+    _, largest, sums = tf.while_loop(lambda start, *_: start[0] < s.shape[0], add_block, nothing)
+    m1, m2, m3, m4 = tf.unstack(sums[1:] / sums[0])
+    k2 = m2 - m1**2
+    k3 = m3 - 3.0 * m1 * m2 + 2.0 * m1**3
+    k4 = m4 - 4.0 * m1 * m3 - 3.0 * m2**2 + 12.0 * m1**2 * m2 - 6.0 * m1**4
+    # If nearly all of the change is one shift of all elements, the rest drowns in its rounding.
+    holds = (largest <= 0.2**2) & (m2 <= 100.0 * k2)
+    found = series(k2, k3, k4)
+    return tf.cond(holds, lambda: found, lambda: tf.cast(at_any_distance(), tf.float64))
 
 
 def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
