@@ -22,10 +22,9 @@ class MapReduceRound:
     """`next` of a process, cut at its broadcast and at its aggregation.
 
     Attributes:
-        data_type: `D`, the type of one client's data.
         prepare: `S -> C`, what the clients are sent.
         zero: `( -> A)`, the aggregate of no clients.
-        work: `<D, C> -> U`, a client's work.
+        work: `<D, C> -> U`, a client's work on its data.
         accumulate: `<A, U> -> A`, an aggregate with one more update.
         merge: `<A, A> -> A`.
         settle: `A -> A`, the same value without a trace of where it comes from.
@@ -34,7 +33,6 @@ class MapReduceRound:
         aggregate: What moves `A`.
     """
 
-    data_type: tff.Type
     prepare: Any
     zero: Any
     work: Any
@@ -93,7 +91,6 @@ def build_map_reduce_round(next_computation: Any) -> MapReduceRound:
         return form.update(state, [form.report(aggregate), [], [], []])
 
     return MapReduceRound(
-        data_type=data_type,
         prepare=handover.compile_native(form.prepare),
         zero=handover.compile_native(form.zero),
         work=handover.compile_native(work),

@@ -13,6 +13,9 @@ from tff_optim.resident.host import Executor, Host
 from tff_optim.resident.map_reduce import MapReduceRound
 from tff_optim.resident.references import Resident
 
+# So few that the worker need not wait long for a call, and so many that Python need not make many.
+_CLIENTS_PER_CALL = 4
+
 
 def default_clients_per_step() -> int:
     """Enough clients at once to keep the processor cores of this machine busy."""
@@ -82,10 +85,9 @@ def map_reduce_round(
     return result
 
 
-def _in_groups(clients: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """So few clients for a call that the worker need not wait long for it, nor Python make many."""
-    for begin in range(0, len(clients), 4):
-        yield clients[begin : begin + 4]
+def _pieces(clients: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for begin in range(0, len(clients), size):
+        yield clients[begin : begin + size]
 
 
 async def _add_up(
@@ -99,15 +101,15 @@ async def _add_up(
     functions = [await executor.function(part) for part in (parts.work, parts.accumulate)]
     types = [part.type_signature for part in (parts.work, parts.accumulate)]
     total = await executor.call(parts.zero)
-    for begin in range(0, len(share), clients_per_step):
-        if begin:
+    for number, step in enumerate(_pieces(share, clients_per_step)):
+        if number:
             # Without this wait the worker would run all clients, and hold their memory, at once.
             await handover.wait(parts.aggregate, executor, total)
             # A value in TFF's worker keeps what it was computed from; once it is there, what is
             # selected from it does not.
             total = await executor.call(parts.settle, total)
         # The worker begins with the first clients while others are still being sent.
-        for group in _in_groups(share[begin : begin + clients_per_step]):
+        for group in _pieces(step, _CLIENTS_PER_CALL):
             add = map_reduce.add_clients(*types, len(group))
             data = await executor.create(list(group), add.type_signature.parameter[1])
             total = await executor.call(add, total, data, context, *functions)
