@@ -12,7 +12,6 @@ from aggregators.layers import Groups, Layers, check_groups, resolve_layers
 from aggregators.measurements import (
     ClientStatistics,
     check_sample_size,
-    mean_score,
     measure,
     statistics_reduction,
 )
@@ -22,7 +21,6 @@ from aggregators.scores import MODEL_SCORES, TELLING_SCORES, Score, check_score,
 from aggregators.streaming_mean import LogWeighted, mean_reduction
 from aggregators.weighting import (
     Weighting,
-    all_finite,
     check_weighting,
     log_weights,
     next_typical_score,
@@ -176,18 +174,18 @@ def federated_adaptive_mean(
 
     @tff.tensorflow.computation
     def on_server(reduced: Any, server: Any, typical: Any) -> Any:
+        measured = measure(reduced["statistics"], relative_scale(weighting, typical))
         tensors = reduced["mean"].tensors
-        totals = reduced["statistics"]
         if value_is == "model":
-            some = totals.clients > 0
+            some = measured["clients"] > 0
             tensors = [
                 tf.where(some, tensor, old)
                 for tensor, old in zip(tensors, tf.nest.flatten(server), strict=True)
             ]
         return (
             tf.nest.pack_sequence_as(server, list(tensors)),
-            measure(totals, relative_scale(weighting, typical)),
-            next_typical_score(weighting, typical, mean_score(totals)),
+            measured,
+            next_typical_score(weighting, typical, measured["score_mean"]),
         )
 
     mean, measured, following = tff.federated_map(on_server, (reduced, server_model, typical_score))
@@ -314,11 +312,12 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
             return weigh(weighting, value, scores, weight, typical, False, score)
 
         def server_part(state: Any, reduced: Any) -> tuple[Any, Any, Any]:
-            typical, totals = state["typical_score"], reduced["statistics"]
+            typical = state["typical_score"]
+            measured = measure(reduced["statistics"], relative_scale(weighting, typical))
             return (
-                typical_state(weighting, typical, totals),
-                pack(delta_type, none_if_no_client(reduced["mean"].tensors, totals)),
-                measure(totals, relative_scale(weighting, typical)),
+                typical_state(weighting, typical, measured),
+                pack(delta_type, none_if_no_client(reduced["mean"].tensors, measured)),
+                measured,
             )
 
         return build_one_pass_process(
@@ -356,17 +355,11 @@ def weigh(
       A mapping of `mean` to a `LogWeighted` and `statistics` to `ClientStatistics`.
     """
     tensors = tuple(tf.nest.flatten(value))
-    bad = (
-        tf.cast(non_finite, tf.bool)
-        | tf.logical_not(all_finite(scores))
-        | tf.logical_not(tf.math.is_finite(tf.cast(weight, tf.float64)))
-    )
+    logs, sound = log_weights(weighting, scores, weight, typical_score)
+    bad = tf.cast(non_finite, tf.bool) | ~sound
     if score not in TELLING_SCORES:
-        bad |= tf.logical_not(finite_tensors(tensors))
-    logs = log_weights(weighting, scores, weight, typical_score)
-    # What has weight and sound scores and still does not count is a score without a number.
-    bad |= (weight > 0) & tf.reduce_all(tf.math.is_inf(logs))
-    logs = tf.where(bad, tf.fill(tf.shape(logs), tf.constant(float("-inf"), tf.float64)), logs)
+        bad |= ~finite_tensors(tensors)
+    logs = tf.where(bad, tf.constant(-math.inf, tf.float64), logs)
     return OrderedDict(
         mean=LogWeighted(tensors, logs), statistics=ClientStatistics(scores, logs, bad)
     )
@@ -380,21 +373,22 @@ def mean_and_statistics(specs: list[tf.TensorSpec], groups: Groups, sample_size:
     )
 
 
-def none_if_no_client(tensors: Any, totals: Any) -> tuple[tf.Tensor, ...]:
+def none_if_no_client(tensors: Any, measured: Any) -> tuple[tf.Tensor, ...]:
     """The tensors, or NaN in their place if no client counted: TFF's word for a rejected round."""
-    some = totals.clients > 0
-    return tuple(tf.where(some, x, tf.constant(math.nan, x.dtype)) for x in tensors)
+    some = measured["clients"] > 0
+    return tuple(tf.where(some, x, math.nan) for x in tensors)
 
 
-def typical_state(weighting: Weighting, typical: tf.Tensor, totals: Any) -> OrderedDict[str, Any]:
+def typical_state(weighting: Weighting, typical: tf.Tensor, measured: Any) -> OrderedDict[str, Any]:
     """The state after a round."""
-    return OrderedDict(typical_score=next_typical_score(weighting, typical, mean_score(totals)))
+    following = next_typical_score(weighting, typical, measured["score_mean"])
+    return OrderedDict(typical_score=following)
 
 
 def finite_tensors(tensors: tuple[tf.Tensor, ...]) -> tf.Tensor:
     """Whether all elements are finite: one bool."""
     # A sum of squares is one pass over memory; only if it overflows is each element looked at.
-    squares = [tf.cast(tf.nn.l2_loss(tensor), tf.float64) for tensor in tensors]
+    squares = [tf.cast(tf.nn.l2_loss(tensor), tf.float32) for tensor in tensors]
     return tf.cond(
         tf.math.is_finite(tf.add_n(squares)),
         lambda: tf.constant(True),

@@ -149,9 +149,7 @@ def build_score_weighted_client_work(
         by_layer = score_layers(score, server, trained, groups)
         mean = tf.reduce_mean(by_layer, keepdims=True)
         own = tf.cast(result.update_weight, tf.float64)
-        bad = tf.logical_not(
-            finite_tensors(tuple(update)) & all_finite(by_layer) & tf.math.is_finite(own)
-        )
+        bad = ~finite_tensors(tuple(update))
         largest = tf.reduce_max([tf.cast(_largest(tensor), tf.float64) for tensor in update])
         if (own <= 0.0) | (largest <= 0.0):
             # TFF sends a non-finite update as zeros with weight 0; only its data tells it from a
@@ -159,10 +157,9 @@ def build_score_weighted_client_work(
             has_data = _has_data(data)
             bad = bad | ((own <= 0.0) & has_data)
             own = tf.where(has_data, own, tf.zeros_like(own))
-        logs = log_weights(weighting, mean, own, typical)
-        # What has weight and a sound score and still does not count is a score without a number.
-        bad = bad | ((own > 0.0) & tf.math.is_inf(logs[0]))
-        counted = (logs[0] > float("-inf")) & tf.logical_not(bad)
+        logs, sound = log_weights(weighting, mean, own, typical)
+        bad = bad | ~sound
+        counted = (own > 0.0) & ~bad
         examples = own if weighting.times_examples else tf.ones_like(own)
         exponent = tf.where(counted, logs[0] - tf.math.log(tf.where(counted, examples, 1.0)), 0.0)
         exponent = tf.clip_by_value(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
@@ -194,8 +191,8 @@ def build_score_weighted_client_work(
         @tff.tensorflow.computation
         def on_server(state: Any, inner: Any, measured: Any, totals: Any) -> Any:
             old = state["typical_score"]
-            new = OrderedDict(client_work=inner, **typical_state(weighting, old, totals))
             seen = measure(totals, relative_scale(weighting, old))
+            new = OrderedDict(client_work=inner, **typical_state(weighting, old, seen))
             return new, _with(measured, "weighting", seen, inner_measured)
 
         new_state, measured = tff.federated_map(

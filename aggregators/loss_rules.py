@@ -103,10 +103,9 @@ class QFedAvgFactory(tff.aggregators.WeightedAggregationFactory):
             *tensors, shrink = reduced["mean"].tensors
             step = tf.math.reciprocal_no_nan(shrink)
             tensors = [x * tf.cast(step, x.dtype) for x in tensors]
-            totals = reduced["statistics"]
-            measured = measure(totals, tf.ones([1]))
+            measured = measure(reduced["statistics"], tf.ones([1]))
             measured["step"] = step
-            return state, pack(value_type.delta, none_if_no_client(tensors, totals)), measured
+            return state, pack(value_type.delta, none_if_no_client(tensors, measured)), measured
 
         return build_one_pass_process(
             value_type,
@@ -180,9 +179,8 @@ class FedNovaFactory(tff.aggregators.WeightedAggregationFactory):
         def server_part(state: Any, reduced: Any) -> tuple[Any, Any, Any]:
             *tensors, effective = reduced["mean"].tensors
             tensors = [x * tf.cast(effective, x.dtype) for x in tensors]
-            totals = reduced["statistics"]
-            result = pack(value_type.delta, none_if_no_client(tensors, totals))
-            return state, result, measure(totals, tf.ones([1]))
+            measured = measure(reduced["statistics"], tf.ones([1]))
+            return state, pack(value_type.delta, none_if_no_client(tensors, measured)), measured
 
         return build_one_pass_process(
             value_type,
@@ -273,9 +271,10 @@ class LossGatedMeanFactory(tff.aggregators.WeightedAggregationFactory):
             return OrderedDict(adaptive=adaptive, plain=plain)
 
         def server_part(state: Any, reduced: Any) -> tuple[Any, Any, Any]:
-            totals = reduced["adaptive"]["statistics"]
+            typical, totals = state["typical_score"], reduced["adaptive"]["statistics"]
+            measured = measure(totals, relative_scale(weighting, typical))
             *plain, loss = reduced["plain"].tensors
-            some = totals.clients > 0
+            some = measured["clients"] > 0
             previous, known = state["previous_loss"], state["previous_known"]
             fell = loss < previous - self._min_decrease * tf.abs(previous)
             adaptive = known & some & (fell if self._when_fallen else ~fell)
@@ -283,14 +282,13 @@ class LossGatedMeanFactory(tff.aggregators.WeightedAggregationFactory):
                 tf.where(adaptive, a, p)
                 for a, p in zip(reduced["adaptive"]["mean"].tensors, plain, strict=True)
             ]
-            measured = measure(totals, relative_scale(weighting, state["typical_score"]))
+            new_state = typical_state(weighting, typical, measured)
             measured["loss"] = tf.where(some, loss, math.nan)
             measured["previous_loss"] = tf.where(known, previous, math.nan)
             measured["adaptive"] = tf.cast(adaptive, tf.int32)
-            new_state = typical_state(weighting, state["typical_score"], totals)
             new_state["previous_loss"] = tf.where(some, loss, previous)
             new_state["previous_known"] = known | some
-            return new_state, pack(value_type.delta, none_if_no_client(tensors, totals)), measured
+            return new_state, pack(value_type.delta, none_if_no_client(tensors, measured)), measured
 
         return build_one_pass_process(
             value_type,

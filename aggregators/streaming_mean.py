@@ -21,6 +21,9 @@ import tensorflow as tf
 from aggregators.layers import Groups
 from aggregators.reduction import Reduction, reduction_from_merge
 
+# Below any logarithm of a weight, and finite: -inf minus -inf would be no number.
+_LOWEST = -1e300
+
 
 class LogWeighted(NamedTuple):
     """Tensors with log-weights: what a client sends, and what accumulates.
@@ -91,14 +94,12 @@ def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
 
 
 def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """log(exp(a) + exp(b)), element by element; -inf where both are."""
+    """log(exp(a) + exp(b)), element by element; -inf where both are. Float64."""
     largest = tf.maximum(a, b)
-    shift = tf.where(tf.math.is_finite(largest), largest, tf.zeros_like(largest))
-    return shift + tf.math.log(tf.exp(a - shift) + tf.exp(b - shift))
+    # softplus(x) is log(1 + exp(x)).
+    return largest + tf.math.softplus(tf.minimum(a, b) - tf.maximum(largest, _LOWEST))
 
 
 def share(log_part: tf.Tensor, log_total: tf.Tensor) -> tf.Tensor:
-    """exp(part - total), and 0 where the total is -inf; `[..., num_layers]` and `[num_layers]`."""
-    some = tf.math.is_finite(log_total)
-    safe = tf.where(some, log_total, tf.zeros_like(log_total))
-    return tf.where(some, tf.exp(log_part - safe), tf.zeros_like(log_total))
+    """exp(part - total), and 0 where both are -inf; `[..., num_layers]` and `[num_layers]`. Float64."""
+    return tf.exp(log_part - tf.maximum(log_total, _LOWEST))

@@ -46,7 +46,7 @@ class SoftmaxRule:
     def __call__(self, relative: tf.Tensor) -> tf.Tensor:
         """Maps relative scores to log-weights."""
         sign = -1.0 if self.prefer == "near" else 1.0
-        return sign * relative / self.temperature
+        return (sign / self.temperature) * relative
 
 
 @attrs.frozen
@@ -276,8 +276,8 @@ def uniform(*, times_examples: bool = True) -> Weighting:
 
 def log_weights(
     weighting: Weighting, scores: tf.Tensor, weight: tf.Tensor, typical_score: tf.Tensor
-) -> tf.Tensor:
-    """One client's log-weight per layer.
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """One client's log-weight per layer, and whether there is nothing wrong with it.
 
     Args:
       weighting: The rule.
@@ -286,29 +286,30 @@ def log_weights(
       typical_score: Mean score of earlier rounds, shape `[num_layers]`; 0 where not known.
 
     Returns:
-      float64 of shape `[num_layers]`, where a typical client with weight 1 has 0. -inf in all places
-      for a client that must not count: weight 0, negative, NaN or infinite, or any score that is
-      NaN or infinite, or for which the rule gives NaN.
+      The log-weights, float64 of shape `[num_layers]`, where a typical client with weight 1 has 0:
+      -inf in all places for a client that must not count. And a bool, False if that is because
+      its weight or a score is NaN or infinite, or the rule gives NaN for a score; if the
+      weight is 0 or negative, nothing is wrong.
     """
-    scores = tf.cast(scores, tf.float64)
-    weight = tf.cast(weight, tf.float64)
+    scores, weight = tf.cast(scores, tf.float64), tf.cast(weight, tf.float64)
     typical = tf.cast(typical_score, tf.float64)
+    known, has_weight = typical > 0.0, weight > 0.0
     scale = relative_scale(weighting, typical)
     logs = weighting.rule(tf.math.divide_no_nan(scores, scale))
     centre = weighting.rule(tf.math.divide_no_nan(typical, scale))
-    logs -= tf.where((typical > 0) & tf.math.is_finite(centre), centre, tf.zeros_like(centre))
+    logs -= tf.where(known & tf.math.is_finite(centre), centre, 0.0)
     if weighting.bound is not None:
         half = 0.5 * math.log(weighting.bound)
         logs = tf.clip_by_value(logs, -half, half)
     if weighting.needs_typical_score:
-        logs = tf.where(typical > 0, logs, tf.zeros_like(logs))
+        logs = tf.where(known, logs, 0.0)
     # A rule of the user's own may have no number for a score; such a client must not count.
-    counts = tf.logical_not(tf.reduce_any(tf.math.is_nan(logs)))
+    no_number = has_weight & tf.reduce_any(tf.math.is_nan(logs))
+    sound = all_finite(scores) & tf.math.is_finite(weight) & ~no_number
     logs = tf.clip_by_value(logs, -_LARGEST_LOG, _LARGEST_LOG)
     if weighting.times_examples:
         logs += tf.math.log(weight)
-    counts &= (weight > 0) & tf.math.is_finite(weight) & all_finite(scores)
-    return tf.where(counts, logs, tf.fill(tf.shape(logs), tf.constant(-math.inf, tf.float64)))
+    return tf.where(sound & has_weight, logs, -math.inf), sound
 
 
 def relative_scale(weighting: Weighting, typical_score: tf.Tensor) -> tf.Tensor:
@@ -316,10 +317,8 @@ def relative_scale(weighting: Weighting, typical_score: tf.Tensor) -> tf.Tensor:
     if weighting.scale == "running":
         return typical_score
     fixed = 1.0 if weighting.scale is None else float(weighting.scale)
-    scale = tf.fill(tf.shape(typical_score), tf.cast(fixed, typical_score.dtype))
-    if weighting.needs_typical_score:
-        scale = tf.where(typical_score > 0, scale, tf.zeros_like(scale))
-    return scale
+    scale = tf.constant(fixed, typical_score.dtype, typical_score.shape)
+    return tf.where(typical_score > 0, scale, 0.0) if weighting.needs_typical_score else scale
 
 
 def next_typical_score(
@@ -338,7 +337,6 @@ def next_typical_score(
     """
     mean_score = tf.cast(mean_score, typical_score.dtype)
     limited = tf.minimum(mean_score, _LARGEST_GROWTH * typical_score)
-    limited = tf.where(typical_score > 0, limited, mean_score)
     moved = weighting.memory * typical_score + (1.0 - weighting.memory) * limited
     moved = tf.where(typical_score > 0, moved, mean_score)
     return tf.where(tf.math.is_finite(mean_score), moved, typical_score)

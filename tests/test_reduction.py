@@ -90,16 +90,16 @@ def test_statistics_merge_into_what_one_fold_gives(cohort, cut):
     for a, b in zip(tf.nest.flatten(whole), tf.nest.flatten(merged), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
     counted = [(score, log) for score, log, _ in cohort if log > -math.inf]
-    assert whole.clients == len(counted)
-    assert whole.non_finite == sum(bad for *_, bad in cohort)
-    assert whole.zero_weight == sum(log == -math.inf and not bad for _, log, bad in cohort)
+    assert whole.sums[0] == len(counted)
+    assert whole.sums[1] == sum(bad for *_, bad in cohort)
+    assert whole.sums[2] == sum(log == -math.inf and not bad for _, log, bad in cohort)
     if counted:
         tiny = 1e-30  # TensorFlow's kernels take subnormal numbers for zero
         score_max, minus_min, log_max = whole.largest[:, 0]
         np.testing.assert_allclose(score_max, max(s for s, _ in counted), atol=tiny)
         np.testing.assert_allclose(-minus_min, min(s for s, _ in counted), atol=tiny)
         np.testing.assert_allclose(log_max, max(log for _, log in counted), atol=tiny)
-        np.testing.assert_allclose(whole.scores[0], sum(s for s, _ in counted), 1e-12, tiny)
+        np.testing.assert_allclose(whole.sums[3], sum(s for s, _ in counted), 1e-12, tiny)
 
 
 def test_a_client_without_weight_may_hold_anything():
