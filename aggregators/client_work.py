@@ -17,7 +17,7 @@ from aggregators.measurements import (
 )
 from aggregators.one_pass import ScoredUpdate
 from aggregators.reduction import federated_reduction, of_lifted
-from aggregators.scores import Score, check_score, score_layers
+from aggregators.scores import TELLING_SCORES, Score, check_score, score_layers
 from aggregators.weighting import (
     Weighting,
     all_finite,
@@ -324,10 +324,12 @@ def build_scored_client_work(
         else:
             scores = score_layers(score, done.initial, done.trained, groups)
         delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
-        bad = tf.logical_not(tf.reduce_all([all_finite(x) for x in [*delta, scores, done.loss]]))
+        looked_at = [scores, done.loss] if score in TELLING_SCORES else [scores, done.loss, *delta]
+        sound = tf.reduce_all(tf.stack([all_finite(tensor) for tensor in looked_at]))
 
         def zeros_if_bad(tensor: tf.Tensor) -> tf.Tensor:
-            return tf.where(bad, tf.zeros_like(tensor), tensor)
+            # 0 times NaN is 0 here.
+            return tf.math.multiply_no_nan(tensor, tf.cast(sound, tensor.dtype))
 
         if client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
             weight = tf.cast(done.examples, tf.float32)
@@ -339,10 +341,10 @@ def build_scored_client_work(
             scores=zeros_if_bad(scores),
             loss=zeros_if_bad(done.loss),
             steps=done.steps,
-            non_finite=bad,
+            non_finite=~sound,
         )
         metrics = tf.nest.map_structure(
-            lambda new, fresh: tf.where(bad, fresh, new), done.metrics, done.fresh_metrics
+            lambda new, fresh: tf.where(sound, new, fresh), done.metrics, done.fresh_metrics
         )
         result = tff.learning.templates.ClientResult(
             update=update, update_weight=zeros_if_bad(weight)

@@ -13,16 +13,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from aggregators import divergences
 from aggregators.layers import Groups
 
 Score = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], tf.Tensor]
-
-# Layers of so many elements take less than a tenth of a millisecond, whatever the precision.
-_SMALL = 2**14
-
-# Layers of more elements are taken in blocks that stay in a core's cache. Smaller ones do not repay
-# the larger graph, which takes a tenth of a second to trace and to load.
-_LARGE, _BLOCK = 2**19, 2**15
 
 
 def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -39,8 +33,8 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     d = log(1 + E_p[exp(c) - 1 - c]),   c = (client - server) - E_p[client - server]
     ```
 
-    whose terms are all positive and small. Small layers are computed in float64, which costs
-    nothing there. Large ones (over 2^19 elements) of which none changed by more than 0.2 take
+    whose terms are all positive and small, in float64 for layers of up to 2^14 elements. Large ones
+    (over 2^19) of which none changed by more than 0.2 take
 
     ```
     d = k2 / 2 + k3 / 6 + k4 / 24 + ...
@@ -64,17 +58,7 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
 
     Source: Kullback and Leibler, 1951.
     """
-    s, c = _flat(server), _flat(client)
-
-    def at_any_distance() -> tf.Tensor:
-        p, change, near = _softmax_change(s, c)
-        del p, change  # only the divergence is needed
-        return _sound_or(near, lambda: _textbook_kl(s, c), s)
-
-    def series(k2: tf.Tensor, k3: tf.Tensor, k4: tf.Tensor) -> tf.Tensor:
-        return k2 / 2.0 + k3 / 6.0 + k4 / 24.0
-
-    return _as_wide_as(server, _series_or(series, at_any_distance, s, c))
+    return _one_layer(divergences.KL, server, client)
 
 
 def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -100,21 +84,7 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
 
     Source: Lin, Divergence measures based on the Shannon entropy, 1991.
     """
-    s, c = _flat(server), _flat(client)
-
-    def at_any_distance() -> tf.Tensor:
-        p, change, kl = _softmax_change(s, c)
-        # log(q / p), q / p - 1 and log(m / p); then sum of p * ((q / p) log(q / m) - log(m / p)) / 2.
-        log_ratio = change - kl
-        excess = tf.math.expm1(log_ratio)
-        middle = tf.math.log1p(0.5 * excess)
-        near = 0.5 * tf.reduce_sum(p * ((1.0 + excess) * (log_ratio - middle) - middle))
-        return _sound_or(near, lambda: _textbook_js(s, c), s)
-
-    def series(k2: tf.Tensor, k3: tf.Tensor, k4: tf.Tensor) -> tf.Tensor:
-        return k2 / 8.0 + k3 / 16.0 + (k4 - k2 * k2) / 64.0
-
-    return _as_wide_as(server, _series_or(series, at_any_distance, s, c))
+    return _one_layer(divergences.JS, server, client)
 
 
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -199,10 +169,15 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
     return _as_wide_as(server, tf.where(one_is_zero, tf.ones_like(half), half))
 
 
+_DIVERGENCES: dict[Score, divergences.Divergence] = {
+    kl_divergence: divergences.KL,
+    js_divergence: divergences.JS,
+}
+
 # What can be scored from the update alone, without the model it changes: cosine distance too, but
 # there it only tells a zero update from the others.
 UPDATE_SCORES = (l2_distance, spectral_distance, cosine_distance)
-MODEL_SCORES = (kl_divergence, js_divergence)
+MODEL_SCORES = tuple(_DIVERGENCES)
 
 # Not finite wherever a tensor of the client is not; cosine distance is 1 to a zero layer all the same.
 TELLING_SCORES = (kl_divergence, js_divergence, l2_distance)
@@ -223,14 +198,19 @@ def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.T
     Raises:
       TypeError: If `score` does not return one number per layer.
     """
-    servers, clients = tf.nest.flatten(server), tf.nest.flatten(client)
-    if score not in UPDATE_SCORES + MODEL_SCORES:
+    servers, clients = (
+        [[tf.convert_to_tensor(flat[i]) for i in group] for group in groups]
+        for flat in (tf.nest.flatten(server), tf.nest.flatten(client))
+    )
+    if score in _DIVERGENCES:
+        return tf.cast(
+            tf.stack(divergences.of_layers(_DIVERGENCES[score], servers, clients)), tf.float32
+        )
+    if score not in UPDATE_SCORES:
         score = tf.function(score)  # for the control flow that people write in Python
     found = []
-    for group in groups:
-        value = tf.convert_to_tensor(
-            score([servers[i] for i in group], [clients[i] for i in group])
-        )
+    for group, old, new in zip(groups, servers, clients, strict=True):
+        value = tf.convert_to_tensor(score(old, new))
         if value.shape.rank != 0 or not value.dtype.is_floating:
             raise TypeError(
                 "`score` must return one floating number per layer; "
@@ -261,81 +241,23 @@ def _as_wide_as(tensors: Sequence[tf.Tensor], found: tf.Tensor) -> tf.Tensor:
     return tf.cast(found, tf.float64 if double else tf.float32)
 
 
+def _one_layer(
+    divergence: divergences.Divergence, server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    server, client = ([tf.convert_to_tensor(x) for x in layer] for layer in (server, client))
+    (found,) = divergences.of_layers(divergence, [server], [client])
+    return _as_wide_as(server, found)
+
+
 def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """The layer as one vector, in float64 if it is small."""
-    flat = [tf.reshape(_wide(tensor), [-1]) for tensor in tensors]
-    size = sum(part.shape[0] or 0 for part in flat)
-    double = size <= _SMALL or any(part.dtype == tf.float64 for part in flat)
-    flat = [tf.cast(part, tf.float64 if double else tf.float32) for part in flat]
-    return flat[0] if len(flat) == 1 else tf.concat(flat, 0)
+    vector = divergences.flat([tf.convert_to_tensor(tensor) for tensor in tensors])
+    return tf.cast(vector, tf.float64) if vector.shape[0] <= divergences.SMALL else vector
 
 
 def _unit_peak(vector: tf.Tensor) -> tf.Tensor:
     """The vector divided by its largest absolute value; itself if that is 0."""
     return tf.math.divide_no_nan(vector, tf.reduce_max(tf.abs(vector)))
-
-
-def _series_or(
-    series: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor],
-    at_any_distance: Callable[[], tf.Tensor],
-    s: tf.Tensor,
-    c: tf.Tensor,
-) -> tf.Tensor:
-    """For large layers, the series in the cumulants of c - s under softmax(s), where it holds."""
-    if s.dtype == tf.float64 or s.shape[0] <= _LARGE:
-        return at_any_distance()
-
-    def add_block(start: tf.Tensor, largest: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        size = tf.minimum(s.shape[0] - start, _BLOCK)
-        block = tf.slice(s, start, size)
-        change = tf.slice(c, start, size) - block
-        square = tf.square(change)
-        p = tf.exp(block - s[0])  # not normalised
-        p_square = p * square
-        terms = (p, p * change, p_square, p_square * change, p_square * square)
-        found = tf.cast(tf.stack([tf.reduce_sum(term) for term in terms]), tf.float64)
-        return start + _BLOCK, tf.maximum(largest, tf.reduce_max(square)), sums + found
-
-    nothing = (tf.constant([0]), tf.constant(0.0), tf.zeros([5], tf.float64))
-    _, largest, sums = tf.while_loop(lambda start, *_: start[0] < s.shape[0], add_block, nothing)
-    m1, m2, m3, m4 = tf.unstack(sums[1:] / sums[0])
-    k2 = m2 - m1**2
-    k3 = m3 - 3.0 * m1 * m2 + 2.0 * m1**3
-    k4 = m4 - 4.0 * m1 * m3 - 3.0 * m2**2 + 12.0 * m1**2 * m2 - 6.0 * m1**4
-    # If nearly all of the change is one shift of all elements, the rest drowns in its rounding.
-    holds = (largest <= 0.2**2) & (m2 <= 100.0 * k2)
-    found = series(k2, k3, k4)
-    return tf.cond(holds, lambda: found, lambda: tf.cast(at_any_distance(), tf.float64))
-
-
-def _softmax_change(s: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns p, the change of elements centred under p, and KL(p || q)."""
-    p = tf.nn.softmax(s)
-    change = c - s
-    change -= tf.reduce_sum(p * change)
-    excess = tf.reduce_sum(p * (tf.math.expm1(change) - change))
-    return p, change, tf.math.log1p(tf.maximum(excess, 0.0))
-
-
-def _sound_or(near: tf.Tensor, textbook: Callable[[], tf.Tensor], layer: tf.Tensor) -> tf.Tensor:
-    """The textbook sum where exp overflows: layers so far apart that the sum is exact."""
-    sound, near = tf.math.is_finite(near), tf.maximum(near, 0.0)
-    if layer.shape[0] <= _SMALL:  # both at once cost less than building a branch
-        return tf.where(sound, near, textbook())
-    return tf.cond(sound, lambda: near, textbook)
-
-
-def _textbook_kl(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-    log_p, log_q = tf.nn.log_softmax(s), tf.nn.log_softmax(c)
-    return tf.maximum(tf.reduce_sum(tf.exp(log_p) * (log_p - log_q)), 0.0)
-
-
-def _textbook_js(s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-    log_p, log_q = tf.nn.log_softmax(s), tf.nn.log_softmax(c)
-    largest = tf.maximum(log_p, log_q)
-    log_m = largest + tf.math.log(0.5 * (tf.exp(log_p - largest) + tf.exp(log_q - largest)))
-    terms = tf.exp(log_p) * (log_p - log_m) + tf.exp(log_q) * (log_q - log_m)
-    return tf.maximum(0.5 * tf.reduce_sum(terms), 0.0)
 
 
 def _spectral_norm(difference: tf.Tensor) -> tf.Tensor:
