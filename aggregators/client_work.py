@@ -327,9 +327,11 @@ def build_scored_client_work(
         looked_at = [scores, done.loss] if score in TELLING_SCORES else [scores, done.loss, *delta]
         sound = tf.reduce_all(tf.stack([all_finite(tensor) for tensor in looked_at]))
 
+        keep = {x.dtype: tf.cast(sound, x.dtype) for x in [scores, *delta]}
+
         def zeros_if_bad(tensor: tf.Tensor) -> tf.Tensor:
             # 0 times NaN is 0 here.
-            return tf.math.multiply_no_nan(tensor, tf.cast(sound, tensor.dtype))
+            return tf.math.multiply_no_nan(tensor, keep[tensor.dtype])
 
         if client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
             weight = tf.cast(done.examples, tf.float32)
