@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -66,7 +67,8 @@ def federated_adaptive_mean(
     `<{T}@CLIENTS, T@SERVER> -> <T@SERVER, M@SERVER, float32[num_layers]@SERVER>`. One pass.
 
     A client with a value, weight or score that is not finite counts for nothing and is counted in
-    the measurements; so does one of weight 0, which is not. If no client counts, the mean is the
+    the measurements; so does one of weight 0, which is not. A value counts as finite if the sum of
+    its squares is, in float32: up to a norm of 2.6e19. If no client counts, the mean is the
     server's model, or zeros for deltas, and `unchanged` is 1.
 
     To run on several workers or in sub-rounds, the last argument of your computation must be placed
@@ -213,7 +215,8 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
     clipped, so wrap the factory in `tff.aggregators.clipping_factory` for that.
 
     A client with an update, weight or score that is not finite counts for nothing and is counted
-    in the measurements; one of weight 0 counts for nothing. If none counts, the result is NaN and
+    in the measurements; one of weight 0 counts for nothing. An update counts as finite if the sum
+    of its squares is, in float32: up to a norm of 2.6e19. If no client counts, the result is NaN and
     `unchanged` is 1: that is how TFF's finalizers are told to leave model and optimizer as they
     were (zeros would still be a step of momentum, Adam or weight decay). TFF's own client work sends a
     non-finite update as zeros with weight 0, so in `build_weighted_fed_avg` such clients are seen as
@@ -354,7 +357,7 @@ def weigh(
     Returns:
       A mapping of `mean` to a `LogWeighted` and `statistics` to `ClientStatistics`.
     """
-    tensors = tuple(tf.nest.flatten(value))
+    tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(value))
     logs, sound = log_weights(weighting, scores, weight, typical_score)
     bad = tf.cast(non_finite, tf.bool) | ~sound
     if score not in TELLING_SCORES:
@@ -385,15 +388,11 @@ def typical_state(weighting: Weighting, typical: tf.Tensor, measured: Any) -> Or
     return OrderedDict(typical_score=following)
 
 
-def finite_tensors(tensors: tuple[tf.Tensor, ...]) -> tf.Tensor:
-    """Whether all elements are finite: one bool."""
-    # A sum of squares is one pass over memory; only if it overflows is each element looked at.
-    squares = [tf.cast(tf.nn.l2_loss(tensor), tf.float32) for tensor in tensors]
-    return tf.cond(
-        tf.math.is_finite(tf.add_n(squares)),
-        lambda: tf.constant(True),
-        lambda: tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors]),
-    )
+def finite_tensors(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
+    """Whether the sum of all squares is a number in float32, so the norm below 2.6e19: one bool."""
+    # One pass over memory, a third of what a look at each element takes.
+    squares = [tf.nn.l2_loss(tf.cast(x, tf.float32) if x.dtype.size < 4 else x) for x in tensors]
+    return tf.math.is_finite(tf.add_n([tf.cast(square, tf.float32) for square in squares]))
 
 
 def is_scored(value_type: Any) -> bool:

@@ -17,7 +17,7 @@ from aggregators.measurements import (
 )
 from aggregators.one_pass import ScoredUpdate
 from aggregators.reduction import federated_reduction, of_lifted
-from aggregators.scores import TELLING_SCORES, Score, check_score, score_layers
+from aggregators.scores import Score, check_score, score_layers
 from aggregators.weighting import (
     Weighting,
     all_finite,
@@ -149,7 +149,7 @@ def build_score_weighted_client_work(
         by_layer = score_layers(score, server, trained, groups)
         mean = tf.reduce_mean(by_layer, keepdims=True)
         own = tf.cast(result.update_weight, tf.float64)
-        bad = ~finite_tensors(tuple(update))
+        bad = ~finite_tensors(update)
         largest = tf.reduce_max([tf.cast(_largest(tensor), tf.float64) for tensor in update])
         if (own <= 0.0) | (largest <= 0.0):
             # TFF sends a non-finite update as zeros with weight 0; only its data tells it from a
@@ -324,8 +324,7 @@ def build_scored_client_work(
         else:
             scores = score_layers(score, done.initial, done.trained, groups)
         delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
-        looked_at = [scores, done.loss] if score in TELLING_SCORES else [scores, done.loss, *delta]
-        sound = tf.reduce_all(tf.stack([all_finite(tensor) for tensor in looked_at]))
+        sound = finite_tensors(delta) & all_finite(scores) & tf.math.is_finite(done.loss)
 
         keep = {x.dtype: tf.cast(sound, x.dtype) for x in [scores, *delta]}
 

@@ -33,15 +33,16 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     d = log(1 + E_p[exp(c) - 1 - c]),   c = (client - server) - E_p[client - server]
     ```
 
-    whose terms are all positive and small, in float64 for layers of up to 2^14 elements. Large ones
-    (over 2^19) of which none changed by more than 0.2 take
+    whose terms are all positive and small, in float64 for layers of up to 2^14 elements. Larger ones
+    of which none changed by more than 0.2 take
 
     ```
     d = k2 / 2 + k3 / 6 + k4 / 24 + ...
     ```
 
-    up to there, `kj` the j-th cumulant of `client - server` under `p`: one pass over memory instead
-    of ten. What is left out is below 0.2 % of `d`, and below 1e-6 of it for bell-shaped changes.
+    up to there, `kj` the j-th cumulant of `client - server` under `p`, a few sums instead of an
+    exponential per element. What is left out is below 0.2 % of `d`, and below 1e-6 of it for
+    bell-shaped changes.
 
     Blind to a constant added to the whole layer, and always 0 for a layer of one element.
 

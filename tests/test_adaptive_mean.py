@@ -11,7 +11,7 @@ import tensorflow_federated as tff
 
 import aggregators
 from aggregators import federated_adaptive_mean, scores, weighting
-from aggregators.adaptive_mean import weigh
+from aggregators.adaptive_mean import finite_tensors, weigh
 
 SHAPES = [(2, 3), (3,), (4,)]
 MODEL = tff.to_type([(np.float32, shape) for shape in SHAPES])
@@ -163,6 +163,22 @@ def test_no_score_hides_a_client_that_is_not_finite(score, bad):
                 part = weigh(weighting.softmax(scale=1.0), client, found, 1.0, none, False, score)
                 assert part["statistics"].non_finite
                 assert np.all(np.isneginf(part["mean"].log_weights))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "finite", "not_finite"),
+    [
+        (np.float16, [6e4, -6e4], [np.inf, np.nan]),
+        (np.float32, [1e19, -1e19], [3e19, 1e38, -np.inf, np.nan]),
+        (np.float64, [1e19, -1e19], [3e19, -1e300, np.inf, np.nan]),
+    ],
+)
+def test_an_update_is_finite_up_to_a_norm_whose_square_float32_holds(dtype, finite, not_finite):
+    for largest in (*finite, *not_finite):
+        update = [np.zeros((4, 3), dtype), np.zeros(2, dtype)]
+        update[0][3, 1] = largest
+        found = finite_tensors([tf.constant(tensor) for tensor in update])
+        assert bool(found) == (largest in finite)
 
 
 def test_two_workers_give_the_same_mean(by_kl):

@@ -62,17 +62,18 @@ def test_scores_of_large_layers_keep_their_digits_when_models_hardly_moved(score
     )
 
 
-# Large enough for blocks, the last of them a short one, and of unlike weight.
-LARGE = 530_001
+# Of middle size; and large enough for blocks, the last of them a short one, and of unlike weight.
+MIDDLE, LARGE = 100_001, 530_001
+both_sizes = pytest.mark.parametrize("length", [MIDDLE, LARGE])
 divergences = pytest.mark.parametrize(
     "score", scores.MODEL_SCORES, ids=lambda score: score.__name__
 )
 
 
-def large_server(seed=6, spread=3.0):
-    rng = np.random.default_rng(seed)
-    drift = np.linspace(-spread, spread, LARGE)
-    return rng, np.float32(drift + 0.05 * rng.normal(size=LARGE))
+def large_server(length, spread=3.0):
+    rng = np.random.default_rng(6)
+    drift = np.linspace(-spread, spread, length)
+    return rng, np.float32(drift + 0.05 * rng.normal(size=length))
 
 
 def check_large(score, server, change, rtol):
@@ -82,57 +83,62 @@ def check_large(score, server, change, rtol):
 
 
 @divergences
+@both_sizes
 @pytest.mark.parametrize("apart", [3e-5, 1e-3, 0.03, 0.3, 3.0, 30.0])
-def test_divergences_of_layers_in_blocks_near_and_far(score, apart):
-    rng, server = large_server()
-    check_large(score, server, apart * rng.normal(size=LARGE), rtol=1e-4)
+def test_divergences_of_large_layers_near_and_far(score, length, apart):
+    rng, server = large_server(length)
+    check_large(score, server, apart * rng.normal(size=length), rtol=1e-4)
     # Blocks that differ not only in weight but also in what happened to them.
-    check_large(score, server, apart * np.cos(np.linspace(0.0, 7.0, LARGE)), rtol=1e-4)
+    check_large(score, server, apart * np.cos(np.linspace(0.0, 7.0, length)), rtol=1e-4)
 
 
 @divergences
+@both_sizes
 @pytest.mark.parametrize("size", [0.19, -0.19, 1.0, -1.0])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.8])
-def test_divergences_of_lopsided_changes(score, share, size):
+def test_divergences_of_lopsided_changes(score, length, share, size):
     # Of all changes within a range, those of two values have the heaviest higher moments.
-    rng, server = large_server(spread=0.5)
-    check_large(score, server, size * (rng.random(LARGE) < share), rtol=3e-4)
-    for place in (np.linspace(0.0, 1.0, LARGE), np.linspace(1.0, 0.0, LARGE)):
+    rng, server = large_server(length, spread=0.5)
+    check_large(score, server, size * (rng.random(length) < share), rtol=3e-4)
+    for place in (np.linspace(0.0, 1.0, length), np.linspace(1.0, 0.0, length)):
         check_large(score, server, size * (place < share), rtol=3e-4)
 
 
 @divergences
+@both_sizes
 @pytest.mark.parametrize(("shift", "apart"), [(1e-3, 1e-3), (0.01, 2e-5), (4.0, 1e-3)])
-def test_divergences_of_large_layers_do_not_see_a_shift(score, shift, apart):
-    rng, server = large_server(spread=0.5)
-    check_large(score, server, shift + apart * rng.normal(size=LARGE), rtol=2e-3)
+def test_divergences_of_large_layers_do_not_see_a_shift(score, length, shift, apart):
+    rng, server = large_server(length, spread=0.5)
+    check_large(score, server, shift + apart * rng.normal(size=length), rtol=2e-3)
     assert abs(number(score, [server], [server])) < 1e-12
 
 
 @divergences
-def test_divergences_in_blocks_are_the_same_in_the_worker(score):
-    @tff.tensorflow.computation(tff.TensorType(np.float32, [LARGE]), np.float32)
+@both_sizes
+def test_divergences_of_large_layers_are_the_same_in_the_worker(score, length):
+    @tff.tensorflow.computation(tff.TensorType(np.float32, [length]), np.float32)
     def found(server, apart):
-        change = apart * tf.cos(tf.range(LARGE, dtype=tf.float32))
+        change = apart * tf.cos(tf.range(length, dtype=tf.float32))
         return score([server], [server + change])
 
-    _, server = large_server()
+    _, server = large_server(length)
     for apart in (0.1, 1.0):
-        change = apart * np.cos(np.arange(LARGE, dtype=np.float32))
+        change = apart * np.cos(np.arange(length, dtype=np.float32))
         expected = number(score, [server], [server + np.float32(change)])
         np.testing.assert_allclose(found(server, apart), expected, rtol=1e-3)
 
 
 @divergences
-def test_divergences_of_large_layers_with_a_peak_and_with_nothing(score):
-    rng, server = large_server()
-    server[LARGE // 2] = 14.0  # three quarters of the softmax
-    change = 0.01 * rng.normal(size=LARGE)
+@both_sizes
+def test_divergences_of_large_layers_with_a_peak_and_with_nothing(score, length):
+    rng, server = large_server(length)
+    server[length // 2] = 14.0  # three quarters of the softmax
+    change = 0.01 * rng.normal(size=length)
     check_large(score, server, change, rtol=1e-4)
-    server[LARGE // 2] = 300.0  # beyond exp in float32
+    server[length // 2] = 300.0  # beyond exp in float32
     assert abs(number(score, [server], [np.float32(server + change)])) < 1e-7
-    check_large(score, np.zeros(LARGE, np.float32), change, rtol=1e-4)
-    half = np.float16(0.1 * rng.normal(size=LARGE))
+    check_large(score, np.zeros(length, np.float32), change, rtol=1e-4)
+    half = np.float16(0.1 * rng.normal(size=length))
     check_large(score, half, np.float16(change), rtol=1e-3)
     for bad in (np.nan, np.inf, -np.inf):
         client = np.float32(server + change)
@@ -201,6 +207,32 @@ def test_the_cosine_of_huge_and_tiny_layers(size):
     long = np.full(size, 1e20, np.float32)
     long[1] = np.nan
     assert not np.isfinite(number(scores.cosine_distance, [ones], [long]))
+
+
+@every_score
+def test_layers_of_all_sizes_are_scored_together_as_alone(score):
+    if score is scores.spectral_distance:
+        shapes = [(3,), (70, 20), (30,), (5, 2, 4)]
+    else:
+        shapes = [(3,), (MIDDLE,), (700, 20), (LARGE,), (30,)]
+    rng = np.random.default_rng(9)
+    server = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    server.append(rng.normal(size=20_000))  # double precision
+    for bad in (None, 0, 1, 3):
+        client = [tensor + 0.01 * rng.normal(size=tensor.shape) for tensor in server]
+        client = [np.asarray(new, old.dtype) for new, old in zip(client, server, strict=True)]
+        if bad is not None:
+            client[bad].flat[2] = np.nan
+        groups = [
+            (0,),
+            (2,),
+            *((i,) for i in range(len(shapes)) if i not in (0, 2)),
+            (len(shapes),),
+        ]
+        together = scores.score_layers(score, server, client, groups).numpy()
+        alone = [number(score, [server[i]], [client[i]]) for (i,) in groups]
+        np.testing.assert_allclose(together, alone, rtol=1e-6)
+        assert [not np.isfinite(x) for x in together] == [group == (bad,) for group in groups]
 
 
 def test_layers_are_scored_one_by_one():
