@@ -378,8 +378,8 @@ def mean_and_statistics(specs: list[tf.TensorSpec], groups: Groups, sample_size:
 
 def none_if_no_client(tensors: Any, measured: Any) -> tuple[tf.Tensor, ...]:
     """The tensors, or NaN in their place if no client counted: TFF's word for a rejected round."""
-    some = measured["clients"] > 0
-    return tuple(tf.where(some, x, math.nan) for x in tensors)
+    nothing = tf.where(measured["clients"] > 0, 0.0, math.nan)
+    return tuple(x + tf.cast(nothing, x.dtype) for x in tensors)
 
 
 def typical_state(weighting: Weighting, typical: tf.Tensor, measured: Any) -> OrderedDict[str, Any]:

@@ -8,15 +8,21 @@ from collections.abc import Callable, Mapping
 def time_side_by_side(
     contenders: Mapping[str, Callable[[], None]], *, rounds: int, warm_up: int = 3
 ) -> dict[str, float]:
-    """Returns the median seconds of each contender over rounds in which all take turns."""
+    """Returns the median seconds of each contender over rounds in which all take turns.
+
+    Each round begins with another, so that none always comes after the same one, whose caches and
+    garbage it finds.
+    """
     for run in contenders.values():
         for _ in range(warm_up):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
+    names = list(contenders)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            run()
+            contenders[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
