@@ -142,6 +142,10 @@ def test_without_a_usable_client_the_model_is_the_servers_and_the_delta_zero(by_
     for output in (models, deltas):
         assert output.measurements["unchanged"] == 1
         assert output.measurements["non_finite_clients"] == 2
+        for name in ("score_mean", "score_min", "score_max"):
+            assert np.all(np.isnan(output.measurements[name]))
+        for name in ("effective_clients", "largest_weight"):
+            np.testing.assert_array_equal(output.measurements[name], 0.0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -310,6 +310,22 @@ def test_bad_arguments_of_scored_work_raise_when_it_is_built(arguments, error, m
         aggregators.build_scored_client_work(model_fn, SGD, **arguments)
 
 
+def test_an_update_that_blew_up_is_sent_as_zeros_and_said_to_be():
+    data = twin.datasets(DATA)
+    for rate, blown_up in ((0.1, False), (1e30, True)):
+        # The loss is that of the weights training starts from, and finite either way.
+        work = aggregators.build_scored_client_work(
+            model_fn, tff.learning.optimizers.build_sgdm(rate), loss_at="initial"
+        )
+        weights = tff.learning.models.ModelWeights.from_model(model_fn())
+        weights = tf.nest.map_structure(lambda variable: variable.numpy(), weights)
+        output = work.next(work.initialize(), [weights] * len(data), data)
+        for result in output.result:
+            assert result.update.non_finite == blown_up
+            assert (result.update_weight == 0.0) == blown_up
+            assert all(np.all(tensor == 0.0) == blown_up for tensor in result.update.delta)
+
+
 def test_a_model_function_that_makes_no_model_is_refused():
     with pytest.raises(TypeError, match="`model_fn` must make"):
         aggregators.build_scored_client_work(lambda: 1, SGD)

@@ -338,6 +338,10 @@ def test_a_score_without_a_number_takes_its_client_out():
     nan_below_one = weighting.Weighting(lambda r: tf.sqrt(r - 1.0), scale=None)
     assert np.all(np.isneginf(logs(nan_below_one, [0.5, 2.0])))
     np.testing.assert_allclose(logs(nan_below_one, [1.0, 5.0]), [0.0, 2.0])
+    # Nothing is wrong with a client without weight, whatever its score.
+    for weight, right in ((1.0, False), (0.0, True)):
+        _, sound = weighting.log_weights(nan_below_one, tf.constant([0.5]), weight, tf.zeros([1]))
+        assert sound == right
     # A typical score that has no number is not subtracted.
     np.testing.assert_allclose(logs(nan_below_one, [1.0, 5.0], 1.0, (0.5, 2.0)), [0.0, 1.0])
 
