@@ -163,7 +163,7 @@ def compare_rounds(number: int, repeats: int) -> None:
         time_side_by_side(
             {name: functools.partial(call, name) for name in builders}, rounds=rounds, warm_up=1
         )
-        for call, rounds in ((first_round, repeats), (later_round, 4 * repeats))
+        for call, rounds in ((first_round, 2 * repeats), (later_round, 4 * repeats))
     )
     print(f"\nWhole rounds: {number} clients, 10 batches of 32, 397510 parameters; seconds")
     print(f"{'loop':>16} {'':>24} {'build + first round':>24} {'later round':>20}")
