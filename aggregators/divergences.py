@@ -27,7 +27,6 @@ SMALL, _LARGE, _BLOCK = 2**14, 2**19, 2**15
 # Up to here what the series leaves out is below 0.2 % of the divergence.
 _FARTHEST = 0.2
 
-
 Over = Callable[[tf.Tensor], tf.Tensor]
 
 
@@ -95,16 +94,26 @@ def of_layers(
 
     Returns:
       A float64 number for each layer, 0 or more; not finite where an input is not.
+
+    Raises:
+      ValueError: If a shape is not fully known.
     """
-    found: list[tf.Tensor] = [None] * len(servers)
+    for layer in servers:
+        for tensor in layer:
+            if not tensor.shape.is_fully_defined():
+                raise ValueError(
+                    "A divergence needs tensors of known shape; "
+                    f"found {tensor.shape}. Set it with `tf.ensure_shape`."
+                )
+    found = [tf.zeros([], tf.float64)] * len(servers)  # also that of layers without elements
     sizes = [sum(tensor.shape.num_elements() for tensor in layer) for layer in servers]
     small = []
     for i, (server, client) in enumerate(zip(servers, clients, strict=True)):
-        if sizes[i] <= SMALL or any(tensor.dtype == tf.float64 for tensor in server):
-            small.append(i)
-        else:
+        if sizes[i] > SMALL and all(tensor.dtype != tf.float64 for tensor in server):
             way = _of_large if sizes[i] > _LARGE else _of_medium
             found[i] = way(divergence, flat(server), flat(client))
+        elif sizes[i]:
+            small.append(i)
     if small:
         s, c = (
             tf.cast(flat([tensor for i in small for tensor in layers[i]]), tf.float64)

@@ -235,6 +235,18 @@ def test_layers_of_all_sizes_are_scored_together_as_alone(score):
         assert [not np.isfinite(x) for x in together] == [group == (bad,) for group in groups]
 
 
+@divergences
+def test_divergences_of_layers_without_elements_and_of_unknown_shape(score):
+    server = [np.zeros(0, np.float32), np.float32([0, 0]), np.zeros((3, 0), np.float32)]
+    client = [server[0], np.float32([0, 1]), server[2]]
+    found = scores.score_layers(score, server, client, ((0,), (1,), (2,)))
+    np.testing.assert_allclose(found, [0.0, number(score, [server[1]], [client[1]]), 0.0])
+    assert found[1] > 0.0
+    traced = tf.function(lambda x: score([x], [x]), input_signature=[tf.TensorSpec([None])])
+    with pytest.raises(ValueError, match="tensors of known shape"):
+        traced(server[1])
+
+
 def test_layers_are_scored_one_by_one():
     rng = np.random.default_rng(5)
     server, client = layer(rng), layer(rng)
