@@ -62,11 +62,12 @@ def build_score_weighted_client_work(
     above `2**20 - 1` and rounds all to steps of about `2**-12`, without a word. With a bound `b`
     weights lie from `n / sqrt(b)` to `n sqrt(b)`.
 
-    An update that is not finite is sent as zeros with weight 0, as is one without a finite score
-    or weight, and one that would overflow once multiplied by its weight (1e35). TFF's own client
-    work does the first by itself without a trace; a client of weight 0 that has data is counted
-    as non-finite here. A client without data has weight 0 whatever `client_work` gave: it did not
-    move, and would pass for the nearest of all.
+    An update that is not finite (of a norm above 2.6e19, too: see `AdaptiveMeanFactory`) is sent as
+    zeros with weight 0, as is one without a finite score or weight, and one that would overflow
+    once multiplied by its weight (1e35). TFF's own client work does the first by itself without a
+    trace; a client of weight 0 that has data is counted as non-finite here. A client without data
+    has weight 0 whatever `client_work` gave: it did not move, and would pass for the nearest of
+    all.
 
     Args:
       client_work: Any client work whose update has the trainable weights' structure and is the
@@ -234,8 +235,8 @@ def build_scored_client_work(
     from the weights at hand.
 
     The update is a `ScoredUpdate`, for `AdaptiveMeanFactory` and the factories in
-    `aggregators.loss_rules`. A client whose trained weights, scores or loss are not finite sends
-    zeros with weight 0, and says so in `non_finite`.
+    `aggregators.loss_rules`. A client whose update, scores or loss are not finite sends zeros with
+    weight 0, and says so in `non_finite`. An update counts as finite up to a norm of 2.6e19.
 
     Args:
       model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
