@@ -52,7 +52,7 @@ def raw_weights(scores, examples, *, rule, scale, typical, bound=None, times_exa
     `scale` and `typical` are arrays over layers; `typical` is 0 in a first round, where rules that
     look at it let all scores count alike.
     """
-    scores, examples = np.float64(scores), np.float64(examples)
+    scores, examples = (np.asarray(x, np.float64) for x in (scores, examples))
     unknown = not np.all(typical > 0)
     if unknown and (bound is not None or scale is typical):
         weights = np.ones_like(scores)

@@ -113,7 +113,7 @@ def adaptive_mean(chosen, rule, groups, clients, scores_of, weights, memory):
     found = np.array([scores_of(c) for c in clients], np.float64)
     typical = memory.setdefault("typical", np.zeros(len(groups)))
     fixed = np.full(len(groups), 1.0 if chosen.scale is None else chosen.scale, object)
-    scale = typical if chosen.scale == "running" else np.float64(fixed)
+    scale = typical if chosen.scale == "running" else np.asarray(fixed, np.float64)
     raw = twins.raw_weights(
         found,
         weights,
