@@ -18,7 +18,7 @@ from aggregators.measurements import (
 )
 from aggregators.one_pass import ScoredUpdate, build_one_pass_process
 from aggregators.reduction import Reduction, federated_reduction, of_lifted, zip_reductions
-from aggregators.scores import MODEL_SCORES, TELLING_SCORES, Score, check_score, score_layers
+from aggregators.scores import MODEL_SCORES, Score, check_score, l2_distance, score_layers
 from aggregators.streaming_mean import LogWeighted, mean_reduction
 from aggregators.weighting import (
     Weighting,
@@ -351,7 +351,7 @@ def weigh(
       weight: The client's own weight, a number.
       typical_score: Running mean score, shape `[num_layers]`.
       non_finite: Whether the value is already known not to be finite.
-      score: What has scored this value here, if anything has. Some scores are not finite where a
+      score: What has scored this value here, if anything has. An L2 distance is not finite where a
         tensor is not, which saves another pass over the tensors.
 
     Returns:
@@ -360,7 +360,7 @@ def weigh(
     tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(value))
     logs, sound = log_weights(weighting, scores, weight, typical_score)
     bad = tf.cast(non_finite, tf.bool) | ~sound
-    if score not in TELLING_SCORES:
+    if score is not l2_distance:
         bad |= ~finite_tensors(tensors)
     logs = tf.where(bad, tf.constant(-math.inf, tf.float64), logs)
     return OrderedDict(

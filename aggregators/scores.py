@@ -180,9 +180,6 @@ _DIVERGENCES: dict[Score, divergences.Divergence] = {
 UPDATE_SCORES = (l2_distance, spectral_distance, cosine_distance)
 MODEL_SCORES = tuple(_DIVERGENCES)
 
-# Not finite wherever a tensor of the client is not; cosine distance is 1 to a zero layer all the same.
-TELLING_SCORES = (kl_divergence, js_divergence, l2_distance)
-
 
 def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
     """Scores every layer of a client's model.

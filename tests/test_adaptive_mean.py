@@ -148,7 +148,7 @@ def test_without_a_usable_client_the_model_is_the_servers_and_the_delta_zero(by_
             np.testing.assert_array_equal(output.measurements[name], 0.0)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38])
 @pytest.mark.parametrize(
     "score", scores.UPDATE_SCORES + scores.MODEL_SCORES, ids=lambda score: score.__name__
 )
