@@ -8,7 +8,13 @@ import tensorflow_federated as tff
 
 from aggregators.adaptive_mean import finite_tensors, tensor_specs, typical_state
 from aggregators.layers import Layers, check_groups, resolve_layers
-from aggregators.local_training import Loop, LossAt, build_training
+from aggregators.local_training import (
+    Loop,
+    LossAt,
+    build_training,
+    check_model_fn,
+    check_optimizer,
+)
 from aggregators.measurements import (
     ClientStatistics,
     check_sample_size,
@@ -276,16 +282,8 @@ def build_scored_client_work(
       >>> str(work.next.type_signature.result.result.member.update.scores)
       'float32[2]'
     """
-    functional = isinstance(model_fn, tff.learning.models.FunctionalModel)
-    if not functional and not callable(model_fn):
-        raise TypeError(
-            "`model_fn` must be a function that makes a tff.learning.models.VariableModel, or a "
-            f"tff.learning.models.FunctionalModel; found {model_fn!r}."
-        )
-    if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
-        raise TypeError(
-            f"`optimizer` must be a tff.learning.optimizers.Optimizer; found {optimizer!r}."
-        )
+    check_model_fn(model_fn)
+    check_optimizer("optimizer", optimizer)
     if score is not None and score != "loss":
         check_score(score)
     if loss_at not in ("training", "initial"):

@@ -58,6 +58,28 @@ def build_training(
     return _variable_training(model_fn, optimizer, loss_at, loop)
 
 
+def check_model_fn(model_fn: Any) -> None:
+    """Raises `TypeError` for what is neither a functional model nor may make a variable model."""
+    if isinstance(model_fn, tff.learning.models.FunctionalModel):
+        return
+    if not callable(model_fn) or isinstance(model_fn, tf.keras.Model):
+        raise TypeError(
+            "`model_fn` must be a function that makes a tff.learning.models.VariableModel, or a "
+            f"tff.learning.models.FunctionalModel; found {model_fn!r}. Make the one of a Keras model "
+            "with `tff.learning.models.from_keras_model`, in a function of no arguments, or the other "
+            "with `tff.learning.models.functional_model_from_keras`."
+        )
+
+
+def check_optimizer(argument: str, optimizer: Any) -> None:
+    """Raises `TypeError` for anything that is not TFF's kind of optimizer."""
+    if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
+        raise TypeError(
+            f"`{argument}` must be a tff.learning.optimizers.Optimizer; found {optimizer!r}. "
+            "Make one of a Keras optimizer with `tff_optim.build_keras_optimizer`."
+        )
+
+
 def _variable_training(
     model_fn: Callable[[], tff.learning.models.VariableModel],
     optimizer: tff.learning.optimizers.Optimizer,

@@ -14,7 +14,7 @@ import tensorflow_federated as tff
 from aggregators.adaptive_mean import AdaptiveMeanFactory
 from aggregators.client_work import build_scored_client_work
 from aggregators.layers import Layers
-from aggregators.local_training import Loop, LossAt
+from aggregators.local_training import Loop, LossAt, check_model_fn, check_optimizer
 from aggregators.loss_rules import FedNovaFactory, LossGatedMeanFactory, QFedAvgFactory
 from aggregators.scores import (
     Score,
@@ -96,6 +96,7 @@ def build_adaptive_fed_avg(
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
     """
+    check_optimizer("client_optimizer_fn", client_optimizer_fn)
     factory = AdaptiveMeanFactory(weighting, layers=layers, sample_size=sample_size)
     client_work = build_scored_client_work(
         model_fn,
@@ -294,6 +295,7 @@ def build_fed_med(
 
     Source: Wu, Liang, Wang, FedMed: A Federated Learning Framework for Language Modeling, 2020.
     """
+    check_optimizer("client_optimizer_fn", client_optimizer_fn)
     factory = LossGatedMeanFactory(
         softmax() if weighting is None else weighting,
         layers=layers,
@@ -364,6 +366,7 @@ def build_q_fed_avg(
       >>> "step" in process.next.type_signature.result.metrics.member.aggregator._asdict()
       True
     """
+    check_optimizer("client_optimizer_fn", client_optimizer_fn)
     factory = QFedAvgFactory(q, learning_rate, sample_size=sample_size)
     client_work = build_scored_client_work(
         model_fn,
@@ -426,6 +429,7 @@ def build_fed_nova(
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
     """
+    check_optimizer("client_optimizer_fn", client_optimizer_fn)
     factory = FedNovaFactory(momentum, sample_size=sample_size)
     client_work = build_scored_client_work(
         model_fn,
@@ -487,6 +491,7 @@ def compose_fed_avg(
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
     """
+    check_model_fn(model_fn)
     if model_aggregator is None:
         model_aggregator = tff.aggregators.MeanFactory()
     if not isinstance(model_aggregator, tff.aggregators.WeightedAggregationFactory):
@@ -496,11 +501,7 @@ def compose_fed_avg(
         )
     if server_optimizer_fn is None:
         server_optimizer_fn = tff.learning.optimizers.build_sgdm(1.0)
-    if not isinstance(server_optimizer_fn, tff.learning.optimizers.Optimizer):
-        raise TypeError(
-            "`server_optimizer_fn` must be a tff.learning.optimizers.Optimizer; "
-            f"found {server_optimizer_fn!r}."
-        )
+    check_optimizer("server_optimizer_fn", server_optimizer_fn)
 
     @tff.tensorflow.computation
     def initial_weights() -> Any:

@@ -303,11 +303,14 @@ def test_a_client_work_whose_update_is_not_of_the_weights_is_refused():
         ({"client_weighting": None}, TypeError, "`client_weighting`"),
         ({"loop_implementation": "reduce"}, TypeError, "`loop_implementation`"),
         ({"score": "kl"}, TypeError, "`score`"),
+        ({"optimizer": tf.keras.optimizers.SGD()}, TypeError, "`optimizer`.*build_keras_optimizer"),
     ],
 )
 def test_bad_arguments_of_scored_work_raise_when_it_is_built(arguments, error, message):
     with pytest.raises(error, match=message):
-        aggregators.build_scored_client_work(model_fn, SGD, **arguments)
+        aggregators.build_scored_client_work(
+            **{"model_fn": model_fn, "optimizer": SGD, **arguments}
+        )
 
 
 def test_an_update_that_blew_up_is_sent_as_zeros_and_said_to_be():

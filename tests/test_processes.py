@@ -11,7 +11,7 @@ import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
 from aggregation_twins import fed_nova, js, kl, l2, q_fed_avg, spectral
-from problems import model_fn
+from problems import make_keras_model, model_fn
 
 import aggregators
 from aggregators import scores, weighting
@@ -418,10 +418,22 @@ def test_weights_made_on_the_clients_spread_over_workers():
             "`learning_rate` must be that of `client_optimizer_fn`; found 5.0, and 0.2",
         ),
         (lambda m: aggregators.build_fed_kl(m, SGD, "adam"), TypeError, "`server_optimizer_fn`"),
-        (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`optimizer`"),
+        (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`client_optimizer_fn`.*'sgd'"),
+        (lambda m: aggregators.build_fed_med(m, "sgd"), TypeError, "`client_optimizer_fn`"),
+        (lambda m: aggregators.build_fed_nova(m, "sgd"), TypeError, "`client_optimizer_fn`"),
+        (
+            lambda m: aggregators.build_q_fed_avg(m, "sgd", learning_rate=0.1),
+            TypeError,
+            "`client_optimizer_fn`",
+        ),
         (lambda m: aggregators.build_fed_kl(m, SGD, sample_size=-1), ValueError, "`sample_size`"),
         (lambda m: aggregators.build_fed_kl(m, SGD, layers=[(0,)]), ValueError, "`layers` must"),
         (lambda m: aggregators.build_fed_kl(3, SGD), TypeError, "`model_fn`"),
+        (
+            lambda m: aggregators.build_fed_kl(make_keras_model(), SGD),
+            TypeError,
+            "`model_fn` must be .*from_keras_model",
+        ),
         (
             lambda m: aggregators.build_adaptive_fed_avg(
                 m, SGD, score=1, weighting=weighting.uniform()
