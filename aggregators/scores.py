@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+import tensorflow_federated as tff
 
 from aggregators import divergences
 from aggregators.layers import Groups
@@ -221,10 +222,11 @@ def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.T
 
 def check_score(score: Any, argument: str = "score") -> None:
     """Raises `TypeError` for anything that cannot be called as a score."""
-    if not callable(score):
+    if not callable(score) or isinstance(score, tff.framework.ConcreteComputation):
         raise TypeError(
             f"`{argument}` must be a function of two sequences of tensors; found {score!r}. "
-            "Use one from `aggregators.scores`, such as `scores.kl_divergence`."
+            "Use one from `aggregators.scores`, such as `scores.kl_divergence`, or a plain function "
+            "of your own: it is called for layers of all shapes, which no tff.Computation takes."
         )
 
 

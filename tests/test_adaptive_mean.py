@@ -217,6 +217,11 @@ def _mean(**changes):
     [
         (_mean(weighting=weighting.softmax()), ValueError, "`typical_score` is needed"),
         (_mean(score=None), TypeError, "`score` must be a function"),
+        (
+            _mean(score=tff.tensorflow.computation(lambda a, b: a[0] - b[0], [[np.float32]] * 2)),
+            TypeError,
+            "`score` must be a function.*no tff.Computation",
+        ),
         (_mean(weighting=None), TypeError, "`weighting` must be a `Weighting`"),
         (_mean(value_is="update"), ValueError, "`value_is` must be"),
         (_mean(layers=[(0,)]), ValueError, "`layers` must hold each of the 3"),
