@@ -207,9 +207,14 @@ def _functional_training(
 def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
     if loop is Loop.DATASET_REDUCE:
         return dataset.reduce(state, step)
-    # Over the dataset itself, AutoGraph would make a `scan` and a `reduce` of it.
-    for batch in iter(dataset):
-        state = step(state, batch)
+    # AutoGraph would make a `scan` and a `reduce` of a loop over the dataset itself, and have one over
+    # its iterator ask in every step, once more, whether there is a batch.
+    iterator = iter(dataset)
+    _, state = tf.while_loop(
+        lambda batch, state: batch.has_value(),
+        lambda batch, state: (iterator.get_next_as_optional(), step(state, batch.get_value())),
+        (iterator.get_next_as_optional(), state),
+    )
     return state
 
 

@@ -1,12 +1,14 @@
 """Weights on the clients: the client work that weighs itself, under TFF's own aggregators."""
 
+import collections
+
 import federated_twin as twin
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 from aggregation_twins import kl, l2
-from problems import model_fn
+from problems import INPUT_SPEC, model_fn
 
 import aggregators
 from aggregators import scores, weighting
@@ -332,3 +334,64 @@ def test_an_update_that_blew_up_is_sent_as_zeros_and_said_to_be():
 def test_a_model_function_that_makes_no_model_is_refused():
     with pytest.raises(TypeError, match="`model_fn` must make"):
         aggregators.build_scored_client_work(lambda: 1, SGD)
+
+
+class Branching(tff.learning.models.VariableModel):
+    """A model written by hand, with Python's own `if` in its forward pass."""
+
+    def __init__(self):
+        self._w = tf.Variable(tf.ones([3, 2]))
+        self._examples = tf.Variable(0.0, trainable=False)
+
+    trainable_variables = property(lambda self: [self._w])
+    non_trainable_variables = property(lambda self: [])
+    local_variables = property(lambda self: [self._examples])
+    input_spec = property(lambda self: INPUT_SPEC)
+
+    def predict_on_batch(self, x, training=True):
+        predictions = x @ self._w
+        if training and tf.reduce_sum(predictions) > 0:
+            predictions *= 0.5
+        return predictions
+
+    def forward_pass(self, batch_input, training=True):
+        predictions = self.predict_on_batch(batch_input["x"], training)
+        self._examples.assign_add(tf.cast(tf.shape(predictions)[0], tf.float32))
+        return tff.learning.models.BatchOutput(
+            loss=tf.reduce_mean((predictions - batch_input["y"]) ** 2),
+            predictions=predictions,
+            num_examples=tf.shape(predictions)[0],
+        )
+
+    def report_local_unfinalized_metrics(self):
+        return collections.OrderedDict(examples=[self._examples])
+
+    def metric_finalizers(self):
+        return collections.OrderedDict(examples=lambda values: values[0])
+
+    def reset_metrics(self):
+        self._examples.assign(0.0)
+
+
+@pytest.mark.parametrize("loop", tff.learning.LoopImplementation)
+@pytest.mark.parametrize("loss_at", ["training", "initial"])
+def test_models_with_pythons_control_flow_train_as_in_tffs_client_work(loop, loss_at):
+    class Wrapped(Branching):
+        """TFF's own client work does not understand it otherwise."""
+
+        forward_pass = tf.function(Branching.forward_pass)
+
+    theirs = tff.learning.templates.build_model_delta_client_work(Wrapped, SGD, BY_EXAMPLES)
+    ours = aggregators.build_scored_client_work(
+        Branching, SGD, loss_at=loss_at, loop_implementation=loop
+    )
+    weights = [tff.learning.models.ModelWeights([np.ones([3, 2], np.float32)], [])] * len(DATA)
+    expected = theirs.next(theirs.initialize(), weights, twin.datasets(DATA))
+    found = ours.next(ours.initialize(), weights, twin.datasets(DATA))
+    for a, b, (x, y) in zip(found.result, expected.result, DATA, strict=True):
+        np.testing.assert_allclose(a.update.delta, b.update, rtol=1e-5)
+        if loss_at == "initial":
+            np.testing.assert_allclose(
+                a.update.loss, np.mean((x.sum(1, keepdims=True) - y) ** 2), rtol=1e-5
+            )
+    assert found.measurements["train"] == expected.measurements["train"]
