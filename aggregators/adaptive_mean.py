@@ -18,7 +18,7 @@ from aggregators.measurements import (
 )
 from aggregators.one_pass import ScoredUpdate, build_one_pass_process
 from aggregators.reduction import Reduction, federated_reduction, of_lifted, zip_reductions
-from aggregators.scores import MODEL_SCORES, Score, check_score, l2_distance, score_layers
+from aggregators.scores import MODEL_SCORES, Score, check_score, score_layers
 from aggregators.streaming_mean import LogWeighted, mean_reduction
 from aggregators.weighting import (
     Weighting,
@@ -161,7 +161,7 @@ def federated_adaptive_mean(
         is_model = value_is == "model"
         model = value if is_model else tf.nest.map_structure(tf.subtract, server, value)
         scores = score_layers(score, server, model, groups)
-        return reduction.lift(weigh(weighting, value, scores, weight, typical, False, score))  # type: ignore[misc]
+        return reduction.lift(weigh(weighting, value, scores, weight, typical, False))  # type: ignore[misc]
 
     parts = tff.federated_map(
         on_client,
@@ -312,7 +312,7 @@ class AdaptiveMeanFactory(tff.aggregators.WeightedAggregationFactory):
                 )
             zeros = tf.nest.map_structure(tf.zeros_like, value)
             scores = score_layers(score, value, zeros, groups)  # type: ignore[arg-type]
-            return weigh(weighting, value, scores, weight, typical, False, score)
+            return weigh(weighting, value, scores, weight, typical, False)
 
         def server_part(state: Any, reduced: Any) -> tuple[Any, Any, Any]:
             typical = state["typical_score"]
@@ -340,7 +340,6 @@ def weigh(
     weight: tf.Tensor,
     typical_score: tf.Tensor,
     non_finite: Any,
-    score: Score | None = None,
 ) -> OrderedDict[str, Any]:
     """One client's part in `mean_and_statistics`.
 
@@ -351,17 +350,13 @@ def weigh(
       weight: The client's own weight, a number.
       typical_score: Running mean score, shape `[num_layers]`.
       non_finite: Whether the value is already known not to be finite.
-      score: What has scored this value here, if anything has. An L2 distance is not finite where a
-        tensor is not, which saves another pass over the tensors.
 
     Returns:
       A mapping of `mean` to a `LogWeighted` and `statistics` to `ClientStatistics`.
     """
     tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(value))
     logs, sound = log_weights(weighting, scores, weight, typical_score)
-    bad = tf.cast(non_finite, tf.bool) | ~sound
-    if score is not l2_distance:
-        bad |= ~finite_tensors(tensors)
+    bad = tf.cast(non_finite, tf.bool) | ~sound | ~finite_tensors(tensors)
     logs = tf.where(bad, tf.constant(-math.inf, tf.float64), logs)
     return OrderedDict(
         mean=LogWeighted(tensors, logs), statistics=ClientStatistics(scores, logs, bad)

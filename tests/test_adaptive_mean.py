@@ -164,7 +164,7 @@ def test_no_score_hides_a_client_that_is_not_finite(score, bad):
             for old, new in pairs:
                 found = scores.score_layers(score, old, new, groups)
                 none = tf.zeros([len(groups)])
-                part = weigh(weighting.softmax(scale=1.0), client, found, 1.0, none, False, score)
+                part = weigh(weighting.softmax(scale=1.0), client, found, 1.0, none, False)
                 assert part["statistics"].non_finite
                 assert np.all(np.isneginf(part["mean"].log_weights))
 
@@ -183,6 +183,24 @@ def test_an_update_is_finite_up_to_a_norm_whose_square_float32_holds(dtype, fini
         update[0][3, 1] = largest
         found = finite_tensors([tf.constant(tensor) for tensor in update])
         assert bool(found) == (largest in finite)
+
+
+@pytest.mark.parametrize(
+    "score", scores.UPDATE_SCORES + scores.MODEL_SCORES, ids=lambda score: score.__name__
+)
+def test_that_limit_holds_for_double_precision_under_every_score(score):
+    double = tff.to_type([(np.float64, [2])])
+
+    @tff.federated_computation(
+        tff.FederatedType(double, tff.CLIENTS), tff.FederatedType(double, tff.SERVER)
+    )
+    def run(trained, server):
+        rule = weighting.softmax(scale=1.0)
+        return federated_adaptive_mean(trained, server, score=score, weighting=rule).measurements
+
+    clients = [[np.array([size, 1.0])] for size in (1e19, 1e30, 1.0)]
+    measured = run(clients, [np.ones(2)])
+    assert (measured["clients"], measured["non_finite_clients"]) == (2, 1)
 
 
 def test_two_workers_give_the_same_mean(by_kl):
