@@ -42,6 +42,9 @@ def two_workers():
             worker.wait(timeout=30)
 
 
+# Those in which merges run, by name: functions of the number of pieces, where that is to choose.
+IN_PIECES = {"subrounds": subrounds, "two-workers": lambda number: two_workers()}
+
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 

@@ -12,21 +12,16 @@ import tensorflow_federated as tff
 
 import aggregators
 
-RUNTIMES = {
-    # 4 pieces for 3 clients: one has none.
-    "subrounds": lambda: runtimes.subrounds(4),
-    "two-workers": runtimes.two_workers,
-}
-
 
 def assert_same(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+@pytest.fixture(scope="module", params=runtimes.IN_PIECES)
 def distributed(request):
     """Results of every rule, by name, under another runtime."""
-    with RUNTIMES[request.param]():
+    # 4 pieces for 3 clients: one has none.
+    with runtimes.IN_PIECES[request.param](4):
         return {
             case.name: contracts.run(case, contracts.rounds(case, seed=11, sizes=(3, 5)))
             for case in contracts.CASES

@@ -164,16 +164,13 @@ def test_equals_federated_training_in_numpy(name):
     assert max(abs(w - p).max() for w, p in zip(weights, plain, strict=True)) > 1e-3
 
 
-RUNTIMES = {"subrounds": lambda: runtimes.subrounds(3), "two-workers": runtimes.two_workers}
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", runtimes.IN_PIECES)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_pieces_of_a_cohort_give_the_same_rounds(name, runtime):
     """Pieces of four clients, merged; the second round sees what the first has carried over."""
     process = built(name)
     weights, outputs = trained(process, 2)
-    with RUNTIMES[runtime]():
+    with runtimes.IN_PIECES[runtime](3):
         merged, merged_outputs = trained(process, 2)
     for a, b in zip(weights, merged, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
