@@ -326,24 +326,25 @@ def resumes_bit_for_bit(case: Case, directory: str) -> None:
 
 
 def carries_hparams(case: Case) -> None:
-    weights, gradients = make_problem(steps=3)
+    weights, gradients = make_problem(steps=6)
     optimizer = case.make()
     state = optimizer.initialize(specs_of(weights))
     hparams = optimizer.get_hparams(state)
     # TFF's client work makes a federated value of them outside of any graph.
     assert all(isinstance(value, int | float | np.number) for value in hparams.values())
     assert_equal(optimizer.set_hparams(state, hparams), state)
+    assert_equal(optimizer.set_hparams(state, {}), state)
     _, usual = run(optimizer.next, state, weights, gradients)
     for name, value in hparams.items():
         effects = []
-        for other in (value * 0.5 + 0.03, value + 2.0):
+        for other in (value * 0.5 + 0.03, value * 0.05 + 0.001, value + 2.0):
             try:
-                changed = optimizer.set_hparams(state, {**hparams, name: other})
+                changed = optimizer.set_hparams(state, {name: np.float64(other)})
             except ValueError as error:
                 assert name.rpartition(".")[2] in str(error)  # noqa: PT017
                 continue  # out of range, and refused by name
             assert np.isclose(float(optimizer.get_hparams(changed)[name]), other), name
-            tf.nest.assert_same_structure(changed, state)
+            assert_equal(optimizer.set_hparams(changed, hparams), state)
             _, found = run(optimizer.next, changed, weights, gradients)
             effects.append(any(np.any(a != b) for a, b in zip(found, usual)))
         assert any(effects), f"{name} has no effect"
@@ -386,7 +387,13 @@ def names_what_does_not_fit(case: Case) -> None:
     _raises("`gradients`", step, state, weights, [gradients[0][0], gradients[0][0]])
     _raises("`gradients`", step, state, weights, [g.astype("float64") for g in gradients[0]])
     _raises("`state`", step, (), weights, gradients[0])
-    _raises("hparams", optimizer.set_hparams, state, {"no_such_number": 1.0})
+    _raises("`hparams`", optimizer.set_hparams, state, {"no_such_number": 1.0})
+    for name in optimizer.get_hparams(state):
+        for wrong in (float("nan"), float("inf"), 10**400, [0.5], "fast", None, True):
+            message = f"`{name.rpartition('.')[2]}` of "
+            _raises(message, optimizer.set_hparams, state, {name: wrong})
+        if name.endswith("learning_rate"):
+            _raises(f"`{name}` of ", optimizer.set_hparams, state, {name: -0.1})
     if any(np.size(leaf) > 1 for leaf in tf.nest.flatten(state)):  # the state knows the weights
         one = optimizer.initialize(specs_of(weights[:1]))
         _raises("`state`", step, one, weights, gradients[0])

@@ -504,9 +504,11 @@ def test_what_is_no_optimizer_is_refused():
 
 def test_unknown_shapes_and_missing_gradients_are_refused():
     optimizer = build_keras_optimizer("adam")
-    with pytest.raises(ValueError, match=r"known shapes.*weight 'a'"):
+    with pytest.raises(
+        ValueError, match=r"`specs` at 'a' must have a known shape.*found float32\(None, 2\)"
+    ):
         optimizer.initialize({"a": tf.TensorSpec((None, 2), tf.float32)})
-    with pytest.raises(ValueError, match="None for every weight"):
+    with pytest.raises(ValueError, match="must not be None for every weight"):
         one_step(optimizer, [None, None])
 
 
@@ -551,11 +553,78 @@ def test_the_state_holds_each_slot_once_and_nothing_else():
     assert slots(build_keras_optimizer(K.SGD, learning_rate=0.5)) == ["m/0"]
 
 
-@pytest.mark.parametrize("value", [np.array([0.1, 0.2]), np.nan, True, "fast", None])
-def test_a_hyper_parameter_must_be_a_finite_number(value):
+@pytest.mark.parametrize(
+    "value", [np.array([0.1, 0.2]), [0.5], np.nan, -0.1, 1.0, True, "fast", None, 10**400]
+)
+def test_a_number_is_checked_when_an_optimizer_is_built_and_when_it_is_set(value):
+    message = r"`beta_1` of `Adam` must be a number in \[0, 1\)"
     optimizer = build_keras_optimizer("adam")
-    with pytest.raises(ValueError, match="`beta_1` must be a finite number"):
+    with pytest.raises((TypeError, ValueError), match=message):
         optimizer.set_hparams(optimizer.initialize(SPECS), {"beta_1": value})
+    with pytest.raises((TypeError, ValueError), match=message):
+        build_keras_optimizer(lambda: K.Adam(beta_1=value))
+
+
+@pytest.mark.parametrize("value", [[0.1, 0.2], np.nan, np.inf, -0.1, 1e39])
+def test_a_learning_rate_is_checked_when_an_optimizer_is_built_and_when_it_is_set(value):
+    message = "`learning_rate` of `.*` must be"
+    optimizer = build_keras_optimizer("adam")
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.set_hparams(optimizer.initialize(SPECS), {"learning_rate": value})
+    with pytest.raises((TypeError, ValueError), match=message):
+        build_keras_optimizer(lambda: K.SGD(value))
+    with pytest.raises((TypeError, ValueError), match=message):
+        build_keras_optimizer(K.SGD, learning_rate=value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.1, 0, 0.5), "`ExponentialDecay` must be a number greater than 0; found 0"),
+        ((np.nan, 10, 0.5), "`initial_learning_rate` of `ExponentialDecay`"),
+        (
+            (1.0, 1, 1e30),
+            "must give a finite rate of at least 0 at every step; found inf at step 2",
+        ),
+    ],
+)
+def test_a_schedule_is_checked_when_an_optimizer_is_built(arguments, message):
+    schedule = K.schedules.ExponentialDecay(*arguments)
+    with pytest.raises(ValueError, match=message):
+        build_keras_optimizer(lambda: K.SGD(schedule))
+    with pytest.raises(ValueError, match=message):
+        tff_optim.build_optimizer(schedule)
+
+
+@pytest.mark.parametrize("number", [1, 0.5, np.float64(0.5), np.float32(0.5), np.int64(1)])
+def test_a_part_of_the_hyper_parameters_is_set_from_any_number(number):
+    optimizer = build_keras_optimizer("adam")
+    state = optimizer.initialize(SPECS)
+    changed = optimizer.set_hparams(state, {"learning_rate": number})
+    assert changed["learning_rate"] == number
+    for name in ("learning_rate", "beta_1"):
+        assert changed[name].dtype == state[name].dtype
+    assert changed["beta_1"] == state["beta_1"]
+    assert "'learning_rate': 0.5" in repr(build_keras_optimizer(K.SGD(0.5)))
+
+
+def test_a_number_that_is_set_in_a_process_is_checked_where_the_process_runs():
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        problems.model_fn,
+        client_optimizer_fn=build_keras_optimizer(lambda: K.SGD(0.1)),
+        server_optimizer_fn=build_keras_optimizer(lambda: K.SGD(1.0)),
+    )
+    state = process.initialize()
+    hparams = process.get_hparams(state)
+    hparams["finalizer"]["learning_rate"] = -1.0
+    with pytest.raises(Exception, match="`learning_rate` of `SGD` must be a number of at least 0"):
+        process.set_hparams(state, hparams)
+    # TFF's client work keeps the number as it is; the clients look at it.
+    hparams = process.get_hparams(state)
+    hparams["client_work"]["learning_rate"] = float("nan")
+    poisoned = process.set_hparams(state, hparams)
+    with pytest.raises(Exception, match="`learning_rate` of `SGD` must be a number of at least 0"):
+        process.next(poisoned, problems.make_clients())
 
 
 def test_computations_check_their_arguments():

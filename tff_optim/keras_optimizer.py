@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
-import tree
 
-from tff_optim import comparison, keras_step
+from tff_optim import comparison, hyperparameters, keras_arguments, keras_step, leaves
 from tff_optim.devices import DevicePolicy, device_scope, select_device
 from tff_optim.keras_identifiers import resolve
 from tff_optim.state_cells import NumberCell
@@ -21,13 +20,9 @@ _ITERATIONS = "iterations"
 _SLOTS = "slots"
 
 
-def _paths(structure: Any) -> list[str]:
-    """The names of the leaves: keys and positions joined by a slash; a lone leaf is `weight`."""
-    paths = [
-        "/".join(str(key) for key in path) or "weight"
-        for path, _ in tree.flatten_with_path(structure)
-    ]
-    return paths
+def _names(structure: Any) -> list[str]:
+    """The names of the leaves: their paths; a lone leaf is `weight`."""
+    return [path or "weight" for path, _ in leaves.named_leaves(structure)]
 
 
 class KerasOptimizer(tff.learning.optimizers.Optimizer):
@@ -95,7 +90,11 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
 
     def __repr__(self) -> str:
         name = type(self.keras_optimizer).__name__
-        return f"KerasOptimizer({name}, hparams={dict(self._numbers)}, device={self.device!r})"
+        rate = self._learning_rate
+        if isinstance(rate, np.ndarray):
+            rate = float(rate)
+        hparams = {} if rate is None else {_LR: rate}
+        return f"KerasOptimizer({name}, {hparams | dict(self._numbers)}, device={self.device!r})"
 
     def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the state before the first step.
@@ -110,13 +109,8 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         Raises:
           ValueError: If a shape is not fully known.
         """
-        flat, names = tf.nest.flatten(specs), _paths(specs)
-        for name, spec in zip(names, flat):
-            if not spec.shape.is_fully_defined():
-                raise ValueError(
-                    f"`specs` must have known shapes, since slots are made of them; found "
-                    f"{spec.shape} for the weight {name!r}."
-                )
+        leaves.check_specs(specs)
+        flat, names = tf.nest.flatten(specs), _names(specs)
 
         def make_slots() -> "collections.OrderedDict[str, tf.Tensor]":
             with device_scope(self.device):
@@ -149,14 +143,15 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         Raises:
           ValueError: If structures, shapes or dtypes do not fit each other, or no gradient is given.
         """
-        leaves, names = tf.nest.flatten(weights), _paths(weights)
-        values = [tf.convert_to_tensor(leaf) for leaf in leaves]
-        flat_gradients = _check_gradients(weights, gradients, values, names)
+        given_weights, names = tf.nest.flatten(weights), _names(weights)
+        values = [tf.convert_to_tensor(weight) for weight in given_weights]
+        gradients = leaves.read_gradients(gradients, tf.nest.pack_sequence_as(weights, values))
+        flat_gradients = tf.nest.flatten(gradients)
         if not values:
             return state, weights
         template = keras_step.build_template(self.keras_optimizer, self._initial, values, names)
         _check_state(state, template, self._state_keys())
-        self._name_weights(template, leaves, names)
+        self._name_weights(template, given_weights, names)
         given = [i for i, gradient in enumerate(flat_gradients) if gradient is not None]
         with device_scope(self.device):
             given_gradients = keras_step.prepare_gradients(
@@ -233,20 +228,20 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         return [*rate, *self._numbers, _ITERATIONS, _SLOTS]
 
     def _name_weights(
-        self, template: keras_step.Copy, leaves: Sequence[Any], names: Sequence[str]
+        self, template: keras_step.Copy, weights: Sequence[Any], names: Sequence[str]
     ) -> None:
         """Gives the weights the names that `exclude_from_weight_decay` looks at."""
-        if self.weight_names is not None and len(self.weight_names) != len(leaves):
+        if self.weight_names is not None and len(self.weight_names) != len(weights):
             raise ValueError(
                 f"`weight_names` must name every weight; found {len(self.weight_names)} names "
-                f"for {len(leaves)} weights."
+                f"for {len(weights)} weights."
             )
         if not getattr(self.keras_optimizer, "_exclude_from_weight_decay_names", None):
             return
         if self.weight_names is not None:
             names = self.weight_names
-        elif all(isinstance(leaf, tf.Variable) for leaf in leaves):
-            names = [leaf.name for leaf in leaves]
+        elif all(isinstance(weight, tf.Variable) for weight in weights):
+            names = [weight.name for weight in weights]
         elif all(part.isdigit() for name in names for part in name.split("/")):
             raise ValueError(
                 "`exclude_from_weight_decay` selects weights by name, but these weights have none. "
@@ -265,64 +260,19 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
     def set_hparams(self, state: Any, hparams: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the state with these hyper-parameters, which the next step uses.
 
+        Args:
+          state: A state of this optimizer.
+          hparams: Some of what `get_hparams` returns; what is left out stays as it is.
+
         Raises:
-          ValueError: If a name is not one that `get_hparams` returns.
+          TypeError: If a value is neither a number nor a tensor.
+          ValueError: If a name is unknown, a number is out of range, or a tensor is not a scalar.
         """
-        known = self.get_hparams(state)
-        new_state = collections.OrderedDict(state)
-        for name, value in dict(hparams).items():
-            if name not in known:
-                raise ValueError(
-                    f"`hparams` may hold {', '.join(known) or 'nothing'}; found {name!r}. Other "
-                    "arguments of the Keras optimizer are fixed when it is built."
-                )
-            new_state[name] = _like(name, value, state[name])
-        return new_state
-
-
-def _like(name: str, value: Any, number: Any) -> Any:
-    """A hyper-parameter in the dtype of the one in the state: a tensor, or a NumPy scalar."""
-    dtype = tf.as_dtype(np.asarray(number).dtype if np.isscalar(number) else number.dtype)
-    if tf.is_symbolic_tensor(value):
-        if value.shape.rank != 0:
-            raise ValueError(f"`{name}` must be a scalar; found a tensor of shape {value.shape}.")
-        return tf.cast(value, dtype)
-    plain = np.asarray(value)
-    if plain.ndim or plain.dtype.kind not in "iuf" or not np.isfinite(plain):
-        raise ValueError(f"`{name}` must be a finite number; found {value!r}.")
-    return tf.cast(value, dtype) if tf.is_tensor(value) else dtype.as_numpy_dtype(value)
-
-
-def _check_gradients(
-    weights: Any, gradients: Any, values: Sequence[tf.Tensor], names: Sequence[str]
-) -> list[Any]:
-    try:
-        tf.nest.assert_same_structure(weights, gradients, check_types=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "`gradients` must have the structure of `weights`; found "
-            f"{tree.map_structure(lambda _: '.', gradients)} for "
-            f"{tree.map_structure(lambda _: '.', weights)}."
-        ) from error
-    flat = [
-        g if g is None or isinstance(g, tf.IndexedSlices) else tf.convert_to_tensor(g)
-        for g in tf.nest.flatten(gradients)
-    ]
-    for name, value, gradient in zip(names, values, flat):
-        if gradient is not None and (
-            gradient.dtype != value.dtype or not gradient.shape.is_compatible_with(value.shape)
-        ):
-            raise ValueError(
-                f"`gradients` must have the shapes and dtypes of `weights`; found "
-                f"{gradient.dtype.name}{gradient.shape} for the weight {name!r}, which is "
-                f"{value.dtype.name}{value.shape}."
-            )
-    if flat and all(gradient is None for gradient in flat):
-        raise ValueError(
-            "`gradients` holds None for every weight, so there is nothing to step along. Is the "
-            "loss computed from these weights?"
-        )
-    return flat
+        cls = type(self.keras_optimizer)
+        intervals = {
+            name: keras_arguments.interval_of(cls, name) for name in self.get_hparams(state)
+        }
+        return hyperparameters.update(state, hparams, intervals, cls.__name__)
 
 
 def _check_state(state: Any, template: keras_step.Copy, keys: list[str]) -> None:
@@ -407,6 +357,11 @@ def build_keras_optimizer(
     >>> weights[0].numpy().round(4)
     array([0.9, 2.1], dtype=float32)
     """
+    traced = tf.is_symbolic_tensor(learning_rate)
+    if learning_rate is not None:
+        learning_rate = hyperparameters.checked(
+            "build_keras_optimizer", _LR, learning_rate, hyperparameters.NON_NEGATIVE
+        )
     inside_computation = not tf.compat.v1.executing_eagerly_outside_functions()
     with eager_world():
         try:
@@ -419,13 +374,13 @@ def build_keras_optimizer(
                 "computation as its learning rate, pass it as `learning_rate` instead."
             ) from error
         if learning_rate is not None or keras_step.has_rate_variable(made):
-            traced = tf.is_symbolic_tensor(learning_rate)
             keras_step.own_learning_rate(made, None if traced else learning_rate)
         initial = keras_step.read_variables(made)
+        keras_step.check_arguments(made)
         keras_step.check_closed(made, initial)
         numbers = keras_step.find_numbers(made, initial)
     rate = initial.get(id(made._learning_rate))
-    if tf.is_symbolic_tensor(learning_rate):
+    if traced:
         rate = tf.cast(learning_rate, made._learning_rate.dtype)
     return KerasOptimizer(
         keras_optimizer=made,

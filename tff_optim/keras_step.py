@@ -14,6 +14,7 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
+from tff_optim import keras_arguments
 from tff_optim.state_cells import NumberCell, ReadOnlyCell, VariableCell, current_graph
 from tff_optim.tracing import scratch_graph
 
@@ -96,7 +97,7 @@ def own_learning_rate(optimizer: Any, value: Any) -> None:
     if not has_rate_variable(optimizer):
         raise ValueError(
             "`learning_rate` cannot replace the schedule of `optimizer`; found "
-            f"{value!r}. Make the optimizer with a number as its rate."
+            f"{value}. Make the optimizer with a number as its rate."
         )
     shared = optimizer._learning_rate
     initial = value if value is not None else read_variables(optimizer)[id(shared)]
@@ -313,6 +314,21 @@ def run_step(copied: Copy, weights: Sequence[VariableCell], gradients: Sequence[
 
 
 # ------------------------------------------------------ hyper-parameters that may change in a graph
+
+
+def check_arguments(optimizer: Any) -> None:
+    """Raises if a number of the optimizer or of its schedule is not one to step with."""
+    keras_arguments.check_object(optimizer)
+    rate = optimizer._learning_rate
+    if isinstance(rate, tf.Variable):
+        if rate.shape.rank != 0:
+            raise ValueError(
+                f"`learning_rate` of `{type(optimizer).__name__}` must be one number; found a tensor "
+                f"of shape {rate.shape}."
+            )
+        keras_arguments.check_argument(type(optimizer), "learning_rate", rate)
+    elif isinstance(rate, tf.keras.optimizers.schedules.LearningRateSchedule):
+        keras_arguments.check_object(rate)
 
 
 def find_numbers(

@@ -7,6 +7,8 @@ from typing import Any
 import tensorflow as tf
 import tree
 
+from tff_optim.messages import at
+
 # Half-precision leaves are computed in float32: a squared gradient of 1e-3 is already zero in
 # float16, and the division that follows would blow up.
 _HALF = (tf.float16, tf.bfloat16)
@@ -30,11 +32,6 @@ def widen(leaf: tf.Tensor | None) -> tf.Tensor | None:
 def dense(gradient: Any, weight: tf.Tensor) -> tf.Tensor | None:
     """`gradient` as a dense tensor, or `None`; repeated rows of `tf.IndexedSlices` are added up."""
     if isinstance(gradient, tf.IndexedSlices):
-        if not gradient.shape.is_compatible_with(weight.shape):
-            raise ValueError(
-                f"`gradients` must match `weights`: expected the shape {weight.shape}; found rows "
-                f"of a tensor of shape {gradient.shape}."
-            )
         rows = tf.convert_to_tensor(gradient.values)
         # The sum over repeated rows is taken in float32 too, not only what follows.
         slices = tf.IndexedSlices(
@@ -73,24 +70,22 @@ def spec_of(leaf: Any) -> tf.TensorSpec:
 def _describe(leaf: Any) -> str:
     if leaf is None:
         return "None"
+    if isinstance(leaf, tf.IndexedSlices):
+        return f"rows {_describe(leaf.values)} of a tensor of shape {leaf.shape}"
     spec = spec_of(leaf)
     return f"{spec.dtype.name}{spec.shape}"
 
 
 def check_same_structure(found: Any, expected: Any, name: str, expected_name: str) -> None:
-    """Raises `ValueError` unless `found` is nested as `expected` is."""
-    try:
-        tf.nest.assert_same_structure(found, expected)
-    except (TypeError, ValueError) as error:
+    """Raises `ValueError` unless `found` is nested as `expected` is; tuples may stand for lists."""
+    if [path for path, _ in named_leaves(found)] != [path for path, _ in named_leaves(expected)]:
         raise ValueError(
             f"`{name}` must be nested as {expected_name}: expected "
             f"{_outline(expected)}; found {_outline(found)}."
-        ) from error
+        )
 
 
 def _outline(structure: Any) -> Any:
-    if isinstance(structure, tf.IndexedSlices):
-        return "rows of " + _describe(structure.values)
     if not tf.nest.is_nested(structure):
         return _describe(structure)
     return tf.nest.map_structure(_describe, structure)
@@ -105,12 +100,51 @@ def check_like(found: Any, expected: Any, name: str, expected_name: str) -> None
     for (path, a), (_, b) in zip(named_leaves(found), named_leaves(expected), strict=True):
         if a is None and b is None:
             continue
-        where = f"`{name}`" + (f" at '{path}'" if path else "")
         if a is None or b is None or not spec_of(a).is_compatible_with(spec_of(b)):
             raise ValueError(
-                f"{where} must match {expected_name}: "
+                f"{at(name, path)} must match {expected_name}: "
                 f"expected {_describe(b)}; found {_describe(a)}."
             )
+
+
+def check_specs(specs: Any, floating: bool = False) -> None:
+    """Raises `ValueError` unless the weights have known shapes and, if asked for, floating dtypes."""
+    for path, spec in named_leaves(specs):
+        if not spec.shape.is_fully_defined() or (floating and not spec.dtype.is_floating):
+            kind = "a floating dtype and a known shape" if floating else "a known shape"
+            raise ValueError(
+                f"{at('specs', path)} must have {kind}, since the state is made of it; found "
+                f"{spec.dtype.name}{spec.shape}."
+            )
+
+
+def read_gradients(gradients: Any, weights: Any) -> Any:
+    """`gradients` nested as `weights` is: tensors, `tf.IndexedSlices`, or None.
+
+    Args:
+      gradients: As a caller gives them: in tuples for lists, as arrays or numbers.
+      weights: A structure of tensors.
+
+    Raises:
+      ValueError: If structure, shapes or dtypes are not those of `weights`, or all are None.
+    """
+    check_same_structure(gradients, weights, "gradients", "`weights`")
+    flat = [
+        g if g is None or isinstance(g, tf.IndexedSlices) else tf.convert_to_tensor(g)
+        for g in tf.nest.flatten(gradients)
+    ]
+    if flat and all(g is None for g in flat):
+        raise ValueError(
+            "`gradients` must not be None for every weight; found only None. Is the loss computed "
+            "from these weights?"
+        )
+    for (path, weight), gradient in zip(named_leaves(weights), flat, strict=True):
+        if gradient is not None and not spec_of(gradient).is_compatible_with(spec_of(weight)):
+            raise ValueError(
+                f"{at('gradients', path)} must match `weights`: expected {_describe(weight)}; "
+                f"found {_describe(gradient)}."
+            )
+    return tf.nest.pack_sequence_as(weights, flat)
 
 
 def check_keys(found: Any, expected: list[str], name: str) -> None:
@@ -151,7 +185,7 @@ def map_leaves(
         for (path, g), s in zip(named_leaves(gradients), flat_slots[-1], strict=True):
             if g is not None and not spec_of(s).is_compatible_with(spec_of(g)):
                 raise ValueError(
-                    f"`{name}` of `state` at '{path}' must match the gradient: expected "
+                    f"{at(f'{name}` of `state', path)} must match the gradient: expected "
                     f"{_describe(g)}; found {_describe(s)}. It may come from another model."
                 )
     results = []

@@ -60,12 +60,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         Raises:
           ValueError: If a spec is of another kind, or a projection selects no weights.
         """
-        for path, spec in leaves.named_leaves(specs):
-            if not spec.dtype.is_floating or not spec.shape.is_fully_defined():
-                raise ValueError(
-                    f"`specs` at '{path}' must be of a floating dtype and a known shape; "
-                    f"found {spec}."
-                )
+        leaves.check_specs(specs, floating=True)
         projections.check_used(self.pipeline.projection, specs)
         specs = leaves.compute_specs(specs)
         with devices.device_scope(self.pipeline.device):
@@ -93,12 +88,11 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             `None`.
         """
         self._check_state(state)
-        leaves.check_same_structure(gradients, weights, "gradients", "`weights`")
         with devices.device_scope(self.pipeline.device):
             # Variables are read, and sparse gradients added up, before anything is computed.
             weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
+            gradients = leaves.read_gradients(gradients, weights)
             gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
-            _check_gradients(gradients, weights)
             if not self.pipeline.jit_compile:
                 return self._step(state, weights, gradients)
             state = self._begin(state, weights)
@@ -192,24 +186,25 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
 
         Args:
           state: A state of this optimizer.
-          hparams: As `get_hparams` returns them; nothing left out.
+          hparams: Some of what `get_hparams` returns; what is left out stays as it is.
 
         Raises:
-          ValueError: If a name is missing or unknown, a number is out of range, or a tensor is
-            not a scalar.
+          ValueError: If a name is unknown, a number is out of range, or a tensor is not a scalar.
           TypeError: If a value is neither a number nor a tensor.
         """
-        leaves.check_keys(hparams, list(self.get_hparams(state)), "hparams")
-        new_state = collections.OrderedDict(state)
-        for name in self.pipeline.rate_names:
-            new_state[name] = hyperparameters.checked(self.pipeline, name, hparams[name])
-        new_state[_PARTS] = collections.OrderedDict()
+        hyperparameters.check_names(hparams, self.get_hparams(state), "Pipeline")
+        rates = {name: hparams[name] for name in self.pipeline.rate_names if name in hparams}
+        new_state = hyperparameters.set_hparams(self.pipeline, state, rates)
+        new_state[_PARTS] = collections.OrderedDict(state[_PARTS])
         for part_name, part in self.pipeline.parts.items():
             old = state[_PARTS][part_name]
-            own = collections.OrderedDict(
-                (name, hparams[f"{part_name}.{name}"]) for name in part.get_hparams(old)
-            )
-            new_state[_PARTS][part_name] = part.set_hparams(old, own)
+            own = {
+                name: hparams[f"{part_name}.{name}"]
+                for name in part.get_hparams(old)
+                if f"{part_name}.{name}" in hparams
+            }
+            if own:
+                new_state[_PARTS][part_name] = part.set_hparams(old, own)
         return new_state
 
     def _rates(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,18 +220,6 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
     def _check_state(self, state: Any) -> None:
         leaves.check_keys(state, [*self.pipeline.rate_names, hyperparameters.STEP, _PARTS], "state")
         leaves.check_keys(state[_PARTS], list(self.pipeline.parts), "parts` of `state")
-
-
-def _check_gradients(gradients: Any, weights: Any) -> None:
-    named = leaves.named_leaves(gradients)
-    present = [(path, g) for path, g in named if g is not None]
-    if named and not present:
-        raise ValueError(
-            "`gradients` must not all be None; found only None. "
-            "Does the loss depend on these weights?"
-        )
-    filled = tf.nest.map_structure(lambda g, w: w if g is None else g, gradients, weights)
-    leaves.check_like(filled, weights, "gradients", "`weights`")
 
 
 def _check_result(name: str, changed: Any, given: Any, new_state: Any, old_state: Any) -> None:

@@ -54,7 +54,7 @@ class Pipeline:
     @property
     def rate_names(self) -> list[str]:
         """Those of learning rate and weight decay that are numbers in the state."""
-        names = hyperparameters.numbers(self)
+        names = list(hyperparameters.intervals(self))
         return names if self.decays else [name for name in names if name != "weight_decay"]
 
     @property

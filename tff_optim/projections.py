@@ -149,8 +149,8 @@ class Box:
       array([-1. ,  0.5], dtype=float32)
     """
 
-    lower: float = hyperparameters.constant("a finite number", lambda x: True)
-    upper: float = hyperparameters.constant("a finite number", lambda x: True)
+    lower: float = hyperparameters.constant(hyperparameters.FINITE)
+    upper: float = hyperparameters.constant(hyperparameters.FINITE)
 
     def __attrs_post_init__(self) -> None:
         if self.lower >= self.upper:
@@ -179,10 +179,7 @@ class Ball:
       array([0.6, 0.8], dtype=float32)
     """
 
-    radius: float = hyperparameters.constant(
-        "a number greater than 0, neither 0 nor infinite in float32",
-        lambda x: 0 < hyperparameters.single(x) < math.inf,
-    )
+    radius: float = hyperparameters.constant(hyperparameters.POSITIVE)
 
     def __call__(self, tensor: tf.Tensor) -> tf.Tensor:
         """The nearest tensor in the ball."""

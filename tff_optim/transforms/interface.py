@@ -87,9 +87,10 @@ class GradientTransform(abc.ABC):
 
         Args:
           state: A state of this transform.
-          hparams: As `get_hparams` returns them.
+          hparams: Some of what `get_hparams` returns; what is left out stays as it is.
 
         Raises:
-          ValueError: If a name is unknown or missing, or a number is out of range.
+          TypeError: If a value is neither a number nor a tensor.
+          ValueError: If a name is unknown, a number is out of range, or a tensor is not a scalar.
         """
         return hyperparameters.set_hparams(self, state, hparams) if hparams else state

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import hyperparameters, keras_step, leaves
+from tff_optim import hyperparameters, keras_step
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.tracing import eager_world
 from tff_optim.transforms.interface import GradientTransform
@@ -122,18 +122,6 @@ class KerasTransform(GradientTransform):
         return hparams
 
     def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
-        """Returns `state` with the numbers in `hparams`.
-
-        Args:
-          state: A state of this transform.
-          hparams: As `get_hparams` returns them.
-
-        Raises:
-          ValueError: If a name is unknown or missing, a number is not finite, or a tensor is not a
-            scalar. In which range a number makes sense is known to Keras only, and not checked.
-          TypeError: If a value is neither a number nor a tensor.
-        """
-        leaves.check_keys(hparams, list(self.get_hparams(state)), "hparams of KerasTransform")
-        for name, value in hparams.items():
-            hyperparameters.check_finite("KerasTransform", name, value)
+        """See base class."""
+        hyperparameters.check_names(hparams, self.get_hparams(state), "KerasTransform")
         return self.optimizer.set_hparams(state, hparams)
