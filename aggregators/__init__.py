@@ -4,15 +4,14 @@ from aggregators._requirements import check_tff
 
 check_tff()  # before the imports below, which would fail less readably
 
-from aggregators import scores, weighting
-from aggregators.adaptive_mean import AdaptiveMean, AdaptiveMeanFactory, federated_adaptive_mean
-from aggregators.client_work import build_score_weighted_client_work, build_scored_client_work
-from aggregators.loss_rules import FedNovaFactory, LossGatedMeanFactory, QFedAvgFactory
-from aggregators.one_pass import ScoredUpdate
+from aggregators import rules, scores, weighted_mean, weighting
+from aggregators.client_work import build_client_work
+from aggregators.hyperparameters import hparam
+from aggregators.measurements import PerLayer
 from aggregators.printing import federated_print
 from aggregators.processes import (
-    build_adaptive_fed_avg,
     build_fed_att,
+    build_fed_avg,
     build_fed_kl,
     build_fed_med,
     build_fed_nova,
@@ -22,36 +21,52 @@ from aggregators.processes import (
 from aggregators.reduction import (
     Reduction,
     federated_reduce,
-    federated_reduction,
     reduction_from_merge,
     zip_reductions,
 )
+from aggregators.rule import (
+    FederatedRule,
+    Needs,
+    Rule,
+    RuleFactory,
+    RuleResult,
+    federated_rule,
+    rule_state,
+)
+from aggregators.scores import Score
+from aggregators.self_weighting import build_self_weighting_client_work
+from aggregators.update import ClientUpdate
 from aggregators.weighting import Weighting
 
 __all__ = [
-    "AdaptiveMean",
-    "AdaptiveMeanFactory",
-    "FedNovaFactory",
-    "LossGatedMeanFactory",
-    "QFedAvgFactory",
+    "ClientUpdate",
+    "FederatedRule",
+    "Needs",
+    "PerLayer",
     "Reduction",
-    "ScoredUpdate",
+    "Rule",
+    "RuleFactory",
+    "RuleResult",
+    "Score",
     "Weighting",
-    "build_adaptive_fed_avg",
+    "build_client_work",
     "build_fed_att",
+    "build_fed_avg",
     "build_fed_kl",
     "build_fed_med",
     "build_fed_nova",
     "build_q_fed_avg",
-    "build_score_weighted_client_work",
-    "build_scored_client_work",
+    "build_self_weighting_client_work",
     "compose_fed_avg",
-    "federated_adaptive_mean",
     "federated_print",
     "federated_reduce",
-    "federated_reduction",
+    "federated_rule",
+    "hparam",
     "reduction_from_merge",
+    "rule_state",
+    "rules",
     "scores",
+    "weighted_mean",
     "weighting",
     "zip_reductions",
 ]

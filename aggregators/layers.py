@@ -1,72 +1,160 @@
-"""Layers: which tensors of a model are weighed together."""
+"""Layers: which tensors of a model are weighed together, and what they are called."""
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-Layers = str | Sequence[Sequence[int]]
+import attrs
+import tensorflow as tf
+import tensorflow_federated as tff
+import tree
+
+Layers = str | Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
 Groups = tuple[tuple[int, ...], ...]
 
+_WAYS = (
+    '`layers` must be "tensor", "layer", "model", or groups of tensor positions such as '
+    '[(0, 1), (2, 3)] or {"hidden": (0, 1), "output": (2, 3)}'
+)
 
-def resolve_layers(layers: Layers, num_tensors: int) -> Groups:
+
+@attrs.frozen
+class ModelLayers:
+    """The tensors of an update, in the order of `tf.nest.flatten`, and the layers they make up.
+
+    Attributes:
+      structure: The update's structure, of `tf.TensorSpec`s.
+      by_name: The positions of each layer's tensors, by the layer's name, in the layers' order.
+    """
+
+    structure: Any
+    by_name: Mapping[str, tuple[int, ...]]
+
+    @property
+    def specs(self) -> list[tf.TensorSpec]:
+        """Shape and dtype of every tensor."""
+        return tf.nest.flatten(self.structure)
+
+    @property
+    def groups(self) -> Groups:
+        """Positions of each layer's tensors."""
+        return tuple(self.by_name.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per layer."""
+        return tuple(self.by_name)
+
+    def pack(self, tensors: Sequence[tf.Tensor]) -> Any:
+        """Gives flat tensors the structure of the update."""
+        return tf.nest.pack_sequence_as(self.structure, list(tensors))
+
+    def named(self, by_layer: tf.Tensor) -> Any:
+        """A number (or a row of them) per layer by name; of a single layer, that alone."""
+        numbers = tf.unstack(by_layer, len(self.by_name), axis=-1)
+        return OrderedDict(zip(self.by_name, numbers)) if len(numbers) > 1 else numbers[0]
+
+
+def layers_of_type(
+    layers: Layers, value_type: Any, names: Sequence[str] | None = None
+) -> ModelLayers:
+    """The layers of an update of this TFF type.
+
+    Args:
+      layers: See `resolve_layers`.
+      value_type: TFF type of tensors.
+      names: The tensors' names; their places in the type if None.
+
+    Returns:
+      A `ModelLayers`.
+    """
+    structure = tff.types.type_to_tf_tensor_specs(value_type)
+    if names is None:
+        names = [name or "0" for name in names_in_type(value_type)]
+    return ModelLayers(structure, resolve_layers(layers, names))
+
+
+def names_in_type(value_type: Any) -> list[str]:
+    """The places of a TFF type's tensors in it, such as `a/0`; of a tensor alone, nothing."""
+    structure = tff.types.type_to_tf_tensor_specs(value_type)
+    return ["/".join(map(str, path)) for path, _ in tree.flatten_with_path(structure)]
+
+
+def names_of_variables(variables: Sequence[tf.Variable]) -> list[str]:
+    """The variables' names without `:0`; those that occur twice get their position."""
+    names = [variable.name.split(":")[0] for variable in variables]
+    return [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
+
+
+def resolve_layers(layers: Layers, names: Sequence[str]) -> OrderedDict[str, tuple[int, ...]]:
     """Turns a description of layers into groups of tensor positions.
 
     Positions count the tensors in the order of `tf.nest.flatten`: list order, and sorted keys in
     dictionaries.
 
     Args:
-      layers: `"tensor"` (every tensor is a layer of its own), `"model"` (one layer of all tensors),
-        or groups of positions, such as `[(0, 1), (2, 3)]` for two layers of a kernel and a bias.
-      num_tensors: The number of tensors in the model.
+      layers: `"tensor"` (every tensor is a layer of its own), `"layer"` (tensors whose names share
+        all but the part after the last `/`: kernel and bias of a Keras layer), `"model"` (one layer
+        of all tensors), or groups of positions, with names for the layers or without.
+      names: The tensors' names.
 
     Returns:
-      One tuple of positions per layer. Every position is in exactly one of them.
+      The positions of each layer by its name. Every position is in exactly one layer.
 
     Raises:
       ValueError: If `layers` is none of these, or a position is missing, repeated or out of range.
 
     Example:
-      >>> resolve_layers([(0, 1), (2,)], 3)
-      ((0, 1), (2,))
+      >>> dict(resolve_layers("layer", ["a/kernel", "a/bias", "b/kernel"]))
+      {'a': (0, 1), 'b': (2,)}
+      >>> dict(resolve_layers([(0, 1), (2,)], ["0", "1", "2"]))
+      {'0+1': (0, 1), '2': (2,)}
     """
-    if num_tensors < 1:
+    number = len(names)
+    if number < 1:
         raise ValueError("A model needs at least one tensor to have layers; found none.")
-    if isinstance(layers, str):
-        if layers == "tensor":
-            return tuple((position,) for position in range(num_tensors))
-        if layers == "model":
-            return (tuple(range(num_tensors)),)
-        raise ValueError(
-            '`layers` must be "tensor", "model" or groups of tensor positions; '
-            f"found {layers!r}. Write groups as [(0, 1), (2, 3)]."
+    check_layers(layers)
+    if layers == "tensor":
+        return OrderedDict((name, (position,)) for position, name in enumerate(names))
+    if layers == "model":
+        return OrderedDict(model=tuple(range(number)))
+    if layers == "layer":
+        owners = [name.rpartition("/")[0] for name in names]
+        if not all(owners):
+            raise ValueError(
+                '`layers="layer"` needs tensors whose names tell the layer, such as dense/kernel; '
+                f"found {list(names)}. A functional model keeps no names: give groups of positions."
+            )
+        return OrderedDict(
+            (owner, tuple(i for i, other in enumerate(owners) if other == owner))
+            for owner in dict.fromkeys(owners)
         )
-    check_groups(layers)
-    groups = tuple(tuple(int(position) for position in group) for group in layers)
-    positions = sorted(position for group in groups for position in group)
-    if positions != list(range(num_tensors)):
+    if isinstance(layers, Mapping):
+        named = [(str(name), tuple(int(i) for i in group)) for name, group in layers.items()]
+    else:
+        named = [("", tuple(int(i) for i in group)) for group in layers]
+    positions = sorted(position for _, group in named for position in group)
+    if positions != list(range(number)):
         raise ValueError(
-            f"`layers` must hold each of the {num_tensors} tensor positions 0 to {num_tensors - 1} "
-            f"exactly once; found {groups}. Give tensors that matter less a group of their own."
+            f"`layers` must hold each of the {number} tensor positions 0 to {number - 1} exactly "
+            f"once; found {layers!r}. Give tensors that matter less a group of their own."
         )
-    return groups
+    return OrderedDict((name or "+".join(names[i] for i in group), group) for name, group in named)
 
 
-def check_groups(layers: Layers) -> None:
-    """Raises `ValueError` for layers that no model can have; needs no number of tensors."""
+def check_layers(layers: Layers) -> None:
+    """Raises `ValueError` for layers that no model can have."""
     if isinstance(layers, str):
-        resolve_layers(layers, 1)
+        if layers not in ("tensor", "layer", "model"):
+            raise ValueError(f"{_WAYS}; found {layers!r}.")
         return
     try:
-        groups = [list(group) for group in layers]
+        groups = [
+            list(group) for group in (layers.values() if isinstance(layers, Mapping) else layers)
+        ]
     except TypeError:
         groups = [[]]
     positions = [position for group in groups for position in group]
-    if (
-        not groups
-        or not all(groups)
-        or not all(isinstance(position, int) for position in positions)
-        or len(set(positions)) != len(positions)
-        or min(positions) < 0
-    ):
-        raise ValueError(
-            "`layers` must be groups of tensor positions, none empty and none repeated; "
-            f"found {layers!r}. Write them as [(0, 1), (2, 3)]."
-        )
+    sound = all(isinstance(position, int) and position >= 0 for position in positions)
+    if not groups or not all(groups) or not sound or len(set(positions)) != len(positions):
+        raise ValueError(f"{_WAYS}, none empty and none repeated; found {layers!r}.")

@@ -5,14 +5,16 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators.layers import names_in_type
+
 
 def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
     """Prints a value each time a federated computation passes it, and returns it unchanged.
 
     For use inside a `tff.federated_computation`. A value at clients prints one line per client, in
-    no particular order; one at the server one line. Lines look like `message: tensor tensor ...`,
-    the tensors in the order of `tf.nest.flatten`, and go to the standard error of the TFF worker,
-    which is the terminal that started Python.
+    no particular order; one at the server one line. Lines look like `message: name=tensor ...`, the
+    tensors by their places in the structure (a tensor alone without), and go to the standard error
+    of the TFF worker, which is the terminal that started Python.
 
     Only what is used runs: use the returned value in place of the one given, or nothing is printed.
 
@@ -42,10 +44,15 @@ def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
             "Join a structure of placed values with `tff.federated_zip` first."
         )
 
+    names = names_in_type(value.type_signature.member)
+
     # TFF runs a bare graph without its side effects; those of a `tf.function` it keeps.
     @tf.function
     def show(tensors: Any) -> Any:
-        tf.print(message + ":", *tf.nest.flatten(tensors), summarize=summarize)
+        shown = []
+        for name, tensor in zip(names, tf.nest.flatten(tensors), strict=True):
+            shown += [f" {name}=" if name else " ", tensor]
+        tf.print(message + ":", *shown, summarize=summarize, sep="")
         return tf.nest.map_structure(tf.identity, tensors)
 
     return tff.federated_map(

@@ -1,79 +1,72 @@
-"""Whole learning processes: `build_adaptive_fed_avg`, and the named rules on top of it.
+"""Whole learning processes: `build_fed_avg`, and the named rules on top of it.
 
 All take what `tff.learning.algorithms.build_weighted_fed_avg` takes, but for `model_aggregator`,
-which is theirs, and return a `tff.learning.templates.LearningProcess` of the same layout.
+in whose place the rule is, and return a `tff.learning.templates.LearningProcess` of the same layout.
 """
 
-import math
-from typing import Any, Literal
+from collections import OrderedDict
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators.adaptive_mean import AdaptiveMeanFactory
-from aggregators.client_work import build_scored_client_work
+from aggregators import hyperparameters, rules
+from aggregators.client_work import ClientTraining
 from aggregators.layers import Layers
-from aggregators.local_training import Loop, LossAt, check_model_fn, check_optimizer
-from aggregators.loss_rules import FedNovaFactory, LossGatedMeanFactory, QFedAvgFactory
-from aggregators.scores import (
-    Score,
-    js_divergence,
-    kl_divergence,
-    l2_distance,
-    spectral_distance,
-)
+from aggregators.rule import BoundRule, LossAt, Rule, check_rule
+from aggregators.rules.adaptive import ScoreLike
+from aggregators.rules.gated import Gate
+from aggregators.scores import js_divergence, kl_divergence
+from aggregators.training import Loop, check_model_fn, check_optimizer
 from aggregators.weighting import Weighting, softmax
 
-_NUM_EXAMPLES = tff.learning.ClientWeighting.NUM_EXAMPLES
+Optimizer: TypeAlias = tff.learning.optimizers.Optimizer
+LearningProcess: TypeAlias = tff.learning.templates.LearningProcess
+_State = tff.learning.templates.LearningAlgorithmState
 
 
-def build_adaptive_fed_avg(
+def build_fed_avg(
     model_fn: Any,
-    client_optimizer_fn: tff.learning.optimizers.Optimizer,
-    server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+    client_optimizer: Optimizer,
+    server_optimizer: Optimizer | None = None,
     *,
-    score: Score | Literal["loss"],
-    weighting: Weighting,
-    layers: Layers = "tensor",
-    loss_at: LossAt = "training",
-    sample_size: int = 0,
-    client_weighting: tff.learning.ClientWeighting = _NUM_EXAMPLES,
+    rule: Rule | None = None,
+    client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
     model_distributor: tff.learning.templates.DistributionProcess | None = None,
     metrics_aggregator: Any = None,
     loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
-) -> tff.learning.templates.LearningProcess:
-    """Builds federated averaging that weighs clients, layer by layer, by what their models score.
+) -> LearningProcess:
+    """Builds federated averaging by any rule.
 
     ```
-    w <- server optimizer(w, sum_k a[k, l] (w[l] - w_k[l]))
-    a[k, l] = softmax, power or other weighting over clients k of score(w[l], w_k[l])
+    w <- server optimizer(w, rule(w - w_k over clients k))
     ```
 
-    for every layer `l`. One pass over clients; spreads over workers and sub-rounds. Not for a
-    secure sum: for that see `build_score_weighted_client_work`. What a client can do to the result
-    is limited by `weighting`'s `bound`; see `AdaptiveMeanFactory`.
+    `<S@SERVER, {D*}@CLIENTS> -> <S@SERVER, M@SERVER>`, one pass over clients, so it spreads over
+    workers and sub-rounds. What the rule needs (scores, loss, steps) is measured by the clients while
+    they train, in the same computation. Not for a secure sum: for that see
+    `build_self_weighting_client_work`.
 
     Args:
       model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
         `tff.learning.models.FunctionalModel`.
-      client_optimizer_fn: The clients' optimizer.
-      server_optimizer_fn: The server's; SGD with learning rate 1 if None.
-      score: How far a client's layer is from the server's, from `aggregators.scores` or your own;
-        or `"loss"`: the client's loss, in all layers.
-      weighting: How scores become weights, from `aggregators.weighting`. With the default running
-        scale, the first round is plain averaging.
-      layers: Which tensors are weighed together: `"tensor"`, `"model"` or groups of positions.
-      loss_at: Where the loss is taken; see `build_scored_client_work`. For `score="loss"`.
-      sample_size: How many clients the measurements list one by one.
-      client_weighting: The weight that `times_examples` multiplies with.
+      client_optimizer: The clients' optimizer.
+      server_optimizer: The server's; SGD with learning rate 1 if None.
+      rule: From `aggregators.rules`, or your own. None is the mean by weights: the numbers of
+        `tff.learning.algorithms.build_weighted_fed_avg`.
+      client_weighting: The clients' weight: their number of examples, or 1. A client without
+        examples has weight 0 either way.
       model_distributor: As for `build_weighted_fed_avg`.
       metrics_aggregator: As there.
-      loop_implementation: As for `build_scored_client_work`.
+      loop_implementation: As there; but a loop over the dataset's iterator if not given: a
+        `dataset.reduce` prepares the step anew for every client.
 
     Returns:
-      A `tff.learning.templates.LearningProcess`. `state.aggregator` holds the running mean score;
-      `metrics["aggregator"]` is described in `aggregators.measurements.measure`.
+      A `LearningProcess`. `state.aggregator` is the rule's state; hyperparameters are `client_work`
+      (the client optimizer's), `aggregator` (the rule's numbers) and `finalizer`. `metrics` are
+      `distributor`, `client_work` (with `train`), `aggregator` (see
+      `aggregators.measurements.measure`) and `finalizer`.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -87,63 +80,146 @@ def build_adaptive_fed_avg(
       ...     tf.keras.losses.MeanSquaredError(),
       ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
       ... )
-      >>> process = build_adaptive_fed_avg(
-      ...     model,
-      ...     tff.learning.optimizers.build_sgdm(0.1),
-      ...     score=scores.kl_divergence,
-      ...     weighting=weighting.softmax(temperature=0.5),
-      ... )
-      >>> isinstance(process, tff.learning.templates.LearningProcess)
-      True
+      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+      >>> rule = rules.adaptive_mean(scores.kl_divergence, weighting.softmax(temperature=0.5))
+      >>> process = build_fed_avg(model, sgd, rule=rule)
+      >>> state = process.initialize()
+      >>> hparams = process.get_hparams(state)
+      >>> hparams["aggregator"]["temperature"] = 0.25
+      >>> state = process.set_hparams(state, hparams)
     """
-    check_optimizer("client_optimizer_fn", client_optimizer_fn)
-    factory = AdaptiveMeanFactory(weighting, layers=layers, sample_size=sample_size)
-    client_work = build_scored_client_work(
+    if rule is None:
+        rule = rules.plain_mean()
+    check_rule(rule)
+    training = ClientTraining(
         model_fn,
-        client_optimizer_fn,
-        score=score,
-        layers=layers,
-        loss_at=loss_at,
-        client_weighting=client_weighting,
-        metrics_aggregator=metrics_aggregator,
-        loop_implementation=loop_implementation,
+        client_optimizer,
+        rule.needs,
+        client_weighting,
+        metrics_aggregator,
+        loop_implementation,
     )
-    return compose_fed_avg(
-        model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
+    initial_weights, distributor, finalizer = _server_parts(
+        model_fn, server_optimizer, model_distributor
+    )
+    types = training.types()
+    bound = BoundRule(rule, types.weights.trainable, types.names)
+    hparams = training.hparams()
+
+    @tff.federated_computation
+    def initialize() -> Any:
+        return tff.federated_zip(
+            _State(
+                tff.federated_eval(initial_weights, tff.SERVER),
+                distributor.initialize(),
+                tff.federated_value(hparams, tff.SERVER),
+                tff.federated_eval(bound.initial_state, tff.SERVER),
+                finalizer.initialize(),
+            )
+        )
+
+    state_type = initialize.type_signature.result.member
+
+    @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, types.data)
+    def on_client(hparams: Any, rule_state: Any, weights: Any, dataset: Any) -> Any:
+        output = training.work(bound.layers)(weights, dataset, hparams)
+        return bound.client(output.update, output.weight, rule_state), output.metrics
+
+    @tff.federated_computation(
+        tff.FederatedType(state_type, tff.SERVER), tff.FederatedType(types.data, tff.CLIENTS)
+    )
+    def next_fn(state: Any, data: Any) -> Any:
+        sent = distributor.next(state.distributor, state.global_model_weights)
+        parts, metrics = tff.federated_map(
+            on_client,
+            (
+                tff.federated_broadcast(state.client_work),
+                tff.federated_broadcast(state.aggregator),
+                sent.result,
+                data,
+            ),
+        )
+        rule_state, update, measured = bound.federated_server(state.aggregator, parts)
+        ended = finalizer.next(state.finalizer, state.global_model_weights, update)
+        new_state = _State(ended.result, sent.state, state.client_work, rule_state, ended.state)
+        all_metrics = OrderedDict(
+            distributor=sent.measurements,
+            client_work=tff.federated_zip(OrderedDict(train=types.aggregate_metrics(metrics))),
+            aggregator=measured,
+            finalizer=ended.measurements,
+        )
+        return tff.learning.templates.LearningProcessOutput(
+            tff.federated_zip(new_state), tff.federated_zip(all_metrics)
+        )
+
+    @tff.tensorflow.computation(state_type)
+    def get_model_weights(state: Any) -> Any:
+        return state.global_model_weights
+
+    @tff.tensorflow.computation(state_type, state_type.global_model_weights)
+    def set_model_weights(state: Any, weights: Any) -> Any:
+        return state._replace(global_model_weights=weights)
+
+    @tff.tensorflow.computation(state_type)
+    def get_hparams(state: Any) -> Any:
+        return OrderedDict(
+            client_work=state.client_work,
+            aggregator=hyperparameters.read(rule.hparams, state.aggregator),
+            finalizer=finalizer.get_hparams(state.finalizer),
+        )
+
+    @tff.tensorflow.computation(state_type, get_hparams.type_signature.result)
+    def set_hparams(state: Any, new: Any) -> Any:
+        return state._replace(
+            client_work=new["client_work"],
+            aggregator=hyperparameters.write(rule.hparams, state.aggregator, new["aggregator"]),
+            finalizer=finalizer.set_hparams(state.finalizer, new["finalizer"]),
+        )
+
+    return LearningProcess(
+        initialize,
+        next_fn,
+        get_model_weights,
+        set_model_weights,
+        get_hparams_fn=get_hparams,
+        set_hparams_fn=set_hparams,
     )
 
 
 def build_fed_kl(
     model_fn: Any,
-    client_optimizer_fn: tff.learning.optimizers.Optimizer,
-    server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+    client_optimizer_fn: Optimizer,
+    server_optimizer_fn: Optimizer | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: hyperparameters.Number = 1.0,
     prefer: Literal["near", "far"] = "near",
-    bound: float | None = None,
+    bound: hyperparameters.Number | None = None,
     times_examples: bool = True,
+    layers: Layers = "tensor",
+    sample_size: int = 0,
     **options: Any,
-) -> tff.learning.templates.LearningProcess:
+) -> LearningProcess:
     """Builds federated averaging weighed by the KL divergence of each layer.
 
-    `build_adaptive_fed_avg` with `score=kl_divergence` and a `softmax` weighting over clients of
-    `d / (temperature * running mean of d)`. The first round is plain averaging.
-
-    Which way to prefer is a matter of the data: near protects against bad clients where clients
-    are alike, and costs accuracy where they differ much.
+    `rules.adaptive_mean` with `scores.kl_divergence` and a `softmax` weighting over clients of
+    `d / (temperature * running mean of d)`. The first round is plain averaging. Which way to prefer is
+    a matter of the data: near protects against bad clients where clients are alike, and costs
+    accuracy where they differ much.
 
     Args:
-      model_fn: As for `build_adaptive_fed_avg`.
-      client_optimizer_fn: As there.
-      server_optimizer_fn: As there.
+      model_fn: As for `build_fed_avg`.
+      client_optimizer_fn: The clients' optimizer.
+      server_optimizer_fn: The server's; SGD with learning rate 1 if None.
       temperature: As for `weighting.softmax`.
       prefer: As there.
       bound: As there.
       times_examples: As there.
-      **options: Any further argument of `build_adaptive_fed_avg`.
+      layers: As for `rules.adaptive_mean`.
+      sample_size: As there.
+      **options: Any further argument of `build_fed_avg`.
 
     Returns:
-      A `tff.learning.templates.LearningProcess`.
+      A `LearningProcess`; see `build_fed_avg`.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -158,50 +234,41 @@ def build_fed_kl(
       ... )
       >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
       >>> process = build_fed_kl(model, sgd, temperature=0.5, bound=20.0)
-      >>> str(process.initialize.type_signature.result.member.aggregator)
-      '<typical_score=float32[2]>'
+      >>> list(process.initialize.type_signature.result.member.aggregator._asdict())
+      ['round', 'temperature', 'bound', 'memory', 'typical_score']
     """
     weighting = softmax(temperature, prefer=prefer, bound=bound, times_examples=times_examples)
-    return build_adaptive_fed_avg(
-        model_fn,
-        client_optimizer_fn,
-        server_optimizer_fn,
-        score=kl_divergence,
-        weighting=weighting,
-        **options,
-    )
+    rule = rules.adaptive_mean(kl_divergence, weighting, layers=layers, sample_size=sample_size)
+    return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 
 
 def build_fed_att(
     model_fn: Any,
-    client_optimizer_fn: tff.learning.optimizers.Optimizer,
+    client_optimizer_fn: Optimizer,
     *,
-    step_size: float = 1.2,
+    step_size: hyperparameters.Number = 1.2,
     norm: Literal["frobenius", "spectral"] = "frobenius",
+    layers: Layers = "tensor",
+    sample_size: int = 0,
     **options: Any,
-) -> tff.learning.templates.LearningProcess:
-    """Builds FedAtt: attentive aggregation, per tensor, where farther clients count more.
-
-    ```
-    a[k, l] = softmax over k of |w[l] - w_k[l]|
-    w[l] <- w[l] - step_size sum_k a[k, l] (w[l] - w_k[l])
-    ```
-
-    Numbers of examples do not enter. One pass.
+) -> LearningProcess:
+    """Builds FedAtt: attentive aggregation; see `rules.fed_att`.
 
     Args:
-      model_fn: As for `build_adaptive_fed_avg`.
-      client_optimizer_fn: As there.
-      step_size: Above 0; 1.2 in the authors' later version, 1.0 in the first.
-      norm: `"spectral"` as in the authors' code, whose norm of a matrix is its largest singular
-        value, or `"frobenius"` as in the ports of it. The same for vectors.
-      **options: Any further argument of `build_adaptive_fed_avg` but `score` and `weighting`.
+      model_fn: As for `build_fed_avg`.
+      client_optimizer_fn: The clients' optimizer.
+      step_size: As for `rules.fed_att`.
+      norm: As there.
+      layers: As there.
+      sample_size: As there.
+      **options: Any further argument of `build_fed_avg`.
 
     Returns:
-      A `tff.learning.templates.LearningProcess`.
+      A `LearningProcess`; see `build_fed_avg`.
 
     Raises:
-      ValueError: If `norm` or `step_size` is out of its range.
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument is out of its range.
 
     Example:
       >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
@@ -212,70 +279,46 @@ def build_fed_att(
       ... )
       >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
       >>> process = build_fed_att(model, sgd, norm="spectral")
-      >>> isinstance(process, tff.learning.templates.LearningProcess)
-      True
-
-    Source: Ji, Pan, Long, Li, Jiang, Huang, Learning Private Neural Language Modeling with
-    Attentive Aggregation, 2019.
+      >>> process.get_hparams(process.initialize())["aggregator"]["step_size"]
+      1.2
     """
-    norms = {"frobenius": l2_distance, "spectral": spectral_distance}
-    if norm not in norms:
-        raise ValueError(f'`norm` must be "frobenius" or "spectral"; found {norm!r}.')
-    is_number = isinstance(step_size, int | float) and not isinstance(step_size, bool)
-    if not is_number or not 0 < step_size < math.inf:
-        raise ValueError(f"`step_size` must be a finite number above 0; found {step_size!r}.")
-    return build_adaptive_fed_avg(
-        model_fn,
-        client_optimizer_fn,
-        tff.learning.optimizers.build_sgdm(step_size),
-        score=norms[norm],
-        weighting=softmax(prefer="far", scale=None, times_examples=False),
-        **options,
-    )
+    rule = rules.fed_att(step_size, norm=norm, layers=layers, sample_size=sample_size)
+    return build_fed_avg(model_fn, client_optimizer_fn, rule=rule, **options)
 
 
 def build_fed_med(
     model_fn: Any,
-    client_optimizer_fn: tff.learning.optimizers.Optimizer,
-    server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+    client_optimizer_fn: Optimizer,
+    server_optimizer_fn: Optimizer | None = None,
     *,
-    score: Score | Literal["loss"] = js_divergence,
+    score: ScoreLike = js_divergence,
     weighting: Weighting | None = None,
-    adaptive_when: Literal["not_fallen", "fallen"] = "not_fallen",
-    min_decrease: float = 0.0,
+    adaptive_when: Literal["not_fallen", "fallen"] | Gate = "not_fallen",
+    min_decrease: hyperparameters.Number = 0.0,
     layers: Layers = "tensor",
     loss_at: LossAt = "training",
     sample_size: int = 0,
-    client_weighting: tff.learning.ClientWeighting = _NUM_EXAMPLES,
-    model_distributor: tff.learning.templates.DistributionProcess | None = None,
-    metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
-) -> tff.learning.templates.LearningProcess:
+    **options: Any,
+) -> LearningProcess:
     """Builds FedMed-style training: adaptive or plain averaging, as the clients' loss says.
 
-    The gate is that of `LossGatedMeanFactory`, both means accumulated in one pass. It follows
-    Algorithm 1 of the source; what the algorithm leaves open is an argument here, and the defaults
-    are this package's choice: no claim is made to reproduce the source's numbers.
+    See `rules.loss_gated`, for what is the source's and what this package's choice, too.
 
     Args:
-      model_fn: As for `build_adaptive_fed_avg`.
-      client_optimizer_fn: As there.
-      server_optimizer_fn: As there.
-      score: The divergence of a layer in the adaptive mean.
-      weighting: Of the adaptive mean; a softmax that prefers near clients and counts examples if
-        None.
-      adaptive_when: Whether the adaptive mean is taken when the loss did not fall, or when it did.
-      min_decrease: Relative decrease of the loss that counts as a fall, in [0, 1).
-      layers: As for `build_adaptive_fed_avg`.
-      loss_at: Where the clients' loss is taken: over training, or at the server's weights.
-      sample_size: As for `build_adaptive_fed_avg`.
-      client_weighting: As there.
-      model_distributor: As there.
-      metrics_aggregator: As there.
-      loop_implementation: As for `build_scored_client_work`.
+      model_fn: As for `build_fed_avg`.
+      client_optimizer_fn: The clients' optimizer.
+      server_optimizer_fn: The server's; SGD with learning rate 1 if None.
+      score: As for `rules.loss_gated`.
+      weighting: As there.
+      adaptive_when: Its `gate`.
+      min_decrease: As there.
+      layers: As there.
+      loss_at: As there.
+      sample_size: As there.
+      **options: Any further argument of `build_fed_avg`.
 
     Returns:
-      A `tff.learning.templates.LearningProcess`; `metrics["aggregator"]["adaptive"]` is the branch.
+      A `LearningProcess`; `metrics["aggregator"]["adaptive"]` is the branch.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -292,63 +335,46 @@ def build_fed_med(
       >>> process = build_fed_med(model, sgd, min_decrease=0.01)
       >>> "adaptive" in process.next.type_signature.result.metrics.member.aggregator._asdict()
       True
-
-    Source: Wu, Liang, Wang, FedMed: A Federated Learning Framework for Language Modeling, 2020.
     """
-    check_optimizer("client_optimizer_fn", client_optimizer_fn)
-    factory = LossGatedMeanFactory(
-        softmax() if weighting is None else weighting,
-        layers=layers,
-        adaptive_when=adaptive_when,
-        min_decrease=min_decrease,
-        sample_size=sample_size,
-    )
-    client_work = build_scored_client_work(
-        model_fn,
-        client_optimizer_fn,
+    rule = rules.loss_gated(
+        weighting,
         score=score,
         layers=layers,
         loss_at=loss_at,
-        client_weighting=client_weighting,
-        metrics_aggregator=metrics_aggregator,
-        loop_implementation=loop_implementation,
+        gate=adaptive_when,
+        min_decrease=min_decrease,
+        sample_size=sample_size,
     )
-    return compose_fed_avg(
-        model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
-    )
+    return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 
 
 def build_q_fed_avg(
     model_fn: Any,
-    client_optimizer_fn: tff.learning.optimizers.Optimizer,
-    server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+    client_optimizer_fn: Optimizer,
+    server_optimizer_fn: Optimizer | None = None,
     *,
     learning_rate: float,
-    q: float = 0.1,
+    q: hyperparameters.Number = 0.1,
     sample_size: int = 0,
-    model_distributor: tff.learning.templates.DistributionProcess | None = None,
-    metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
-) -> tff.learning.templates.LearningProcess:
-    """Builds q-FedAvg: fairer losses across clients; see `QFedAvgFactory`.
+    **options: Any,
+) -> LearningProcess:
+    """Builds q-FedAvg: fairer losses across clients; see `rules.q_fed_avg`.
 
     Clients measure their loss at the server's weights, which is one forward pass over their data
     more than training. Numbers of examples do not enter.
 
     Args:
-      model_fn: As for `build_adaptive_fed_avg`.
-      client_optimizer_fn: As there.
-      server_optimizer_fn: As there; the default gives the rule as published.
-      learning_rate: The learning rate of `client_optimizer_fn`, above 0; `L` is one over it, also
-        after `set_hparams` has changed the optimizer's.
+      model_fn: As for `build_fed_avg`.
+      client_optimizer_fn: The clients' optimizer.
+      server_optimizer_fn: The server's; the default gives the rule as published.
+      learning_rate: The learning rate of `client_optimizer_fn`, above 0. Where that changes between
+        rounds, change this hyperparameter too.
       q: At least 0.
-      sample_size: As for `build_adaptive_fed_avg`.
-      model_distributor: As there.
-      metrics_aggregator: As there.
-      loop_implementation: As for `build_scored_client_work`.
+      sample_size: As for `rules.q_fed_avg`.
+      **options: Any further argument of `build_fed_avg`.
 
     Returns:
-      A `tff.learning.templates.LearningProcess`.
+      A `LearningProcess`; see `build_fed_avg`.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -366,50 +392,33 @@ def build_q_fed_avg(
       >>> "step" in process.next.type_signature.result.metrics.member.aggregator._asdict()
       True
     """
-    check_optimizer("client_optimizer_fn", client_optimizer_fn)
-    factory = QFedAvgFactory(q, learning_rate, sample_size=sample_size)
-    client_work = build_scored_client_work(
-        model_fn,
-        client_optimizer_fn,
-        layers="model",
-        loss_at="initial",
-        metrics_aggregator=metrics_aggregator,
-        loop_implementation=loop_implementation,
-    )
+    rule = rules.q_fed_avg(q, learning_rate, sample_size=sample_size)
     _check_hparam(client_optimizer_fn, "learning_rate", learning_rate)
-    return compose_fed_avg(
-        model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
-    )
+    return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 
 
 def build_fed_nova(
     model_fn: Any,
-    client_optimizer_fn: tff.learning.optimizers.Optimizer,
-    server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+    client_optimizer_fn: Optimizer,
+    server_optimizer_fn: Optimizer | None = None,
     *,
     momentum: float = 0.0,
     sample_size: int = 0,
-    client_weighting: tff.learning.ClientWeighting = _NUM_EXAMPLES,
-    model_distributor: tff.learning.templates.DistributionProcess | None = None,
-    metrics_aggregator: Any = None,
-    loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
-) -> tff.learning.templates.LearningProcess:
-    """Builds FedNova: averaging normalised by steps; see `FedNovaFactory`.
+    **options: Any,
+) -> LearningProcess:
+    """Builds FedNova: averaging normalised by steps; see `rules.fed_nova`.
 
     Args:
-      model_fn: As for `build_adaptive_fed_avg`.
-      client_optimizer_fn: As there: SGD, with or without momentum.
-      server_optimizer_fn: As there.
-      momentum: The momentum of `client_optimizer_fn`, in [0, 1); the rule keeps it after
-        `set_hparams` has changed the optimizer's.
-      sample_size: As for `build_adaptive_fed_avg`.
-      client_weighting: As there.
-      model_distributor: As there.
-      metrics_aggregator: As there.
-      loop_implementation: As for `build_scored_client_work`.
+      model_fn: As for `build_fed_avg`.
+      client_optimizer_fn: The clients' optimizer: SGD, with or without momentum.
+      server_optimizer_fn: The server's; SGD with learning rate 1 if None.
+      momentum: The momentum of `client_optimizer_fn`, at least 0 and below 1. Where that changes
+        between rounds, change this hyperparameter too.
+      sample_size: As for `rules.fed_nova`.
+      **options: Any further argument of `build_fed_avg`.
 
     Returns:
-      A `tff.learning.templates.LearningProcess`.
+      A `LearningProcess`; see `build_fed_avg`.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -429,20 +438,9 @@ def build_fed_nova(
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
     """
-    check_optimizer("client_optimizer_fn", client_optimizer_fn)
-    factory = FedNovaFactory(momentum, sample_size=sample_size)
-    client_work = build_scored_client_work(
-        model_fn,
-        client_optimizer_fn,
-        layers="model",
-        client_weighting=client_weighting,
-        metrics_aggregator=metrics_aggregator,
-        loop_implementation=loop_implementation,
-    )
+    rule = rules.fed_nova(momentum, sample_size=sample_size)
     _check_hparam(client_optimizer_fn, "momentum", momentum)
-    return compose_fed_avg(
-        model_fn, client_work, factory, server_optimizer_fn, model_distributor=model_distributor
-    )
+    return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 
 
 def compose_fed_avg(
@@ -460,7 +458,7 @@ def compose_fed_avg(
     Args:
       model_fn: The model that `client_work` trains: a function of nothing that makes a
         `tff.learning.models.VariableModel`, or a `tff.learning.models.FunctionalModel`.
-      client_work: For example from `build_score_weighted_client_work`.
+      client_work: For example from `build_self_weighting_client_work`.
       model_aggregator: `tff.aggregators.MeanFactory()` if None. Its result must have the type of
         the trainable weights.
       server_optimizer_fn: The server's optimizer; SGD with learning rate 1 if None.
@@ -480,13 +478,13 @@ def compose_fed_avg(
       ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
       ... )
       >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
-      >>> from aggregators import build_score_weighted_client_work, scores
+      >>> from aggregators import build_self_weighting_client_work, scores
       >>> work = tff.learning.templates.build_functional_model_delta_client_work(
       ...     model=model,
       ...     optimizer=sgd,
       ...     client_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
       ... )
-      >>> work = build_score_weighted_client_work(work, scores.l2_distance, softmax())
+      >>> work = build_self_weighting_client_work(work, scores.l2_distance, softmax())
       >>> process = compose_fed_avg(model, work, tff.learning.robust_aggregator())
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
@@ -499,9 +497,24 @@ def compose_fed_avg(
             "`model_aggregator` must be a tff.aggregators.WeightedAggregationFactory; "
             f"found {model_aggregator!r}."
         )
-    if server_optimizer_fn is None:
-        server_optimizer_fn = tff.learning.optimizers.build_sgdm(1.0)
-    check_optimizer("server_optimizer_fn", server_optimizer_fn)
+    initial_weights, distributor, finalizer = _server_parts(
+        model_fn, server_optimizer_fn, model_distributor
+    )
+    result_type = client_work.next.type_signature.result.result.member
+    return tff.learning.templates.compose_learning_process(
+        initial_weights,
+        distributor,
+        client_work,
+        model_aggregator.create(result_type.update, result_type.update_weight),
+        finalizer,
+    )
+
+
+def _server_parts(model_fn: Any, server_optimizer: Any, distributor: Any) -> tuple[Any, Any, Any]:
+    """Initial weights, distributor and finalizer, with TFF's own where none is given."""
+    if server_optimizer is None:
+        server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
+    check_optimizer("server_optimizer", server_optimizer)
 
     @tff.tensorflow.computation
     def initial_weights() -> Any:
@@ -511,22 +524,21 @@ def compose_fed_avg(
         return tff.learning.models.ModelWeights.from_model(model_fn())
 
     weights_type = initial_weights.type_signature.result
-    if model_distributor is None:
-        model_distributor = tff.learning.templates.build_broadcast_process(weights_type)
-    result_type = client_work.next.type_signature.result.result.member
-    return tff.learning.templates.compose_learning_process(
-        initial_weights,
-        model_distributor,
-        client_work,
-        model_aggregator.create(result_type.update, result_type.update_weight),
-        tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer_fn, weights_type),
+    if distributor is None:
+        distributor = tff.learning.templates.build_broadcast_process(weights_type)
+    finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
+        server_optimizer, weights_type
     )
+    return initial_weights, distributor, finalizer
 
 
 def _check_hparam(optimizer: tff.learning.optimizers.Optimizer, name: str, value: float) -> None:
     """Raises `ValueError` if the optimizer is known to have another number of this name."""
+    check_optimizer("client_optimizer_fn", optimizer)
     state = optimizer.initialize(tf.TensorSpec((), tf.float32))
     hparams = optimizer.get_hparams(state)
+    if callable(value):  # a schedule
+        value = float(value(0))
     if name in hparams:
         found = np.asarray(hparams[name])
     elif name == "momentum" and len(tf.nest.flatten(state)) == len(tf.nest.flatten(hparams)):

@@ -130,66 +130,30 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
     )
 
 
-def federated_reduction(value: Any, reduction: Reduction) -> Any:
-    """Runs a `Reduction` over clients: `{T}@CLIENTS -> R@SERVER`.
-
-    For use inside a `tff.federated_computation`.
-
-    Args:
-      value: Value placed at `tff.CLIENTS`, of the type that `accumulate` takes.
-      reduction: The `Reduction`.
-
-    Returns:
-      What `report` returns, placed at `tff.SERVER`.
-
-    Raises:
-      TypeError: If `value` is not placed at clients, or the functions do not fit each other.
-
-    Example:
-      >>> import numpy as np
-      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
-      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
-      ... def total(x):
-      ...     return federated_reduction(x, add)
-      >>> str(total.type_signature)
-      '({float32}@CLIENTS -> float32@SERVER)'
-    """
-    value = tff.to_value(value, None)
-    member = _client_member(value)
-    zero = tff.tensorflow.computation(lambda: reduction.zero())
-    total = zero.type_signature.result
-    accumulate = _checked("accumulate", reduction.accumulate, (total, member), total, _bare)
-    if reduction.merge is reduction.accumulate:
-        merge = accumulate
-    else:
-        merge = _merge_computation(reduction.merge, total, _bare)
-    report = tff.tensorflow.computation(lambda total: reduction.report(total), total)
-    return tff.federated_aggregate(value, zero(), accumulate, merge, report)
-
-
-def federated_reduce(value: Any, zero: Any, op: Any, merge: Any = None) -> Any:
+def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -> Any:
     """Folds clients' values one by one: `<{T}@CLIENTS, U, (<U, T> -> U)> -> U@SERVER`.
 
     ```
     result = op(... op(op(zero, x_1), x_2) ..., x_n)
     ```
 
-    For use inside a `tff.federated_computation`. Clients come in no particular order.
+    For use inside a `tff.federated_computation`.
 
     Args:
-      value: Value placed at `tff.CLIENTS`; `T` is its member type.
-      zero: What the fold starts from: a structure of numbers, arrays or constant tensors, or a
-        `tff.Computation` of nothing.
+      value: Value placed at `tff.CLIENTS`.
+      zero: What to start from: a structure of constants, or a computation of no arguments that
+        returns one. Its type is `U`. Or a `Reduction`, which brings all that follows, and a report.
       op: Function of TensorFlow operations or `tff.Computation`, `(U, T) -> U`.
       merge: Function or computation `(U, U) -> U` that joins two folds, each started from `zero`.
         Without one, the reduction works on one worker, and a second worker or sub-round raises an
         error that says so.
 
     Returns:
-      The fold, placed at `tff.SERVER`.
+      The fold (of a `Reduction`, what it reports), placed at `tff.SERVER`.
 
     Raises:
-      TypeError: If `value` is not placed at clients or a type does not fit.
+      TypeError: If `value` is not placed at clients, a type does not fit, or `op` is missing, or
+        given beside a `Reduction`.
 
     Example:
       >>> import numpy as np
@@ -198,26 +162,42 @@ def federated_reduce(value: Any, zero: Any, op: Any, merge: Any = None) -> Any:
       ...     return federated_reduce(x, np.float32(-np.inf), tf.maximum, merge=tf.maximum)
       >>> str(largest.type_signature)
       '({float32}@CLIENTS -> float32@SERVER)'
+      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+      ... def total(x):
+      ...     return federated_reduce(x, add)
+      >>> str(total.type_signature)
+      '({float32}@CLIENTS -> float32@SERVER)'
     """
     value = tff.to_value(value, None)
     member = _client_member(value)
-    if isinstance(zero, tff.framework.ConcreteComputation):
-        if zero.type_signature.parameter is not None:
+    if isinstance(zero, Reduction):
+        if op is not None or merge is not None:
             raise TypeError(
-                "`zero` must be a computation of no arguments or a structure of constants; "
-                f"found a computation of type {zero.type_signature}."
+                "`op` and `merge` must be left out beside a `Reduction`, which brings its own; found "
+                f"{op!r} and {merge!r}."
             )
-        start = zero
+        start = tff.tensorflow.computation(lambda: zero.zero())
+        op, report, wrap, merge = zero.accumulate, zero.report, _bare, zero.merge
     else:
-        start = tff.tensorflow.computation(
-            lambda: tf.nest.map_structure(tf.convert_to_tensor, zero)
-        )
+        report, wrap = _unchanged, tf.function
+        if isinstance(zero, tff.framework.ConcreteComputation):
+            if zero.type_signature.parameter is not None:
+                raise TypeError(
+                    "`zero` must be a computation of no arguments or a structure of constants; "
+                    f"found a computation of type {zero.type_signature}."
+                )
+            start = zero
+        else:
+            start = tff.tensorflow.computation(
+                lambda: tf.nest.map_structure(tf.convert_to_tensor, zero)
+            )
     total = start.type_signature.result
-    accumulate = _checked("op", op, (total, member), total)
-    report = tff.tensorflow.computation(_unchanged, total)
-    return tff.federated_aggregate(
-        value, start(), accumulate, _merge_computation(merge, total), report
-    )
+    accumulate = _checked("op", op, (total, member), total, wrap)
+    same = merge is op and member.is_equivalent_to(total)
+    joined = accumulate if same else _merge_computation(merge, total, wrap)
+    reported = tff.tensorflow.computation(lambda total: report(total), total)
+    return tff.federated_aggregate(value, start(), accumulate, joined, reported)
 
 
 def _client_member(value: Any) -> Any:

@@ -1,25 +1,131 @@
 """How far a client's layer is from the server's.
 
 A score is a function `score(server_layer, client_layer)` of two sequences of tensors (the tensors
-of one layer, in the model's order) that returns one non-negative number. Any such function of
-TensorFlow operations can stand where the ones below do.
+of one layer, in the model's order) that returns one non-negative number, in a `Score` that says
+what it looks at. Any such function of TensorFlow operations can stand where the ones below do.
 
 The result is float32, or float64 for layers of float64; half precision is computed in float32. A
 layer of several tensors is read as one long vector, except by `spectral_distance`.
 """
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators import divergences
 from aggregators.layers import Groups
 
-Score = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], tf.Tensor]
+Layer = Sequence[tf.Tensor]
+Function = Callable[[Layer, Layer], tf.Tensor]
+
+_WRITE = (
+    "Write it as `def score(server, client)`, two sequences of tensors, with TensorFlow operations, "
+    "and reduce it to one number of at least 0."
+)
 
 
+def _check_function(instance: Any, attribute: Any, value: Any) -> None:
+    del instance, attribute  # attrs passes them to every validator
+    if not callable(value) or isinstance(value, tff.framework.ConcreteComputation):
+        raise TypeError(
+            f"`score` must be a function of two sequences of tensors; found {value!r}. "
+            "Use one from `aggregators.scores`, such as `scores.kl_divergence`, or a plain function "
+            "of your own: it is called for layers of all shapes, which no tff.Computation takes."
+        )
+    try:
+        inspect.signature(value).bind((), ())
+    except TypeError as error:
+        raise TypeError(
+            f"`score` must take two arguments; found {_name_of(value)}, which does not ({error}). "
+            f"{_WRITE}"
+        ) from error
+    except ValueError:
+        pass  # a builtin that does not tell
+
+
+def _name_of(function: Any) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return name if name.isidentifier() else "score"
+
+
+@attrs.frozen(slots=False)
+class Score:
+    """A score and what it looks at.
+
+    Attributes:
+      function: `(server_layer, client_layer) -> number`, of TensorFlow operations.
+      needs: `"model"` if it must see the server's model; `"update"` if it depends on the difference
+        of the two alone, and so can be taken where only an update is known.
+      name: Under which a client sends it.
+      over_layers: A faster form over all layers at once, `(server_layers, client_layers)` to a list
+        of numbers; None to call `function` for each.
+
+    Example:
+      >>> largest = Score(lambda s, c: tf.reduce_max(tf.abs(s[0] - c[0])), needs="update")
+      >>> largest([tf.constant([1.0, 5.0])], [tf.constant([2.0, 2.0])]).numpy()
+      3.0
+    """
+
+    function: Function = attrs.field(validator=_check_function)
+    needs: Literal["model", "update"] = attrs.field(
+        default="model", validator=attrs.validators.in_(("model", "update")), kw_only=True
+    )
+    name: str = attrs.field(kw_only=True)
+    over_layers: Callable[[Sequence[Layer], Sequence[Layer]], list[tf.Tensor]] | None = attrs.field(
+        default=None, kw_only=True
+    )
+
+    @name.default
+    def _own_name(self) -> str:
+        return _name_of(self.function)
+
+    def __attrs_post_init__(self) -> None:
+        named = ("__module__", "__name__", "__qualname__", "__doc__")
+        found = {
+            name: getattr(self.function, name) for name in named if hasattr(self.function, name)
+        }
+        vars(self).update(found, __wrapped__=self.function)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles a score that stands in a module, such as those below, by its name there."""
+        name = getattr(self.function, "__qualname__", "")
+        at_home = getattr(sys.modules.get(self.function.__module__), name, None) is self
+        return name if at_home else super().__reduce_ex__(protocol)
+
+    def __call__(self, server: Layer, client: Layer) -> tf.Tensor:
+        """Scores one layer."""
+        return self.function(server, client)
+
+
+def score(
+    *, needs: Literal["model", "update"], over_layers: Any = None
+) -> Callable[[Function], Score]:
+    """Makes a `Score` of the function below it.
+
+    Args:
+      needs: As in `Score`.
+      over_layers: As in `Score`.
+
+    Returns:
+      A decorator.
+
+    Example:
+      >>> @score(needs="update")
+      ... def manhattan(server, client):
+      ...     return tf.add_n([tf.reduce_sum(tf.abs(s - c)) for s, c in zip(server, client)])
+      >>> manhattan.needs
+      'update'
+    """
+    return lambda function: Score(function, needs=needs, over_layers=over_layers)
+
+
+@score(needs="model", over_layers=functools.partial(divergences.of_layers, divergences.KL))
 def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """Kullback-Leibler divergence of the softmaxed client layer from the softmaxed server layer.
 
@@ -63,6 +169,7 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     return _one_layer(divergences.KL, server, client)
 
 
+@score(needs="model", over_layers=functools.partial(divergences.of_layers, divergences.JS))
 def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """Jensen-Shannon divergence between the softmaxed layers.
 
@@ -89,6 +196,7 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     return _one_layer(divergences.JS, server, client)
 
 
+@score(needs="update")
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """Euclidean (Frobenius) distance: `d = sqrt(sum_i (server_i - client_i)^2)`.
 
@@ -111,6 +219,7 @@ def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.
     return tf.sqrt(tf.add_n([tf.cast(square, squares[0].dtype) for square in squares]))
 
 
+@score(needs="update")
 def spectral_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """Largest singular value of the difference.
 
@@ -141,6 +250,7 @@ def spectral_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) 
     return tf.reduce_max(tf.stack([tf.cast(norm, norms[0].dtype) for norm in norms]))
 
 
+@score(needs="update")
 def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """One minus the cosine of the angle between the layers.
 
@@ -171,63 +281,62 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
     return _as_wide_as(server, tf.where(one_is_zero, tf.ones_like(half), half))
 
 
-_DIVERGENCES: dict[Score, divergences.Divergence] = {
-    kl_divergence: divergences.KL,
-    js_divergence: divergences.JS,
-}
+ALL = (kl_divergence, js_divergence, l2_distance, spectral_distance, cosine_distance)
 
-# What can be scored from the update alone, without the model it changes: cosine distance too, but
-# there it only tells a zero update from the others.
-UPDATE_SCORES = (l2_distance, spectral_distance, cosine_distance)
-MODEL_SCORES = tuple(_DIVERGENCES)
+
+def as_score(given: Any) -> Score:
+    """A `Score` of what was given for one: a bare function is taken to need the server's model.
+
+    Raises:
+      TypeError: If it cannot be called as a score.
+    """
+    return given if isinstance(given, Score) else Score(given)
 
 
 def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
     """Scores every layer of a client's model.
 
     Args:
-      score: One of this module's functions, or one with their signature.
+      score: The score.
       server: Structure of tensors: the model the client started from.
       client: Structure of tensors: the model it trained.
-      groups: The layers, from `resolve_layers`.
+      groups: The positions of each layer's tensors.
 
     Returns:
       float32 of shape `[len(groups)]`.
 
     Raises:
-      TypeError: If `score` does not return one number per layer.
+      TypeError: If `score` fails, or does not return one number per layer.
     """
     servers, clients = (
         [[tf.convert_to_tensor(flat[i]) for i in group] for group in groups]
         for flat in (tf.nest.flatten(server), tf.nest.flatten(client))
     )
-    if score in _DIVERGENCES:
-        return tf.cast(
-            tf.stack(divergences.of_layers(_DIVERGENCES[score], servers, clients)), tf.float32
-        )
-    if score not in UPDATE_SCORES:
-        score = tf.function(score)  # for the control flow that people write in Python
-    found = []
-    for group, old, new in zip(groups, servers, clients, strict=True):
-        value = tf.convert_to_tensor(score(old, new))
-        if value.shape.rank != 0 or not value.dtype.is_floating:
-            raise TypeError(
-                "`score` must return one floating number per layer; "
-                f"found {value.dtype.name} of shape {value.shape} for layer {group}. "
-                "Reduce it to a scalar."
-            )
-        found.append(tf.cast(value, tf.float32))
-    return tf.stack(found)
+    if score.over_layers is not None:
+        found = score.over_layers(servers, clients)
+    else:
+        function = score.function
+        if score not in ALL:
+            function = tf.function(function)  # for the control flow that people write in Python
+        found = [_one(score, function, *pair) for pair in zip(servers, clients, strict=True)]
+    return tf.stack([tf.cast(number, tf.float32) for number in found])
 
 
-def check_score(score: Any, argument: str = "score") -> None:
-    """Raises `TypeError` for anything that cannot be called as a score."""
-    if not callable(score) or isinstance(score, tff.framework.ConcreteComputation):
+def _one(score: Score, function: Function, server: Layer, client: Layer) -> tf.Tensor:
+    shapes = ", ".join(f"{tensor.dtype.name}{list(tensor.shape)}" for tensor in server)
+    try:
+        number = tf.convert_to_tensor(function(server, client))
+    except Exception as error:
         raise TypeError(
-            f"`{argument}` must be a function of two sequences of tensors; found {score!r}. "
-            "Use one from `aggregators.scores`, such as `scores.kl_divergence`, or a plain function "
-            "of your own: it is called for layers of all shapes, which no tff.Computation takes."
+            f"`score` must be a function of TensorFlow operations; found {score.name}, which failed "
+            f"on a layer of {shapes}: {error}. {_WRITE}"
+        ) from error
+    if number.shape.rank != 0 or not number.dtype.is_floating:
+        raise TypeError(
+            f"`score` must return one floating number per layer; found {number.dtype.name} of shape "
+            f"{number.shape} from {score.name} for a layer of {shapes}. {_WRITE}"
         )
+    return number
 
 
 def _wide(tensor: tf.Tensor) -> tf.Tensor:

@@ -12,16 +12,21 @@ weight that the client work gave), and `rule` the function that distinguishes th
 differences of log-weights between clients matter, so the typical client's is taken as 0: that
 keeps numbers small, as a weight that a client sends has to be. Until a typical score is known (the
 first round), nothing is subtracted.
+
+The numbers of a weighting (temperature, exponent, bound, ...) are hyperparameters: they lie in the
+state of whatever uses it, and may change between rounds.
 """
 
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import attrs
 import tensorflow as tf
 
-Rule = Callable[[tf.Tensor], tf.Tensor]
+from aggregators.hyperparameters import Hparam, Number, hparam
 
 # Weights e^1000 apart are as good as any further, and float64 adds numbers of this size to ten
 # digits. Much larger ones would swallow the logarithm of 2 that adding an equal weight makes.
@@ -36,38 +41,42 @@ _LEAST_SCALE, _LARGEST_SCALE = 1e-12, 1e12
 _LARGEST_GROWTH = 10.0
 
 
-@attrs.frozen
-class SoftmaxRule:
-    """log-weight = -r / temperature for `prefer="near"`, +r / temperature for `"far"`."""
+class Seen(NamedTuple):
+    """What a weighting's rule may look at besides relative scores.
 
-    temperature: float
-    prefer: Literal["near", "far"]
+    Attributes:
+      numbers: The weighting's hyperparameters by name, float64 scalars.
+      layer: int32 of shape `[num_layers]`: the layers' positions.
+      round: int32 scalar: rounds done before this one.
+      loss: float64 scalar: the client's mean loss; None unless `loss_at` says where it is taken.
+    """
 
-    def __call__(self, relative: tf.Tensor) -> tf.Tensor:
-        """Maps relative scores to log-weights."""
-        sign = -1.0 if self.prefer == "near" else 1.0
-        return (sign / self.temperature) * relative
-
-
-@attrs.frozen
-class PowerRule:
-    """log-weight = exponent * log(max(r, floor))."""
-
-    exponent: float
-    floor: float
-
-    def __call__(self, relative: tf.Tensor) -> tf.Tensor:
-        """Maps relative scores to log-weights."""
-        return self.exponent * tf.math.log(tf.maximum(relative, self.floor))
+    numbers: Mapping[str, tf.Tensor]
+    layer: tf.Tensor
+    round: tf.Tensor
+    loss: tf.Tensor | None = None
 
 
-@attrs.frozen
-class UniformRule:
-    """log-weight = 0, whatever the score."""
+Rule = Callable[..., tf.Tensor]
 
-    def __call__(self, relative: tf.Tensor) -> tf.Tensor:
-        """Maps relative scores to log-weights."""
-        return tf.zeros_like(relative)
+
+def _softmax_near(relative: tf.Tensor, seen: Seen) -> tf.Tensor:
+    return -relative / seen.numbers["temperature"]
+
+
+def _softmax_far(relative: tf.Tensor, seen: Seen) -> tf.Tensor:
+    return relative / seen.numbers["temperature"]
+
+
+def _power(relative: tf.Tensor, seen: Seen) -> tf.Tensor:
+    return seen.numbers["exponent"] * tf.math.log(tf.maximum(relative, seen.numbers["floor"]))
+
+
+def _uniform(relative: tf.Tensor) -> tf.Tensor:
+    return tf.zeros_like(relative)
+
+
+BUILT_IN = (_softmax_near, _softmax_far, _power, _uniform)
 
 
 def _check_rule(instance: Any, attribute: Any, value: Any) -> None:
@@ -77,35 +86,24 @@ def _check_rule(instance: Any, attribute: Any, value: Any) -> None:
             f"`rule` must be a function from relative scores to log-weights; found {value!r}. "
             "Use `weighting.softmax()`, `weighting.power()` or `weighting.uniform()`."
         )
+    seen = {"seen": None} if looks(value) else {}
+    try:
+        inspect.signature(value).bind((), **seen)
+    except TypeError as error:
+        raise TypeError(
+            f"`rule` must take relative scores, and `seen` if it likes; found {value!r}, which does "
+            f"not ({error}). Write `def rule(relative)` or `def rule(relative, seen)`."
+        ) from error
+    except ValueError:
+        pass  # a builtin that does not tell
 
 
-def _check_scale(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute
-    if value is None or value == "running":
-        return
-    if not (_is_number(value) and _LEAST_SCALE <= value <= _LARGEST_SCALE):
-        raise ValueError(
-            f'`scale` must be None, "running" or a number from {_LEAST_SCALE:g} to '
-            f"{_LARGEST_SCALE:g}; found {value!r}. None uses scores as they are."
-        )
-
-
-def _check_bound(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute
-    if value is not None and not (_is_number(value) and 1 <= value < math.inf):
-        raise ValueError(
-            "`bound` must be None or a finite number of at least 1, the largest ratio between "
-            f"two clients' weights; found {value!r}."
-        )
-
-
-def _check_memory(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute
-    if not (_is_number(value) and 0 <= value < 1):
-        raise ValueError(
-            "`memory` must be at least 0 and below 1, the share of the earlier rounds in the "
-            f"running mean score; found {value!r}."
-        )
+def looks(rule: Rule) -> bool:
+    """Whether a rule takes `seen`, and may look at whatever is in it."""
+    try:
+        return "seen" in inspect.signature(rule).parameters
+    except ValueError:
+        return False
 
 
 def _check_flag(instance: Any, attribute: Any, value: Any) -> None:
@@ -114,36 +112,89 @@ def _check_flag(instance: Any, attribute: Any, value: Any) -> None:
         raise TypeError(f"`{attribute.name}` must be True or False; found {value!r}.")
 
 
+def _scale(value: Any) -> Any:
+    if value is None or value == "running":
+        return value
+    try:
+        return hparam("scale", value, _LEAST_SCALE, _LARGEST_SCALE)
+    except ValueError:
+        raise ValueError(
+            f'`scale` must be None, "running" or a number from {_LEAST_SCALE:g} to '
+            f"{_LARGEST_SCALE:g}; found {value!r}. None uses scores as they are."
+        ) from None
+
+
+def _bound(value: Any) -> Any:
+    return value if value is None else hparam("bound", value, 1.0, hint=_BOUND_HINT)
+
+
+_BOUND_HINT = "It is the largest ratio between two clients' weights; None for no limit."
+
+
+def _memory(value: Any) -> Hparam:
+    if isinstance(value, Hparam):
+        return value
+    return hparam(
+        "memory", value, 0.0, 1.0, below=True, hint="It is the share of the earlier rounds."
+    )
+
+
+def _own(hparams: Mapping[str, Any]) -> Mapping[str, Hparam]:
+    clash = {"scale", "bound", "memory", "round"} & set(hparams)
+    if clash:
+        raise ValueError(f"`hparams` must not be named {sorted(clash)}: these names are taken.")
+    return OrderedDict(
+        (name, value if isinstance(value, Hparam) else hparam(name, value))
+        for name, value in hparams.items()
+    )
+
+
 @attrs.frozen
 class Weighting:
     """A rule and what surrounds it; see `softmax` for the meaning of every field.
 
-    Build your own with `Weighting(rule=f, ...)`, `f` mapping a float64 tensor of relative scores
-    to log-weights, element by element.
+    Build your own with `Weighting(rule=f, ...)`: `f(relative)` or `f(relative, seen)` maps a float64
+    tensor of relative scores, one per layer, to float64 log-weights of that shape. `seen` is a
+    `Seen`: layers, round, the client's loss, and the numbers that you give as `hparams`.
+
+    Example:
+      >>> def later(relative, seen):
+      ...     return -seen.numbers["sharpness"] * tf.cast(seen.round, tf.float64) * relative
+      >>> list(Weighting(later, hparams={"sharpness": 0.1}).numbers)
+      ['sharpness', 'memory']
     """
 
     rule: Rule = attrs.field(validator=_check_rule)
-    scale: float | Literal["running"] | None = attrs.field(
-        default="running", validator=_check_scale
-    )
+    scale: Any = attrs.field(default="running", converter=_scale)
     times_examples: bool = attrs.field(default=True, validator=_check_flag)
-    bound: float | None = attrs.field(default=None, validator=_check_bound)
-    memory: float = attrs.field(default=0.5, validator=_check_memory)
+    bound: Hparam | None = attrs.field(default=None, converter=_bound)
+    memory: Hparam = attrs.field(default=_memory(0.5), converter=_memory)
+    hparams: Mapping[str, Hparam] = attrs.field(factory=dict, converter=_own)
 
     @property
     def needs_typical_score(self) -> bool:
         """Whether the weights depend on what scores earlier rounds saw."""
         return self.scale == "running" or self.bound is not None
 
+    @property
+    def numbers(self) -> OrderedDict[str, Hparam]:
+        """What may change between rounds, by name."""
+        around = OrderedDict(scale=self.scale, bound=self.bound, memory=self.memory)
+        if not self.needs_typical_score:
+            del around["memory"]  # it changes nothing but what is shown
+        return OrderedDict(
+            [*self.hparams.items(), *((n, x) for n, x in around.items() if isinstance(x, Hparam))]
+        )
+
 
 def softmax(
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     *,
     prefer: Literal["near", "far"] = "near",
-    scale: float | Literal["running"] | None = "running",
+    scale: Number | Literal["running"] | None = "running",
     times_examples: bool = True,
-    bound: float | None = None,
-    memory: float = 0.5,
+    bound: Number | None = None,
+    memory: Number = 0.5,
 ) -> Weighting:
     """Weighs clients by a softmax over their scores.
 
@@ -152,7 +203,7 @@ def softmax(
     ```
 
     with `d` the score, `T` the temperature, `s` the scale and `n` the number of examples; the sign
-    is + for `prefer="far"`.
+    is + for `prefer="far"`. Every number may be a Keras schedule over rounds.
 
     Args:
       temperature: At least 1e-4. Small: the best client takes all. Large: all are alike.
@@ -180,33 +231,30 @@ def softmax(
       TypeError: If `times_examples` is not a bool.
 
     Example:
-      >>> softmax(0.5, prefer="far").rule
-      SoftmaxRule(temperature=0.5, prefer='far')
+      >>> {name: number.value for name, number in softmax(0.5, bound=20.0).numbers.items()}
+      {'temperature': 0.5, 'bound': 20.0, 'memory': 0.5}
     """
-    if not (_is_number(temperature) and _LEAST_TEMPERATURE <= temperature < math.inf):
-        raise ValueError(
-            f"`temperature` must be a finite number of at least {_LEAST_TEMPERATURE:g}; "
-            f"found {temperature!r}. For equal weights use `weighting.uniform()`."
-        )
     if prefer not in ("near", "far"):
         raise ValueError(f'`prefer` must be "near" or "far"; found {prefer!r}.')
+    hint = "For equal weights use `weighting.uniform()`."
     return Weighting(
-        SoftmaxRule(float(temperature), prefer),
+        _softmax_near if prefer == "near" else _softmax_far,
         scale=scale,
         times_examples=times_examples,
         bound=bound,
         memory=memory,
+        hparams={"temperature": hparam("temperature", temperature, _LEAST_TEMPERATURE, hint=hint)},
     )
 
 
 def power(
-    exponent: float = -1.0,
+    exponent: Number = -1.0,
     *,
-    floor: float = 1e-3,
-    scale: float | Literal["running"] | None = "running",
+    floor: Number = 1e-3,
+    scale: Number | Literal["running"] | None = "running",
     times_examples: bool = True,
-    bound: float | None = None,
-    memory: float = 0.5,
+    bound: Number | None = None,
+    memory: Number = 0.5,
 ) -> Weighting:
     """Weighs clients by a power of their score.
 
@@ -234,22 +282,19 @@ def power(
       TypeError: If `times_examples` is not a bool.
 
     Example:
-      >>> power(-0.5).rule
-      PowerRule(exponent=-0.5, floor=0.001)
+      >>> {name: number.value for name, number in power(-0.5, scale=None).numbers.items()}
+      {'exponent': -0.5, 'floor': 0.001}
     """
-    if not (_is_number(exponent) and abs(exponent) <= _LARGEST_EXPONENT):
-        raise ValueError(
-            f"`exponent` must be a number from {-_LARGEST_EXPONENT:g} to {_LARGEST_EXPONENT:g}; "
-            f"found {exponent!r}."
-        )
-    if not (_is_number(floor) and 0 < floor < math.inf):
-        raise ValueError(f"`floor` must be a finite number above 0; found {floor!r}.")
     return Weighting(
-        PowerRule(float(exponent), float(floor)),
+        _power,
         scale=scale,
         times_examples=times_examples,
         bound=bound,
         memory=memory,
+        hparams=OrderedDict(
+            exponent=hparam("exponent", exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT),
+            floor=hparam("floor", floor, 0.0, above=True),
+        ),
     )
 
 
@@ -271,90 +316,122 @@ def uniform(*, times_examples: bool = True) -> Weighting:
       >>> uniform().scale is None
       True
     """
-    return Weighting(UniformRule(), scale=None, times_examples=times_examples)
+    return Weighting(_uniform, scale=None, times_examples=times_examples)
 
 
 def log_weights(
-    weighting: Weighting, scores: tf.Tensor, weight: tf.Tensor, typical_score: tf.Tensor
+    weighting: Weighting,
+    scores: tf.Tensor,
+    weight: tf.Tensor,
+    state: Mapping[str, Any],
+    loss: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """One client's log-weight per layer, and whether there is nothing wrong with it.
+    """One client's log-weight per layer, and whether its scores are sound.
 
     Args:
       weighting: The rule.
       scores: The client's scores, floating of shape `[num_layers]`.
-      weight: The client's own weight (number of examples), a number.
-      typical_score: Mean score of earlier rounds, shape `[num_layers]`; 0 where not known.
+      weight: The client's own weight (number of examples), a finite number of at least 0.
+      state: `typical_score`, the mean score of earlier rounds, shape `[num_layers]`, 0 where not
+        known; `round`; and the weighting's numbers.
+      loss: The client's loss, for a rule that looks at it.
 
     Returns:
       The log-weights, float64 of shape `[num_layers]`, where a typical client with weight 1 has 0:
-      -inf in all places for a client that must not count. And a bool, False if that is because
-      its weight or a score is NaN or infinite, or the rule gives NaN for a score; if the
-      weight is 0 or negative, nothing is wrong.
+      -inf in all places for a client that must not count. And a bool, False if that is because a
+      score is not a finite number of at least 0, or the rule gives NaN for it. If the weight is 0,
+      nothing is wrong.
+
+    Raises:
+      TypeError: If the rule fails, or returns another shape or dtype than it was given.
     """
     scores, weight = tf.cast(scores, tf.float64), tf.cast(weight, tf.float64)
-    typical = tf.cast(typical_score, tf.float64)
+    typical = tf.cast(state["typical_score"], tf.float64)
     known, has_weight = typical > 0.0, weight > 0.0
-    scale = relative_scale(weighting, typical)
-    logs = weighting.rule(tf.math.divide_no_nan(scores, scale))
-    centre = weighting.rule(tf.math.divide_no_nan(typical, scale))
+    scale = relative_scale(weighting, state)
+    seen = Seen(
+        numbers={name: tf.cast(state[name], tf.float64) for name in weighting.numbers},
+        layer=tf.range(scores.shape[0]),
+        round=state["round"],
+        loss=None if loss is None else tf.cast(loss, tf.float64),
+    )
+    logs = _apply(weighting.rule, tf.math.divide_no_nan(scores, scale), seen)
+    centre = _apply(weighting.rule, tf.math.divide_no_nan(typical, scale), seen)
     logs -= tf.where(known & tf.math.is_finite(centre), centre, 0.0)
     if weighting.bound is not None:
-        half = 0.5 * math.log(weighting.bound)
+        half = 0.5 * tf.math.log(seen.numbers["bound"])
         logs = tf.clip_by_value(logs, -half, half)
     if weighting.needs_typical_score:
         logs = tf.where(known, logs, 0.0)
-    # A rule of the user's own may have no number for a score; such a client must not count.
-    no_number = has_weight & tf.reduce_any(tf.math.is_nan(logs))
-    sound = all_finite(scores) & tf.math.is_finite(weight) & ~no_number
+    is_number = tf.math.is_finite(scores) & (scores >= 0.0) & ~tf.math.is_nan(logs)
+    sound = tf.reduce_all(is_number) | ~has_weight
     logs = tf.clip_by_value(logs, -_LARGEST_LOG, _LARGEST_LOG)
     if weighting.times_examples:
         logs += tf.math.log(weight)
     return tf.where(sound & has_weight, logs, -math.inf), sound
 
 
-def relative_scale(weighting: Weighting, typical_score: tf.Tensor) -> tf.Tensor:
-    """What scores are divided by, shape `[num_layers]`; 0 while all scores count alike."""
+def _apply(rule: Rule, relative: tf.Tensor, seen: Seen) -> tf.Tensor:
+    """Calls a rule and checks what it returns."""
+    advice = (
+        "Write it with TensorFlow operations on float64 tensors, element by element: "
+        "`def rule(relative)` or `def rule(relative, seen)`."
+    )
+    try:
+        found = tf.convert_to_tensor(rule(relative, seen) if looks(rule) else rule(relative))
+    except Exception as error:
+        raise TypeError(
+            f"`rule` must map relative scores to log-weights; found {rule!r}, which failed on "
+            f"float64{list(relative.shape)}: {error}. {advice}"
+        ) from error
+    if found.dtype != relative.dtype or found.shape != relative.shape:
+        raise TypeError(
+            f"`rule` must return float64 of the shape it is given, {list(relative.shape)}; found "
+            f"{found.dtype.name} of shape {found.shape} from {rule!r}. {advice}"
+        )
+    return found
+
+
+def relative_scale(weighting: Weighting, state: Mapping[str, Any]) -> tf.Tensor:
+    """What scores are divided by, float64 `[num_layers]`; 0 while all scores count alike."""
+    typical = tf.cast(state["typical_score"], tf.float64)
     if weighting.scale == "running":
-        return typical_score
-    fixed = 1.0 if weighting.scale is None else float(weighting.scale)
-    scale = tf.constant(fixed, typical_score.dtype, typical_score.shape)
-    return tf.where(typical_score > 0, scale, 0.0) if weighting.needs_typical_score else scale
+        return typical
+    fixed = 1.0 if weighting.scale is None else tf.cast(state["scale"], tf.float64)
+    scale = tf.ones_like(typical) * fixed
+    return tf.where(typical > 0, scale, 0.0) if weighting.needs_typical_score else scale
 
 
 def next_typical_score(
-    weighting: Weighting, typical_score: tf.Tensor, mean_score: tf.Tensor
+    weighting: Weighting, state: Mapping[str, Any], mean_score: tf.Tensor
 ) -> tf.Tensor:
     """The running mean score after a round.
 
     Args:
       weighting: The rule.
-      typical_score: The running mean before, 0 where not known.
+      state: As for `log_weights`.
       mean_score: This round's mean over the clients that counted; NaN if there was none.
 
     Returns:
       `memory * typical + (1 - memory) * min(mean, 10 * typical)`; the mean where nothing was known;
       unchanged where there is no mean.
     """
-    mean_score = tf.cast(mean_score, typical_score.dtype)
-    limited = tf.minimum(mean_score, _LARGEST_GROWTH * typical_score)
-    moved = weighting.memory * typical_score + (1.0 - weighting.memory) * limited
-    moved = tf.where(typical_score > 0, moved, mean_score)
-    return tf.where(tf.math.is_finite(mean_score), moved, typical_score)
-
-
-def all_finite(scores: tf.Tensor) -> tf.Tensor:
-    """Whether no score is NaN or infinite: one bool."""
-    return tf.reduce_all(tf.math.is_finite(scores))
+    typical = state["typical_score"]
+    memory = (
+        state["memory"] if "memory" in weighting.numbers else weighting.memory.at(state["round"])
+    )
+    memory = tf.cast(memory, typical.dtype)
+    mean_score = tf.cast(mean_score, typical.dtype)
+    limited = tf.minimum(mean_score, _LARGEST_GROWTH * typical)
+    moved = memory * typical + (1.0 - memory) * limited
+    moved = tf.where(typical > 0, moved, mean_score)
+    return tf.where(tf.math.is_finite(mean_score), moved, typical)
 
 
 def check_weighting(weighting: Any) -> None:
     """Raises `TypeError` for anything that is not a `Weighting`."""
     if not isinstance(weighting, Weighting):
-        raise TypeError(
-            f"`weighting` must be a `Weighting`; found {weighting!r}. "
-            "Call `weighting.softmax()`, `weighting.power()` or `weighting.uniform()`."
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        advice = "Call `weighting.softmax()`, `weighting.power()` or `weighting.uniform()`."
+        if callable(weighting):
+            advice = "Wrap a function of yours: `Weighting(rule=f)`."
+        raise TypeError(f"`weighting` must be a `Weighting`; found {weighting!r}. {advice}")

@@ -6,8 +6,8 @@ with weights that fall with their KL divergence from the server's model, in two 
 
 * on the clients: each client turns its divergence into a number, and `tff.federated_mean` does the
   rest, as it would under a secure sum;
-* in the stream: `aggregators.federated_adaptive_mean` stands where `tff.federated_mean` stood, and
-  could weigh layer by layer. Its measurements come for free.
+* in the stream: `aggregators.federated_rule` stands where `tff.federated_mean` stood, with a rule
+  that could weigh layer by layer, too. Its measurements come for free.
 
 Divergences shrink as training goes on, so they are divided by their running mean, which both ways
 carry in their state beside the model.
@@ -26,7 +26,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
-from aggregators import scores, weighting
+from aggregators import rules, scores, weighting
 
 BATCH = collections.OrderedDict(x=tf.TensorSpec([None, 3]), y=tf.TensorSpec([None, 1]))
 MODEL_TYPE = tff.to_type(
@@ -34,23 +34,26 @@ MODEL_TYPE = tff.to_type(
 )
 DATA_TYPE = tff.types.SequenceType(tff.types.tensorflow_to_type(BATCH))
 
-STATE_TYPE = tff.to_type(collections.OrderedDict(model=MODEL_TYPE, typical_score=(np.float32, [1])))
-
 TEMPERATURE = 0.5
-WEIGHTING = weighting.softmax(TEMPERATURE, memory=0.5)
+RULE = rules.adaptive_mean(
+    scores.kl_divergence, weighting.softmax(TEMPERATURE, memory=0.5), layers="model"
+)
 
 
 @tff.tensorflow.computation
 def initial_state() -> Any:
-    """A model of zeros, and no score known yet."""
+    """A model of zeros, and the state the rule starts from: no score is known yet."""
     model = collections.OrderedDict(kernel=tf.zeros([3, 1]), bias=tf.zeros([1]))
-    return collections.OrderedDict(model=model, typical_score=tf.zeros([1]))
+    return collections.OrderedDict(model=model, rule=aggregators.rule_state(RULE, MODEL_TYPE)())
 
 
-@tff.tensorflow.computation(MODEL_TYPE, (np.float32, [1]))
-def make_state(model: Any, typical_score: Any) -> Any:
+STATE_TYPE = initial_state.type_signature.result
+
+
+@tff.tensorflow.computation(MODEL_TYPE, STATE_TYPE.rule)
+def make_state(model: Any, rule: Any) -> Any:
     """The state of the next round."""
-    return collections.OrderedDict(model=model, typical_score=typical_score)
+    return collections.OrderedDict(model=model, rule=rule)
 
 
 @tff.tensorflow.computation(MODEL_TYPE, DATA_TYPE)
@@ -74,19 +77,20 @@ def train_locally(model: Any, data: Any) -> Any:
 def kl_weight(trained: Any, state: Any, examples: Any) -> Any:
     """A client's weight, examples * exp(-KL / scale / TEMPERATURE), and its KL."""
     divergence = scores.kl_divergence(tf.nest.flatten(state["model"]), tf.nest.flatten(trained))
-    relative = tf.math.divide_no_nan(divergence, state["typical_score"][0])
+    relative = tf.math.divide_no_nan(divergence, state["rule"]["typical_score"][0])
     return examples * tf.exp(-relative / TEMPERATURE), divergence
 
 
-@tff.tensorflow.computation((np.float32, [1]), np.float32)
-def remember(typical_score: Any, mean_divergence: Any) -> Any:
+@tff.tensorflow.computation(STATE_TYPE.rule, np.float32)
+def remember(rule: Any, mean_divergence: Any) -> Any:
     """The running mean, half of it the newest round; all of it in the first."""
-    moved = 0.5 * typical_score + 0.5 * mean_divergence
-    return tf.where(typical_score > 0, moved, mean_divergence)
+    old = rule["typical_score"]
+    moved = tf.where(old > 0, 0.5 * old + 0.5 * mean_divergence, mean_divergence)
+    return collections.OrderedDict(rule, typical_score=moved)
 
 
 def build_process(weigh_on_clients: bool) -> tff.templates.IterativeProcess:
-    """Builds the process: state is the server's model and the clients' typical divergence."""
+    """Builds the process: its state is the server's model and the rule's state."""
 
     @tff.federated_computation
     def initialize() -> Any:
@@ -101,20 +105,14 @@ def build_process(weigh_on_clients: bool) -> tff.templates.IterativeProcess:
         if weigh_on_clients:
             weight, divergence = tff.federated_map(kl_weight, (trained, at_clients, examples))
             mean = tff.federated_mean(trained, weight)
-            seen = (state["typical_score"], tff.federated_mean(divergence))
-            typical = tff.federated_map(remember, seen)
+            seen = (state["rule"], tff.federated_mean(divergence))
+            rule_state = tff.federated_map(remember, seen)
             measured = collections.OrderedDict(weight=tff.federated_sum(weight))
         else:
-            mean, measured, typical = aggregators.federated_adaptive_mean(
-                trained,
-                state["model"],
-                score=scores.kl_divergence,
-                weighting=WEIGHTING,
-                weight=examples,
-                layers="model",
-                typical_score=state["typical_score"],
+            mean, rule_state, measured = aggregators.federated_rule(
+                RULE, trained, state["rule"], server_model=state["model"], weight=examples
             )
-        return tff.federated_map(make_state, (mean, typical)), measured
+        return tff.federated_map(make_state, (mean, rule_state)), measured
 
     return tff.templates.IterativeProcess(initialize, run_one_round)
 
@@ -150,8 +148,8 @@ def main() -> None:
                 )
             )
             print(
-                f"{number:5d}  {measured['score_mean'][0]:.2e}  "
-                f"{measured['effective_clients'][0]:17.2f}  {difference:.1e}"
+                f"{number:5d}  {measured['score_mean']:.2e}  "
+                f"{measured['effective_clients']:17.2f}  {difference:.1e}"
             )
             if difference > 1e-4:
                 raise SystemExit("The two ways of weighting disagree.")

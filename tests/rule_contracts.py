@@ -1,7 +1,7 @@
 """Every aggregation rule of the package, with its twin: the table behind the suites of laws.
 
-A rule joins the suites by a line in `CASES`. `test_rules.py` fails when a public factory or
-weighting is in none.
+A rule joins the suites by a line in `CASES`. `test_rules.py` fails when a public rule or weighting
+is in none.
 """
 
 from collections import OrderedDict
@@ -11,20 +11,23 @@ from typing import Any
 import aggregation_twins as twins
 import attrs
 import numpy as np
+import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
-from aggregators import scores, weighting
+from aggregators import rules, scores, weighting
+from aggregators.update import client_update
 
 SHAPES = [(2, 3), (3,), (4,)]
 GROUPS = ((0, 1), (2,))
 DELTA_TYPE = tff.to_type([(np.float32, shape) for shape in SHAPES])
 WEIGHT_TYPE = tff.to_type(np.float32)
+LAYERS = {"tensor": ((0,), (1,), (2,)), "model": ((0, 1, 2),)}
 
 
 @attrs.frozen
 class Case:
-    """A factory, what it covers of the public names, and its NumPy twin.
+    """A rule, what it covers of the public names, and its NumPy twin.
 
     `twin(clients, weights, memory)` returns the mean; `memory` is a dictionary of its own that it
     may keep things in from round to round.
@@ -32,10 +35,20 @@ class Case:
 
     name: str
     covers: tuple[str, ...]
-    factory: Callable[[], tff.aggregators.WeightedAggregationFactory]
+    rule: aggregators.Rule
     twin: Callable[[list[dict], list[float], dict], list[np.ndarray]]
-    num_layers: int = 3
-    scored: bool = True
+
+    @property
+    def num_layers(self) -> int:
+        layers = self.rule.needs.layers
+        return len(LAYERS[layers] if isinstance(layers, str) else layers)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rule gets along with the update alone."""
+        score = self.rule.needs.score
+        needed = () if score is None or score.needs == "model" else (score.name,)
+        return self.rule.needs.names == needed
 
 
 def client(rng: np.random.Generator, num_layers: int) -> dict[str, Any]:
@@ -45,29 +58,39 @@ def client(rng: np.random.Generator, num_layers: int) -> dict[str, Any]:
         "scores": (rng.gamma(2.0, 1e-4, size=num_layers)).astype(np.float32),
         "loss": np.float32(rng.uniform(0.3, 3.0)),
         "steps": int(rng.integers(1, 9)),
-        "non_finite": False,
     }
 
 
-def value(case: Case, clients: list[dict]) -> list[Any]:
-    """The clients as the case's factory takes them."""
-    if not case.scored:
-        return [c["delta"] for c in clients]
-    return [aggregators.ScoredUpdate(**c) for c in clients]
+def values(case: Case, clients: list[dict], weights: list[float]) -> tuple[list[Any], list[float]]:
+    """The clients' updates and weights as the case's factory takes them."""
+    if case.plain:
+        return [c["delta"] for c in clients], weights
+    needs, sent = case.rule.needs, []
+    for c, weight in zip(clients, weights, strict=True):
+        found = {f"{needs.loss}_loss": tf.constant(c["loss"]), "steps": tf.constant(c["steps"])}
+        if needs.score is not None:
+            found[needs.score.name] = tf.constant(c["scores"])
+        measured = OrderedDict((name, found[name]) for name in needs.names)
+        update, checked = client_update(c["delta"], tf.constant(weight), measured)
+        sent.append((update._replace(delta=list(update.delta)), np.float32(checked)))
+    return [update for update, _ in sent], [weight for _, weight in sent]
 
 
 def value_type(case: Case) -> Any:
-    if not case.scored:
+    if case.plain:
         return DELTA_TYPE
+    kinds = {"steps": np.int32, "training_loss": np.float32, "initial_loss": np.float32}
+    measured = [
+        (name, tff.to_type(kinds.get(name, (np.float32, [case.num_layers]))))
+        for name in case.rule.needs.names
+    ]
     return tff.types.StructWithPythonType(
         [
             ("delta", DELTA_TYPE),
-            ("scores", tff.to_type((np.float32, [case.num_layers]))),
-            ("loss", tff.to_type(np.float32)),
-            ("steps", tff.to_type(np.int32)),
+            ("measured", tff.types.StructWithPythonType(measured, OrderedDict)),
             ("non_finite", tff.to_type(np.bool_)),
         ],
-        aggregators.ScoredUpdate,
+        aggregators.ClientUpdate,
     )
 
 
@@ -77,12 +100,14 @@ def _adaptive(
     chosen: weighting.Weighting,
     rule: Callable[[np.ndarray], np.ndarray],
     layers: Any = "tensor",
-    score: Any = None,
+    score: Any = scores.kl_divergence,
 ) -> Case:
-    groups = {"tensor": ((0,), (1,), (2,)), "model": ((0, 1, 2),)}.get(layers, layers)
+    groups = LAYERS[layers] if isinstance(layers, str) else layers
 
     def scores_of(c: dict) -> np.ndarray:
-        if score is None:
+        if score == "loss":
+            return np.full(len(groups), c["loss"])
+        if score.needs == "model":
             return c["scores"]
         return np.array([score_twin([c["delta"][t] for t in group]) for group in groups])
 
@@ -92,14 +117,8 @@ def _adaptive(
     def twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
         return adaptive_mean(chosen, rule, groups, clients, scores_of, weights, memory)
 
-    return Case(
-        name,
-        ("AdaptiveMeanFactory", covers),
-        lambda: aggregators.AdaptiveMeanFactory(chosen, layers=layers, score=score, sample_size=2),
-        twin,
-        num_layers=len(groups),
-        scored=score is None,
-    )
+    made = rules.adaptive_mean(score, chosen, layers=layers, sample_size=2)
+    return Case(name, ("adaptive_mean", covers), made, twin)
 
 
 UPDATE_TWINS = {
@@ -109,23 +128,23 @@ UPDATE_TWINS = {
 
 
 def adaptive_mean(chosen, rule, groups, clients, scores_of, weights, memory):
-    """The twin of `AdaptiveMeanFactory`, running scale included."""
+    """The twin of `rules.adaptive_mean`, running scale included."""
     found = np.array([scores_of(c) for c in clients], np.float64)
     typical = memory.setdefault("typical", np.zeros(len(groups)))
-    fixed = np.full(len(groups), 1.0 if chosen.scale is None else chosen.scale, object)
-    scale = typical if chosen.scale == "running" else np.asarray(fixed, np.float64)
+    fixed = 1.0 if chosen.scale in (None, "running") else chosen.scale.value
+    scale = typical if chosen.scale == "running" else np.full(len(groups), fixed)
     raw = twins.raw_weights(
         found,
         weights,
         rule=rule,
         scale=scale,
         typical=typical,
-        bound=chosen.bound,
+        bound=chosen.bound and chosen.bound.value,
         times_examples=chosen.times_examples,
     )
     mean = found[np.array(weights) > 0].mean(0)
-    first = not np.all(typical > 0)
-    memory["typical"] = mean if first else chosen.memory * typical + (1 - chosen.memory) * mean
+    first, keep = not np.all(typical > 0), chosen.memory.value
+    memory["typical"] = mean if first else keep * typical + (1 - keep) * mean
     return twins.weighted_mean([c["delta"] for c in clients], raw, groups)
 
 
@@ -156,23 +175,46 @@ def _nova_twin(momentum: float) -> Callable[..., list[np.ndarray]]:
     return twin
 
 
+def _plain_twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
+    del memory  # the rule keeps nothing
+    raw = np.float64(weights)[:, None]
+    return twins.weighted_mean([c["delta"] for c in clients], raw, LAYERS["model"])
+
+
+def _att_mean(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
+    del memory  # the rule keeps nothing
+    kept = [c["delta"] for c, n in zip(clients, weights, strict=True) if n > 0]
+    norms = np.array([[np.linalg.norm(np.float64(t)) for t in delta] for delta in kept])
+    return twins.weighted_mean(kept, np.exp((norms - norms.max(0)) / 2.0), LAYERS["tensor"])
+
+
+def _not_fallen(min_decrease: float) -> Callable[[float, float | None], float]:
+    def share(loss: float, previous: float | None) -> float:
+        return float(previous is not None and not loss < (1 - min_decrease) * previous)
+
+    return share
+
+
+def _fallen(loss: float, previous: float | None) -> float:
+    return float(previous is not None and loss < previous)
+
+
 def _gated_twin(
-    chosen: weighting.Weighting, rule: Callable, when_fallen: bool, min_decrease: float
+    chosen: weighting.Weighting,
+    rule: Callable,
+    gate: Callable[[float, float | None], float],
 ) -> Callable[..., list[np.ndarray]]:
     def twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
-        groups = ((0,), (1,), (2,))
+        groups = LAYERS["tensor"]
         adaptive = adaptive_mean(
             chosen, rule, groups, clients, lambda c: c["scores"], weights, memory
         )
-        share = np.float64(weights) / np.sum(weights)
-        loss = np.sum(share * [float(c["loss"]) for c in clients])
-        previous = memory.get("loss")
+        part = np.float64(weights) / np.sum(weights)
+        loss = np.sum(part * [float(c["loss"]) for c in clients])
+        share = gate(loss, memory.get("loss"))
         memory["loss"] = loss
-        fell = previous is not None and loss < (1 - min_decrease) * previous
-        if previous is not None and fell == when_fallen:
-            return adaptive
-        plain = np.repeat(share[:, None], 3, 1)
-        return twins.weighted_mean([c["delta"] for c in clients], plain, groups)
+        plain = _plain_twin(clients, weights, memory)
+        return [p + share * (a - p) for a, p in zip(adaptive, plain, strict=True)]
 
     return twin
 
@@ -216,30 +258,40 @@ CASES = [
         _power(0.5, 1e-3),
         score=scores.spectral_distance,
     ),
-    Case(
-        "q-fed-avg",
-        ("QFedAvgFactory",),
-        lambda: aggregators.QFedAvgFactory(1.5, 0.05),
-        _q_twin(1.5, 0.05),
+    _adaptive(
+        "loss-softmax",
+        "softmax",
+        weighting.softmax(0.5, prefer="far", bound=9.0),
+        lambda r: np.exp(r / 0.5),
+        score="loss",
     ),
-    Case("fed-nova", ("FedNovaFactory",), lambda: aggregators.FedNovaFactory(), _nova_twin(0.0)),
+    Case("plain", ("plain_mean",), rules.plain_mean(sample_size=2), _plain_twin),
     Case(
-        "fed-nova-momentum",
-        ("FedNovaFactory",),
-        lambda: aggregators.FedNovaFactory(0.9),
-        _nova_twin(0.9),
+        "fed-att",
+        ("fed_att",),
+        rules.fed_att(0.7, temperature=2.0),
+        lambda clients, weights, memory: [0.7 * t for t in _att_mean(clients, weights, memory)],
     ),
+    Case("q-fed-avg", ("q_fed_avg",), rules.q_fed_avg(1.5, 0.05), _q_twin(1.5, 0.05)),
+    Case("fed-nova", ("fed_nova",), rules.fed_nova(), _nova_twin(0.0)),
+    Case("fed-nova-momentum", ("fed_nova",), rules.fed_nova(0.9), _nova_twin(0.9)),
     Case(
         "loss-gated",
-        ("LossGatedMeanFactory",),
-        lambda: aggregators.LossGatedMeanFactory(_NEAR, min_decrease=0.05),
-        _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), False, 0.05),
+        ("loss_gated",),
+        rules.loss_gated(_NEAR, min_decrease=0.05, sample_size=2),
+        _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), _not_fallen(0.05)),
     ),
     Case(
         "loss-gated-fallen",
-        ("LossGatedMeanFactory",),
-        lambda: aggregators.LossGatedMeanFactory(_NEAR, adaptive_when="fallen"),
-        _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), True, 0.0),
+        ("loss_gated",),
+        rules.loss_gated(_NEAR, gate="fallen", loss_at="initial"),
+        _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), _fallen),
+    ),
+    Case(
+        "loss-gated-by-share",
+        ("loss_gated",),
+        rules.loss_gated(_NEAR, gate=lambda seen: tf.minimum(0.3 * seen.loss / 3.0, 1.0)),
+        _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), lambda loss, previous: 0.1 * loss),
     ),
 ]
 
@@ -249,7 +301,9 @@ _processes: dict[str, tff.templates.AggregationProcess] = {}
 def process(case: Case) -> tff.templates.AggregationProcess:
     """The case's process, built once for all suites."""
     if case.name not in _processes:
-        _processes[case.name] = case.factory().create(value_type(case), WEIGHT_TYPE)
+        _processes[case.name] = aggregators.RuleFactory(case.rule).create(
+            value_type(case), WEIGHT_TYPE
+        )
     return _processes[case.name]
 
 
@@ -270,11 +324,15 @@ def run(case: Case, cohorts: list[tuple[list, list]]) -> list[Any]:
     state = process(case).initialize()
     outputs = []
     for clients, weights in cohorts:
-        output = process(case).next(state, value(case, clients), weights)
+        output = process(case).next(state, *values(case, clients, weights))
         state = output.state
         outputs.append(output)
     return outputs
 
 
-def typed(measurements: OrderedDict) -> dict[str, np.ndarray]:
-    return {name: np.asarray(found) for name, found in measurements.items()}
+def flat(measurements: OrderedDict) -> dict[str, np.ndarray]:
+    """Measurements by name; those per layer as a vector in the layers' order."""
+    return {
+        name: np.array(list(found.values())) if isinstance(found, dict) else np.asarray(found)
+        for name, found in measurements.items()
+    }

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 
 import pytest
+import tensorflow_federated as tff
 
 import aggregators
 import tff_optim
@@ -14,6 +15,12 @@ MODULES = [
     for package in (tff_optim, aggregators)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker(tff_runtime):
+    """A worker that runs: TFF starts its own on the standard output, which doctest replaces."""
+    tff.tensorflow.computation(lambda: 1)()
 
 
 @pytest.mark.parametrize("name", MODULES)

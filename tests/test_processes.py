@@ -6,7 +6,6 @@ import functools
 import federated_twin as twin
 import numpy as np
 import pytest
-import rule_contracts
 import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -14,7 +13,7 @@ from aggregation_twins import fed_nova, js, kl, l2, q_fed_avg, spectral
 from problems import make_keras_model, model_fn
 
 import aggregators
-from aggregators import scores, weighting
+from aggregators import rules, scores, weighting
 
 SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
 MOMENTUM = tff.learning.optimizers.build_sgdm(twin.RATE, momentum=0.8)
@@ -61,13 +60,13 @@ def _fed_med(weights, clients, memory):
 # name: the public builder, its process, the combination of clients in NumPy, and how to simulate.
 PROCESSES = {
     "adaptive": (
-        "build_adaptive_fed_avg",
-        lambda model: aggregators.build_adaptive_fed_avg(
+        "build_fed_avg",
+        lambda model: aggregators.build_fed_avg(
             model,
             SGD,
-            score=scores.cosine_distance,
-            weighting=weighting.power(0.5, bound=3.0),
-            layers="model",
+            rule=rules.adaptive_mean(
+                scores.cosine_distance, weighting.power(0.5, bound=3.0), layers="model"
+            ),
             loop_implementation=tff.learning.LoopImplementation.DATASET_REDUCE,
         ),
         twin.adaptive(
@@ -76,9 +75,11 @@ PROCESSES = {
         {},
     ),
     "loss-softmax": (
-        "build_adaptive_fed_avg",
-        lambda model: aggregators.build_adaptive_fed_avg(
-            model, SGD, score="loss", weighting=weighting.softmax(3.0, prefer="far", scale=None)
+        "build_fed_avg",
+        lambda model: aggregators.build_fed_avg(
+            model,
+            SGD,
+            rule=rules.adaptive_mean("loss", weighting.softmax(3.0, prefer="far", scale=None)),
         ),
         _loss_softmax,
         {},
@@ -208,12 +209,11 @@ def test_uniform_weights_give_tffs_own_process(kind):
     theirs = tff.learning.algorithms.build_weighted_fed_avg(
         model, MOMENTUM, server, client_weighting=weighting_
     )
-    ours = aggregators.build_adaptive_fed_avg(
+    ours = aggregators.build_fed_avg(
         model,
         MOMENTUM,
         server,
-        score=scores.kl_divergence,
-        weighting=weighting.uniform(),
+        rule=rules.adaptive_mean(scores.kl_divergence, weighting.uniform()),
         client_weighting=weighting_,
     )
     # The third client's data give a model that is not finite. TFF counts a client without data in
@@ -233,12 +233,65 @@ def test_uniform_weights_give_tffs_own_process(kind):
         assert a.metrics["aggregator"]["clients"] == 3
         assert a.metrics["aggregator"]["zero_weight_clients"] == 1
     if kind == "variable":
-        assert ours.get_hparams.type_signature.result.is_equivalent_to(
-            theirs.get_hparams.type_signature.result
-        )
+        ours_type, theirs_type = (p.get_hparams.type_signature.result for p in (ours, theirs))
+        for part in ("client_work", "finalizer"):
+            assert ours_type[part].is_equivalent_to(theirs_type[part])
     theirs_state, ours_state = (p.next.type_signature.parameter[0].member for p in (theirs, ours))
     assert ours_state.finalizer.is_equivalent_to(theirs_state.finalizer)
     assert ours_state.global_model_weights.is_equivalent_to(theirs_state.global_model_weights)
+
+
+@pytest.mark.parametrize("kind", ["variable", "functional"])
+def test_without_a_rule_it_is_tffs_weighted_averaging(kind):
+    model = model_fn if kind == "variable" else twin.functional_model()
+    server = tff.learning.optimizers.build_adam(0.1)
+    theirs = tff.learning.algorithms.build_weighted_fed_avg(model, MOMENTUM, server)
+    ours = aggregators.build_fed_avg(model, MOMENTUM, server)
+    data = [*DATA, tuple(a[:0] for a in DATA[3])]
+    their_weights, their_outputs = trained(theirs, data=data)
+    our_weights, our_outputs = trained(ours, data=data)
+    for a, b in zip(our_weights, their_weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    for a, b in zip(our_outputs, their_outputs, strict=True):
+        tf.nest.map_structure(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
+            a.metrics["client_work"],
+            b.metrics["client_work"],
+        )
+
+
+def test_numbers_of_a_rule_are_hyperparameters_and_follow_schedules():
+    falling = tf.keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], [2.0, 0.5, 0.25])
+    scheduled, by_hand = (
+        aggregators.build_fed_kl(twin.functional_model(), SGD, temperature=t, bound=50.0)
+        for t in (falling, 2.0)
+    )
+    assert "temperature" not in scheduled.get_hparams(scheduled.initialize())["aggregator"]
+    states = [scheduled.initialize(), by_hand.initialize()]
+    for temperature in (2.0, 0.5, 0.25):
+        hparams = by_hand.get_hparams(states[1])
+        assert list(hparams["aggregator"]) == ["temperature", "bound", "memory"]
+        hparams["aggregator"]["temperature"] = temperature
+        states[1] = by_hand.set_hparams(states[1], hparams)
+        assert states[0].aggregator["temperature"] == temperature
+        states = [
+            p.next(s, twin.datasets(DATA)).state
+            for p, s in zip((scheduled, by_hand), states, strict=True)
+        ]
+    for a, b in zip(*(s.global_model_weights.trainable for s in states), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    # And the numbers matter: with those of the first round all along, training ends elsewhere.
+    weights, _ = trained(by_hand)
+    assert max(abs(w - a).max() for w, a in zip(weights, states[0].global_model_weights[0])) > 1e-5
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_number_out_of_its_range_cannot_be_set(value, fed_kl):
+    state = fed_kl.initialize()
+    hparams = fed_kl.get_hparams(state)
+    hparams["aggregator"]["temperature"] = value
+    with pytest.raises(Exception, match="`temperature` must be a finite number of at least"):
+        fed_kl.set_hparams(state, hparams)
 
 
 @pytest.fixture(scope="module")
@@ -356,26 +409,12 @@ def test_all_clients_bad_leaves_the_model_and_the_optimizer_as_they_were(build):
     ):
         np.testing.assert_array_equal(a, b)
     tf.nest.map_structure(np.testing.assert_array_equal, output.state.finalizer, state.finalizer)
-    tf.nest.map_structure(np.testing.assert_array_equal, output.state.aggregator, state.aggregator)
+    before, after = dict(state.aggregator), dict(output.state.aggregator)
+    assert after.pop("round") == before.pop("round") + 1
+    tf.nest.map_structure(np.testing.assert_array_equal, after, before)
     assert output.metrics["finalizer"]["update_non_finite"] == 1
     assert output.metrics["aggregator"]["unchanged"] == 1
     assert output.metrics["aggregator"]["non_finite_clients"] == len(DATA)
-
-
-def test_weights_made_on_the_clients_spread_over_workers():
-    work = aggregators.build_score_weighted_client_work(
-        tff.learning.templates.build_model_delta_client_work(
-            model_fn, SGD, tff.learning.ClientWeighting.NUM_EXAMPLES
-        ),
-        scores.l2_distance,
-        weighting.softmax(),
-    )
-    process = aggregators.compose_fed_avg(model_fn, work)
-    here, _ = trained(process, 2)
-    with runtimes.two_workers():
-        there, _ = trained(process, 2)
-    for a, b in zip(here, there, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +423,11 @@ def test_weights_made_on_the_clients_spread_over_workers():
         (lambda m: aggregators.build_fed_kl(m, SGD, temperature=0), ValueError, "`temperature`"),
         (lambda m: aggregators.build_fed_att(m, SGD, norm="l1"), ValueError, "`norm`.*'l1'"),
         (lambda m: aggregators.build_fed_att(m, SGD, step_size=-1), ValueError, "`step_size`"),
-        (lambda m: aggregators.build_fed_med(m, SGD, adaptive_when="x"), ValueError, "adaptive_wh"),
+        (
+            lambda m: aggregators.build_fed_med(m, SGD, adaptive_when="x"),
+            ValueError,
+            "`gate` must be",
+        ),
         (lambda m: aggregators.build_fed_med(m, SGD, min_decrease=1), ValueError, "`min_decrease`"),
         (
             lambda m: aggregators.build_q_fed_avg(m, SGD, q=-1, learning_rate=1.0),
@@ -414,9 +457,9 @@ def test_weights_made_on_the_clients_spread_over_workers():
             ValueError,
             "`learning_rate` must be that of `client_optimizer_fn`; found 5.0, and 0.2",
         ),
-        (lambda m: aggregators.build_fed_kl(m, SGD, "adam"), TypeError, "`server_optimizer_fn`"),
-        (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`client_optimizer_fn`.*'sgd'"),
-        (lambda m: aggregators.build_fed_med(m, "sgd"), TypeError, "`client_optimizer_fn`"),
+        (lambda m: aggregators.build_fed_kl(m, SGD, "adam"), TypeError, "`server_optimizer`"),
+        (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`client_optimizer`.*'sgd'"),
+        (lambda m: aggregators.build_fed_med(m, "sgd"), TypeError, "`client_optimizer`"),
         (lambda m: aggregators.build_fed_nova(m, "sgd"), TypeError, "`client_optimizer_fn`"),
         (
             lambda m: aggregators.build_q_fed_avg(m, "sgd", learning_rate=0.1),
@@ -432,27 +475,27 @@ def test_weights_made_on_the_clients_spread_over_workers():
             "`model_fn` must be .*from_keras_model",
         ),
         (
-            lambda m: aggregators.build_adaptive_fed_avg(
-                m, SGD, score=1, weighting=weighting.uniform()
-            ),
+            lambda m: aggregators.build_fed_avg(m, SGD, rule=rules.q_fed_avg),
             TypeError,
-            "`score`",
+            "`rule` must be a `Rule`",
         ),
         (
-            lambda m: aggregators.build_adaptive_fed_avg(m, SGD, score="loss", weighting=None),
+            lambda m: aggregators.build_fed_kl(m, SGD, layers="layer"),
+            ValueError,
+            "A functional model keeps no names",
+        ),
+        (
+            lambda m: aggregators.build_fed_kl(m, SGD, client_weighting=None),
             TypeError,
-            "`weighting`",
+            "`client_weighting` must be a member",
+        ),
+        (
+            lambda m: aggregators.build_fed_kl(m, SGD, loop_implementation="reduce"),
+            TypeError,
+            "`loop_implementation` must be a member",
         ),
     ],
 )
 def test_bad_arguments_raise_when_a_process_is_built(call, error, message):
     with pytest.raises(error, match=message):
         call(twin.functional_model())
-
-
-def test_layers_of_client_work_and_aggregator_must_agree():
-    case = next(case for case in rule_contracts.CASES if case.name == "power")
-    with pytest.raises(ValueError, match=r"1 layers, but the updates hold scores of shape \(3,\)"):
-        aggregators.AdaptiveMeanFactory(weighting.uniform(), layers="model").create(
-            rule_contracts.value_type(case), rule_contracts.WEIGHT_TYPE
-        )

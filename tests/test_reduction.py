@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aggregators
-from aggregators import federated_reduce, federated_reduction
+from aggregators import federated_reduce
 from aggregators.measurements import ClientStatistics, statistics_reduction
 from aggregators.streaming_mean import LogWeighted, mean_reduction
 
@@ -77,13 +77,23 @@ def test_the_streaming_mean_equals_its_formula_however_clients_are_split(cohort,
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    st.lists(st.tuples(st.floats(0, 1e6, width=32), log_weight, st.booleans()), max_size=6),
+    st.lists(
+        st.tuples(st.floats(0, 1e6, width=32), log_weight, st.sampled_from(["", "bad", "score"])),
+        max_size=6,
+    ),
     st.integers(0, 6),
 )
 def test_statistics_merge_into_what_one_fold_gives(cohort, cut):
-    reduction = statistics_reduction(1, sample_size=3)
+    reduction = statistics_reduction(1, sample_size=3, others=1)
+    cohort = [(score, -math.inf if bad else log, bad) for score, log, bad in cohort]
     values = [
-        ClientStatistics(tf.constant([score]), tf.constant([log], tf.float64), tf.constant(bad))
+        ClientStatistics(
+            tf.constant([score]),
+            tf.constant([log], tf.float64),
+            tf.constant(bad == "bad"),
+            tf.constant(bad == "score"),
+            (tf.constant([log / 2], tf.float64),),
+        )
         for score, log, bad in cohort
     ]
     whole = fold(reduction, values)
@@ -92,15 +102,20 @@ def test_statistics_merge_into_what_one_fold_gives(cohort, cut):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
     counted = [(score, log) for score, log, _ in cohort if log > -math.inf]
     assert whole.sums[0] == len(counted)
-    assert whole.sums[1] == sum(bad for *_, bad in cohort)
-    assert whole.sums[2] == sum(log == -math.inf and not bad for _, log, bad in cohort)
+    assert whole.sums[1] == sum(bad == "bad" for *_, bad in cohort)
+    assert whole.sums[2] == sum(bad == "score" for *_, bad in cohort)
+    assert whole.sums[3] == sum(log == -math.inf and not bad for _, log, bad in cohort)
+    filled, rows = whole.sample
+    assert filled == min(len(cohort), 3)
+    expected = [(score, log, log / 2) for score, log, _ in cohort[:3]]
+    np.testing.assert_array_equal(rows[:filled, :, 0], np.reshape(expected, [-1, 3]))
     if counted:
         tiny = 1e-30  # TensorFlow's kernels take subnormal numbers for zero
         score_max, minus_min, log_max = whole.largest[:, 0]
         np.testing.assert_allclose(score_max, max(s for s, _ in counted), atol=tiny)
         np.testing.assert_allclose(-minus_min, min(s for s, _ in counted), atol=tiny)
         np.testing.assert_allclose(log_max, max(log for _, log in counted), atol=tiny)
-        np.testing.assert_allclose(whole.sums[3], sum(s for s, _ in counted), 1e-12, tiny)
+        np.testing.assert_allclose(whole.sums[4], sum(s for s, _ in counted), 1e-12, tiny)
 
 
 def test_a_client_without_weight_may_hold_anything():
@@ -161,7 +176,7 @@ def test_reductions_run_in_one_pass_together():
     @tff.federated_computation(AT_CLIENTS)
     def run(x):
         twice = tff.federated_zip(collections.OrderedDict(total=x, tens=x))
-        return federated_reduction(twice, both)
+        return federated_reduce(twice, both)
 
     assert run([1.0, 2.5]) == collections.OrderedDict(total=3.5, tens=20)
     with pytest.raises(ValueError, match="at least one reduction"):
@@ -211,20 +226,30 @@ def test_printing_shows_values_where_a_person_sees_them():
     script = """
 import numpy as np, tensorflow_federated as tff
 from aggregators import federated_print
+@tff.tensorflow.computation(np.float32)
+def pair(x):
+    return {"half": x / 2.0, "list": [x]}
 @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
 def mean(x):
-    return federated_print(tff.federated_mean(federated_print(x, "at a client")), "at the server")
-assert mean([1.5, 2.5]) == 2.0
+    total = tff.federated_map(pair, tff.federated_mean(federated_print(x, "at a client")))
+    return federated_print(total, "at the server")
+assert mean([1.5, 2.5])["half"] == 1.0
 tff.test.set_no_default_context()
 """
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
-    shown = sorted(re.findall(r"at (?:a client|the server): \S+", run.stderr + run.stdout))
-    assert shown == ["at a client: 1.5", "at a client: 2.5", "at the server: 2"]
+    shown = sorted(re.findall(r"at (?:a client|the server): .+", run.stderr + run.stdout))
+    assert shown == ["at a client: 1.5", "at a client: 2.5", "at the server: half=1 list/0=2"]
 
 
 def test_only_placed_values_are_printed():
     with pytest.raises(TypeError, match="`value` must be placed at clients or at the server"):
         tff.federated_computation(lambda x: aggregators.federated_print(x, "x"), np.float32)
+
+
+def test_a_reduction_takes_nothing_beside_it():
+    add = aggregators.reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+    with pytest.raises(TypeError, match="`op` and `merge` must be left out beside a `Reduction`"):
+        tff.federated_computation(lambda x: federated_reduce(x, add, tf.add), AT_CLIENTS)

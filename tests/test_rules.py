@@ -1,17 +1,19 @@
 """Laws that every aggregation rule keeps, in TFF's runtime."""
 
+import contextlib
 import inspect
 
 import numpy as np
 import pytest
 import rule_contracts as contracts
+import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
-from aggregators import scores, weighting
+from aggregators import rules, scores, weighting
 
-SAMPLES = ("sample_scores", "sample_weights")
+SAMPLES = ("sample_clients", "sample_counted", "sample_scores", "sample_weights")
 every_rule = pytest.mark.parametrize("case", contracts.CASES, ids=lambda case: case.name)
 
 
@@ -22,7 +24,6 @@ def assert_same(found, expected, rtol=2e-5):
 
 
 def test_no_public_rule_is_missing_from_the_table():
-    factories = {name for name in aggregators.__all__ if name.endswith("Factory")}
     weightings = {
         name
         for name, member in vars(weighting).items()
@@ -31,7 +32,7 @@ def test_no_public_rule_is_missing_from_the_table():
     }
     assert weightings == {"softmax", "power", "uniform"}
     covered = {name for case in contracts.CASES for name in case.covers}
-    assert factories | weightings == covered
+    assert set(rules.__all__) | weightings == covered
 
 
 @every_rule
@@ -68,11 +69,10 @@ def test_bad_clients_leave_no_trace_but_in_the_measurements(case):
         assert_same(found.result, clean.result, rtol=1e-6)
         assert found.measurements["non_finite_clients"] == 3
         assert found.measurements["zero_weight_clients"] == 1
-        for name, number in contracts.typed(clean.measurements).items():
+        dirty_ones = contracts.flat(found.measurements)
+        for name, number in contracts.flat(clean.measurements).items():
             if name not in ("non_finite_clients", "zero_weight_clients", *SAMPLES):
-                np.testing.assert_allclose(
-                    found.measurements[name], number, rtol=1e-5, err_msg=name
-                )
+                np.testing.assert_allclose(dirty_ones[name], number, rtol=1e-5, err_msg=name)
 
 
 @every_rule
@@ -82,15 +82,15 @@ def test_without_a_usable_client_the_result_is_nan_and_it_is_said(case):
     for clients in bad[0]:
         clients["delta"][1][:] = np.nan
     through_bad = contracts.run(case, [before, (bad[0], [3.0, 2.0]), after])
-    through_none = contracts.run(case, [before, (bad[0], [0.0, 0.0]), after])
+    through_none = contracts.run(case, [before, (before[0], [0.0] * 3), after])
     without = contracts.run(case, [before, after])
-    for outputs, non_finite in ((through_bad, 2), (through_none, 2)):
+    for outputs, non_finite in ((through_bad, 2), (through_none, 0)):
         # TFF's finalizers leave model and optimizer alone for NaN; zeros they would take for a step.
         assert all(np.all(np.isnan(tensor)) for tensor in outputs[1].result)
         assert outputs[1].measurements["unchanged"] == 1
         assert outputs[1].measurements["clients"] == 0
         assert outputs[1].measurements["non_finite_clients"] == non_finite
-        assert np.all(np.isnan(outputs[1].measurements["score_mean"]))
+        assert np.all(np.isnan(contracts.flat(outputs[1].measurements)["score_mean"]))
         # What is carried on is what was there before.
         assert_same(outputs[2].result, without[1].result, rtol=1e-6)
 
@@ -101,10 +101,11 @@ def test_one_client_is_its_own_mean(case):
     (output,) = contracts.run(case, [(clients, weights)])
     expected = case.twin(clients, weights, {})
     assert_same(output.result, expected)
-    if "QFedAvgFactory" not in case.covers:  # it shrinks the step of a single client as well
+    if not {"q_fed_avg", "fed_att"} & set(case.covers):  # whose steps are no mean's
         assert_same(output.result, clients[0]["delta"])
-    np.testing.assert_allclose(output.measurements["effective_clients"], 1.0)
-    np.testing.assert_allclose(output.measurements["largest_weight"], 1.0)
+    measured = contracts.flat(output.measurements)
+    np.testing.assert_allclose(measured["effective_clients"], 1.0)
+    np.testing.assert_allclose(measured["largest_weight"], 1.0)
 
 
 @every_rule
@@ -122,12 +123,15 @@ def test_extreme_values_never_overflow(case):
     output = contracts.run(case, [first, (clients, weights)])[1]
     assert all(np.all(np.isfinite(tensor)) for tensor in output.result)
     # Scores and shares of the 1e38 update may overflow; then the client is out, and counted.
-    assert output.measurements["clients"] + output.measurements["non_finite_clients"] == 4
-    assert np.all(output.measurements["largest_weight"] <= 1.0 + 1e-6)
+    measured = contracts.flat(output.measurements)
+    out = measured["non_finite_clients"] + measured["bad_score_clients"]
+    assert measured["clients"] + out == 4
+    assert np.all(measured["largest_weight"] <= 1.0 + 1e-6)
 
 
-def test_uniform_weights_equal_tffs_own_mean():
-    (case,) = (case for case in contracts.CASES if case.name == "uniform")
+@pytest.mark.parametrize("name", ["uniform", "plain"])
+def test_uniform_weights_equal_tffs_own_mean(name):
+    (case,) = (case for case in contracts.CASES if case.name == name)
     tff_mean = tff.aggregators.MeanFactory().create(contracts.DELTA_TYPE, contracts.WEIGHT_TYPE)
     for clients, weights in contracts.rounds(case, seed=8):
         theirs = tff_mean.next(tff_mean.initialize(), [c["delta"] for c in clients], weights)
@@ -139,7 +143,7 @@ def test_measurements_equal_numpy():
     case = next(case for case in contracts.CASES if case.name == "softmax-near")
     cohorts = contracts.rounds(case, seed=9, sizes=(3, 4))
     cohorts[1][1][2] = 0.0
-    second = contracts.run(case, cohorts)[1].measurements
+    second = contracts.flat(contracts.run(case, cohorts)[1].measurements)
     typical = np.mean([c["scores"] for c in cohorts[0][0]], 0, np.float64)
     kept = [(c["scores"], n) for c, n in zip(*cohorts[1], strict=True) if n > 0]
     found = np.array([s for s, _ in kept], np.float64)
@@ -156,24 +160,46 @@ def test_measurements_equal_numpy():
     }
     for name, number in expected.items():
         np.testing.assert_allclose(second[name], number, rtol=1e-5, err_msg=name)
-    # The sample holds two of the three clients, each with the weight of its scores.
-    shares = {tuple(s): weight for (s, _), weight in zip(kept, w / w.sum(0), strict=True)}
-    rows = [tuple(np.float32(row)) for row in second["sample_scores"]]
-    assert len(set(rows)) == 2
-    for row, weight in zip(rows, second["sample_weights"], strict=True):
-        np.testing.assert_allclose(weight, shares[row], rtol=1e-5)
+    # The first two clients of the cohort, in its order; the third, of weight 0, is beyond the sample.
+    np.testing.assert_array_equal(second["sample_counted"], [True, True])
+    np.testing.assert_allclose(second["sample_scores"], found[:2].T, rtol=1e-6)
+    np.testing.assert_allclose(second["sample_weights"], (w / w.sum(0))[:2].T, rtol=1e-5)
 
 
-def test_a_sample_larger_than_the_cohort_says_how_many_rows_are_filled():
-    factory = aggregators.AdaptiveMeanFactory(
-        weighting.uniform(), score=scores.l2_distance, sample_size=4
+@pytest.mark.parametrize("runtime", ["here", *runtimes.IN_PIECES])
+def test_a_sample_has_a_row_for_every_client_in_order_and_says_who_counted(runtime):
+    rule = rules.adaptive_mean(
+        scores.l2_distance, weighting.softmax(scale=5.0, times_examples=False), sample_size=6
     )
-    process = factory.create(tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE)
-    updates = [np.float32([3, 4]), np.float32([0, 1])]
-    measured = process.next(process.initialize(), updates, [1.0, 3.0]).measurements
-    assert measured["sample_clients"] == 2
-    np.testing.assert_allclose(measured["sample_scores"][:, 0], [5, 1, 0, 0])
-    np.testing.assert_allclose(measured["sample_weights"][:, 0], [0.25, 0.75, 0, 0])
+    process = aggregators.RuleFactory(rule).create(
+        tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE
+    )
+    updates = [np.float32(x) for x in ([3, 4], [np.nan, 1], [0, 1], [0, 2], [6, 8])]
+    here = contextlib.nullcontext if runtime == "here" else lambda: runtimes.IN_PIECES[runtime](2)
+    with here():
+        measured = process.next(
+            process.initialize(), updates, [1.0, 1.0, 3.0, 0.0, 1.0]
+        ).measurements
+    assert measured["sample_clients"] == 5
+    np.testing.assert_array_equal(measured["sample_counted"], [1, 0, 1, 0, 1, 0])
+    np.testing.assert_allclose(measured["sample_scores"], [5, 0, 1, 2, 10, 0])
+    raw = np.array([np.exp(-1), 0, np.exp(-0.2), 0, np.exp(-2), 0])
+    np.testing.assert_allclose(measured["sample_weights"], raw / raw.sum(), rtol=1e-5)
+
+
+def test_the_sample_of_a_gated_rule_lists_the_weights_that_were_used():
+    case = next(case for case in contracts.CASES if case.name == "loss-gated")
+    cohorts = contracts.rounds(case, seed=14, sizes=(2, 2, 2))
+    for (clients, _), loss in zip(cohorts, (2.0, 1.0, 1.5), strict=True):
+        for c in clients:
+            c["loss"] = np.float32(loss)
+    outputs = contracts.run(case, cohorts)
+    assert [int(output.measurements["adaptive"]) for output in outputs] == [0, 0, 1]
+    for output, (clients, _) in zip(outputs, cohorts, strict=True):
+        used = contracts.flat(output.measurements)["sample_weights"]  # [layers, clients]
+        for layer, tensor in enumerate(output.result):
+            mean = sum(w * c["delta"][layer] for w, c in zip(used[layer], clients, strict=True))
+            np.testing.assert_allclose(tensor, mean, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gate_is_reported():
@@ -203,8 +229,10 @@ def test_the_gate_opens_for_a_rise_of_negative_losses():
 
 def test_a_client_whose_score_has_no_number_is_counted_as_bad():
     nan_below_one = weighting.Weighting(lambda r: tf.sqrt(r - 1.0), scale=None)
-    factory = aggregators.AdaptiveMeanFactory(nan_below_one, score=scores.l2_distance)
-    process = factory.create(tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE)
+    rule = rules.adaptive_mean(scores.l2_distance, nan_below_one)
+    process = aggregators.RuleFactory(rule).create(
+        tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE
+    )
     updates = [np.float32([0.1, 0.1]), np.float32([3, 4]), np.float32([0, 1])]
     output = process.next(process.initialize(), updates, [1.0, 1.0, 1.0])
     near, far = np.exp(0), np.exp(2)
@@ -212,27 +240,28 @@ def test_a_client_whose_score_has_no_number_is_counted_as_bad():
         output.result, np.array([3 * far, 4 * far + near]) / (far + near), rtol=1e-5
     )
     assert output.measurements["clients"] == 2
-    assert output.measurements["non_finite_clients"] == 1
+    assert output.measurements["bad_score_clients"] == 1
+    assert output.measurements["non_finite_clients"] == 0
     assert output.measurements["zero_weight_clients"] == 0
 
 
 @pytest.mark.parametrize("momentum", [0.99, 0.999])
 def test_steps_of_high_momentum_do_not_cancel(momentum):
     (case,) = (case for case in contracts.CASES if case.name == "fed-nova")
-    process = aggregators.FedNovaFactory(momentum).create(
+    process = aggregators.RuleFactory(rules.fed_nova(momentum)).create(
         contracts.value_type(case), contracts.WEIGHT_TYPE
     )
     ((clients, weights),) = contracts.rounds(case, seed=13, sizes=(2,))
     clients[0]["steps"], clients[1]["steps"] = 1, 2
     measured = process.next(
-        process.initialize(), contracts.value(case, clients), weights
+        process.initialize(), *contracts.values(case, clients, weights)
     ).measurements
-    np.testing.assert_allclose(measured["score_min"], [1.0], rtol=1e-6)
-    np.testing.assert_allclose(measured["score_max"], [2.0 + momentum], rtol=1e-6)
+    np.testing.assert_allclose(measured["score_min"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(measured["score_max"], 2.0 + momentum, rtol=1e-6)
 
 
 def test_a_mean_of_half_precision_is_taken_in_single():
-    factory = aggregators.AdaptiveMeanFactory(weighting.uniform(), score=scores.l2_distance)
+    factory = aggregators.RuleFactory(rules.adaptive_mean(scores.l2_distance, weighting.uniform()))
     mixed = tff.to_type([(np.float16, [2]), (np.float64, [2])])
     process = factory.create(mixed, contracts.WEIGHT_TYPE)
     assert process.next.type_signature.result.result.member.is_equivalent_to(mixed)
@@ -252,9 +281,8 @@ HALVES = [np.float16, tf.bfloat16.as_numpy_dtype]
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
 def test_half_precision_updates_are_scored_and_averaged_in_single(dtype):
-    factory = aggregators.AdaptiveMeanFactory(
-        weighting.softmax(1e4, prefer="far", scale=None), score=scores.l2_distance
-    )
+    chosen = weighting.softmax(1e4, prefer="far", scale=None)
+    factory = aggregators.RuleFactory(rules.adaptive_mean(scores.l2_distance, chosen))
     updates = [[a.astype(dtype)] for a in HUGE]
     process = factory.create(tff.to_type([(dtype, [3])]), contracts.WEIGHT_TYPE)
     examples = [1.0, 2.0, 3.0]
@@ -277,22 +305,24 @@ def test_half_precision_models_are_weighed_by_their_divergence(dtype):
     server = np.float64([61440, 61440, 61440]).astype(dtype)
     models = [np.float64(a).astype(dtype) for a in ([61440, 61440, 61440], [65024, 61440, 57344])]
     kind = tff.to_type((dtype, [3]))
+    rule = rules.adaptive_mean(scores.kl_divergence, weighting.softmax(scale=1e3))
+    start = aggregators.rule_state(rule, kind)
 
     @tff.federated_computation(
-        tff.FederatedType(kind, tff.CLIENTS), tff.FederatedType(kind, tff.SERVER)
+        tff.FederatedType(start.type_signature.result, tff.SERVER),
+        tff.FederatedType(kind, tff.SERVER),
+        tff.FederatedType(kind, tff.CLIENTS),
     )
-    def average(trained, model):
-        return aggregators.federated_adaptive_mean(
-            trained, model, score=scores.kl_divergence, weighting=weighting.softmax(scale=1e3)
-        )
+    def average(state, model, trained):
+        return aggregators.federated_rule(rule, trained, state, server_model=model)
 
-    output = average(models, server)
+    output = average(start(), server, models)
     # softmax(server) is a third each, and log softmax(client) is the client less its largest.
     divergence = [0.0, float(np.max(np.float64(models[1])) - np.mean(np.float64(models[1])))]
     divergence[1] -= np.log(3)
     np.testing.assert_allclose(output.measurements["score_max"], divergence[1], rtol=1e-5)
     shares = np.exp(-np.array(divergence) / 1e3)
     mean = sum(s * np.float64(m) for s, m in zip(shares / shares.sum(), models, strict=True))
-    assert output.mean.dtype == dtype
+    assert output.result.dtype == dtype
     one_step = 2.0**-10 if dtype is np.float16 else 2.0**-7
-    np.testing.assert_allclose(np.float64(output.mean), mean, rtol=0.51 * one_step)
+    np.testing.assert_allclose(np.float64(output.result), mean, rtol=0.51 * one_step)

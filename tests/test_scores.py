@@ -1,6 +1,10 @@
 """Scores, weightings and layers, run eagerly against NumPy."""
 
+import copy
+import pickle
+
 import aggregation_twins as twins
+import attrs
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from aggregators import scores, weighting
+from aggregators.hyperparameters import values
 from aggregators.layers import resolve_layers
 
 TWINS = {
@@ -19,7 +24,7 @@ TWINS = {
     scores.spectral_distance: twins.spectral,
     scores.cosine_distance: twins.cosine,
 }
-every_score = pytest.mark.parametrize("score", TWINS, ids=lambda score: score.__name__)
+every_score = pytest.mark.parametrize("score", TWINS, ids=lambda score: score.name)
 
 
 def layer(rng, size=1.0):
@@ -31,7 +36,7 @@ def number(score, server, client):
 
 
 def test_no_public_score_is_missing_from_the_table():
-    assert set(scores.UPDATE_SCORES + scores.MODEL_SCORES) == set(TWINS)
+    assert set(scores.ALL) == set(TWINS)
 
 
 @every_score
@@ -66,7 +71,7 @@ def test_scores_of_large_layers_keep_their_digits_when_models_hardly_moved(score
 MIDDLE, LARGE = 100_001, 530_001
 both_sizes = pytest.mark.parametrize("length", [MIDDLE, LARGE])
 divergences = pytest.mark.parametrize(
-    "score", scores.MODEL_SCORES, ids=lambda score: score.__name__
+    "score", [scores.kl_divergence, scores.js_divergence], ids=lambda score: score.name
 )
 
 
@@ -259,29 +264,57 @@ def test_layers_are_scored_one_by_one():
     assert found.dtype == tf.float32
 
 
+NAMES = ["a/kernel", "b/kernel", "a/bias"]
+
+
 @pytest.mark.parametrize(
     ("layers", "groups"),
     [
-        ("tensor", ((0,), (1,), (2,))),
-        ("model", ((0, 1, 2),)),
-        ([[2, 0], [1]], ((2, 0), (1,))),
+        ("tensor", {"a/kernel": (0,), "b/kernel": (1,), "a/bias": (2,)}),
+        ("layer", {"a": (0, 2), "b": (1,)}),
+        ("model", {"model": (0, 1, 2)}),
+        ([[2, 0], [1]], {"a/bias+a/kernel": (2, 0), "b/kernel": (1,)}),
+        ({"first": [0, 1], "rest": [2]}, {"first": (0, 1), "rest": (2,)}),
     ],
 )
-def test_layers_resolve_to_groups(layers, groups):
-    assert resolve_layers(layers, 3) == groups
+def test_layers_resolve_to_named_groups(layers, groups):
+    found = resolve_layers(layers, NAMES)
+    assert list(found.items()) == list(groups.items())
 
 
-@pytest.mark.parametrize("layers", ["tensors", [(0, 1)], [(0, 1), (1, 2)], [(0, 1, 2, 3)], [], 5])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "tensors",
+        [(0, 1)],
+        [(0, 1), (1, 2)],
+        [(0, 1, 2, 3)],
+        [],
+        5,
+        {},
+        {"a": (0, 1)},
+        [(0, -1), (1, 2)],
+    ],
+)
 def test_layers_that_do_not_fit_are_refused(layers):
     with pytest.raises(ValueError, match="`layers` must"):
-        resolve_layers(layers, 3)
+        resolve_layers(layers, NAMES)
     with pytest.raises(ValueError, match="at least one tensor"):
-        resolve_layers("model", 0)
+        resolve_layers("model", [])
+
+
+def state_of(chosen, typical, round_number=0):
+    start = tf.constant(round_number)
+    return {
+        "typical_score": tf.constant(typical, tf.float32),
+        "round": start,
+        **values(chosen.numbers, start),
+    }
 
 
 def logs(chosen, found, weight=1.0, typical=(0.0, 0.0)):
     found, sound = weighting.log_weights(
-        chosen, tf.constant(found, tf.float32), tf.constant(weight), tf.constant(typical)
+        chosen, tf.constant(found, tf.float32), tf.constant(weight), state_of(chosen, typical)
     )
     assert sound or np.all(np.isneginf(found))
     return found.numpy()
@@ -355,30 +388,32 @@ def test_a_score_without_a_number_takes_its_client_out():
     np.testing.assert_allclose(logs(nan_below_one, [1.0, 5.0]), [0.0, 2.0])
     # Nothing is wrong with a client without weight, whatever its score.
     for weight, right in ((1.0, False), (0.0, True)):
-        _, sound = weighting.log_weights(nan_below_one, tf.constant([0.5]), weight, tf.zeros([1]))
+        _, sound = weighting.log_weights(
+            nan_below_one, tf.constant([0.5]), weight, state_of(nan_below_one, [0.0])
+        )
         assert sound == right
     # A typical score that has no number is not subtracted.
     np.testing.assert_allclose(logs(nan_below_one, [1.0, 5.0], 1.0, (0.5, 2.0)), [0.0, 1.0])
 
 
 def test_scales_are_0_while_all_scores_count_alike():
-    typical = tf.constant([0.0, 4.0])
     for chosen, expected in (
         (weighting.softmax(), [0, 4]),
         (weighting.softmax(scale=3.0, bound=2.0), [0, 3]),
         (weighting.softmax(scale=3.0), [3, 3]),
     ):
-        np.testing.assert_array_equal(weighting.relative_scale(chosen, typical), expected)
+        state = state_of(chosen, [0.0, 4.0])
+        np.testing.assert_array_equal(weighting.relative_scale(chosen, state), expected)
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("weight", [0.0, -1.0])
 def test_clients_of_no_weight_do_not_count(weight):
     assert np.all(np.isneginf(logs(weighting.uniform(), [1.0, 2.0], weight)))
     alone = weighting.softmax(scale=None, times_examples=False)
     assert np.all(np.isneginf(logs(alone, [1.0, 2.0], weight)))
 
 
-@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf, -1.0, -1e-30])
 def test_clients_of_no_score_do_not_count(score):
     assert np.all(np.isneginf(logs(weighting.softmax(scale=None), [1.0, score])))
 
@@ -386,15 +421,15 @@ def test_clients_of_no_score_do_not_count(score):
 def test_the_running_score_remembers_and_skips_rounds_without_clients():
     chosen = weighting.softmax(memory=0.75)
     moved = weighting.next_typical_score(
-        chosen, tf.constant([4.0, 0.0, 4.0]), tf.constant([8.0, 8.0, np.nan], tf.float64)
+        chosen, state_of(chosen, [4.0, 0.0, 4.0]), tf.constant([8.0, 8.0, np.nan], tf.float64)
     )
     np.testing.assert_allclose(moved, [5.0, 8.0, 4.0])
 
 
 def test_one_round_cannot_blow_the_running_score_up():
     chosen = weighting.softmax(memory=0.5)
-    typical = tf.constant([2.0, 0.0])
-    moved = weighting.next_typical_score(chosen, typical, tf.constant([1e15, 1e15], tf.float64))
+    state = state_of(chosen, [2.0, 0.0])
+    moved = weighting.next_typical_score(chosen, state, tf.constant([1e15, 1e15], tf.float64))
     # At most ten times what was known; what was not known has nothing to be held against.
     np.testing.assert_allclose(moved, [11.0, 1e15])
 
@@ -405,7 +440,11 @@ def test_one_round_cannot_blow_the_running_score_up():
         (lambda: weighting.softmax(0.0), ValueError, "`temperature` .* at least 0.0001; found 0.0"),
         (lambda: weighting.softmax(1e-7), ValueError, "`temperature` .* at least 0.0001; found"),
         (lambda: weighting.softmax(scale=1e-13), ValueError, "`scale` must be .* 1e-12 to 1e"),
-        (lambda: weighting.power(-1e4), ValueError, "`exponent` must be a number from -1000 to 1"),
+        (
+            lambda: weighting.power(-1e4),
+            ValueError,
+            "`exponent` must be .* at least -1000 and of at most 1000",
+        ),
         (lambda: weighting.softmax(np.nan), ValueError, "`temperature`"),
         (lambda: weighting.softmax("1"), ValueError, "`temperature`"),
         (lambda: weighting.softmax(prefer="close"), ValueError, "`prefer`.*'close'"),
@@ -418,7 +457,9 @@ def test_one_round_cannot_blow_the_running_score_up():
         (lambda: weighting.power(floor=0.0), ValueError, "`floor`"),
         (lambda: weighting.Weighting("softmax"), TypeError, "`rule` must be a function"),
         (
-            lambda: scores.score_layers(lambda s, c: s[0], [tf.zeros(2)], [tf.zeros(2)], ((0,),)),
+            lambda: scores.score_layers(
+                scores.Score(lambda s, c: s[0]), [tf.zeros(2)], [tf.zeros(2)], ((0,),)
+            ),
             TypeError,
             r"`score` must return one floating number per layer; found float32 of shape \(2,\)",
         ),
@@ -430,6 +471,7 @@ def test_bad_arguments_raise_at_construction(call, error, message):
 
 
 def test_a_score_of_ones_own_may_branch_in_python():
+    @scores.Score
     def score(server, client):
         if tf.reduce_sum(client[0]) > tf.reduce_sum(server[0]):
             return tf.constant(2.0)
@@ -441,3 +483,14 @@ def test_a_score_of_ones_own_may_branch_in_python():
         return scores.score_layers(score, [zeros, ones], [ones[:2], ones], ((0,), (1,)))
 
     np.testing.assert_array_equal(found(), [2.0, 1.0])
+
+
+def test_scores_are_values_that_keep_their_fast_form():
+    kl = scores.kl_divergence
+    assert copy.deepcopy(kl) is kl
+    assert pickle.loads(pickle.dumps(kl)) is kl
+    wrapped = attrs.evolve(kl, name="mine")
+    assert wrapped.over_layers is kl.over_layers
+    assert wrapped.needs == "model"
+    assert scores.as_score(lambda s, c: s[0]).needs == "model"
+    assert [s.needs for s in scores.ALL] == ["model", "model", "update", "update", "update"]

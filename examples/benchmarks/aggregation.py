@@ -14,6 +14,7 @@ Two comparisons, both in TFF's worker and with all large values made and kept th
 import argparse
 import functools
 import os
+from collections import OrderedDict
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -24,7 +25,7 @@ import tensorflow_federated as tff
 from timing import time_side_by_side
 
 import aggregators
-from aggregators import scores, weighting
+from aggregators import rules, scores, weighting
 
 FLOAT = tff.to_type(np.float32)
 
@@ -41,6 +42,10 @@ def make_update(shapes: list[tuple[int, ...]], seed: Any) -> list[tf.Tensor]:
         tf.reshape(tf.range(np.prod(shape), dtype=tf.float32), shape) * (1e-7 + 1e-10 * seed)
         for shape in shapes
     ]
+
+
+def _factory(score: scores.Score) -> aggregators.RuleFactory:
+    return aggregators.RuleFactory(rules.adaptive_mean(score, weighting.softmax()))
 
 
 def aggregation(kind: str, shapes: list[tuple[int, ...]]) -> Any:
@@ -61,35 +66,30 @@ def aggregation(kind: str, shapes: list[tuple[int, ...]]) -> Any:
         update = make_update(shapes, seed)
         if kind != "scored":
             return update
-        return aggregators.ScoredUpdate(
-            delta=update,
-            scores=tf.fill([len(shapes)], seed),
-            loss=seed,
-            steps=tf.constant(1),
-            non_finite=tf.constant(False),
-        )
+        measured = OrderedDict(kl_divergence=tf.fill([len(shapes)], seed))
+        return aggregators.ClientUpdate(update, measured, non_finite=tf.constant(False))
 
     if kind == "kl":
+        rule = rules.adaptive_mean(scores.kl_divergence, weighting.softmax(scale=1e-3))
+        start = aggregators.rule_state(rule, update_type)
 
         @tff.federated_computation(seeds_type)
         def run_kl(seeds: Any) -> Any:
-            found = aggregators.federated_adaptive_mean(
+            found = aggregators.federated_rule(
+                rule,
                 tff.federated_map(client, seeds),
-                tff.federated_eval(server_model, tff.SERVER),
-                score=scores.kl_divergence,
-                weighting=weighting.softmax(scale=1e-3),
+                tff.federated_eval(start, tff.SERVER),
+                server_model=tff.federated_eval(server_model, tff.SERVER),
                 weight=seeds,
             )
-            return tff.federated_map(digest, found.mean)
+            return tff.federated_map(digest, found.result)
 
         return run_kl
 
     factory = {
         "mean": tff.aggregators.MeanFactory,
-        "scored": lambda: aggregators.AdaptiveMeanFactory(weighting.softmax()),
-        "l2": lambda: aggregators.AdaptiveMeanFactory(
-            weighting.softmax(), score=scores.l2_distance
-        ),
+        "scored": lambda: _factory(scores.kl_divergence),
+        "l2": lambda: _factory(scores.l2_distance),
     }[kind]()
     process = factory.create(client.type_signature.result, FLOAT)
 

@@ -1,12 +1,13 @@
 """A client's training, with its loss and steps kept: TFF's own loops report neither per client."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
-LossAt = Literal["training", "initial"]
+from aggregators.rule import LossAt
+
 Loop: TypeAlias = tff.learning.LoopImplementation
 
 
@@ -16,7 +17,8 @@ class Trained(NamedTuple):
     Attributes:
       initial: Tuple of trainable weights before.
       trained: The same after.
-      loss: float32: mean loss per example; 0 without examples.
+      loss: float32: mean loss per example; 0 without examples. None if not asked for. Of a loss that
+        is no scalar, the mean over its elements stands for the batch.
       steps: int32: optimizer steps.
       examples: int64: examples seen while training.
       metrics: The model's unfinalized metrics.
@@ -36,7 +38,10 @@ Training = Callable[[Any, Any, Any], Trained]
 
 
 def build_training(
-    model_fn: Any, optimizer: tff.learning.optimizers.Optimizer, loss_at: LossAt, loop: Loop
+    model_fn: Any,
+    optimizer: tff.learning.optimizers.Optimizer,
+    loss_at: LossAt | None,
+    loop: Loop,
 ) -> Training:
     """Builds the local training of one client: `(weights, dataset, hparams) -> Trained`.
 
@@ -48,6 +53,7 @@ def build_training(
       optimizer: The client's optimizer.
       loss_at: `"training"`: the loss of each batch before its own step, free of cost.
         `"initial"`: the loss of the weights that training starts from, one more pass over data.
+        None: no loss.
       loop: `dataset.reduce` or a loop over the dataset's iterator.
 
     Returns:
@@ -83,23 +89,22 @@ def check_optimizer(argument: str, optimizer: Any) -> None:
 def _variable_training(
     model_fn: Callable[[], tff.learning.models.VariableModel],
     optimizer: tff.learning.optimizers.Optimizer,
-    loss_at: LossAt,
+    loss_at: LossAt | None,
     loop: Loop,
 ) -> Training:
     model = model_fn()
     variables = tff.learning.models.ModelWeights.from_model(model)
     trainable = tuple(tf.nest.flatten(variables.trainable))
 
-    def loss_and_examples(output: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def examples_in(output: Any) -> tf.Tensor:
         examples = output.num_examples
         if examples is None:
-            examples = tf.shape(output.predictions)[0]
-        examples = tf.cast(examples, tf.int64)
-        return tf.cast(output.loss, tf.float32) * tf.cast(examples, tf.float32), examples
+            examples = count(output.predictions)
+        return tf.cast(examples, tf.int64)
 
     def evaluate(sums: Any, batch: Any) -> Any:
-        loss, examples = loss_and_examples(model.forward_pass(batch, training=False))
-        return sums[0] + loss, sums[1] + examples
+        output = model.forward_pass(batch, training=False)
+        return add_loss(sums, output.loss, examples_in(output))
 
     def step(state: Any, batch: Any) -> Any:
         optimizer_state, sums, steps = state
@@ -109,25 +114,25 @@ def _variable_training(
         optimizer_state, updated = optimizer.next(optimizer_state, trainable, gradients)
         for variable, new in zip(trainable, updated, strict=True):
             variable.assign(new)
-        loss, examples = loss_and_examples(output)
-        return optimizer_state, (sums[0] + loss, sums[1] + examples), steps + 1
+        loss = output.loss if loss_at == "training" else None
+        return optimizer_state, add_loss(sums, loss, examples_in(output)), steps + 1
 
     @tf.function
     def train(weights: Any, dataset: tf.data.Dataset, hparams: Any) -> Trained:
         tf.nest.map_structure(lambda variable, value: variable.assign(value), variables, weights)
         fresh = model.report_local_unfinalized_metrics()
-        initial_loss = None
+        before = None
         if loss_at == "initial":
-            initial_loss = _mean(*_fold(loop, dataset, _no_loss(), evaluate))
+            before = _fold(loop, dataset, _no_loss(), evaluate)
             model.reset_metrics()
         state = (_initial_state(optimizer, trainable, hparams), _no_loss(), tf.constant(0))
-        _, (loss_sum, examples), steps = _fold(loop, dataset, state, step)
+        _, sums, steps = _fold(loop, dataset, state, step)
         return Trained(
             initial=tuple(tf.nest.flatten(weights.trainable)),
             trained=tuple(variable.read_value() for variable in trainable),
-            loss=_mean(loss_sum, examples) if initial_loss is None else initial_loss,
+            loss=_mean(before or sums) if loss_at else None,
             steps=steps,
-            examples=examples,
+            examples=sums[1],
             metrics=model.report_local_unfinalized_metrics(),
             fresh_metrics=fresh,
         )
@@ -138,18 +143,11 @@ def _variable_training(
 def _functional_training(
     model: tff.learning.models.FunctionalModel,
     optimizer: tff.learning.optimizers.Optimizer,
-    loss_at: LossAt,
+    loss_at: LossAt | None,
     loop: Loop,
 ) -> Training:
     def split(batch: Any) -> tuple[Any, Any]:
         return (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
-
-    def count(output: Any) -> tf.Tensor:
-        return tf.shape(tf.nest.flatten(output)[0])[0]
-
-    def weighted(loss: tf.Tensor, examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        loss = tf.cast(loss, tf.float32) * tf.cast(examples, tf.float32)
-        return loss, tf.cast(examples, tf.int64)
 
     @tf.function
     def train(weights: Any, dataset: tf.data.Dataset, hparams: Any) -> Trained:
@@ -158,8 +156,7 @@ def _functional_training(
         def evaluate(sums: Any, batch: Any) -> Any:
             x, y = split(batch)
             output = model.predict_on_batch((initial, fixed), x, training=False)
-            loss, examples = weighted(model.loss(output=output, label=y), count(output))
-            return sums[0] + loss, sums[1] + examples
+            return add_loss(sums, model.loss(output=output, label=y), count(output))
 
         def step(state: Any, batch: Any) -> Any:
             trainable, optimizer_state, metrics, sums, steps = state
@@ -177,14 +174,8 @@ def _functional_training(
                     loss=loss, predictions=output, num_examples=count(output)
                 ),
             )
-            loss, examples = weighted(loss, count(output))
-            return (
-                trainable,
-                optimizer_state,
-                metrics,
-                (sums[0] + loss, sums[1] + examples),
-                steps + 1,
-            )
+            sums = add_loss(sums, loss if loss_at == "training" else None, count(output))
+            return trainable, optimizer_state, metrics, sums, steps + 1
 
         fresh = model.initialize_metrics_state()
         state = (
@@ -194,12 +185,10 @@ def _functional_training(
             _no_loss(),
             tf.constant(0),
         )
-        trained, _, metrics, (loss_sum, examples), steps = _fold(loop, dataset, state, step)
-        if loss_at == "initial":
-            loss = _mean(*_fold(loop, dataset, _no_loss(), evaluate))
-        else:
-            loss = _mean(loss_sum, examples)
-        return Trained(initial, trained, loss, steps, examples, metrics, fresh)
+        trained, _, metrics, sums, steps = _fold(loop, dataset, state, step)
+        before = _fold(loop, dataset, _no_loss(), evaluate) if loss_at == "initial" else sums
+        loss = _mean(before) if loss_at else None
+        return Trained(initial, trained, loss, steps, sums[1], metrics, fresh)
 
     return train
 
@@ -218,12 +207,29 @@ def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any,
     return state
 
 
+def count(predictions: Any) -> tf.Tensor:
+    """The examples in a batch, of a model's predictions or any structure of them."""
+    return tf.shape(tf.nest.flatten(predictions)[0])[0]
+
+
+def add_loss(sums: Any, loss: Any, examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Adds a batch's loss, whatever its shape, times its examples; and its examples."""
+    total, seen = sums
+    if loss is not None:
+        loss = tf.cast(loss, tf.float32)
+        if loss.shape.rank != 0:
+            loss = tf.reduce_mean(loss)
+        # A batch without examples has a mean that is no number, and no part in the sum.
+        total += tf.math.multiply_no_nan(loss, tf.cast(examples, tf.float32))
+    return total, seen + tf.cast(examples, tf.int64)
+
+
 def _no_loss() -> tuple[tf.Tensor, tf.Tensor]:
     return tf.constant(0.0), tf.constant(0, tf.int64)
 
 
-def _mean(loss_sum: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
-    return tf.math.divide_no_nan(loss_sum, tf.cast(examples, tf.float32))
+def _mean(sums: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+    return tf.math.divide_no_nan(sums[0], tf.cast(sums[1], tf.float32))
 
 
 def _initial_state(

@@ -1,0 +1,10 @@
+"""Aggregation rules: functions that return a `Rule`."""
+
+from aggregators.rules.adaptive import adaptive_mean
+from aggregators.rules.attentive import fed_att
+from aggregators.rules.fair import q_fed_avg
+from aggregators.rules.gated import loss_gated
+from aggregators.rules.normalized import fed_nova
+from aggregators.rules.plain import plain_mean
+
+__all__ = ["adaptive_mean", "fed_att", "fed_nova", "loss_gated", "plain_mean", "q_fed_avg"]

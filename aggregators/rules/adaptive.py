@@ -1,0 +1,167 @@
+"""The mean over clients, weighed layer by layer by what each client's model scores."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import tensorflow as tf
+
+from aggregators import weighted_mean
+from aggregators.hyperparameters import Hparam
+from aggregators.layers import Layers, ModelLayers
+from aggregators.measurements import check_sample_size
+from aggregators.rule import LossAt, Needs, Rule, RuleResult
+from aggregators.scores import Function, Score
+from aggregators.update import ClientUpdate
+from aggregators.weighting import (
+    BUILT_IN,
+    Weighting,
+    check_weighting,
+    log_weights,
+    looks,
+    next_typical_score,
+    relative_scale,
+)
+
+ScoreLike: TypeAlias = Score | Function | Literal["loss"]
+
+
+@attrs.frozen
+class Weighed:
+    """The adaptive weights of a rule, for rules that are made around them.
+
+    Attributes:
+      needs: What clients measure.
+      weighting: How scores become weights.
+    """
+
+    needs: Needs
+    weighting: Weighting
+
+    @property
+    def hparams(self) -> Mapping[str, Hparam]:
+        """The weighting's numbers."""
+        return self.weighting.numbers
+
+    def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Any]:
+        """`typical_score`: the mean score of earlier rounds, not known yet."""
+        return OrderedDict(typical_score=tf.zeros([len(layers.names)]))
+
+    def loss(self, update: ClientUpdate) -> tf.Tensor | None:
+        """The client's loss, if it was measured."""
+        return update.measured[f"{self.needs.loss}_loss"] if self.needs.loss else None
+
+    def weights(
+        self, update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The client's scores, its log-weights, and whether its scores are sound."""
+        loss = self.loss(update)
+        if self.needs.score is not None:
+            scores = update.measured[self.needs.score.name]
+        else:
+            scores = tf.ones_like(state["typical_score"]) * loss
+        return scores, *log_weights(self.weighting, scores, weight, state, loss)
+
+    def scale(self, state: Mapping[str, Any]) -> tf.Tensor:
+        """What scores were divided by."""
+        return relative_scale(self.weighting, state)
+
+    def next_state(
+        self, state: Mapping[str, Any], measured: Mapping[str, Any]
+    ) -> OrderedDict[str, Any]:
+        """`typical_score` after a round."""
+        mean = measured["score_mean"].numbers
+        return OrderedDict(typical_score=next_typical_score(self.weighting, state, mean))
+
+
+def weighed(
+    score: ScoreLike, weighting: Weighting, layers: Layers, loss_at: LossAt | None
+) -> Weighed:
+    """Checks the arguments that rules around adaptive weights share; see `adaptive_mean`."""
+    check_weighting(weighting)
+    by_loss = isinstance(score, str) and score == "loss"
+    if loss_at is None and by_loss:
+        loss_at = "training"
+    needs = Needs(score=None if by_loss else score, layers=layers, loss=loss_at)
+    if needs.score is None and not by_loss:
+        raise TypeError(
+            '`score` must be a score or "loss"; found None. Use one from `aggregators.scores`, such '
+            "as `scores.kl_divergence`."
+        )
+    return Weighed(needs, weighting)
+
+
+def adaptive_mean(
+    score: ScoreLike,
+    weighting: Weighting,
+    *,
+    layers: Layers = "tensor",
+    loss_at: LossAt | None = None,
+    sample_size: int = 0,
+) -> Rule:
+    """The mean over clients, weighed layer by layer by what each client's model scores.
+
+    ```
+    update[l] = sum_k w[k, l] d[k, l] / sum_k w[k, l]
+    ```
+
+    for every layer `l` and client `k`, with `d` the update and `w` as `weighting` makes it of the score
+    of layer `l` and the client's weight. Invariant to the scale of weights; one pass.
+
+    The state holds `typical_score`, the running mean score per layer, and the weighting's numbers,
+    which are hyperparameters. With the default running scale, the first round is plain averaging.
+    Measurements: see `aggregators.measurements.measure`. `weighting`'s `bound` limits how much
+    more one client may weigh than another, not how large its update is: for that put
+    `tff.aggregators.clipping_factory(norm, ...)` around the factory.
+
+    Args:
+      score: How far a layer is from the server's: one from `aggregators.scores`; a `Score` of your
+        own; a bare function of `(server_layer, client_layer)`, which is taken to need the server's
+        model; or `"loss"`, the client's loss, in all layers.
+      weighting: How scores become weights; from `aggregators.weighting`.
+      layers: Which tensors are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
+        positions; see `aggregators.layers.resolve_layers`.
+      loss_at: Where the loss is taken, for `score="loss"` and weightings of yours that look at
+        `seen.loss`: `"training"` (the default for the score) or `"initial"`; see `Needs`.
+      sample_size: How many clients the measurements list one by one.
+
+    Returns:
+      A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument is out of its range.
+
+    Example:
+      >>> from aggregators import scores, weighting
+      >>> rule = adaptive_mean(scores.kl_divergence, weighting.softmax(0.5, bound=20.0))
+      >>> list(rule.hparams)
+      ['temperature', 'bound', 'memory']
+    """
+    check_sample_size(sample_size)
+    by_score = weighed(score, weighting, layers, loss_at)
+    own_rule = weighting.rule not in BUILT_IN and looks(weighting.rule)
+    used = isinstance(score, str) or own_rule
+    if loss_at is not None and not used:
+        raise ValueError(
+            f"`loss_at` must be None where nothing looks at the loss; found {loss_at!r}. Use "
+            '`score="loss"`, or a weighting whose rule takes `seen`.'
+        )
+
+    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+        scores, logs, sound = by_score.weights(update, weight, state)
+        return weighted_mean.weigh(update, logs, scores=scores, sound=sound)
+
+    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+        tensors, measured = weighted_mean.report(reduced, by_score.scale(state))
+        return RuleResult(by_score.next_state(state, measured), tensors, measured)
+
+    return Rule(
+        client,
+        lambda layers: weighted_mean.reduction(layers, sample_size=sample_size),
+        server,
+        needs=by_score.needs,
+        initial_state=by_score.initial_state,
+        hparams=by_score.hparams,
+    )
