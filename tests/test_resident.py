@@ -24,8 +24,9 @@ from resident_cases import (
 
 import aggregators
 from tff_optim import ResidentProcess, build_keras_optimizer
-from tff_optim.resident import handover, leaves, map_reduce
-from tff_optim.resident import host as host_lib
+from tff_optim.resident import leaves
+from tff_optim.resident.in_worker import handover, map_reduce
+from tff_optim.resident.in_worker import host as host_lib
 
 
 @pytest.fixture(scope="module")

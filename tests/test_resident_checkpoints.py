@@ -13,7 +13,8 @@ import tensorflow_federated as tff
 from resident_cases import assert_equal, cohorts, model_fn, plain_run, process
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import CheckpointError, ResidentCheckpoints, handover
+from tff_optim.resident import CheckpointError, ResidentCheckpoints
+from tff_optim.resident.in_worker import handover
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from resident_cases import assert_close, assert_equal, cohorts, model_fn
 
-from tff_optim.resident import ServerDeviceProcess, handover
+from tff_optim.resident import ServerDeviceProcess
+from tff_optim.resident.in_worker import handover
 
 SERVER = tff.learning.optimizers.build_adam(0.1, beta_1=0.8)
 

@@ -25,7 +25,7 @@ from resident_cases import (
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import ResidentCheckpoints, WorkerLostError, WorkerStartError
-from tff_optim.resident import worker as worker_lib
+from tff_optim.resident.in_worker import worker as worker_lib
 
 
 def endless():
@@ -308,7 +308,7 @@ def test_no_worker_outlives_python(tmp_path):
         textwrap.dedent(
             """
             import os, signal, sys
-            from tff_optim.resident.worker import LocalWorker
+            from tff_optim.resident.in_worker.worker import LocalWorker
 
             def error():
                 raise ValueError("an error nobody catches")

@@ -10,9 +10,10 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.resident import handover, leaves, references
+from tff_optim.resident import leaves, references
 from tff_optim.resident.errors import CheckpointError
-from tff_optim.resident.host import is_cut
+from tff_optim.resident.in_worker import handover
+from tff_optim.resident.in_worker.host import is_cut
 from tff_optim.resident.process import ResidentProcess
 from tff_optim.resident.references import Resident
 

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 import tensorflow_federated as tff
 
-from tff_optim.resident import handover, leaves, map_reduce, references, rounds
-from tff_optim.resident import worker as worker_lib
+from tff_optim.resident import leaves, references
 from tff_optim.resident.errors import WorkerLostError
-from tff_optim.resident.host import ConnectionCutError, Host
+from tff_optim.resident.in_worker import handover, map_reduce, rounds
+from tff_optim.resident.in_worker import worker as worker_lib
+from tff_optim.resident.in_worker.host import ConnectionCutError, Host
 from tff_optim.resident.references import Resident
 
 _T = TypeVar("_T")

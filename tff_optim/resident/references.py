@@ -6,8 +6,9 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.resident import handover, leaves
-from tff_optim.resident.host import Executor
+from tff_optim.resident import leaves
+from tff_optim.resident.in_worker import handover
+from tff_optim.resident.in_worker.host import Executor
 
 
 class Resident:

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import tensorflow_federated as tff
 
-from tff_optim.resident import handover
+from tff_optim.resident.in_worker import handover
 
 
 @attrs.frozen(eq=False)

@@ -7,10 +7,10 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.resident import handover, map_reduce
-from tff_optim.resident.handover import Carrier
-from tff_optim.resident.host import Executor, Host
-from tff_optim.resident.map_reduce import MapReduceRound
+from tff_optim.resident.in_worker import handover, map_reduce
+from tff_optim.resident.in_worker.handover import Carrier
+from tff_optim.resident.in_worker.host import Executor, Host
+from tff_optim.resident.in_worker.map_reduce import MapReduceRound
 from tff_optim.resident.references import Resident
 
 # So few that the worker need not wait long for a call, and so many that Python need not make many.

@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
-from tff_optim.resident import worker as worker_lib
 from tff_optim.resident.errors import WorkerLostError
+from tff_optim.resident.in_worker import worker as worker_lib
 
 _T = TypeVar("_T")
 
