@@ -24,15 +24,9 @@ from aggregators.reduction import (
     reduction_from_merge,
     zip_reductions,
 )
-from aggregators.rule import (
-    FederatedRule,
-    Needs,
-    Rule,
-    RuleFactory,
-    RuleResult,
-    federated_rule,
-    rule_state,
-)
+from aggregators.rule import Needs, Rule, RuleResult
+from aggregators.rule_factory import RuleFactory
+from aggregators.rule_in_rounds import FederatedRule, federated_rule, rule_state
 from aggregators.scores import Score
 from aggregators.self_weighting import build_self_weighting_client_work
 from aggregators.update import ClientUpdate

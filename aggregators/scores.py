@@ -329,7 +329,7 @@ def _one(score: Score, function: Function, server: Layer, client: Layer) -> tf.T
     except Exception as error:
         raise TypeError(
             f"`score` must be a function of TensorFlow operations; found {score.name}, which failed "
-            f"on a layer of {shapes}: {error}. {_WRITE}"
+            f"on a layer of {shapes}. {_WRITE} The error was: {error}"
         ) from error
     if number.shape.rank != 0 or not number.dtype.is_floating:
         raise TypeError(

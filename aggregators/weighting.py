@@ -11,7 +11,7 @@ with `d` the score, `typical` the mean score of earlier rounds, `n` the number o
 weight that the client work gave), and `rule` the function that distinguishes the three. Only
 differences of log-weights between clients matter, so the typical client's is taken as 0: that
 keeps numbers small, as a weight that a client sends has to be. Until a typical score is known (the
-first round), nothing is subtracted.
+first round), nothing is subtracted, and neither is for a rule of yours that looks at the loss.
 
 The numbers of a weighting (temperature, exponent, bound, ...) are hyperparameters: they lie in the
 state of whatever uses it, and may change between rounds.
@@ -76,7 +76,7 @@ def _uniform(relative: tf.Tensor) -> tf.Tensor:
     return tf.zeros_like(relative)
 
 
-BUILT_IN = (_softmax_near, _softmax_far, _power, _uniform)
+_BUILT_IN = (_softmax_near, _softmax_far, _power, _uniform)
 
 
 def _check_rule(instance: Any, attribute: Any, value: Any) -> None:
@@ -170,6 +170,11 @@ class Weighting:
     bound: Hparam | None = attrs.field(default=None, converter=_bound)
     memory: Hparam = attrs.field(default=_memory(0.5), converter=_memory)
     hparams: Mapping[str, Hparam] = attrs.field(factory=dict, converter=_own)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the rule is none of this package's, and may look at whatever is in `seen`."""
+        return self.rule not in _BUILT_IN and looks(self.rule)
 
     @property
     def needs_typical_score(self) -> bool:
@@ -356,8 +361,11 @@ def log_weights(
         loss=None if loss is None else tf.cast(loss, tf.float64),
     )
     logs = _apply(weighting.rule, tf.math.divide_no_nan(scores, scale), seen)
-    centre = _apply(weighting.rule, tf.math.divide_no_nan(typical, scale), seen)
-    logs -= tf.where(known & tf.math.is_finite(centre), centre, 0.0)
+    if not (
+        weighting.is_own and seen.loss is not None
+    ):  # else a typical client has no typical loss
+        centre = _apply(weighting.rule, tf.math.divide_no_nan(typical, scale), seen)
+        logs -= tf.where(known & tf.math.is_finite(centre), centre, 0.0)
     if weighting.bound is not None:
         half = 0.5 * tf.math.log(seen.numbers["bound"])
         logs = tf.clip_by_value(logs, -half, half)
@@ -365,7 +373,11 @@ def log_weights(
         logs = tf.where(known, logs, 0.0)
     is_number = tf.math.is_finite(scores) & (scores >= 0.0) & ~tf.math.is_nan(logs)
     sound = tf.reduce_all(is_number) | ~has_weight
+    none = tf.equal(logs, -math.inf)
     logs = tf.clip_by_value(logs, -_LARGEST_LOG, _LARGEST_LOG)
+    logs = tf.where(
+        none, tf.cast(-math.inf, logs.dtype), logs
+    )  # what the rule gave no weight has none
     if weighting.times_examples:
         logs += tf.math.log(weight)
     return tf.where(sound & has_weight, logs, -math.inf), sound
@@ -382,7 +394,7 @@ def _apply(rule: Rule, relative: tf.Tensor, seen: Seen) -> tf.Tensor:
     except Exception as error:
         raise TypeError(
             f"`rule` must map relative scores to log-weights; found {rule!r}, which failed on "
-            f"float64{list(relative.shape)}: {error}. {advice}"
+            f"float64{list(relative.shape)}. {advice} The error was: {error}"
         ) from error
     if found.dtype != relative.dtype or found.shape != relative.shape:
         raise TypeError(

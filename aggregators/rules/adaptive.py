@@ -15,11 +15,9 @@ from aggregators.rule import LossAt, Needs, Rule, RuleResult
 from aggregators.scores import Function, Score
 from aggregators.update import ClientUpdate
 from aggregators.weighting import (
-    BUILT_IN,
     Weighting,
     check_weighting,
     log_weights,
-    looks,
     next_typical_score,
     relative_scale,
 )
@@ -141,9 +139,7 @@ def adaptive_mean(
     """
     check_sample_size(sample_size)
     by_score = weighed(score, weighting, layers, loss_at)
-    own_rule = weighting.rule not in BUILT_IN and looks(weighting.rule)
-    used = isinstance(score, str) or own_rule
-    if loss_at is not None and not used:
+    if loss_at is not None and not (isinstance(score, str) or weighting.is_own):
         raise ValueError(
             f"`loss_at` must be None where nothing looks at the loss; found {loss_at!r}. Use "
             '`score="loss"`, or a weighting whose rule takes `seen`.'

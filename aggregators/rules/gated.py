@@ -201,7 +201,8 @@ def _ask(gate: Gate, seen: Round) -> tf.Tensor:
         found = tf.convert_to_tensor(tf.function(gate)(seen))
     except Exception as error:
         raise TypeError(
-            f"`gate` must be a function of a `Round`; found {gate!r}, which failed: {error}. {_ADVICE}"
+            f"`gate` must be a function of a `Round`; found {gate!r}, which failed. {_ADVICE} "
+            f"The error was: {error}"
         ) from error
     if found.shape.rank != 0 or not (found.dtype.is_floating or found.dtype == tf.bool):
         raise TypeError(
