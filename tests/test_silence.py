@@ -280,3 +280,43 @@ def test_a_weighting_sees_layer_round_loss_and_its_own_numbers():
             shares = np.exp(logs) / np.sum(np.exp(logs))
             expected = sum(w * d[layer] for w, d in zip(shares, deltas, strict=True))
             np.testing.assert_allclose(output.result[layer], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_no_client_can_have_done_take_it_out_and_are_counted():
+    rule = rules.fed_nova(max_steps=10)
+    start = aggregators.rule_state(rule, UPDATE)
+    at_clients = tff.FederatedType(NUMBER, tff.CLIENTS)
+
+    @tff.federated_computation(
+        tff.FederatedType(start.type_signature.result, tff.SERVER),
+        tff.FederatedType(UPDATE, tff.CLIENTS),
+        at_clients,
+    )
+    def run(state, deltas, steps):
+        return aggregators.federated_rule(rule, deltas, state, steps=steps, value_is="delta")
+
+    deltas = [[np.full(n, k, np.float32) for n in (2, 3)] for k in (1.0, 2.0, 50.0, 70.0)]
+    output = run(start(), deltas, [10.0, 5.0, 1e6, -3.0])
+    expected = 0.5 * (10 + 5) * 0.5 * (1 / 10 + 2 / 5)
+    np.testing.assert_allclose(output.result[0], expected, rtol=1e-6)
+    assert output.measurements["bad_score_clients"] == 2
+
+
+def test_a_client_that_shrinks_the_step_of_all_is_shown():
+    rule = rules.q_fed_avg(1.0, 0.1)
+    start = aggregators.rule_state(rule, UPDATE)
+
+    @tff.federated_computation(
+        tff.FederatedType(start.type_signature.result, tff.SERVER),
+        tff.FederatedType(UPDATE, tff.CLIENTS),
+        tff.FederatedType(NUMBER, tff.CLIENTS),
+    )
+    def run(state, deltas, loss):
+        return aggregators.federated_rule(rule, deltas, state, loss=loss, value_is="delta")
+
+    honest = [[np.full(n, 0.1, np.float32) for n in (2, 3)]] * 3
+    huge = [[np.full(n, 1e6, np.float32) for n in (2, 3)]]
+    for deltas, term in ((honest, 1 + 10 * 0.05), (honest + huge, 1 + 10 * 5e12)):
+        measured = run(start(), deltas, [1.0] * len(deltas)).measurements
+        np.testing.assert_allclose(measured["largest_term"], term, rtol=1e-5)
+    assert measured["step"] < 1e-12

@@ -1,5 +1,6 @@
 """FedNova: averaging normalised by steps."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from aggregators.rule import Needs, Rule, RuleResult
 from aggregators.update import ClientUpdate
 
 
-def fed_nova(momentum: Number = 0.0, *, sample_size: int = 0) -> Rule:
+def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None, sample_size: int = 0) -> Rule:
     """FedNova: updates are averaged per step, so that clients with more steps do not pull harder.
 
     ```
@@ -24,10 +25,13 @@ def fed_nova(momentum: Number = 0.0, *, sample_size: int = 0) -> Rule:
 
     with `d_k` the update, `t_k` the number of optimizer steps and `n_k` the client's weight. A
     client without steps counts for nothing. `score_*` of the measurements is `a_k`. One pass.
-    `momentum` is a hyperparameter.
+    `momentum` is a hyperparameter. `a_k` is at least 1, so divided updates are never longer than the
+    updates were. A client that claims many steps lengthens the step of all, up to `max_steps`.
 
     Args:
       momentum: Momentum of the clients' SGD, at least 0 and below 1.
+      max_steps: The most that a client can have done, at least 1: who claims more, or fewer than 0,
+        counts for nothing, and is counted in `bad_score_clients`. None for no limit.
       sample_size: How many clients the measurements list one by one.
 
     Returns:
@@ -44,6 +48,11 @@ def fed_nova(momentum: Number = 0.0, *, sample_size: int = 0) -> Rule:
     Heterogeneous Federated Optimization, 2020.
     """
     check_sample_size(sample_size)
+    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
+        raise ValueError(
+            f"`max_steps` must be None or a whole number of at least 1; found {max_steps!r}."
+        )
+    most = math.inf if max_steps is None else float(max_steps)
 
     def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
         # Differences of nearly equal numbers at high momentum: float32 would be off by percents.
@@ -58,6 +67,7 @@ def fed_nova(momentum: Number = 0.0, *, sample_size: int = 0) -> Rule:
             tf.math.log(weight)[tf.newaxis],
             tensors=(*per_step, effective),
             scores=effective[tf.newaxis],
+            sound=(steps >= 0.0) & (steps <= most),
         )
 
     def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
