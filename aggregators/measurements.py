@@ -16,6 +16,13 @@ class PerLayer(NamedTuple):
 
     Attributes:
       numbers: A tensor of shape `[..., num_layers]`.
+
+    Example:
+      >>> from aggregators.layers import ModelLayers
+      >>> layers = ModelLayers([tf.TensorSpec([2]), tf.TensorSpec([])], {"w": (0,), "b": (1,)})
+      >>> shown = layers.named(PerLayer(tf.constant([3.0, 4.0])).numbers)
+      >>> {name: float(number) for name, number in shown.items()}
+      {'w': 3.0, 'b': 4.0}
     """
 
     numbers: Any

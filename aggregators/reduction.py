@@ -72,6 +72,11 @@ def reduction_from_merge(
 
     Returns:
       A `Reduction`.
+
+    Example:
+      >>> count = reduction_from_merge(lambda: 0, lambda x: 1, tf.add)
+      >>> int(count.accumulate(count.accumulate(count.zero(), 5.0), 7.0))
+      2
     """
     return Reduction(zero, lambda total, value: merge(total, lift(value)), merge, report, lift)
 

@@ -87,6 +87,10 @@ class RuleResult(NamedTuple):
       state: The rule's own state, of the names and types of `initial_state`.
       update: The tensors of the update, flat; NaN in all of them for "leave the model alone".
       measurements: An `OrderedDict` of tensors; see `PerLayer` for those of shape `[num_layers]`.
+
+    Example:
+      >>> RuleResult(OrderedDict(), [tf.zeros([2])], OrderedDict(share=tf.constant(0.5))).state
+      OrderedDict()
     """
 
     state: State

@@ -17,6 +17,11 @@ class FederatedRule(NamedTuple):
       result: The new model, or the update, as `value_is` says.
       state: The rule's state for the next round.
       measurements: The rule's measurements.
+
+    Example:
+      >>> model, state, shown = FederatedRule("model", "state", "measurements")  # it unpacks
+      >>> shown
+      'measurements'
     """
 
     result: Any

@@ -21,6 +21,16 @@ import tensorflow_federated as tff
 from aggregators import divergences
 from aggregators.layers import Groups
 
+__all__ = [
+    "Score",
+    "cosine_distance",
+    "js_divergence",
+    "kl_divergence",
+    "l2_distance",
+    "score",
+    "spectral_distance",
+]
+
 Layer = Sequence[tf.Tensor]
 Function = Callable[[Layer, Layer], tf.Tensor]
 

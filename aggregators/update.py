@@ -17,6 +17,11 @@ class ClientUpdate(NamedTuple):
       measured: Mapping from names to what was measured: scores of shape `[num_layers]` under the
         score's name, `training_loss` or `initial_loss`, `steps`; see `Needs`.
       non_finite: bool: whether delta, weight or loss was not finite. All of it is zeros then.
+
+    Example:
+      >>> bad, weight = client_update([tf.constant([1.0, float("nan")])], tf.constant(5.0), {})
+      >>> bad.delta[0].numpy(), bool(bad.non_finite), float(weight)
+      (array([0., 0.], dtype=float32), True, 0.0)
     """
 
     delta: Any

@@ -28,6 +28,8 @@ import tensorflow as tf
 
 from aggregators.hyperparameters import Hparam, Number, hparam
 
+__all__ = ["Seen", "Weighting", "power", "softmax", "uniform"]
+
 # Weights e^1000 apart are as good as any further, and float64 adds numbers of this size to ten
 # digits. Much larger ones would swallow the logarithm of 2 that adding an equal weight makes.
 _LARGEST_LOG = 1e6
@@ -49,6 +51,12 @@ class Seen(NamedTuple):
       layer: int32 of shape `[num_layers]`: the layers' positions.
       round: int32 scalar: rounds done before this one.
       loss: float64 scalar: the client's mean loss; None unless `loss_at` says where it is taken.
+
+    Example:
+      >>> def of_depth(relative, seen):
+      ...     return -relative * tf.cast(1 + seen.layer, relative.dtype)
+      >>> Weighting(of_depth).times_examples
+      True
     """
 
     numbers: Mapping[str, tf.Tensor]

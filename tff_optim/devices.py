@@ -32,6 +32,10 @@ class DevicePolicy:
     Attributes:
       gpu: True for a GPU, False for a CPU, None to leave the placement to TensorFlow.
       index: The number of the device among those of its kind; None for the first.
+
+    Example:
+      >>> DevicePolicy(gpu=False, index=0)
+      DevicePolicy(gpu=False, index=0)
     """
 
     gpu: bool | None = attrs.field(default=None, validator=_optional_bool)
@@ -70,7 +74,12 @@ def set_device_policy(gpu: bool | None, index: int | None = None) -> None:
 
 
 def get_device_policy() -> DevicePolicy:
-    """Returns the policy that optimizers built without `device` follow."""
+    """Returns the policy that optimizers built without `device` follow.
+
+    Example:
+      >>> get_device_policy()
+      DevicePolicy(gpu=None, index=None)
+    """
     return _policy
 
 
@@ -87,6 +96,10 @@ def select_device(device: str | DevicePolicy | None = None) -> str | None:
     Raises:
       TypeError: If `device` is of another type.
       ValueError: If TensorFlow in this process sees no such device.
+
+    Example:
+      >>> select_device("cpu:0")
+      '/CPU:0'
     """
     if device is None:
         device = get_device_policy()
