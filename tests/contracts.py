@@ -326,7 +326,7 @@ def resumes_bit_for_bit(case: Case, directory: str) -> None:
 
 
 def carries_hparams(case: Case) -> None:
-    weights, gradients = make_problem(steps=6)
+    weights, gradients = make_problem()
     optimizer = case.make()
     state = optimizer.initialize(specs_of(weights))
     hparams = optimizer.get_hparams(state)
@@ -337,7 +337,7 @@ def carries_hparams(case: Case) -> None:
     _, usual = run(optimizer.next, state, weights, gradients)
     for name, value in hparams.items():
         effects = []
-        for other in (value * 0.5 + 0.03, value * 0.05 + 0.001, value + 2.0):
+        for other in (value * 0.5 + 0.03, value + 2.0):
             try:
                 changed = optimizer.set_hparams(state, {name: np.float64(other)})
             except ValueError as error:

@@ -4,7 +4,7 @@ from tff_optim._requirements import check_tff
 
 check_tff()  # before the imports below, which would fail less readably
 
-from tff_optim import hyperparameters, projections, regularizers, transforms
+from tff_optim import hyperparameters, projections, regularizers, schedules, transforms
 from tff_optim.computations import build_optimizer_computations
 from tff_optim.config import from_config, get_config
 from tff_optim.devices import DevicePolicy, get_device_policy, select_device, set_device_policy
@@ -28,6 +28,7 @@ __all__ = [
     "projections",
     "register_transform",
     "regularizers",
+    "schedules",
     "select_device",
     "set_device_policy",
     "transforms",

@@ -20,7 +20,7 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import comparison, keras_arguments, leaves
+from tff_optim import comparison, entries, keras_arguments, keras_objects, leaves
 from tff_optim.intervals import (
     FINITE,
     FRACTION,
@@ -203,7 +203,7 @@ def field(allowed: Interval, default: Any = attrs.NOTHING, *, traceable: bool = 
         converter=to_float,
         validator=validate,
         eq=comparison.key,
-        metadata={_MARK: allowed},
+        metadata={_MARK: allowed, entries.READER: keras_objects.rate_from_json},
     )
 
 

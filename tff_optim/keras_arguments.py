@@ -27,6 +27,8 @@ from tff_optim.messages import shown
 from tff_optim.tracing import eager_world
 
 _Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
+# Arguments that count something: what is 2 there is not 2.0.
+_COUNTS = ("decay_steps", "first_decay_steps", "warmup_steps", "boundaries")
 # Steps at which a schedule must give a rate.
 _STEPS = (0, 1, 2, 3, 10, 100, 1000)
 
@@ -115,9 +117,14 @@ ARGUMENTS: Mapping[str, _Argument] = {
 }
 
 
+def package_of(cls: type) -> str:
+    """The top-level package that defines `cls`."""
+    return cls.__module__.partition(".")[0]
+
+
 def of_keras(cls: type) -> bool:
     """Whether Keras defines `cls`."""
-    return cls.__module__.partition(".")[0] == "keras"
+    return package_of(cls) == "keras"
 
 
 def parameters(cls: Any) -> dict[str, inspect.Parameter]:
@@ -165,6 +172,20 @@ def check_argument(cls: type, name: str, value: Any) -> None:
             )
         if argument.allowed is not None:
             checked_number(cls.__name__, name, one, argument.allowed)
+
+
+def as_given_in_json(cls: type, name: str, value: Any) -> Any:
+    """A number of JSON, which may have been written without its point, as `cls` takes it.
+
+    Schedules of Keras compute with integers where a rate is one, and fail.
+    """
+    argument = _argument_of(cls, name)
+    if argument is None or float not in argument.types or name in _COUNTS:
+        return value
+    if isinstance(value, list):
+        return [as_given_in_json(cls, name, item) for item in value]
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole else value
 
 
 def check_object(value: Any) -> None:

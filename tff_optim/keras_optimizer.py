@@ -11,7 +11,7 @@ import tensorflow_federated as tff
 
 from tff_optim import comparison, hyperparameters, keras_arguments, keras_step, leaves
 from tff_optim.devices import DevicePolicy, device_scope, select_device
-from tff_optim.keras_identifiers import resolve
+from tff_optim.keras_objects import resolve
 from tff_optim.state_cells import NumberCell
 from tff_optim.tracing import call_traced, eager_world
 
@@ -54,7 +54,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         self._learning_rate = learning_rate
         self._numbers = numbers
         # Taken now: within a trace a Keras optimizer cannot tell its configuration.
-        excluded = getattr(keras_optimizer, "_exclude_from_weight_decay_names", None) or []
+        excluded = keras_step.excluded_patterns(keras_optimizer)
         with eager_world():
             self._key = comparison.key(
                 (keras_optimizer, tuple(excluded), device, weight_names, learning_rate)
@@ -151,7 +151,8 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
             return state, weights
         template = keras_step.build_template(self.keras_optimizer, self._initial, values, names)
         _check_state(state, template, self._state_keys())
-        self._name_weights(template, given_weights, names)
+        labels = self._labels(given_weights, names)
+        keras_step.exclude(template, labels)
         given = [i for i, gradient in enumerate(flat_gradients) if gradient is not None]
         with device_scope(self.device):
             given_gradients = keras_step.prepare_gradients(
@@ -159,7 +160,6 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
             )
         state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
         if self.keras_optimizer.jit_compile:
-            labels = tuple(cell.name for cell in template.weights)
             step = functools.partial(self._compiled, tuple(names), labels, tuple(given))
         else:
             step = functools.partial(self._step, template, given)
@@ -177,8 +177,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
     ) -> tuple[Any, list[tf.Tensor]]:
         """`_step`, from arguments by which a traced one is found again."""
         template = keras_step.build_template(self.keras_optimizer, self._initial, values, names)
-        for cell, label in zip(template.weights, labels):
-            cell.name = label
+        keras_step.exclude(template, labels)
         return self._step(template, given, state, values, gradients)
 
     def _step(
@@ -227,29 +226,26 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         rate = [] if self._learning_rate is None else [_LR]
         return [*rate, *self._numbers, _ITERATIONS, _SLOTS]
 
-    def _name_weights(
-        self, template: keras_step.Copy, weights: Sequence[Any], names: Sequence[str]
-    ) -> None:
-        """Gives the weights the names that `exclude_from_weight_decay` looks at."""
+    def _labels(self, weights: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
+        """The names of the weights that `exclude_from_weight_decay` looks at, if it is used."""
         if self.weight_names is not None and len(self.weight_names) != len(weights):
             raise ValueError(
                 f"`weight_names` must name every weight; found {len(self.weight_names)} names "
                 f"for {len(weights)} weights."
             )
-        if not getattr(self.keras_optimizer, "_exclude_from_weight_decay_names", None):
-            return
+        if not keras_step.excluded_patterns(self.keras_optimizer):
+            return ()
         if self.weight_names is not None:
-            names = self.weight_names
-        elif all(isinstance(weight, tf.Variable) for weight in weights):
-            names = [weight.name for weight in weights]
-        elif all(part.isdigit() for name in names for part in name.split("/")):
+            return self.weight_names
+        if all(isinstance(weight, tf.Variable) for weight in weights):
+            return tuple(weight.name for weight in weights)
+        if all(part.isdigit() for name in names for part in name.split("/")):
             raise ValueError(
                 "`exclude_from_weight_decay` selects weights by name, but these weights have none. "
                 "Pass `weight_names=[v.name for v in model.trainable_variables]` to "
                 "`build_keras_optimizer`."
             )
-        for cell, name in zip(template.weights, names):
-            cell.name = name
+        return tuple(names)
 
     def get_hparams(self, state: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the learning rate, unless it is a schedule, and the other numbers in the state."""

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import keras_arguments
+from tff_optim import keras_arguments, patterns
 from tff_optim.state_cells import NumberCell, ReadOnlyCell, VariableCell, current_graph
 from tff_optim.tracing import scratch_graph
 
@@ -329,6 +329,23 @@ def check_arguments(optimizer: Any) -> None:
         keras_arguments.check_argument(type(optimizer), "learning_rate", rate)
     elif isinstance(rate, tf.keras.optimizers.schedules.LearningRateSchedule):
         keras_arguments.check_object(rate)
+
+
+def excluded_patterns(optimizer: Any) -> list[str]:
+    """The regular expressions of weights' names whose weights do not decay."""
+    return list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
+
+
+def exclude(copied: Copy, names: Sequence[str]) -> None:
+    """Excludes from decay the weights whose names match, in bounded time where that is possible."""
+    optimizer = copied.optimizer
+    found = excluded_patterns(optimizer)
+    optimizer.__dict__["_exclude_from_weight_decay"] = [
+        optimizer._var_key(cell)
+        for cell, name in zip(copied.weights, names)
+        if any(patterns.search(pattern, name) for pattern in found)
+    ]
+    optimizer.__dict__["_exclude_from_weight_decay_names"] = []
 
 
 def find_numbers(

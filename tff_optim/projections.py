@@ -8,12 +8,12 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import comparison, hyperparameters, leaves
+from tff_optim import comparison, hyperparameters, keras_arguments, keras_objects, leaves, patterns
 
 
 def _check_where(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
     del instance, attribute  # There is only one.
-    if value is None or callable(value):
+    if value is None or (callable(value) and not keras_objects.is_keras_object(value)):
         return
     rule = "`where` of `Projection` must be a regular expression, a function or None"
     if not isinstance(value, str):
@@ -52,7 +52,10 @@ class Projection:
     @function.validator
     def _check_function(self, attribute: attrs.Attribute, value: Any) -> None:
         del attribute  # There is only one.
-        if not callable(value):
+        is_keras = keras_objects.is_keras_object(value)
+        if is_keras and isinstance(value, tf.keras.constraints.Constraint):
+            keras_arguments.check_object(value)
+        elif is_keras or not callable(value):  # a schedule or regularizer can be called, too
             raise TypeError(
                 "`function` of `Projection` must be a tf.keras.constraints.Constraint or a "
                 f"function from a tensor to a tensor; found {value!r}."
@@ -63,7 +66,7 @@ class Projection:
         if self.where is None:
             return True
         if isinstance(self.where, str):
-            return re.search(self.where, path) is not None
+            return patterns.search(self.where, path)
         return bool(self.where(path, spec))
 
     def __call__(self, path: str, tensor: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:

@@ -1,14 +1,14 @@
 """Which classes a configuration may name."""
 
+import inspect
 from typing import Any
 
-import tensorflow as tf
-
 from tff_optim import projections, regularizers, transforms
+from tff_optim.keras_arguments import package_of
+from tff_optim.keras_objects import CONSTRAINT, REGULARIZER
 from tff_optim.transforms.interface import GradientTransform
 
 _PACKAGE = __name__.partition(".")[0]
-_Regularizer = tf.keras.regularizers.Regularizer
 _registered: dict[str, type[GradientTransform]] = {}
 
 
@@ -19,14 +19,9 @@ def _public(module: Any, base: type) -> dict[str, type]:
         for name, value in vars(module).items()
         if isinstance(value, type)
         and issubclass(value, base)
-        and value is not base
+        and not inspect.isabstract(value)
         and value.__name__ == name
     }
-
-
-def package_of(cls: type) -> str:
-    """The top-level package that defines `cls`."""
-    return cls.__module__.partition(".")[0]
 
 
 def register_transform(cls: type[GradientTransform]) -> type[GradientTransform]:
@@ -92,7 +87,7 @@ def list_regularizers() -> dict[str, type]:
       ['FedProx', 'L2']
     """
     own = _public(regularizers, GradientTransform)
-    return own | _public(tf.keras.regularizers, _Regularizer) | _registered
+    return own | REGULARIZER.classes | _registered
 
 
 def list_projections() -> dict[str, type]:
@@ -103,7 +98,7 @@ def list_projections() -> dict[str, type]:
       ['Box', 'NonNeg']
     """
     own = {name: getattr(projections, name) for name in ("Box", "Ball", "Simplex")}
-    return own | _public(tf.keras.constraints, tf.keras.constraints.Constraint)
+    return own | CONSTRAINT.classes
 
 
 def name_of(cls: type) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import comparison, hyperparameters, leaves
+from tff_optim import comparison, entries, hyperparameters, keras_arguments, keras_objects, leaves
 from tff_optim.transforms.interface import GradientTransform
 
 _STARTED = "started"
@@ -98,7 +98,9 @@ class Penalty(GradientTransform):
       4.0
     """
 
-    regularizer: Any = attrs.field(eq=comparison.key)
+    regularizer: Any = attrs.field(
+        eq=comparison.key, metadata={entries.READER: keras_objects.regularizer_from_json}
+    )
 
     @regularizer.validator
     def _check_regularizer(self, attribute: attrs.Attribute, value: Any) -> None:
@@ -108,6 +110,7 @@ class Penalty(GradientTransform):
                 "`regularizer` of `Penalty` must be a tf.keras.regularizers.Regularizer; "
                 f"found {value!r}."
             )
+        keras_arguments.check_object(value)
 
     def initialize(self, specs: Any) -> Any:
         """See base class."""

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import hyperparameters, keras_step
+from tff_optim import entries, hyperparameters, keras_objects, keras_step
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.tracing import eager_world
 from tff_optim.transforms.interface import GradientTransform
@@ -100,7 +100,9 @@ class KerasTransform(GradientTransform):
       -1.0
     """
 
-    optimizer: KerasOptimizer = attrs.field(converter=_step_only)
+    optimizer: KerasOptimizer = attrs.field(
+        converter=_step_only, metadata={entries.READER: keras_objects.optimizer_from_json}
+    )
 
     def initialize(self, specs: Any) -> Any:
         """See base class."""
