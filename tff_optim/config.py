@@ -262,9 +262,9 @@ def _part(entry: Entry, known: Mapping[str, type]) -> Any:
     pair = isinstance(entry.value, list) and len(entry.value) == 2
     name = entry.at(0) if pair else entry
     if not isinstance(name.value, str):
-        if keras_objects.is_described(entry):
-            bases = [k for k in keras_objects.KINDS if set(k.classes) & set(known)]
-            return keras_objects.from_json(entry, *bases)
+        kinds = [k for k in keras_objects.KINDS if set(k.classes.values()) & set(known.values())]
+        if kinds and keras_objects.is_described(entry):
+            return keras_objects.from_json(entry, *kinds)
         entry.refuse("be like 'Name' or ['Name', {...}]", TypeError)
     if name.value not in known:
         name.refuse(

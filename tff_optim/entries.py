@@ -142,6 +142,14 @@ def _parse(text: str, name: str) -> Any:
         raise ValueError(f"{name} must be JSON; found {shown(text)}: {error}.") from error
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return False
+    return True
+
+
 def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Any:
     """A copy of the value in plain Python types; tuples become lists, NumPy scalars numbers."""
     value = entry.value
@@ -154,6 +162,8 @@ def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
+        if not _is_text(value):
+            entry.refuse("be text that UTF-8 can encode")
         return str(value)
     if isinstance(value, int | float):
         try:
@@ -169,8 +179,8 @@ def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Any:
             for i, item in enumerate(value)
         ]
     if isinstance(value, Mapping):
-        if odd := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"{entry.place} must have strings as keys; found {shown(odd[0])}.")
+        if odd := [key for key in value if not isinstance(key, str) or not _is_text(key)]:
+            raise TypeError(f"{entry.place} must have texts as keys; found {shown(odd[0])}.")
         return {
             str(key): _plain(
                 attrs.evolve(entry, value=item, path=entry.path_of(key)), depth + 1, counter

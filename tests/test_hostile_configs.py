@@ -1,0 +1,205 @@
+"""A seeded part of the attack on `from_config`, and the cases that once got through."""
+
+import collections
+import re
+import sys
+import time
+
+import hostile_configs
+import numpy as np
+import pytest
+import tensorflow as tf
+from hostile_configs import LAZY, Case
+
+import tff_optim
+from tff_optim import entries, patterns, projections
+
+BASE = {"kind": "pipeline", "learning_rate": 0.1}
+
+
+def test_a_part_of_the_attack_is_refused_or_built_and_nothing_else():
+    wrong = []
+    found = hostile_configs.attack(300, seed=1, show=lambda case, verdict: wrong.append(verdict))
+    assert not wrong
+    assert found["refused"] > 200
+    assert found["built"] > 10
+    assert sum(found.values()) == 300
+
+
+def test_the_attack_would_notice(monkeypatch):
+    """What goes wrong is counted as such: code that runs, NaN, an unclean refusal, a hang."""
+    keep = Case("adam", ())
+
+    def behaves(function):
+        monkeypatch.setattr(tff_optim, "from_config", function)
+        return hostile_configs.judge(keep).partition(":")[0]
+
+    def imports(config, **options):
+        sys.modules.pop("this", None)
+        sys.audit("import", "this", None, None, None, None)
+        raise ValueError("`config` must be good.")
+
+    def poisons(config, **options):
+        optimizer = tff_optim.build_optimizer(0.1, projection=lambda w: w * np.float32(np.nan))
+        return optimizer
+
+    def mumbles(config, **options):
+        raise KeyError("x")
+
+    def sleeps(config, **options):
+        time.sleep(30)
+
+    monkeypatch.setattr(hostile_configs, "SECONDS", 1)
+    sys.addaudithook(hostile_configs._audit)
+    assert behaves(imports) == "ran"
+    assert behaves(poisons) == "unclean"
+    assert behaves(mumbles) == "unclean"
+    assert behaves(sleeps) == "hung"
+
+
+def refused(config, message, trusted=()):
+    with hostile_configs.lazy_package(), hostile_configs.ALARM.set() as events:
+        start = time.perf_counter()
+        with pytest.raises((TypeError, ValueError), match=message) as caught:
+            tff_optim.from_config(config, trusted_packages=trusted)
+        assert time.perf_counter() - start < 5
+        assert len(str(caught.value)) < 3000
+        assert not events
+
+
+def keras(module, class_name, **more):
+    return {"kind": "keras", "optimizer": {"module": module, "class_name": class_name, **more}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        # A trusted package that loads lazily, and what it holds from elsewhere.
+        (keras(LAZY, "evil.Evil"), "must be the name of a class that"),
+        (keras(LAZY, "os.system"), "must be the name of a class that"),
+        (keras(LAZY, "np.float32"), "must be the name of a class that"),
+        (keras(LAZY, "Good.__class__"), "must be the name of a class that"),
+        (keras(LAZY, "Evil"), "must be of Keras or of a package in `trusted_packages`"),
+        (keras(f"{LAZY}.evil", "Evil"), "must be imported already"),
+        (keras(LAZY, "_LazyModule"), "must be the name of a class that"),
+        # Modules and registered names that do not match.
+        (keras("keras.regularizers", "Adam"), "must be 'keras.optimizers', which holds Adam"),
+        (keras("keras.optimizers", "Adam", registered_name="SGD"), "the registered name of Adam"),
+        (keras("keras.optimizers", "Package>Adam"), "must be the name of a Keras optimizer"),
+        (keras("keras.layers", "Lambda"), "must be the name of a Keras optimizer"),
+        (keras("builtins", "eval"), "must be of Keras or of a package in `trusted_packages`"),
+        # Base classes that build nothing, and what is not public.
+        (keras("keras.optimizers", "Optimizer"), "must be the name of a Keras optimizer"),
+        (keras("tff_optim.schedules", "_Schedule"), "must be the class of a Keras optimizer"),
+        # Kinds.
+        (BASE | {"projection": [{"class_name": "ExponentialDecay"}]}, "a Keras constraint"),
+        (BASE | {"projection": ["L2"]}, "must be a name that is known here"),
+        (BASE | {"regularizers": ["MaxNorm"]}, "must be a name that is known here"),
+        (BASE | {"transforms": [{"class_name": "Adam"}]}, "'transforms/0' must be like 'Name'"),
+        (BASE | {"weight_decay": {"class_name": "L2"}}, "must be the name of a learning-rate sch"),
+        # Short forms are checked as long ones.
+        (BASE | {"projection": [["MaxNorm", {"max_value": float("nan")}]]}, "a finite number"),
+        (BASE | {"projection": [["MaxNorm", {"max_value": -1.0}]]}, "a number of at least 0"),
+        (BASE | {"projection": [["MaxNorm", {"axis": "x"}]]}, "a whole number or a list of them"),
+        (BASE | {"regularizers": [["L2", {"l2": True}]]}, "must be a number of at least 0 or None"),
+        # Numbers, nesting, keys.
+        (BASE | {"weight_decay": 10**400}, "a finite number that fits into a float"),
+        (BASE | {"learning_rate": 1e39}, "is inf when rounded to float32"),
+        (["SGD", {"learning_rate": 1e39}], "is inf when rounded to float32"),
+        (BASE | {1: 2}, "must have texts as keys; found 1"),
+        (BASE | {"transforms": hostile_configs._deep(40, "list")}, "more than 32 deep"),
+        (BASE | {"transforms": hostile_configs._doubling()}, "more than 32 deep"),
+        (BASE | {"transforms": hostile_configs._cycle()}, "more than 32 deep"),
+        (BASE | {"transforms": [["Adam"] * 1000] * 1000}, "not hold more than 100000 values"),
+        (
+            ["SGD", {"learning_rate": ["ExponentialDecay", {
+                "initial_learning_rate": 1.0, "decay_steps": 1, "decay_rate": 1e30}]}],
+            "found inf at step 2",
+        ),
+        # Texts and files.
+        (BASE | {"device": "\ud800"}, "be text that UTF-8 can encode"),
+        ('{"kind": "keras", "kind": "pipeline"}', r"the keys \['kind'\] occur twice"),
+        ("[" * 100_000, "`config` must be JSON"),
+        ('{"kind": ', "`config` must be JSON"),
+        ("/no/such/file.json", "`config` must be a JSON file that can be read"),
+    ],
+    ids=lambda value: str(value)[:50] if isinstance(value, str) else None,
+)  # fmt: skip
+def test_what_once_got_through_or_failed_unclean(config, message):
+    refused(config, message, trusted=(LAZY,))
+
+
+def test_a_class_that_a_trusted_package_holds_is_built():
+    with hostile_configs.lazy_package(), hostile_configs.ALARM.set() as events:
+        optimizer = tff_optim.from_config(keras(LAZY, "Good"), trusted_packages=[LAZY])
+    assert type(optimizer.keras_optimizer) is hostile_configs.Good
+    assert not events
+
+
+@pytest.mark.parametrize("pattern", hostile_configs.PATTERNS, ids=lambda p: p[:20])
+def test_patterns_are_refused_or_matched_in_bounded_time(pattern):
+    start = time.perf_counter()
+    weights = {"a" * 60 + "b": tf.zeros([2]), "x" * 200: tf.zeros([2])}
+    specs = tf.nest.map_structure(lambda w: tf.TensorSpec(w.shape, w.dtype), weights)
+    for config in (
+        BASE | {"projection": [{"function": "NonNeg", "where": pattern}]},
+        {
+            "kind": "keras",
+            "optimizer": ["AdamW", {"weight_decay": 0.1}],
+            "exclude_from_weight_decay": [pattern],
+        },
+    ):
+        try:
+            optimizer = tff_optim.from_config(config)
+        except ValueError as error:
+            assert "must be a regular expression of RE2's" in str(error)  # noqa: PT017
+            continue
+        try:
+            optimizer.next(optimizer.initialize(specs), weights, weights)
+        except ValueError as error:
+            assert "must select at least one tensor" in str(error)  # noqa: PT017
+    assert time.perf_counter() - start < 5
+
+
+def test_patterns_find_what_python_finds():
+    names = [
+        "dense/kernel:0",
+        "dense/bias:0",
+        "batch_norm_12/gamma:0",
+        "a" * 12,
+        "",
+        "0",
+        "LayerNorm",
+    ]
+    for pattern in (
+        "bias", "^dense", r"norm(_\d+)?/", "kernel|gamma", "(?i)layernorm", "a{3,5}$", "[^a-z]", r"\d+$",
+        "", "^$", "(a+)+$", r"\bbias\b", "(?:de|ba)", r"\.", "(?P<x>b)",
+    ):  # fmt: skip
+        patterns.check(pattern)
+        for name in names:
+            assert patterns.search(pattern, name) == bool(re.search(pattern, name))
+    # What RE2 does not have is left to Python where a program, not a configuration, asks for it.
+    assert patterns.search("^(?!dense)", "bias")
+    assert not patterns.search("^(?!dense)", "dense")
+    where = projections.Projection(tf.keras.constraints.NonNeg(), where="^(?!dense)")
+    with pytest.raises(ValueError, match="must be a regular expression of RE2's"):
+        tff_optim.get_config(tff_optim.build_optimizer(0.1, projection=where))
+
+
+def test_a_schedule_or_regularizer_is_no_projection():
+    for wrong in (
+        tf.keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5),
+        tf.keras.regularizers.L2(0.1),
+    ):
+        with pytest.raises(TypeError, match="`function` of `Projection` must be"):
+            tff_optim.build_optimizer(0.1, projection=wrong)
+    with pytest.raises(ValueError, match="`max_value` of `MaxNorm` must be a number of at least 0"):
+        tff_optim.build_optimizer(0.1, projection=tf.keras.constraints.MaxNorm(np.nan))
+
+
+def test_entries_are_copied_down_to_the_last_list():
+    config = collections.OrderedDict(BASE, transforms=(["Adam", {"beta_1": np.float32(0.5)}],))
+    entry = entries.read(config)
+    assert entry.value == {**BASE, "transforms": [["Adam", {"beta_1": 0.5}]]}
+    assert type(entry.at("transforms").at(0).at(1).at("beta_1").value) is float
+    assert entry.at("transforms").at(0).at(1).at("beta_1").path == "transforms/0/1/beta_1"
