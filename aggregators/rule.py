@@ -128,6 +128,8 @@ class Rule:
       needs: What clients measure.
       initial_state: `layers -> OrderedDict` of the rule's own state.
       hparams: The rule's numbers, by name; see `hyperparameters.hparam`.
+      is_mean: Whether the update is a mean of the deltas, with weights that sum to 1 and do not look
+        at them: then `federated_rule` averages models as they are, a pass over memory less.
 
     Example:
       >>> from aggregators import RuleFactory, weighted_mean
@@ -150,6 +152,7 @@ class Rule:
     needs: Needs = Needs()
     initial_state: Callable[[ModelLayers], OrderedDict[str, Any]] = _no_state
     hparams: Mapping[str, Hparam] = attrs.field(factory=OrderedDict, validator=_check_hparams)
+    is_mean: bool = False
 
 
 def check_rule(rule: Any) -> None:

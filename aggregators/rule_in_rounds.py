@@ -152,11 +152,10 @@ def federated_rule(
     def on_client(given: Any) -> Any:
         tensors = [tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(given["value"])]
         server = tf.nest.flatten(given["server"]) if "server" in given else None
-        other = None
-        if server is not None:
+        delta, trained = tensors, tensors
+        if server is not None and not (value_is == "model" and rule.is_mean):
             other = [old - new for old, new in zip(server, tensors, strict=True)]
-        delta: Any = other if value_is == "model" else tensors
-        trained = tensors if value_is == "model" else other
+            delta, trained = (other, tensors) if value_is == "model" else (tensors, other)
         measured: OrderedDict[str, Any] = OrderedDict()
         if scored_here:
             if server is None:
@@ -179,8 +178,9 @@ def federated_rule(
     def on_server(update: Any, server: Any) -> Any:
         def change(new: Any, old: Any) -> Any:
             nothing = tf.reduce_all(tf.math.is_nan(new))
-            kept = old if value_is == "model" else tf.zeros_like(new)
-            return tf.where(nothing, kept, old - new if value_is == "model" else new)
+            if value_is == "delta":
+                return tf.where(nothing, tf.zeros_like(new), new)
+            return tf.where(nothing, old, new if rule.is_mean else old - new)
 
         return tf.nest.map_structure(change, update, server)
 

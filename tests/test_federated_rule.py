@@ -382,3 +382,33 @@ def test_the_factory_drops_into_tffs_own_process():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
         *(p.get_model_weights(s) for p, s in zip((theirs, ours), states, strict=True)),
     )
+
+
+MODEL_RULES = [
+    rules.plain_mean(),
+    rules.adaptive_mean(scores.kl_divergence, weighting.softmax(scale=1e-3)),
+    rules.fed_att(0.8),
+    rules.loss_gated(gate=lambda seen: 0.3 + 0.0 * seen.loss),
+    rules.q_fed_avg(1.0, 0.5),
+    rules.fed_nova(0.5),
+]
+
+
+@pytest.mark.parametrize("rule", MODEL_RULES, ids=lambda rule: "+".join(rule.needs.names) or "mean")
+def test_models_and_deltas_lead_to_the_same_model(rule):
+    @tff.federated_computation(state_type(rule), SERVER, CLIENTS, CLIENTS, NUMBER, NUMBER)
+    def run(state, server, trained, deltas, steps, examples):
+        options = {"server_model": server, "weight": examples}
+        options |= {"loss": examples} if rule.needs.loss else {}
+        options |= {"steps": steps} if rule.needs.steps else {}
+        by_model = federated_rule(rule, trained, state, **options)
+        by_delta = federated_rule(rule, deltas, state, value_is="delta", **options)
+        return by_model.result, by_delta.result
+
+    server, trained, examples = cohort(40)
+    deltas = [[s - t for s, t in zip(server, client, strict=True)] for client in trained]
+    steps = [1.0, 2.0, 3.0, 4.0, 5.0]
+    model, delta = run(rule_state(rule, MODEL)(), server, trained, deltas, steps, examples)
+    for m, s, d in zip(model, server, delta, strict=True):
+        np.testing.assert_allclose(m, s - d, rtol=1e-5, atol=1e-6)
+        assert np.abs(d).max() > 1e-3

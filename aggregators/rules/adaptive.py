@@ -160,4 +160,5 @@ def adaptive_mean(
         needs=by_score.needs,
         initial_state=by_score.initial_state,
         hparams=by_score.hparams,
+        is_mean=True,
     )

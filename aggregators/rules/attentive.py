@@ -67,4 +67,5 @@ def fed_att(
         update = [tensor * tf.cast(state["step_size"], tensor.dtype) for tensor in result.update]
         return result._replace(update=update)
 
-    return attrs.evolve(mean, server=server, hparams={"step_size": step, **mean.hparams})
+    hparams = {"step_size": step, **mean.hparams}
+    return attrs.evolve(mean, server=server, hparams=hparams, is_mean=False)

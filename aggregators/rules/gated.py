@@ -191,6 +191,7 @@ def loss_gated(
         needs=by_score.needs,
         initial_state=initial_state,
         hparams=hparams,
+        is_mean=True,
     )
 
 

@@ -37,4 +37,5 @@ def plain_mean(*, sample_size: int = 0) -> Rule:
         lambda layers: weighted_mean.reduction(layers, sample_size=sample_size),
         lambda state, reduced: RuleResult(OrderedDict(), *weighted_mean.report(reduced)),
         needs=Needs(layers="model"),
+        is_mean=True,
     )
