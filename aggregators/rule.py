@@ -190,10 +190,6 @@ class BoundRule:
         part = self.rule.client(update, weight, state)
         return self.reduction.lift(part)  # type: ignore[misc]
 
-    def reduce(self, parts: Any) -> Any:
-        """Reduces the clients' lifted parts: `{A}@CLIENTS -> R@SERVER`."""
-        return federated_reduce(parts, of_lifted(self.reduction))
-
     def server(self, state: State, reduced: Any) -> tuple[Any, Any, Any]:
         """The new state, the update in its structure, and the named measurements."""
         own, update, measured = self.rule.server(state, reduced)
@@ -211,10 +207,32 @@ class BoundRule:
         )
         return new, self.layers.pack(update), named
 
-    def federated_server(self, state: Any, parts: Any) -> Any:
-        """`<S@SERVER, {A}@CLIENTS> -> <S, update, measurements>@SERVER`: reduces and ends a round."""
-        reduced = self.reduce(parts)
-        on_server = tff.tensorflow.computation(
-            self.server, [self.state_type, reduced.type_signature.member]
+    def federated_server(
+        self,
+        state: Any,
+        parts: Any,
+        beside: Any = None,
+        finish: Callable[[Any, Any], Any] = lambda update, _: update,
+    ) -> Any:
+        """Reduces and ends a round: `<S@SERVER, {A}@CLIENTS> -> <S, R, M>@SERVER`.
+
+        Args:
+          state: The rule's state.
+          parts: The clients' lifted parts.
+          beside: What `finish` needs, placed at the server.
+          finish: `(update, beside) -> R`.
+
+        Returns:
+          The new state, the result and the measurements.
+        """
+        reduced = federated_reduce(parts, of_lifted(self.reduction))
+        inputs = [state, reduced, *([] if beside is None else [beside])]
+
+        def on_server(inputs: Any) -> Any:
+            new, update, measured = self.server(inputs[0], inputs[1])
+            return new, finish(update, None if beside is None else inputs[2]), measured
+
+        computation = tff.tensorflow.computation(
+            on_server, tff.to_type([value.type_signature.member for value in inputs])
         )
-        return tff.federated_map(on_server, (state, reduced))
+        return tff.federated_map(computation, tff.federated_zip(inputs))

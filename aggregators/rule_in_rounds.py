@@ -172,20 +172,23 @@ def federated_rule(
         return bound.client(update, weight, given["state"])
 
     parts = tff.federated_map(on_client, tff.federated_zip(given))
-    new_state, result, measured = bound.federated_server(state, parts)
 
-    @tff.tensorflow.computation
-    def on_server(update: Any, server: Any) -> Any:
-        def change(new: Any, old: Any) -> Any:
-            nothing = tf.reduce_all(tf.math.is_nan(new))
-            if value_is == "delta":
-                return tf.where(nothing, tf.zeros_like(new), new)
-            return tf.where(nothing, old, new if rule.is_mean else old - new)
+    def finish(update: Any, server: Any) -> Any:
+        first = tf.nest.flatten(update)[0]
+        nothing = tf.math.is_nan(tf.reshape(first, [-1])[0])
+        moved = tf.nest.flatten(update)
+        kept = [tf.zeros_like(x) for x in moved] if server is None else tf.nest.flatten(server)
+        if server is not None and not rule.is_mean:
+            moved = [old - change for old, change in zip(kept, moved, strict=True)]
+        # A branch passes tensors on, where a choice would write them once more.
+        chosen = tf.cond(
+            nothing, lambda: [tf.identity(x) for x in kept], lambda: [tf.identity(x) for x in moved]
+        )
+        return tf.nest.pack_sequence_as(update, chosen)
 
-        return tf.nest.map_structure(change, update, server)
-
-    against = server_model if value_is == "model" else result
-    return FederatedRule(tff.federated_map(on_server, (result, against)), new_state, measured)
+    beside = server_model if value_is == "model" else None
+    new_state, result, measured = bound.federated_server(state, parts, beside, finish)
+    return FederatedRule(result, new_state, measured)
 
 
 def placed(value: Any, argument: str, placement: Any) -> tuple[Any, Any]:

@@ -124,5 +124,11 @@ def report(
     if scale is None:
         scale = tf.ones(totals.largest.shape[1:])
     measured = measure(totals, scale, **options)
-    nothing = tf.where(measured["clients"] > 0, 0.0, math.nan)
-    return tuple(x + tf.cast(nothing, x.dtype) for x in reduced["mean"].tensors), measured
+    means = tuple(reduced["mean"].tensors)
+    # A branch passes tensors on where a sum with 0 or NaN would write them once more.
+    means = tf.cond(
+        measured["clients"] > 0,
+        lambda: tuple(tf.identity(x) for x in means),
+        lambda: tuple(x * tf.cast(math.nan, x.dtype) for x in means),
+    )
+    return means, measured

@@ -1,7 +1,10 @@
 """What would turn a rule into plain averaging, or another number, is an error or is counted."""
 
+import copy
 import functools
+import pickle
 
+import attrs
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -320,3 +323,27 @@ def test_a_client_that_shrinks_the_step_of_all_is_shown():
         measured = run(start(), deltas, [1.0] * len(deltas)).measurements
         np.testing.assert_allclose(measured["largest_term"], term, rtol=1e-5)
     assert measured["step"] < 1e-12
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        weighting.softmax(0.3, bound=5.0),
+        weighting.power(-0.5),
+        scores.kl_divergence,
+        Score(norm, needs="update"),
+        rules.adaptive_mean(norm, SOFTMAX).needs,
+        rules.loss_gated(min_decrease=0.1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_copy_equals_what_it_was_made_of(value):
+    assert copy.deepcopy(value) == value
+    if not isinstance(value, aggregators.Rule):  # whose functions have no names
+        assert pickle.loads(pickle.dumps(value)) == value
+
+
+def test_nothing_can_be_changed_in_a_value():
+    for value, name in ((SOFTMAX, "bound"), (scores.l2_distance, "needs"), (Needs(), "steps")):
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            setattr(value, name, None)
