@@ -121,11 +121,14 @@ def read(hparams: Mapping[str, Hparam], state: Any) -> OrderedDict[str, Any]:
 
 def write(hparams: Mapping[str, Hparam], state: Any, new: Any) -> OrderedDict[str, Any]:
     """The state with these hyperparameters; ends the computation where one is out of its range."""
-    checked = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
+    found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
+    holds, message = tf.constant(True), []
     for name, one in settable(hparams).items():
-        message = f"`{name}` must be {one.range}; found"
-        with tf.control_dependencies(
-            [tf.debugging.Assert(one.holds(new[name]), [message, new[name]])]
-        ):
-            checked[name] = tf.identity(new[name])
-    return checked
+        holds &= one.holds(new[name])
+        message += [f"`{name}` must be {one.range}; found", new[name]]
+        found[name] = new[name]
+    # The bare operation: TensorFlow's function around it builds a branch for the message.
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=holds, data=message or [""])]):
+        return OrderedDict(
+            (name, tf.identity(x) if name in hparams else x) for name, x in found.items()
+        )

@@ -11,6 +11,7 @@ The same `Rule` is a factory for TFF's own builders (`RuleFactory`), a step of a
 (`federated_rule`), and a whole process (`build_fed_avg`). All three go through `BoundRule`.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -85,8 +86,9 @@ class RuleResult(NamedTuple):
 
     Attributes:
       state: The rule's own state, of the names and types of `initial_state`.
-      update: The tensors of the update, flat; NaN in all of them for "leave the model alone".
-      measurements: An `OrderedDict` of tensors; see `PerLayer` for those of shape `[num_layers]`.
+      update: The tensors of the update, flat.
+      measurements: An `OrderedDict` of tensors; see `PerLayer` for those of shape `[num_layers]`. An
+        `unchanged` (int32) of 1 tells that the model is to be left alone, whatever the update is.
 
     Example:
       >>> RuleResult(OrderedDict(), [tf.zeros([2])], OrderedDict(share=tf.constant(0.5))).state
@@ -191,7 +193,7 @@ class BoundRule:
         return self.reduction.lift(part)  # type: ignore[misc]
 
     def server(self, state: State, reduced: Any) -> tuple[Any, Any, Any]:
-        """The new state, the update in its structure, and the named measurements."""
+        """The new state, the flat update, and the named measurements."""
         own, update, measured = self.rule.server(state, reduced)
         following = state["round"] + 1
         numbers = hyperparameters.values(self.rule.hparams, following)
@@ -205,34 +207,46 @@ class BoundRule:
             (name, self.layers.named(found.numbers) if isinstance(found, PerLayer) else found)
             for name, found in measured.items()
         )
-        return new, self.layers.pack(update), named
+        return new, list(update), named
 
     def federated_server(
-        self,
-        state: Any,
-        parts: Any,
-        beside: Any = None,
-        finish: Callable[[Any, Any], Any] = lambda update, _: update,
+        self, state: Any, parts: Any, model: Any = None, finish: "Finish | None" = None
     ) -> Any:
         """Reduces and ends a round: `<S@SERVER, {A}@CLIENTS> -> <S, R, M>@SERVER`.
 
         Args:
           state: The rule's state.
           parts: The clients' lifted parts.
-          beside: What `finish` needs, placed at the server.
-          finish: `(update, beside) -> R`.
+          model: The server's model, if `finish` needs it.
+          finish: `(flat update, unchanged, flat model) -> flat result`; the update, or NaN if the
+            model is to be left alone, if None: TFF's finalizers take NaN for a rejected round, and
+            zeros for a step of momentum, Adam or weight decay.
 
         Returns:
-          The new state, the result and the measurements.
+          The new state, the result in its structure, and the measurements.
         """
         reduced = federated_reduce(parts, of_lifted(self.reduction))
-        inputs = [state, reduced, *([] if beside is None else [beside])]
+        inputs = [state, reduced, *([] if model is None else [model])]
 
         def on_server(inputs: Any) -> Any:
             new, update, measured = self.server(inputs[0], inputs[1])
-            return new, finish(update, None if beside is None else inputs[2]), measured
+            flat_model = None if model is None else tf.nest.flatten(inputs[2])
+            unchanged = tf.cast(measured.get("unchanged", 0), tf.bool)
+            result = (finish or _nan_if_unchanged)(update, unchanged, flat_model)
+            return new, self.layers.pack(result), measured
 
-        computation = tff.tensorflow.computation(
-            on_server, tff.to_type([value.type_signature.member for value in inputs])
+        types = tff.to_type([value.type_signature.member for value in inputs])
+        return tff.federated_map(
+            tff.tensorflow.computation(on_server, types), tff.federated_zip(inputs)
         )
-        return tff.federated_map(computation, tff.federated_zip(inputs))
+
+
+Finish = Callable[[list[tf.Tensor], tf.Tensor, list[tf.Tensor] | None], list[tf.Tensor]]
+
+
+def _nan_if_unchanged(
+    update: list[tf.Tensor], unchanged: tf.Tensor, model: list[tf.Tensor] | None
+) -> list[tf.Tensor]:
+    del model  # an update stands for itself
+    nothing = tf.where(unchanged, math.nan, 0.0)
+    return [x + tf.cast(nothing, x.dtype) for x in update]

@@ -173,21 +173,15 @@ def federated_rule(
 
     parts = tff.federated_map(on_client, tff.federated_zip(given))
 
-    def finish(update: Any, server: Any) -> Any:
-        first = tf.nest.flatten(update)[0]
-        nothing = tf.math.is_nan(tf.reshape(first, [-1])[0])
-        moved = tf.nest.flatten(update)
-        kept = [tf.zeros_like(x) for x in moved] if server is None else tf.nest.flatten(server)
-        if server is not None and not rule.is_mean:
-            moved = [old - change for old, change in zip(kept, moved, strict=True)]
-        # A branch passes tensors on, where a choice would write them once more.
-        chosen = tf.cond(
-            nothing, lambda: [tf.identity(x) for x in kept], lambda: [tf.identity(x) for x in moved]
-        )
-        return tf.nest.pack_sequence_as(update, chosen)
+    def finish(update: Any, unchanged: Any, model: Any) -> Any:
+        if model is None:
+            return [tf.where(unchanged, tf.zeros_like(x), x) for x in update]
+        if not rule.is_mean:
+            update = [old - change for old, change in zip(model, update, strict=True)]
+        return [tf.where(unchanged, old, new) for old, new in zip(model, update, strict=True)]
 
-    beside = server_model if value_is == "model" else None
-    new_state, result, measured = bound.federated_server(state, parts, beside, finish)
+    model = server_model if value_is == "model" else None
+    new_state, result, measured = bound.federated_server(state, parts, model, finish)
     return FederatedRule(result, new_state, measured)
 
 

@@ -107,8 +107,7 @@ def report(
       **options: Further arguments of `measurements.measure`.
 
     Returns:
-      The means, NaN in their place if no client counted: TFF's word for a rejected round. And the
-      measurements.
+      The means, zeros if no client counted, and the measurements, whose `unchanged` says so.
 
     Example: nobody counted
 
@@ -118,17 +117,10 @@ def report(
       >>> fold = reduction(layers_of_type("model", tff.to_type([(np.float32, [1])])))
       >>> (mean,), measured = report(fold.report(fold.zero()))
       >>> mean.numpy(), int(measured["unchanged"])
-      (array([nan], dtype=float32), 1)
+      (array([0.], dtype=float32), 1)
     """
     totals = reduced["statistics"]
     if scale is None:
         scale = tf.ones(totals.largest.shape[1:])
     measured = measure(totals, scale, **options)
-    means = tuple(reduced["mean"].tensors)
-    # A branch passes tensors on where a sum with 0 or NaN would write them once more.
-    means = tf.cond(
-        measured["clients"] > 0,
-        lambda: tuple(tf.identity(x) for x in means),
-        lambda: tuple(x * tf.cast(math.nan, x.dtype) for x in means),
-    )
-    return means, measured
+    return tuple(reduced["mean"].tensors), measured
