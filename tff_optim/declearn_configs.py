@@ -82,10 +82,10 @@ _REGULARIZERS: Mapping[str, _Rule] = {
 }
 _NAMES = {"eps": "epsilon", "std": "stddev"}
 _NO_COUNTERPART = {
-    "scaffold-client": "it exchanges variables with the server beside the model: train with "
-    "`aggregators.build_scaffold`",
-    "scaffold-server": "it exchanges variables with the clients beside the model: train with "
-    "`aggregators.build_scaffold`",
+    "scaffold-client": "it exchanges variables with the server beside the model, which is the work of "
+    "a whole learning process, not of an optimizer",
+    "scaffold-server": "it exchanges variables with the clients beside the model, which is the work of "
+    "a whole learning process, not of an optimizer",
     "warmup-rounds": "no optimizer of TFF knows the round; at the server a round is one step: take "
     "`warmup`",
 }

@@ -121,7 +121,7 @@ def select_device(device: str | DevicePolicy | None = None) -> str | None:
             f"`device` must be None, a string or a `DevicePolicy`; found {type(device).__name__}."
         )
     there = tf.config.list_logical_devices(kind)
-    if index >= len(there):
+    if not 0 <= index < len(there):
         names = ", ".join(d.name for d in tf.config.list_logical_devices())
         raise ValueError(
             f"`device` asks for /{kind}:{index}, but TensorFlow in this process sees only {names}. "
