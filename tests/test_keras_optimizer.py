@@ -2,8 +2,14 @@
 
 import asyncio
 import collections
+import copy
+import dataclasses
+import inspect
 import itertools
+import pickle
+import sys
 
+import attrs
 import contracts
 import numpy as np
 import problems
@@ -12,7 +18,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_optim
-from tff_optim import build_keras_optimizer
+from tff_optim import build_keras_optimizer, keras_step
 
 K = tf.keras.optimizers
 SPECS = [tf.TensorSpec((2, 2), tf.float32), tf.TensorSpec((2,), tf.float32)]
@@ -467,13 +473,156 @@ def test_a_subclass_that_cannot_be_pure_is_refused_and_told_why(cls, message):
         step()
 
 
-@pytest.mark.parametrize(
-    "method", ["apply_gradients", "_apply_weight_decay", "aggregate_gradients"]
-)
+@pytest.mark.parametrize("method", sorted(keras_step.not_called()))
 def test_a_subclass_that_overrides_what_is_not_called_is_refused(method):
     cls = _subclass(**{method: lambda self, *unused: None})
-    with pytest.raises(ValueError, match=f"overrides {method}"):
+    with pytest.raises(ValueError, match=f"overrides {method}, which a pure step"):
         build_keras_optimizer(cls)
+
+
+def test_a_method_that_is_replaced_on_the_instance_is_refused():
+    for method in ("update_step", "compute_gradients"):
+        keras = K.SGD(0.1)
+        keras.__dict__[method] = lambda *unused: None
+        with pytest.raises(ValueError, match=f"found one with {method} replaced on the instance"):
+            build_keras_optimizer(keras)
+
+
+def _methods_called(function):
+    """The names of the methods of Keras' base classes that a function calls."""
+    code = {
+        inspect.unwrap(value).__code__: name
+        for base in K.Optimizer.__mro__
+        if base.__module__.startswith("keras")
+        for name, value in vars(base).items()
+        if hasattr(inspect.unwrap(value), "__code__")
+    }
+    called = set()
+
+    def profile(frame, event, argument):
+        if event == "call" and frame.f_code in code:
+            called.add(code[frame.f_code])
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+def test_what_keras_calls_in_a_step_is_called_here_too_or_refused_when_overridden():
+    options = {"clipnorm": 1.0, "weight_decay": 0.1, "use_ema": True, "ema_overwrite_frequency": 1}
+
+    def in_keras():
+        for keras in (K.SGD(0.1, **options), K.SGD(K.schedules.ExponentialDecay(0.1, 1, 0.5))):
+            variables = [tf.Variable(w) for w in WEIGHTS]
+            keras.minimize(lambda: sum(tf.reduce_sum(v**2) for v in variables), variables)  # noqa: B023
+            keras.finalize_variable_values(variables) if keras.use_ema else None
+
+    def here():
+        for make in (
+            lambda: K.SGD(0.1, **options),
+            lambda: K.SGD(K.schedules.ExponentialDecay(0.1, 1, 0.5)),
+        ):
+            one_step(build_keras_optimizer(make))
+
+    with_keras, with_us = _methods_called(in_keras), _methods_called(here)
+    assert {"minimize", "compute_gradients", "apply_gradients", "_clip_gradients"} <= with_keras
+    assert {"_clip_gradients", "_deduplicate_sparse_grad", "build"} <= with_us
+    assert with_keras - with_us <= keras_step.not_called()
+
+
+def _use(result, how):
+    if how == "grouped":
+        tf.group(result, tf.no_op())
+    elif how == "sliced":
+        return result[:1] * 0.0 + 0.0
+    elif how == "depended on":
+        with tf.control_dependencies([result]):
+            return tf.zeros([1])
+    elif how == "read":
+        return 0.0 * tf.reshape(result.read_value(), [-1])[:1]
+    elif how == "assigned again":
+        result.assign_add(tf.zeros(result.get_shape()))
+    return tf.zeros([1])
+
+
+@pytest.mark.parametrize("how", ["grouped", "sliced", "depended on", "read", "assigned again"])
+def test_what_an_assignment_returns_is_used_as_in_keras(how):
+    def update_step(self, gradient, variable):
+        flat = variable.assign_sub(0.5 * gradient)
+        nothing = tf.reshape(_use(flat, how), [-1])[0]
+        variable.assign_add(tf.zeros_like(gradient) + nothing)
+
+    case = contracts.keras_case(_subclass(update_step))
+    weights, gradients = contracts.make_problem(steps=2)
+    expected = case.reference(weights, gradients)
+    for place in (
+        contracts.in_eager_code,
+        contracts.in_a_tf_function,
+        contracts.in_tff_computations,
+    ):
+        contracts.assert_close(place(case.make(), weights, gradients), expected)
+
+
+# ------------------------------------------------------------------------------------ copies and files
+
+
+def test_optimizers_are_copied_and_pickled():
+    schedule = K.schedules.ExponentialDecay(0.1, 2, 0.5)
+
+    def excluding():
+        keras = K.AdamW(0.1, weight_decay=0.5)
+        keras.exclude_from_weight_decay(var_names=["bias"])
+        return keras
+
+    for optimizer in (
+        build_keras_optimizer(lambda: K.Nadam(schedule, clipnorm=0.5)),
+        build_keras_optimizer(excluding, weight_names=["kernel", "bias"], device="/CPU:0"),
+        build_keras_optimizer(lambda: SignDescent(0.1, power=0.5)),
+        tff_optim.build_optimizer(
+            schedule,
+            regularizers=[tf.keras.regularizers.L2(0.1)],
+            transforms=[tff_optim.transforms.KerasTransform(K.Adam(beta_1=0.5))],
+            projection=tff_optim.projections.Projection(tf.keras.constraints.NonNeg(), where="0"),
+        ),
+    ):
+        holder = dataclasses.make_dataclass("Settings", ["optimizer"])(optimizer)
+        for made in (
+            copy.deepcopy(optimizer),
+            copy.copy(optimizer),
+            pickle.loads(pickle.dumps(optimizer)),
+            dataclasses.asdict(holder)["optimizer"],
+        ):
+            assert made == optimizer
+            assert hash(made) == hash(optimizer)
+            contracts.assert_equal(one_step(made), one_step(optimizer))
+    pipeline = tff_optim.build_optimizer(0.1, transforms=[tff_optim.transforms.Adam()]).pipeline
+    assert copy.deepcopy(pipeline) == pipeline
+    assert attrs.asdict(pipeline)["transforms"][0]["beta_1"] == 0.9
+
+
+class Untold(SignDescent):
+    """Does not tell its argument."""
+
+    def __init__(self, secret, **kwargs):
+        super().__init__(**kwargs)
+        self.secret = secret
+
+
+def test_what_cannot_be_pickled_says_why():
+    untold = build_keras_optimizer(lambda: Untold(0.5))
+    assert copy.deepcopy(untold) == untold
+    with pytest.raises(
+        pickle.PicklingError, match="`get_config` of `Untold` must return every arg"
+    ):
+        pickle.dumps(untold)
+    with tf.Graph().as_default():
+        traced = build_keras_optimizer(K.SGD, learning_rate=tf.constant(0.1) * 2)
+        assert copy.deepcopy(traced) == traced
+        with pytest.raises(pickle.PicklingError, match="a tensor of the computation in which"):
+            pickle.dumps(traced)
 
 
 # -------------------------------------------------------------------------------------------- refusals

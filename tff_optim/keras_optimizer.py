@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,15 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import comparison, hyperparameters, keras_arguments, keras_step, leaves
+from tff_optim import (
+    comparison,
+    hyperparameters,
+    keras_arguments,
+    keras_objects,
+    keras_step,
+    leaves,
+)
 from tff_optim.devices import DevicePolicy, device_scope, select_device
-from tff_optim.keras_objects import resolve
 from tff_optim.state_cells import NumberCell
 from tff_optim.tracing import call_traced, eager_world
 
@@ -87,6 +94,23 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+    def __copy__(self) -> "KerasOptimizer":
+        return self  # nothing in it changes
+
+    def __deepcopy__(self, memo: Any) -> "KerasOptimizer":
+        return self
+
+    def __reduce__(self) -> Any:
+        keras = self.keras_optimizer
+        try:
+            if tf.is_symbolic_tensor(self._learning_rate):
+                keras_objects.to_json(self._learning_rate, "learning_rate")
+            config = keras_step.constructor_arguments(keras)
+        except ValueError as error:
+            raise pickle.PicklingError(f"`optimizer` cannot be pickled: {error}") from error
+        excluded = keras_step.excluded_patterns(keras)
+        return _rebuild, (type(keras), config, excluded, self.device, self.weight_names)
 
     def __repr__(self) -> str:
         name = type(self.keras_optimizer).__name__
@@ -271,6 +295,20 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         return hyperparameters.update(state, hparams, intervals, cls.__name__)
 
 
+def _rebuild(
+    cls: Any,
+    config: dict[str, Any],
+    excluded: list[str],
+    device: str | None,
+    weight_names: Sequence[str] | None,
+) -> KerasOptimizer:
+    """The optimizer that was pickled."""
+    keras = cls.from_config(config)
+    if excluded:
+        keras.exclude_from_weight_decay(var_names=excluded)
+    return build_keras_optimizer(keras, device=device, weight_names=weight_names)
+
+
 def _check_state(state: Any, template: keras_step.Copy, keys: list[str]) -> None:
     if not isinstance(state, Mapping) or list(state) != keys:
         what = list(state) if isinstance(state, Mapping) else type(state).__name__
@@ -361,7 +399,9 @@ def build_keras_optimizer(
     inside_computation = not tf.compat.v1.executing_eagerly_outside_functions()
     with eager_world():
         try:
-            made = keras_step.copy_containers(keras_step.check_supported(resolve(optimizer)))
+            made = keras_step.copy_containers(
+                keras_step.check_supported(keras_objects.resolve(optimizer))
+            )
         except TypeError as error:
             if not inside_computation:
                 raise

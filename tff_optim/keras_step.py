@@ -7,6 +7,7 @@ state, Keras' own `update_step` runs on them, and the new tensors are read out o
 
 import collections
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,24 +15,49 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import keras_arguments, patterns
+from tff_optim import comparison, keras_arguments, patterns
 from tff_optim.state_cells import NumberCell, ReadOnlyCell, VariableCell, current_graph
 from tff_optim.tracing import scratch_graph
 
 _Keras = tf.keras.optimizers.Optimizer
 
-# What Keras calls in `apply_gradients` and a pure step does not: a subclass that overrides one of
-# them would be silently ignored.
-_NOT_CALLED = (
-    "apply_gradients",
-    "aggregate_gradients",
-    "_apply_weight_decay",
-    "_distributed_apply_gradients_fn",
-    "_internal_apply_gradients",
-    "_overwrite_model_variables_with_average_value",
-    "_update_model_variables_moving_average",
-    "_update_step",
-)
+# The methods of Keras' base classes that a pure step calls as Keras does, or that have no part in a
+# step. A subclass that overrides any other one would be silently ignored, so it is refused: clipping
+# in `compute_gradients` may be there for privacy.
+_HONOURED = {
+    "__init__",
+    "_build_index_dict",
+    "_build_learning_rate",
+    "_clip_gradients",
+    "_compute_current_learning_rate",
+    "_create_iteration_variable",
+    "_create_or_restore_slot_variable",
+    "_deduplicate_sparse_grad",
+    "_process_kwargs",
+    "_serialize_hyperparameter",
+    "_var_key",
+    "add_variable",
+    "add_variable_from_reference",
+    "build",
+    "exclude_from_weight_decay",
+    "from_config",
+    "get_config",
+    "iterations",
+    "learning_rate",
+    "load_own_variables",
+    "lr",
+    "save_own_variables",
+    "set_weights",
+    "update_step",
+    "variables",
+}
+
+
+def not_called() -> set[str]:
+    """The methods that Keras defines for an optimizer and a pure step does not call."""
+    bases = [base for base in _Keras.__mro__ if keras_arguments.of_keras(base)]
+    defined = {name for base in bases for name, value in vars(base).items() if callable(value)}
+    return {name for name in defined if not name.startswith("__")} - _HONOURED
 
 
 # --------------------------------------------------------------- a copy of the optimizer with cells
@@ -331,6 +357,23 @@ def check_arguments(optimizer: Any) -> None:
         keras_arguments.check_object(rate)
 
 
+def constructor_arguments(optimizer: Any) -> dict[str, Any]:
+    """The arguments that the class of `optimizer` makes it of, a schedule as it is.
+
+    Raises:
+      ValueError: If its `get_config` does not tell all of them.
+    """
+    config = comparison.full_config(optimizer)
+    if config is None:
+        raise ValueError(
+            f"`get_config` of `{type(optimizer).__qualname__}` must return every argument of its "
+            "constructor; found it missing or incomplete. Override it."
+        )
+    if "learning_rate" in config and not has_rate_variable(optimizer):
+        config["learning_rate"] = optimizer._learning_rate
+    return config
+
+
 def excluded_patterns(optimizer: Any) -> list[str]:
     """The regular expressions of weights' names whose weights do not decay."""
     return list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
@@ -420,16 +463,23 @@ def _all_cells(copied: Copy) -> Iterator[VariableCell]:
 
 def check_supported(optimizer: Any) -> Any:
     """Returns the optimizer, or raises if a pure step would not do what Keras does with it."""
-    name = type(optimizer).__name__
+    cls = type(optimizer)
+    name = cls.__name__
     overridden = [
         method
-        for method in _NOT_CALLED
-        if getattr(type(optimizer), method, None) is not getattr(_Keras, method, None)
+        for method in sorted(not_called())
+        if inspect.getattr_static(cls, method, None) is not inspect.getattr_static(_Keras, method)
     ]
     if overridden:
         raise ValueError(
             f"`optimizer` of class {name} overrides {', '.join(overridden)}, which a pure step does "
             "not call. Keras' extension points are `build`, `update_step` and `get_config`."
+        )
+    replaced = [key for key in vars(optimizer) if callable(getattr(_Keras, key, None))]
+    if replaced:
+        raise ValueError(
+            f"`optimizer` must have the methods of its class {name}; found one with {replaced[0]} "
+            "replaced on the instance. Override it in a subclass."
         )
     steps = int(read_variables(optimizer)[id(optimizer.iterations)])
     if getattr(optimizer, "_built", False) or steps:

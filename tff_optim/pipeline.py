@@ -45,6 +45,15 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
     def __hash__(self) -> int:
         return self._hash
 
+    def __copy__(self) -> "PipelineOptimizer":
+        return self  # nothing in it changes
+
+    def __deepcopy__(self, memo: Any) -> "PipelineOptimizer":
+        return self
+
+    def __reduce__(self) -> Any:
+        return PipelineOptimizer, (self.pipeline,)
+
     def __repr__(self) -> str:
         return f"PipelineOptimizer({self.pipeline!r})"
 

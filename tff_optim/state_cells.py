@@ -55,6 +55,26 @@ class VariableCell:
     def shape(self) -> tf.TensorShape:
         return self._value.shape
 
+    # What `tf.group`, `tf.control_dependencies` and the like ask for, of a variable that was assigned.
+
+    @property
+    def device(self) -> Any:
+        return self._value.device
+
+    @property
+    def op(self) -> Any:
+        return self._value.op
+
+    @property
+    def graph(self) -> Any:
+        return self._value.graph
+
+    def _as_graph_element(self) -> Any:
+        return self._value
+
+    def get_shape(self) -> tf.TensorShape:
+        return self.shape
+
     def value(self) -> tf.Tensor:
         """The tensor that the cell holds now."""
         return self._value
