@@ -116,7 +116,7 @@ def test_no_score_is_missing_from_the_list():
 
 
 def test_every_place_that_is_named_exists():
-    named = re.findall(r"`([\w/]+\.(?:py|md))`", TEXT)
+    named = re.findall(r"`([\w/.]+\.(?:py|md|cfg|lock))`", TEXT)
     assert len(named) >= 8
     assert [name for name in named if not (ROOT / name).exists()] == []
     for place, name in re.findall(r"`([A-Z_]{3,})` (?:of|in) `([\w/]+\.py)`", TEXT):
