@@ -15,6 +15,7 @@ from resident_cases import (
     assert_equal,
     cohort,
     cohorts,
+    hosts_of,
     is_running,
     model_fn,
     plain_run,
@@ -25,7 +26,7 @@ from resident_cases import (
 import aggregators
 from tff_optim import ResidentProcess, build_keras_optimizer
 from tff_optim.resident import leaves
-from tff_optim.resident.in_worker import handover, map_reduce
+from tff_optim.resident.in_worker import compiled, handover
 from tff_optim.resident.in_worker import host as host_lib
 
 
@@ -276,7 +277,7 @@ def test_split_deals_every_client_once_in_order():
     for total in range(0, 9):
         for workers in (1, 2, 3):
             data = list(range(total))
-            shares = map_reduce.split(data, workers)
+            shares = compiled.split(data, workers)
             assert [x for share in shares for x in share] == data
             assert 1 <= len(shares) <= workers
             assert all(shares) or shares == [[]]
@@ -386,7 +387,7 @@ def test_a_state_of_all_kinds_of_leaves(monkeypatch):
 
 def test_dropped_states_free_their_memory_at_once(resident):
     state = resident.initialize()
-    host = resident.home()
+    host = hosts_of(resident)[0]
     disposed = []
     real = host._stub._stub.dispose
     host._stub._stub.dispose = lambda request: disposed.append(request) or real(request)
@@ -448,8 +449,8 @@ def test_bad_states_and_data(resident):
 def test_closing_ends_the_workers_and_later_calls_say_so():
     with ResidentProcess(process(), workers=2) as r:
         state, _ = r.next(r.initialize(), list(cohorts()[0]))
-        pids = [host.worker.pid for host in r._hosts]
-        directory = r.home().worker.directory
+        pids = [host.worker.pid for host in hosts_of(r)]
+        directory = hosts_of(r)[0].worker.directory
         assert all(is_running(pid) for pid in pids)
     assert not any(is_running(pid) for pid in pids)
     assert not tf.io.gfile.exists(directory)
@@ -473,7 +474,7 @@ def test_more_cohort_sizes_than_executors_are_kept(monkeypatch):
             state, _ = r.next(state, clients)
             plain, _ = two_pass.next(plain, clients)
         assert_equal(r.materialize(state), plain)
-        assert len(r.home()._executors) == 2
+        assert len(hosts_of(r)[0]._executors) == 2
         # A state outlives the place of its executor among the kept ones.
         assert_equal(r.materialize(first), plain_run()[0][0])
 
@@ -526,7 +527,7 @@ def test_the_workers_memory_grows_with_neither(what, monkeypatch):
         used = []
         for n in [2] * 8 if what == "rounds" else [4, 12]:
             state, _ = r.next(state, [client] * n)
-            used.append(memory_in_use(r.home().worker.pid))
+            used.append(memory_in_use(hosts_of(r)[0].worker.pid))
     # Kept, each round would add four tensors, and each client two: 28 and 16 of them.
     assert used[-1] - used[0] < 4 * size * 8, used
 

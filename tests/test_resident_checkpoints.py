@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_equal, cohorts, model_fn, plain_run, process
+from resident_cases import assert_equal, cohorts, hosts_of, model_fn, plain_run, process
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import CheckpointError, ResidentCheckpoints
@@ -130,7 +130,7 @@ def test_tffs_loop_resumes_by_itself(resident, tmp_path):
 
 
 def test_a_worker_without_our_files_writes_the_same(resident, tmp_path):
-    home = resident.home()
+    home = hosts_of(resident)[0]
     state = resident.restore(plain_run()[4][0])
     home.shares_files = False
     try:
@@ -179,7 +179,7 @@ def test_a_killed_save_leaves_the_last_good_version(tmp_path, monkeypatch):
         checkpoints = ResidentCheckpoints(r, tmp_path)
         state, _ = r.next(r.initialize(), list(cohorts()[0]))
         checkpoints.save_now(state, 1)
-        pid = r.home().worker.pid
+        pid = hosts_of(r)[0].worker.pid
         real = handover.save_in_worker
 
         async def save_then_die(carrier, executor, value, prefix):

@@ -17,6 +17,7 @@ from resident_cases import (
     assert_equal,
     children_of,
     cohorts,
+    hosts_of,
     is_running,
     plain_run,
     process,
@@ -109,7 +110,7 @@ def test_a_worker_killed_in_a_round_and_a_resumed_run(tmp_path):
         state, _ = r.next(r.initialize(), list(cohorts()[0]))
         checkpoints.save_now(state, 1)
         state, _ = r.next(state, list(cohorts()[1]))
-        pid = r.home().worker.pid
+        pid = hosts_of(r)[0].worker.pid
         timer = after(0.5, lambda: os.kill(pid, signal.SIGKILL))
         begin = time.monotonic()
         with pytest.raises(
@@ -124,7 +125,7 @@ def test_a_worker_killed_in_a_round_and_a_resumed_run(tmp_path):
         with pytest.raises(WorkerLostError, match="are lost"):
             r.next(state, list(cohorts()[1]))
         state, last = checkpoints.resume()
-        assert r.home().worker.pid != pid
+        assert hosts_of(r)[0].worker.pid != pid
         for i in range(last + 1, 6):
             state, _ = r.next(state, list(cohorts()[i - 1]))
         assert_equal(r.materialize(state), plain_run()[5][0])
@@ -133,19 +134,19 @@ def test_a_worker_killed_in_a_round_and_a_resumed_run(tmp_path):
 def test_a_lost_second_worker_is_replaced_within_the_round():
     with ResidentProcess(process(), workers=2) as r:
         state, _ = r.next(r.initialize(), list(cohorts()[0]))
-        pid = r._hosts[1].worker.pid
+        pid = hosts_of(r)[1].worker.pid
         os.kill(pid, signal.SIGSTOP)  # it takes part in no round again
         timer = after(0.5, lambda: os.kill(pid, signal.SIGKILL))
         state, _ = r.next(state, list(cohorts()[1]))
         timer.join()
-        assert r._hosts[1].worker.pid != pid
+        assert hosts_of(r)[1].worker.pid != pid
         assert_close(r.materialize(state), plain_run()[2][0])
 
 
 def test_a_hanging_worker_is_given_up():
     with ResidentProcess(process(), heartbeat=0.5) as r:
         state = r.initialize()
-        pid = r.home().worker.pid
+        pid = hosts_of(r)[0].worker.pid
         os.kill(pid, signal.SIGSTOP)
         begin = time.monotonic()
         with pytest.raises(WorkerLostError, match=r"did not answer within 0.5 seconds"):
@@ -299,7 +300,7 @@ def test_ctrl_c_stops_the_round_and_keeps_the_state():
         state, _ = r.next(state, list(cohorts()[1]))
         assert_equal(r.materialize(state), plain_run()[2][0])
         # Ctrl-C in a terminal goes to every process of the terminal's group.
-        assert os.getpgid(r.home().worker.pid) != os.getpgid(0)
+        assert os.getpgid(hosts_of(r)[0].worker.pid) != os.getpgid(0)
 
 
 def test_no_worker_outlives_python(tmp_path):

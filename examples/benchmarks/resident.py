@@ -289,7 +289,7 @@ def memory(table, scale):
             begin = time.perf_counter()
             resident.next(state, data[:clients])
             seconds = time.perf_counter() - begin
-            peak = peak_gigabytes(resident.home().worker.pid)
+            peak = peak_gigabytes(hosts_of(resident)[0].worker.pid)
         table.row(f"peak memory, 2e6 parameters, 200 / {clients} clients", plain, peak, "GB")
         if clients == 200:
             table.row("time of that first round, 200 clients", plain_seconds, seconds)

@@ -4,14 +4,11 @@ from tff_optim.resident.checkpoints import ResidentCheckpoints
 from tff_optim.resident.errors import CheckpointError, WorkerLostError, WorkerStartError
 from tff_optim.resident.in_worker.worker import worker_binary
 from tff_optim.resident.process import ResidentProcess
-from tff_optim.resident.server_device import HandoverTimes, ServerDeviceProcess
 
 __all__ = [
     "CheckpointError",
-    "HandoverTimes",
     "ResidentCheckpoints",
     "ResidentProcess",
-    "ServerDeviceProcess",
     "WorkerLostError",
     "WorkerStartError",
     "worker_binary",

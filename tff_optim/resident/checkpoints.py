@@ -10,12 +10,10 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.resident import leaves, references
+from tff_optim.resident import leaves
 from tff_optim.resident.errors import CheckpointError
-from tff_optim.resident.in_worker import handover
 from tff_optim.resident.in_worker.host import is_cut
 from tff_optim.resident.process import ResidentProcess
-from tff_optim.resident.references import Resident
 
 _FILE = "state"
 _VERSION = re.compile(r"version_(\d+)$")
@@ -81,8 +79,9 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             raise ValueError(f"`keep` must be a positive integer or None, found {keep!r}.")
         if not os.fspath(directory):
             raise ValueError("`directory` must be a path, found an empty string.")
-        if process.carrier.save is None:
-            odd = [leaf.name for leaf in process.carrier.leaves if not leaf.is_tensor]
+        self._leaves = leaves.leaves_of(process.state_type)
+        odd = [leaf.name for leaf in self._leaves if not leaf.is_tensor]
+        if odd:
             raise ValueError(
                 "`process` must have a state of tensors alone, which is what checkpoints hold; "
                 f"found something else at {odd}."
@@ -146,23 +145,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             raise tff.program.ProgramStateNotFoundError(version)
         prefix = os.path.join(path, _FILE)
         self._check(prefix)
-        carrier = self._process.carrier
-
-        def attempt() -> Resident:
-            host = self._process.home()
-
-            async def work() -> Resident:
-                executor = host.own_executor()
-                if host.shares_files:
-                    value = await handover.load_in_worker(carrier, executor, prefix)
-                else:
-                    arrays = [t.numpy() for t in handover.load_in_python(carrier, prefix)]
-                    value = await handover.put(carrier, executor, arrays)
-                return Resident(carrier, executor, value)
-
-            return host.run(work)
-
-        return self._process.persist(attempt).references()
+        return self._process._place.load(prefix).references()
 
     def resume(self) -> tuple[Any, int]:
         """Loads the newest version, or starts anew where there is none.
@@ -209,15 +192,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
                 shutil.rmtree(os.path.join(self._directory, entry), ignore_errors=True)
 
     def _write(self, state: Any, prefix: str) -> None:
-        carrier = self._process.carrier
-        resident = references.resident_of(state, carrier.type)
-        if resident is not None and resident.executor.host.shares_files:
-            executor, value = resident.executor, resident.value
-            executor.host.run(lambda: handover.save_in_worker(carrier, executor, value, prefix))
-            return
-        plain = leaves.pack(references.plain_leaves(state, carrier.type), carrier.type)
-        arrays = leaves.as_arrays(plain, carrier.type)
-        handover.save_op(prefix, [leaf.name for leaf in carrier.leaves], arrays)
+        self._process._place.save(self._process._source(state), prefix)
 
     def _check(self, prefix: str) -> None:
         """Compares what a checkpoint holds with what the process needs."""
@@ -227,8 +202,8 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             dtypes = reader.get_variable_to_dtype_map()
         except (tf.errors.OpError, ValueError, RuntimeError) as e:
             raise CheckpointError(f"{prefix} cannot be read as a checkpoint: {e}") from e
-        wanted = {leaf.name: leaf for leaf in self._process.carrier.leaves}
-        found = set(shapes) - {handover.MARK}
+        wanted = {leaf.name: leaf for leaf in self._leaves}
+        found = set(shapes) - {leaves.MARK}
         wrong = sorted(
             name
             for name in set(wanted) & found

@@ -24,24 +24,32 @@ from tff_optim.resident.in_worker.host import Executor, Host
 
 # Below, a gRPC message is as fast as a file.
 FILES_FROM_BYTES = 1 << 20
-# A checkpoint must hold a tensor, and a state may have none. It also marks files as ours.
-MARK = "tff_optim_resident_format"
-_FORMAT = 1
 
 
 def compile_native(computation: Any) -> Any:
-    """Compiles a computation for TFF's worker."""
+    """Compiles a computation without aggregations for TFF's worker."""
+    return tff.backends.native.transform_to_native_form(computation, grappler_config=_grappler())
+
+
+def compile_whole(computation: Any) -> Any:
+    """Compiles any computation for TFF's worker, as plain TFF does."""
     return tff.backends.native.desugar_and_transform_to_native(computation)
 
 
-def save_op(prefix: Any, names: list[str], tensors: list[Any]) -> Any:
-    """Writes named tensors, and the mark, as the checkpoint `prefix`."""
-    return tf.raw_ops.SaveV2(
-        prefix=prefix,
-        tensor_names=[*names, MARK],
-        shape_and_slices=[""] * (len(names) + 1),
-        tensors=[*tensors, tf.constant(_FORMAT, tf.int32)],
-    )
+def _grappler() -> tf.compat.v1.ConfigProto:
+    """What plain TFF lets Grappler do, but for saving memory.
+
+    The worker optimises nothing by itself. Grappler's way of saving memory, to compute values
+    twice, aborts the Python process on graphs with a ResNet's gradient.
+    """
+    config = tf.compat.v1.ConfigProto()
+    options = config.graph_options.rewrite_options
+    options.memory_optimization = options.NO_MEM_OPT
+    options.constant_folding = options.AGGRESSIVE
+    options.arithmetic_optimization = options.AGGRESSIVE
+    options.loop_optimization = options.AGGRESSIVE
+    options.function_optimization = options.AGGRESSIVE
+    return config
 
 
 @attrs.frozen(eq=False)
@@ -72,7 +80,6 @@ class Carrier:
 def build_carrier(type_spec: tff.Type, placed: bool = False) -> Carrier:
     """Builds what moves values of a type, given without its placement."""
     parts = leaves.leaves_of(type_spec)
-    names = [leaf.name for leaf in parts]
 
     def traced(function: Any, *types: Any) -> Any:
         # One structure of arguments: TFF would take a single argument's structure apart.
@@ -91,19 +98,12 @@ def build_carrier(type_spec: tff.Type, placed: bool = False) -> Carrier:
             return tf.constant(0, tf.int32)
 
     def save(args: Any) -> Any:
-        written = save_op(args[1], names, leaves.flatten(args[0], type_spec))
+        written = leaves.write_checkpoint(args[1], parts, leaves.flatten(args[0], type_spec))
         with tf.control_dependencies([written]):
             return tf.constant(0, tf.int32)
 
     def load(args: Any) -> Any:
-        tensors = tf.raw_ops.RestoreV2(
-            prefix=args[0],
-            tensor_names=[*names, MARK],
-            shape_and_slices=[""] * (len(names) + 1),
-            dtypes=[*(leaf.dtype for leaf in parts), tf.int32],
-        )
-        shaped = [tf.ensure_shape(t, leaf.shape) for t, leaf in zip(tensors, parts, strict=False)]
-        return leaves.pack(shaped, type_spec)
+        return leaves.pack(leaves.read_checkpoint(args[0], parts), type_spec)
 
     in_files = all(leaf.is_tensor for leaf in parts)
     return Carrier(
@@ -152,18 +152,6 @@ async def load_in_worker(carrier: Carrier, executor: Executor, prefix: str) -> A
     value = await executor.call(carrier.load, path)
     await wait(carrier, executor, value)  # or the file might be gone before it is read
     return value
-
-
-def load_in_python(carrier: Carrier, prefix: str) -> list[tf.Tensor]:
-    """Reads the leaves of a value from the checkpoint `prefix`."""
-    names = [leaf.name for leaf in carrier.leaves]
-    tensors = tf.raw_ops.RestoreV2(
-        prefix=prefix,
-        tensor_names=[*names, MARK],
-        shape_and_slices=[""] * (len(names) + 1),
-        dtypes=[*(leaf.dtype for leaf in carrier.leaves), tf.int32],
-    )
-    return list(tensors[:-1])
 
 
 class Exchange:
@@ -265,7 +253,7 @@ async def fetch(
     if by_file(carrier, executor.host) if files is None else files:
         with Exchange(executor.host) as prefix:
             await save_in_worker(carrier, executor, value, prefix)
-            return [_plain(t) for t in load_in_python(carrier, prefix)]
+            return [_plain(t) for t in leaves.read_checkpoint(prefix, carrier.leaves)]
     result = tff.tensorflow.transform_result(await value.compute())
     return leaves.flatten(result, carrier.type)
 
@@ -281,7 +269,7 @@ async def put(
     """Takes the leaves of a value from Python into the worker; `files` is as for `fetch`."""
     if by_file(carrier, executor.host) if files is None else files:
         with Exchange(executor.host) as prefix:
-            save_op(prefix, [leaf.name for leaf in carrier.leaves], arrays)
+            leaves.write_checkpoint(prefix, carrier.leaves, arrays)
             return await load_in_worker(carrier, executor, prefix)
     return await executor.create(leaves.pack(arrays, carrier.type), carrier.place(carrier.type))
 

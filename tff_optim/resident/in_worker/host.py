@@ -172,6 +172,8 @@ class Host:
         self._executors: collections.OrderedDict[int, Executor] = collections.OrderedDict()
         self.lost: WorkerLostError | None = None
         self._closed = False
+        # The values in this worker that somebody still refers to.
+        self.residents: weakref.WeakSet[Any] = weakref.WeakSet()
         # Filled in by `handover`: whether the worker sees this process's files.
         self.shares_files: bool | None = None
 

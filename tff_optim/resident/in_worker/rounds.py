@@ -7,11 +7,11 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.resident.in_worker import handover, map_reduce
+from tff_optim.resident.in_worker import compiled, handover
+from tff_optim.resident.in_worker.compiled import MapReduceRound
 from tff_optim.resident.in_worker.handover import Carrier
 from tff_optim.resident.in_worker.host import Executor, Host
-from tff_optim.resident.in_worker.map_reduce import MapReduceRound
-from tff_optim.resident.references import Resident
+from tff_optim.resident.in_worker.values import Resident
 
 # So few that the worker need not wait long for a call, and so many that Python need not make many.
 _CLIENTS_PER_CALL = 4
@@ -64,12 +64,7 @@ def map_reduce_round(
         calls = [
             host.start(share_work(host, share)) for host, share in zip(hosts, shares, strict=True)
         ]
-        try:
-            totals = [host.finish(call) for host, call in zip(hosts, calls, strict=True)]
-        except BaseException:
-            for call in calls:
-                call.abandoned = True
-            raise
+        totals = _finish_all(hosts, calls)
         arriving = [
             _within_reach(parts.aggregate, host.own_executor(), total, home, [host, home], files)
             for host, total in zip(hosts[1:], totals[1:], strict=True)
@@ -83,6 +78,39 @@ def map_reduce_round(
 
         result = home.run(merge)
     return result
+
+
+def aggregates(
+    parts: MapReduceRound,
+    context: list[Any],
+    shares: Sequence[Sequence[Any]],
+    hosts: Sequence[Host],
+    clients_per_step: int,
+) -> list[list[Any]]:
+    """Runs clients on what Python sends them; returns each worker's aggregate, as its leaves."""
+
+    def share_work(host: Host, share: Sequence[Any]) -> Any:
+        async def work() -> list[Any]:
+            executor = host.own_executor()
+            here = await handover.put(parts.context, executor, context)
+            total = await _add_up(parts, executor, here, share, clients_per_step)
+            return await handover.fetch(parts.aggregate, executor, total)
+
+        return work
+
+    return _finish_all(
+        hosts,
+        [host.start(share_work(host, share)) for host, share in zip(hosts, shares, strict=True)],
+    )
+
+
+def _finish_all(hosts: Sequence[Host], calls: Sequence[Any]) -> list[Any]:
+    try:
+        return [host.finish(call) for host, call in zip(hosts, calls, strict=True)]
+    except BaseException:
+        for call in calls:
+            call.abandoned = True
+        raise
 
 
 def _pieces(clients: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -110,7 +138,7 @@ async def _add_up(
             total = await executor.call(parts.settle, total)
         # The worker begins with the first clients while others are still being sent.
         for group in _pieces(step, _CLIENTS_PER_CALL):
-            add = map_reduce.add_clients(*types, len(group))
+            add = compiled.add_clients(*types, len(group))
             data = await executor.create(list(group), add.type_signature.parameter[1])
             total = await executor.call(add, total, data, context, *functions)
     return total

@@ -1,0 +1,128 @@
+"""The clients of a round in the Python process, a few in one TensorFlow function."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim.resident import leaves
+from tff_optim.resident.in_process.imported import ImportedComputation
+from tff_optim.resident.parts import RoundParts
+
+
+class Cohort:
+    """Trains clients side by side, and adds up what they return in their order.
+
+    Args:
+        parts: The round.
+        device: Where the clients' operations go; None to leave it to TensorFlow.
+        at_once: How many clients one function trains.
+    """
+
+    def __init__(self, parts: RoundParts, device: str | None, at_once: int):
+        work = ImportedComputation(parts.work, device)
+        accumulate = ImportedComputation(parts.accumulate, device)
+        zero = ImportedComputation(parts.zero, device)
+        data_type, _ = parts.work.type_signature.parameter
+        self._data_type = data_type
+        self._at_once = at_once
+        # Each client of a function has variables of its own: nothing is shared between them.
+        lanes = [
+            (work.make_variables(), accumulate.make_variables()) for _ in range(max(at_once, 1))
+        ]
+        num_parameters = len(accumulate.parameter)
+        zero_variables = zero.make_variables()
+
+        @tf.function(autograph=False)
+        def begin() -> list[Any]:
+            return zero([], zero_variables)
+
+        @tf.function(autograph=False, reduce_retracing=False)
+        def add(total: list[Any], context: list[Any], clients: list[list[Any]]) -> list[Any]:
+            updates = [
+                work([*data, *context], lanes[i][0])[: num_parameters - len(total)]
+                for i, data in enumerate(clients)
+            ]
+            for i, update in enumerate(updates):
+                total = accumulate([*total, *update], lanes[i][1])
+            return total
+
+        self._begin = begin
+        self._add = add
+
+    def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
+        """Returns the leaves of the aggregate of a cohort.
+
+        Args:
+            context: The leaves of what the clients are sent.
+            client_data: What each client has.
+        """
+        total = self._begin()
+        waiting = [client_tensors(data, self._data_type) for data in client_data]
+        while waiting:
+            # Two functions are traced at most, whatever the size of a cohort.
+            number = self._at_once if len(waiting) >= self._at_once else 1
+            total = self._add(total, context, waiting[:number])
+            del waiting[:number]
+        return total
+
+
+def default_clients_per_step() -> int:
+    """Enough clients at once to keep the processor cores of this machine busy."""
+    return 2 * (os.cpu_count() or 1)
+
+
+def client_tensors(data: Any, data_type: tff.Type) -> list[Any]:
+    """Lists the tensors of a client's data, data sets as variants.
+
+    Raises:
+        TypeError: It is not what the process takes.
+    """
+    return [
+        _tensor(value, leaf)
+        for value, leaf in zip(
+            leaves.flatten(data, data_type, "client_data"), leaves.leaves_of(data_type), strict=True
+        )
+    ]
+
+
+def _tensor(value: Any, leaf: leaves.Leaf) -> tf.Tensor:
+    if leaf.is_tensor:
+        (array,) = leaves.as_arrays(value, leaf.type, "client_data")
+        return tf.convert_to_tensor(array, leaf.dtype)
+    if not isinstance(value, tf.data.Dataset):
+        value = _dataset_of(value, leaf)
+    found = tff.types.tensorflow_to_type(value.element_spec)
+    if not leaf.type.element.is_assignable_from(found):
+        raise TypeError(
+            f"`client_data` must hold data sets of {leaf.type.element} at {leaf.name}; found one "
+            f"of {found}. Batch and map it as the model's `input_spec` says."
+        )
+    return tf.data.experimental.to_variant(_as_it_is(value))
+
+
+def _dataset_of(batches: Any, leaf: leaves.Leaf) -> tf.data.Dataset:
+    if not isinstance(batches, list | tuple):
+        raise TypeError(
+            f"`client_data` must hold a `tf.data.Dataset` or a list of batches at {leaf.name}; "
+            f"found {type(batches).__name__}."
+        )
+    specs = tff.types.type_to_tf_structure(leaf.type.element)
+    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=specs)
+
+
+def _as_it_is(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Leaves a pipeline as its author wrote it, unless he asked for more.
+
+    TensorFlow looks for a faster form of every client's pipeline, and for the best number of
+    threads: 1 to 5 ms for each client, which a pipeline of a few batches never earns back.
+    """
+    given = dataset.options()
+    options = tf.data.Options()
+    if given.autotune.enabled is None:
+        options.autotune.enabled = False
+    if given.experimental_optimization.apply_default_optimizations is None:
+        options.experimental_optimization.apply_default_optimizations = False
+    return dataset.with_options(options)

@@ -1,0 +1,229 @@
+"""TFF's computations as TensorFlow functions of the Python process.
+
+A `tff.tensorflow.computation` is a serialized graph: names of the tensors that are fed, names of
+those that are fetched, and an operation that gives the graph's variables their first values. TFF's
+worker runs it in a session, in which every call starts from fresh variables. Here the graph becomes
+the body of a function. Its variables become arguments: calls that may run beside each other are
+given variables of their own, and nothing else is shared between them.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim.devices import device_scope
+from tff_optim.resident import leaves, parts
+from tff_optim.resident.in_process import loops
+
+_names = itertools.count()
+
+
+class ImportedComputation:
+    """`T -> U` as a function of flat lists of tensors, to be called inside a `tf.function`.
+
+    Sequences are passed as the variants of their data sets.
+
+    Args:
+        computation: A computation without placements.
+        device: Where operations go that the computation itself does not place; None to leave it
+            to TensorFlow.
+
+    Raises:
+        ValueError: The computation keeps something between its operations that is not a variable,
+            such as a lookup table.
+    """
+
+    def __init__(self, computation: Any, device: str | None = None):
+        parameter_type = computation.type_signature.parameter
+        self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
+        self.result = leaves.leaves_of(computation.type_signature.result)
+        self._device = device
+        proto = _tensorflow_proto(computation)
+        graph = tf.compat.v1.GraphDef()
+        proto.graph_def.Unpack(graph)
+        inputs = list(_tensor_names(proto.parameter)) if parameter_type is not None else []
+        outputs = list(_tensor_names(proto.result))
+        self._variables, function_graph = _as_function_body(
+            graph, inputs, outputs, proto.initialize_op
+        )
+        signature = [
+            *(spec_of(leaf) for leaf in self.parameter),
+            *(tf.TensorSpec([], tf.resource) for _ in self._variables),
+        ]
+        names = [*inputs, *(f"{node.name}:0" for node in self._variables)]
+
+        def body(*arguments: Any) -> list[Any]:
+            with device_scope(device):
+                given = dict(zip(names, arguments, strict=True))
+                used = {k: v for k, v in given.items() if k in _mentioned(function_graph)}
+                missing = [name for name in outputs if name not in given]
+                found = tf.graph_util.import_graph_def(
+                    function_graph, used, [*missing] or None, name=""
+                )
+                produced = dict(zip(missing, found or (), strict=True))
+                return [
+                    tf.identity(given[name]) if name in given else produced[name]
+                    for name in outputs
+                ]
+
+        self._function = tf.compat.v1.wrap_function(body, signature)
+
+    def make_variables(self) -> list[tf.Variable]:
+        """Makes the variables that one call at a time may use."""
+        with device_scope(self._device):
+            return [
+                tf.Variable(
+                    # Every call begins by giving it its first value.
+                    tf.zeros([d or 0 for d in shape.as_list()], dtype)
+                    if dtype != tf.string
+                    else tf.fill([d or 0 for d in shape.as_list()], ""),
+                    trainable=False,
+                    shape=shape,
+                )
+                for shape, dtype in map(_variable_type, self._variables)
+            ]
+
+    def __call__(self, arguments: Sequence[Any], variables: Sequence[tf.Variable]) -> list[Any]:
+        """Calls it on the leaves of a `T`; returns those of a `U`."""
+        return list(self._function(*arguments, *(v.handle for v in variables)))
+
+
+def as_function(computation: ImportedComputation) -> Any:
+    """Makes a function of a computation, for one call at a time."""
+    variables = computation.make_variables()
+
+    @tf.function(autograph=False)
+    def call(arguments: list[Any]) -> list[Any]:
+        return computation([tf.convert_to_tensor(x) for x in arguments], variables)
+
+    return call
+
+
+def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:
+    """How a leaf is passed to a function."""
+    if leaf.is_tensor:
+        return tf.TensorSpec(leaf.shape, leaf.dtype)
+    return tf.TensorSpec([], tf.variant)
+
+
+def _tensorflow_proto(computation: Any) -> Any:
+    proto = tff.framework.serialize_computation(computation)
+    if proto.WhichOneof("computation") != "tensorflow":
+        block = tff.backends.mapreduce.consolidate_and_extract_local_processing(
+            computation.to_building_block(), parts.no_grappler()
+        )
+        proto = block.proto
+    return proto.tensorflow
+
+
+def _tensor_names(binding: Any) -> Iterable[str]:
+    """Lists the names of the tensors of a binding, in the order of its leaves."""
+    kind = binding.WhichOneof("binding")
+    if kind == "tensor":
+        yield binding.tensor.tensor_name
+    elif kind == "sequence":
+        yield binding.sequence.variant_tensor_name
+    elif kind == "struct":
+        for element in binding.struct.element:
+            yield from _tensor_names(element)
+
+
+def _node_of(tensor: str) -> str:
+    return tensor.removeprefix("^").partition(":")[0]
+
+
+def _canonical(tensor: str) -> str:
+    return tensor if ":" in tensor or tensor.startswith("^") else f"{tensor}:0"
+
+
+def _mentioned(graph: tf.compat.v1.GraphDef) -> set[str]:
+    return {_canonical(tensor) for node in graph.node for tensor in node.input}
+
+
+def _ancestors(nodes: dict[str, Any], names: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    ahead = [name for name in names if name]
+    while ahead:
+        name = ahead.pop()
+        if name not in found:
+            found.add(name)
+            ahead.extend(_node_of(tensor) for tensor in nodes[name].input)
+    return found
+
+
+def _as_function_body(
+    graph: tf.compat.v1.GraphDef, inputs: Sequence[str], outputs: Sequence[str], initializer: str
+) -> tuple[list[Any], tf.compat.v1.GraphDef]:
+    """Turns a session's graph into the body of a function.
+
+    Returns:
+        The nodes of the variables, and the graph without them and without the inputs. What uses
+        a variable waits for the initialisation, as a session's second call would.
+    """
+    nodes = {node.name: node for node in graph.node}
+    first = _ancestors(nodes, [initializer])
+    needed = first | _ancestors(nodes, map(_node_of, outputs))
+    fed = {_node_of(name) for name in inputs}
+    variables = []
+    for name in sorted(needed):
+        node = nodes[name]
+        if node.op == "VarHandleOp":
+            variables.append(node)
+        elif _keeps_a_resource(node):
+            raise ValueError(
+                f"`device` and `server_device` need a process whose TensorFlow graphs keep nothing "
+                f"but variables; found the operation {node.op} ({name}). Run the process in TFF's "
+                "worker: leave the argument out."
+            )
+    handles = {node.name for node in variables}
+    result = tf.compat.v1.GraphDef(versions=graph.versions)
+    for node in graph.node:
+        if node.name not in needed or node.name in handles or node.name in fed:
+            continue
+        kept = result.node.add()
+        kept.CopyFrom(node)
+        _forget_colocation(kept)
+        uses_variable = any(_node_of(tensor) in handles for tensor in node.input)
+        if initializer and uses_variable and node.name not in first:
+            kept.input.append(f"^{initializer}")
+    result.library.CopyFrom(graph.library)
+    loops.reductions_as_loops(result)
+    _rename_functions(result)
+    return variables, result
+
+
+def _keeps_a_resource(node: Any) -> bool:
+    """Whether a node makes a resource that later operations of a call share by its name."""
+    if "shared_name" not in node.attr or any(not t.startswith("^") for t in node.input):
+        return False
+    return not node.op.startswith("Anonymous")
+
+
+def _forget_colocation(node: Any) -> None:
+    """A node next to a variable follows the handle that it is given."""
+    if "_class" in node.attr:
+        del node.attr["_class"]
+
+
+def _rename_functions(graph: tf.compat.v1.GraphDef) -> None:
+    """Gives the functions of a graph names that no other graph has."""
+    number = next(_names)
+    library = graph.library
+    renamed = {f.signature.name: f"{f.signature.name}_imported_{number}" for f in library.function}
+    for function in graph.library.function:
+        function.signature.name = renamed[function.signature.name]
+    for gradient in graph.library.gradient:
+        gradient.function_name = renamed.get(gradient.function_name, gradient.function_name)
+        gradient.gradient_func = renamed.get(gradient.gradient_func, gradient.gradient_func)
+    bodies = [function.node_def for function in graph.library.function]
+    for node in itertools.chain(graph.node, *bodies):
+        node.op = renamed.get(node.op, node.op)
+        for function in loops.functions_of(node):
+            function.name = renamed.get(function.name, function.name)
+
+
+def _variable_type(node: Any) -> tuple[tf.TensorShape, tf.DType]:
+    return tf.TensorShape(node.attr["shape"].shape), tf.dtypes.as_dtype(node.attr["dtype"].type)

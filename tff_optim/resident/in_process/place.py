@@ -1,0 +1,124 @@
+"""Processes in TensorFlow of the Python process: all of a round, or the server's half of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow_federated as tff
+
+from tff_optim.resident import leaves
+from tff_optim.resident.in_process.cohort import client_tensors
+from tff_optim.resident.in_process.imported import ImportedComputation, as_function
+from tff_optim.resident.in_process.server import ServerStep
+from tff_optim.resident.in_process.variables import OnDevice, VariableSets, plain
+from tff_optim.resident.parts import RoundParts, no_grappler
+from tff_optim.resident.place import Place, Source
+from tff_optim.resident.references import Held
+
+# Trains a cohort, wherever that is: the leaves of what clients are sent, and their data.
+AddUp = Callable[[list[Any], Sequence[Any]], list[Any]]
+
+
+class DevicePlace(Place):
+    """A process whose state and server step are on a device of the Python process.
+
+    Args:
+        process: The learning process.
+        parts: Its round.
+        device: The device, or None to leave the placement to TensorFlow.
+        add_up: What trains the clients.
+        compile_step: Whether XLA compiles the server's step; None where it pays.
+        describe: Says where the clients are.
+        close: Ends what `add_up` runs.
+    """
+
+    def __init__(
+        self,
+        process: tff.learning.templates.LearningProcess,
+        parts: RoundParts,
+        device: str | None,
+        add_up: AddUp,
+        compile_step: bool | None,
+        describe: Callable[[], str],
+        close: Callable[[], None] = lambda: None,
+    ):
+        state_type = process.initialize.type_signature.result.member
+        self._device = device
+        self._sets = VariableSets(state_type, device)
+        self._add_up = add_up
+        self._describe = describe
+        self._end = close
+        self._step = ServerStep(parts, self._sets, device, compile_step)
+        self._prepare = as_function(ImportedComputation(parts.prepare, device))
+        self._initialize = process.initialize
+        self._functions: dict[Any, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The device, and where the clients are."""
+        return self._describe()
+
+    def owns(self, held: Held) -> bool:
+        """Whether a value is in variables of this place; raises if it is gone."""
+        held.check()
+        return isinstance(held, OnDevice) and held.sets is self._sets
+
+    def initialize(self) -> Held:
+        """Computes the initial state on the device."""
+        computation = tff.backends.mapreduce.get_state_initialization_computation(
+            self._initialize, grappler_config=no_grappler()
+        )
+        return self._sets.hold(self._function("initialize", computation)([]))
+
+    def next(self, state: Source, client_data: Sequence[Any]) -> tuple[Held, Any]:
+        """Runs a round."""
+        held = self._taken_in(state)
+        context = self._prepare(held.variables)
+        total = self._add_up(context, client_data)
+        new_state, metrics = self._step(held, total)
+        return new_state, [plain(x) for x in metrics]
+
+    def take_in(self, state: Source) -> Held:
+        """Brings a state to the device."""
+        return self._taken_in(state)
+
+    def get(self, computation: Any, state: Source) -> list[Any]:
+        """Calls an unplaced `S -> T` on the device and brings the result to Python."""
+        result = self._function(computation, computation)(self._taken_in(state).variables)
+        return [plain(x) for x in result]
+
+    def set(self, computation: Any, state: Source, part: list[Any]) -> Held:
+        """Calls an unplaced `<S, T> -> S` on the device with a `T` from Python."""
+        part_type = computation.type_signature.parameter[1]
+        tensors = client_tensors(leaves.pack(part, part_type), part_type)
+        function = self._function(computation, computation)
+        return self._sets.hold(function([*self._taken_in(state).variables, *tensors]))
+
+    def save(self, state: Source, prefix: str) -> None:
+        """Writes a checkpoint."""
+        if isinstance(state, OnDevice):
+            leaves.write_checkpoint(prefix, self._sets.leaves, state.variables)
+        else:
+            arrays = state.fetch() if isinstance(state, Held) else state
+            leaves.write_checkpoint(prefix, self._sets.leaves, arrays)
+
+    def load(self, prefix: str) -> Held:
+        """Reads a checkpoint."""
+        return self._sets.hold(leaves.read_checkpoint(prefix, self._sets.leaves))
+
+    def close(self) -> None:
+        """Lets go of the states, and ends the workers."""
+        self._sets.close()
+        self._functions.clear()
+        self._end()
+
+    def _taken_in(self, state: Source) -> OnDevice:
+        if isinstance(state, OnDevice) and self.owns(state):
+            return state
+        return self._sets.hold(state.fetch() if isinstance(state, Held) else state)
+
+    def _function(self, key: Any, computation: Any) -> Any:
+        if self._sets.closed:
+            raise RuntimeError("This `ResidentProcess` was closed.")
+        if key not in self._functions:
+            self._functions[key] = as_function(ImportedComputation(computation, self._device))
+        return self._functions[key]

@@ -1,0 +1,56 @@
+"""Values in a worker."""
+
+from typing import Any
+
+from tff_optim.resident.errors import WorkerLostError
+from tff_optim.resident.in_worker import handover
+from tff_optim.resident.in_worker.host import Executor
+from tff_optim.resident.references import CLOSED, Held
+
+
+class Resident(Held):
+    """A value in a worker; dropping the last reference to it frees its memory there.
+
+    Args:
+        carrier: What moves values of its type.
+        executor: The executor that holds it.
+        value: TFF's handle of it.
+    """
+
+    def __init__(self, carrier: handover.Carrier, executor: Executor, value: Any):
+        super().__init__(carrier.type, carrier.leaves)
+        self.carrier = carrier
+        self.executor = executor
+        self.value = value
+        self.rescued: list[Any] | None = None
+        executor.host.residents.add(self)
+
+    @property
+    def where(self) -> str:
+        """How messages call the worker."""
+        return self.executor.host.worker.name
+
+    def fetch(self) -> list[Any]:
+        """Brings all leaves to Python."""
+        if self.rescued is not None:
+            return list(self.rescued)
+        self.check()
+        return self.executor.host.run(
+            lambda: handover.fetch(self.carrier, self.executor, self.value)
+        )
+
+    def check(self) -> None:
+        """Raises if the worker was closed or lost, and the value with it."""
+        if self.rescued is not None:
+            return
+        try:
+            self.executor.host.check()
+        except WorkerLostError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(CLOSED) from error
+
+    def rescue(self) -> None:
+        """Brings the value to Python for good, before its worker is left."""
+        self.rescued = self.fetch()
+        self.value = None

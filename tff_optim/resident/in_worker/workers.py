@@ -1,0 +1,130 @@
+"""The workers of a process: started, replaced and ended."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from tff_optim.resident.errors import WorkerLostError
+from tff_optim.resident.in_worker import handover
+from tff_optim.resident.in_worker import worker as worker_lib
+from tff_optim.resident.in_worker.host import ConnectionCutError, Host
+
+_T = TypeVar("_T")
+
+
+class Workers:
+    """The workers of a process, started when they are first needed, and again when one is lost.
+
+    Args:
+        targets: For each worker its `'host:port'`, or None for one to be started here.
+        heartbeat: Seconds between two looks at a worker while it computes.
+        start_timeout: Seconds that a worker has to start.
+    """
+
+    def __init__(self, targets: Sequence[str | None], heartbeat: float, start_timeout: float):
+        self._targets = targets
+        self._heartbeat = heartbeat
+        self._start_timeout = start_timeout
+        self._hosts: list[Host | None] = [None] * len(targets)
+        self._closed = False
+        self._interrupted = False
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    @property
+    def name(self) -> str:
+        """How messages call them, with what runs."""
+        return ", ".join(map(_describe, self._targets, self._hosts))
+
+    def running(self) -> list[Host]:
+        """Lists the workers that have been started and not been lost."""
+        return [host for host in self._hosts if host is not None and host.lost is None]
+
+    def host(self, index: int) -> Host:
+        """Returns a worker, started if need be."""
+        if self._closed:
+            raise RuntimeError("This `ResidentProcess` was closed.")
+        host = self._hosts[index]
+        if host is None or host.lost is not None:
+            target = self._targets[index]
+            worker: worker_lib.Worker
+            if target is None:
+                worker = worker_lib.LocalWorker(self._start_timeout)
+            else:
+                worker = worker_lib.RemoteWorker(target, self._start_timeout)
+            host = self._hosts[index] = Host(worker, self._heartbeat)
+            new = host
+
+            async def look() -> None:
+                await handover.look_for_files(new.own_executor())
+
+            try:
+                host.run(look)
+            except BaseException:
+                host.close()
+                self._hosts[index] = None
+                raise
+        return host
+
+    def persist(self, attempt: Callable[[], _T]) -> _T:
+        """Tries again where a cut connection, or a lost worker without state, costs only time."""
+        deadline = time.monotonic() + self._heartbeat
+        replaced = 0
+        while True:
+            try:
+                return attempt()
+            except ConnectionCutError as error:
+                if time.monotonic() > deadline:
+                    raise WorkerLostError(
+                        f"{error} It was cut again each time the call was repeated, for "
+                        f"{self._heartbeat:g} seconds. States in the worker may still be there: "
+                        "try again once the network is back."
+                    ) from error
+                time.sleep(0.2)
+            except WorkerLostError:
+                home = self._hosts[0]
+                replaced += 1
+                if (home is not None and home.lost is not None) or replaced > 1:
+                    raise
+
+    def run_round(self, attempt: Callable[[], _T]) -> _T:
+        """Does the same for a round, which Ctrl-C may break off."""
+        if self._interrupted:
+            self._replace_busy()
+            self._interrupted = False
+        try:
+            return self.persist(attempt)
+        except KeyboardInterrupt:
+            self._interrupted = True
+            raise
+
+    def _replace_busy(self) -> None:
+        """Leaves local workers that a round was broken off in; what lives in them is kept.
+
+        Such a worker would first finish what nobody waits for any more.
+        """
+        for index, host in enumerate(self._hosts):
+            if host is None or host.lost is not None or self._targets[index] is not None:
+                continue
+            with contextlib.suppress(WorkerLostError):
+                for resident in list(host.residents):
+                    resident.rescue()
+            self._hosts[index] = None
+            host.close()
+
+    def close(self) -> None:
+        """Ends the local workers and closes the connections."""
+        self._closed = True
+        for host in self._hosts:
+            if host is not None:
+                host.close()
+
+
+def _describe(target: str | None, host: Host | None) -> str:
+    if host is None:
+        return (
+            "a local worker, not started" if target is None else f"worker {target}, not connected"
+        )
+    return f"{host.worker.name}, lost" if host.lost is not None else host.worker.name
