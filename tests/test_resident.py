@@ -322,12 +322,13 @@ def test_a_process_with_dependent_aggregations_says_which_or_runs_on_all_clients
         assert metrics["spread"] == 0.5
 
 
-def test_a_process_with_secure_sums_is_refused():
+@pytest.mark.parametrize("arguments", [{}, {"clients_per_step": 2}, {"device": "CPU:0"}])
+def test_a_process_with_secure_sums_is_refused(arguments):
     secure = tff.learning.algorithms.build_weighted_fed_avg(
         model_fn, SGD, model_aggregator=tff.learning.secure_aggregator()
     )
     with pytest.raises(ValueError, match="without secure sums, which TFF's worker cannot take"):
-        ResidentProcess(secure, clients_per_step=2)
+        ResidentProcess(secure, **arguments)
 
 
 def test_a_state_of_all_kinds_of_leaves(monkeypatch):
@@ -434,7 +435,7 @@ def test_bad_states_and_data(resident):
         )
     )
     with pytest.raises(
-        TypeError, match=r"float32\[3,2\] at global_model_weights/trainable/0, found float32\[2, 3"
+        TypeError, match=r"float32\[3,2\] at global_model_weights/trainable/0; found float32\[2, 3"
     ):
         resident.restore(wrong_shape)
     wrong_dtype = plain._replace(
@@ -442,7 +443,7 @@ def test_bad_states_and_data(resident):
             trainable=[weights.trainable[0].astype(np.float64), *weights.trainable[1:]]
         )
     )
-    with pytest.raises(TypeError, match=r"trainable/0, found float64"):
+    with pytest.raises(TypeError, match=r"trainable/0; found float64"):
         resident.restore(wrong_dtype)
 
 

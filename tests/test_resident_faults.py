@@ -289,7 +289,7 @@ def test_ctrl_c_stops_the_round_and_keeps_the_state():
     with ResidentProcess(process()) as r:
         # The first round builds; one of TensorFlow's destructors could swallow the Ctrl-C there.
         state, _ = r.next(r.initialize(), list(cohorts()[0]))
-        long = [client.repeat(3000) for client in cohorts()[1]]
+        long = [client.repeat(1000) for client in cohorts()[1]]
         timer = after(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
         begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
@@ -344,3 +344,65 @@ def test_no_worker_outlives_python(tmp_path):
     for pid, directory in workers:
         wait_until(lambda pid=pid: not is_running(pid), 5)
         wait_until(lambda directory=directory: not os.path.exists(directory), 5)
+
+
+def interrupted(resident, state, clients):
+    """Breaks a round off with Ctrl-C; returns the worker that it ran in."""
+    host = hosts_of(resident)[0]
+    timer = after(1, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        resident.next(state, clients)
+    timer.join()
+    return host
+
+
+def slow(seconds):
+    """A cohort that takes its time."""
+
+    def wait(x, y):
+        end = tf.timestamp() + seconds
+        (waited,) = tf.while_loop(
+            lambda i: tf.timestamp() < end, lambda i: [i + 1], [tf.cast(end, tf.int64)]
+        )
+        with tf.control_dependencies([waited]):
+            return tf.identity(x), y
+
+    return [client.take(1).map(wait) for client in cohorts()[0]]
+
+
+def test_after_ctrl_c_every_state_goes_on_in_a_fresh_worker():
+    with ResidentProcess(process()) as r:
+        first = r.restore(plain_run()[1][0])
+        state, _ = r.next(first, list(cohorts()[1]))
+        host = interrupted(r, state, slow(2))
+        state, _ = r.next(state, list(cohorts()[2]))
+        assert hosts_of(r)[0] is not host
+        assert not is_running(host.worker.pid)
+        assert_equal(r.materialize(state), plain_run()[3][0])
+        assert_equal(r.materialize(first), plain_run()[1][0])
+        again, _ = r.next(first, list(cohorts()[1]))
+        assert_equal(r.materialize(again), plain_run()[2][0])
+
+
+def test_after_ctrl_c_a_worker_that_stays_busy_is_left_and_its_states_are_lost():
+    with ResidentProcess(process(), heartbeat=1.0) as r:
+        state, _ = r.next(plain_run()[0][0], list(cohorts()[0]))
+        host = interrupted(r, state, endless())
+        begin = time.monotonic()
+        with pytest.raises(WorkerLostError, match=r"a round in it was broken off, and it stayed"):
+            r.next(state, list(cohorts()[1]))
+        state, _ = r.next(plain_run()[1][0], list(cohorts()[1]))
+        assert time.monotonic() - begin < 10
+        assert not is_running(host.worker.pid)
+        assert_equal(r.materialize(state), plain_run()[2][0])
+
+
+def test_after_ctrl_c_nothing_is_lost_where_the_server_is_elsewhere():
+    with ResidentProcess(process(), server_device="CPU:0", heartbeat=1.0) as r:
+        state = r.restore(plain_run()[1][0])
+        host = interrupted(r, state, endless())
+        begin = time.monotonic()
+        state, _ = r.next(state, list(cohorts()[1]))
+        assert time.monotonic() - begin < 10
+        assert not is_running(host.worker.pid)
+        assert_close(r.materialize(state), plain_run()[2][0])

@@ -21,7 +21,7 @@ import tensorflow_federated as tff
 from timing import time_side_by_side
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import ResidentCheckpoints, ServerDeviceProcess
+from tff_optim.resident import ResidentCheckpoints
 
 ADAM = tff.learning.optimizers.build_adam(1e-3)
 
@@ -284,12 +284,13 @@ def memory(table, scale):
     plain = peak_gigabytes((set(workers()) - before).pop())
     tff.test.set_no_default_context()
     for clients in (200, 400):
+        before = set(workers())
         with ResidentProcess(process, clients_per_step=10) as resident:
             state = resident.initialize()
             begin = time.perf_counter()
             resident.next(state, data[:clients])
             seconds = time.perf_counter() - begin
-            peak = peak_gigabytes(hosts_of(resident)[0].worker.pid)
+            peak = peak_gigabytes((set(workers()) - before).pop())
         table.row(f"peak memory, 2e6 parameters, 200 / {clients} clients", plain, peak, "GB")
         if clients == 200:
             table.row("time of that first round, 200 clients", plain_seconds, seconds)
@@ -326,24 +327,23 @@ def server_device(table, scale):
         tff.learning.templates.ClientWorkProcess(nothing, work),
         tff.aggregators.MeanFactory().create(weights_type.trainable, tff.TensorType(np.float32)),
     )
-    plain_process = tff.learning.templates.compose_learning_process(
+    process = tff.learning.templates.compose_learning_process(
         *parts, tff.learning.templates.build_apply_optimizer_finalizer(ADAM, weights_type)
     )
     data = [tf.data.Dataset.from_tensor_slices([0.25, 0.25])]
     start_plain()
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
-    with ServerDeviceProcess(*parts, ADAM, server_device=device) as process:
+    with (
+        ResidentProcess(process, server_device=device) as server,
+        ResidentProcess(process, device=device) as whole,
+    ):
         # Not in turn: while plain TFF takes its seconds, a virtual machine may give back the shared
         # memory's pages to its host, and get them again slowly.
-        plain, seconds = (median_rounds([p], [data], 9)[0] for p in (plain_process, process))
-        times = process.handover_times
-    table.row(f"round with the server step on {device}, 1e7 parameters", plain, seconds)
-    if times.file_seconds is not None:
-        table.row(
-            f"hand-over of {times.num_bytes / 1e6:.0f} MB: messages against files",
-            times.message_seconds,
-            times.file_seconds,
+        plain, server_seconds, seconds = (
+            median_rounds([p], [data], 9)[0] for p in (process, server, whole)
         )
+    table.row(f"round with the server step on {device}, 1e7 parameters", plain, server_seconds)
+    table.row(f"all of that round on {device}", plain, seconds)
 
 
 def checkpoints(table, scale):

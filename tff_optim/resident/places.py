@@ -69,32 +69,23 @@ def build_place(process: tff.learning.templates.LearningProcess, settings: Setti
         ValueError: There is no such device, or the process cannot be split as asked.
     """
     number = settings.clients_per_step
-    workers = Workers(_check_workers(settings.workers), settings.heartbeat, settings.start_timeout)
+    workers = Workers(
+        _check_workers(settings.workers),
+        settings.heartbeat,
+        settings.start_timeout,
+        hold_states=settings.server_device is None,
+    )
     if settings.device is None and settings.server_device is None:
         return WorkerPlace(process, workers, number)
     parts = parts_lib.cut(process.next)
     if settings.device is not None:
         device = _select("device", settings.device)
         clients = local.Cohort(parts, device, number or local.default_clients_per_step())
-        return DevicePlace(
-            process, parts, device, clients.add_up, settings.compile_step, lambda: _name(device)
-        )
+        return DevicePlace(process, parts, device, clients.add_up, settings.compile_step)
     server_device = _select("server_device", settings.server_device)
     merge = as_function(ImportedComputation(parts.merge, server_device))
     there = WorkerCohort(parts, workers, number, merge)
-    return DevicePlace(
-        process,
-        parts,
-        server_device,
-        there.add_up,
-        settings.compile_step,
-        lambda: f"{_name(server_device)}, clients in {workers.name}",
-        workers.close,
-    )
-
-
-def _name(device: str | None) -> str:
-    return f"the Python process's {device[1:] if device else 'TensorFlow'}"
+    return DevicePlace(process, parts, server_device, there.add_up, settings.compile_step, workers)
 
 
 def _select(name: str, device: Any) -> str | None:

@@ -11,7 +11,6 @@ import tensorflow_federated as tff
 
 from tff_optim.resident import leaves
 
-
 CLOSED = (
     "`state` lives in a `ResidentProcess` that was closed, and is gone with it. Bring a state that is "
     "needed later to Python with `materialize`, or save it, while its process is open."
@@ -56,7 +55,18 @@ class Held(abc.ABC):
         return leaves.pack([Reference(self, i) for i in range(len(self.leaves))], self.type)
 
 
-class Reference(tff.program.MaterializableValueReference):
+class _Explained(abc.ABCMeta):
+    """TFF's only word about a value that it cannot send to its worker is the value's class."""
+
+    def __repr__(cls) -> str:
+        return (
+            f"<class '{cls.__module__}.{cls.__qualname__}'>, a leaf of the `state` of a "
+            "`ResidentProcess`: give a plain process `materialize(state)`, or the state to the "
+            "`ResidentProcess`"
+        )
+
+
+class Reference(tff.program.MaterializableValueReference, metaclass=_Explained):
     """One tensor of a value that lives elsewhere.
 
     It is as good as the tensor wherever NumPy or TensorFlow take one, which brings it to Python. It

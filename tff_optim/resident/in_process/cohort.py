@@ -92,25 +92,26 @@ def _tensor(value: Any, leaf: leaves.Leaf) -> tf.Tensor:
     if leaf.is_tensor:
         (array,) = leaves.as_arrays(value, leaf.type, "client_data")
         return tf.convert_to_tensor(array, leaf.dtype)
-    if not isinstance(value, tf.data.Dataset):
-        value = _dataset_of(value, leaf)
-    found = tff.types.tensorflow_to_type(value.element_spec)
-    if not leaf.type.element.is_assignable_from(found):
-        raise TypeError(
-            f"`client_data` must hold data sets of {leaf.type.element} at {leaf.name}; found one "
-            f"of {found}. Batch and map it as the model's `input_spec` says."
-        )
-    return tf.data.experimental.to_variant(_as_it_is(value))
-
-
-def _dataset_of(batches: Any, leaf: leaves.Leaf) -> tf.data.Dataset:
-    if not isinstance(batches, list | tuple):
+    element_type = leaf.type.element
+    if isinstance(value, tf.data.Dataset):
+        found = tff.types.tensorflow_to_type(value.element_spec)
+        if not element_type.is_assignable_from(found):
+            raise TypeError(
+                f"`client_data` must hold data sets of {element_type} at {leaf.name}; found one "
+                f"of {found}. Batch and map it as the model's `input_spec` says."
+            )
+        return tf.data.experimental.to_variant(_as_it_is(value))
+    if not isinstance(value, list | tuple):
         raise TypeError(
             f"`client_data` must hold a `tf.data.Dataset` or a list of batches at {leaf.name}; "
-            f"found {type(batches).__name__}."
+            f"found {type(value).__name__}."
         )
-    specs = tff.types.type_to_tf_structure(leaf.type.element)
-    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=specs)
+    batches = [leaves.as_arrays(batch, element_type, "client_data") for batch in value]
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in leaves.leaves_of(element_type)]
+    # A data set's variant has no structure: a tuple is as good as the batches' own.
+    return tf.data.experimental.to_variant(
+        tf.data.Dataset.from_generator(lambda: map(tuple, batches), output_signature=tuple(specs))
+    )
 
 
 def _as_it_is(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -10,6 +10,7 @@ from tff_optim.resident.in_process.cohort import client_tensors
 from tff_optim.resident.in_process.imported import ImportedComputation, as_function
 from tff_optim.resident.in_process.server import ServerStep
 from tff_optim.resident.in_process.variables import OnDevice, VariableSets, plain
+from tff_optim.resident.in_worker.workers import Workers
 from tff_optim.resident.parts import RoundParts, no_grappler
 from tff_optim.resident.place import Place, Source
 from tff_optim.resident.references import Held
@@ -27,8 +28,7 @@ class DevicePlace(Place):
         device: The device, or None to leave the placement to TensorFlow.
         add_up: What trains the clients.
         compile_step: Whether XLA compiles the server's step; None where it pays.
-        describe: Says where the clients are.
-        close: Ends what `add_up` runs.
+        workers: Where `add_up` trains them, if not here.
     """
 
     def __init__(
@@ -38,15 +38,13 @@ class DevicePlace(Place):
         device: str | None,
         add_up: AddUp,
         compile_step: bool | None,
-        describe: Callable[[], str],
-        close: Callable[[], None] = lambda: None,
+        workers: Workers | None = None,
     ):
         state_type = process.initialize.type_signature.result.member
         self._device = device
         self._sets = VariableSets(state_type, device)
         self._add_up = add_up
-        self._describe = describe
-        self._end = close
+        self._workers = workers
         self._step = ServerStep(parts, self._sets, device, compile_step)
         self._prepare = as_function(ImportedComputation(parts.prepare, device))
         self._initialize = process.initialize
@@ -55,7 +53,13 @@ class DevicePlace(Place):
     @property
     def name(self) -> str:
         """The device, and where the clients are."""
-        return self._describe()
+        here = f"the Python process's {self._device[1:] if self._device else 'TensorFlow'}"
+        return here if self._workers is None else f"{here}, clients in {self._workers.name}"
+
+    @property
+    def workers(self) -> Workers | None:
+        """Where clients are trained, if not here."""
+        return self._workers
 
     def owns(self, held: Held) -> bool:
         """Whether a value is in variables of this place; raises if it is gone."""
@@ -109,7 +113,8 @@ class DevicePlace(Place):
         """Lets go of the states, and ends the workers."""
         self._sets.close()
         self._functions.clear()
-        self._end()
+        if self._workers is not None:
+            self._workers.close()
 
     def _taken_in(self, state: Source) -> OnDevice:
         if isinstance(state, OnDevice) and self.owns(state):

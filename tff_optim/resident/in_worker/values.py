@@ -50,7 +50,18 @@ class Resident(Held):
         except RuntimeError as error:
             raise RuntimeError(CLOSED) from error
 
-    def rescue(self) -> None:
-        """Brings the value to Python for good, before its worker is left."""
-        self.rescued = self.fetch()
+    def rescue(self, seconds: float) -> bool:
+        """Brings the value to Python for good, before its worker is left.
+
+        Returns:
+            Whether the worker gave it within some seconds.
+        """
+        call = self.executor.host.start(
+            lambda: handover.fetch(self.carrier, self.executor, self.value)
+        )
+        if not call.done.wait(max(seconds, 0.0)) or call.error is not None:
+            call.abandoned = True
+            return False
+        self.rescued = call.result
         self.value = None
+        return True

@@ -1,6 +1,5 @@
 """The workers of a process: started, replaced and ended."""
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -20,13 +19,21 @@ class Workers:
         targets: For each worker its `'host:port'`, or None for one to be started here.
         heartbeat: Seconds between two looks at a worker while it computes.
         start_timeout: Seconds that a worker has to start.
+        hold_states: Whether the first one holds states: then losing it is an error.
     """
 
-    def __init__(self, targets: Sequence[str | None], heartbeat: float, start_timeout: float):
+    def __init__(
+        self,
+        targets: Sequence[str | None],
+        heartbeat: float,
+        start_timeout: float,
+        hold_states: bool,
+    ):
         self._targets = targets
         self._heartbeat = heartbeat
         self._start_timeout = start_timeout
         self._hosts: list[Host | None] = [None] * len(targets)
+        self._hold_states = hold_states
         self._closed = False
         self._interrupted = False
 
@@ -86,7 +93,8 @@ class Workers:
             except WorkerLostError:
                 home = self._hosts[0]
                 replaced += 1
-                if (home is not None and home.lost is not None) or replaced > 1:
+                with_state = self._hold_states and home is not None and home.lost is not None
+                if with_state or replaced > 1:
                     raise
 
     def run_round(self, attempt: Callable[[], _T]) -> _T:
@@ -101,16 +109,24 @@ class Workers:
             raise
 
     def _replace_busy(self) -> None:
-        """Leaves local workers that a round was broken off in; what lives in them is kept.
+        """Leaves local workers that a round was broken off in.
 
-        Such a worker would first finish what nobody waits for any more.
+        Such a worker first finishes the clients that it has begun with. States are brought to
+        Python; what it does not give within the heartbeat is lost.
         """
         for index, host in enumerate(self._hosts):
             if host is None or host.lost is not None or self._targets[index] is not None:
                 continue
-            with contextlib.suppress(WorkerLostError):
-                for resident in list(host.residents):
-                    resident.rescue()
+            deadline = time.monotonic() + self._heartbeat
+            kept = [
+                resident.rescue(deadline - time.monotonic()) for resident in list(host.residents)
+            ]
+            if not all(kept):
+                host.lost = worker_lib.lost(
+                    host.worker,
+                    f"a round in it was broken off, and it stayed busy for {self._heartbeat:g} "
+                    "seconds",
+                )
             self._hosts[index] = None
             host.close()
 
