@@ -10,6 +10,7 @@ import tensorflow_federated as tff
 
 import aggregators
 import tff_optim
+from tff_optim import registry
 
 MODULES = [
     module.name
@@ -25,7 +26,9 @@ def worker(tff_runtime):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_examples(name, monkeypatch):
+    # What an example registers is forgotten with it.
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     module = importlib.import_module(name)
     results = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert results.failed == 0

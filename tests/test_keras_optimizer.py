@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import inspect
 import itertools
+import pathlib
 import pickle
+import re
 import sys
 
 import attrs
@@ -531,6 +533,19 @@ def test_what_keras_calls_in_a_step_is_called_here_too_or_refused_when_overridde
     assert {"minimize", "compute_gradients", "apply_gradients", "_clip_gradients"} <= with_keras
     assert {"_clip_gradients", "_deduplicate_sparse_grad", "build"} <= with_us
     assert with_keras - with_us <= keras_step.not_called()
+
+
+def test_only_keras_step_reads_private_names_of_keras_optimizers():
+    private = {name for name in (*vars(K.Adam(0.1)), *dir(K.Optimizer)) if re.match("_[a-z]", name)}
+    assert {"_iterations", "_learning_rate", "_clip_gradients"} <= private
+    package = pathlib.Path(tff_optim.__file__).parent
+    sources = [path for path in package.rglob("*.py") if path.parent.name != "keras_step"]
+    assert len(sources) > 30
+    for path in sources:
+        for name in re.findall(
+            r"(?<!self)(?<!cls)\._(?!_)(\w+)|[\"\']_(\w+)[\"\']", path.read_text()
+        ):
+            assert f"_{''.join(name)}" not in private, (path.name, name)
 
 
 def _use(result, how):

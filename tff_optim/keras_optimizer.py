@@ -19,7 +19,6 @@ from tff_optim import (
     leaves,
 )
 from tff_optim.devices import DevicePolicy, device_scope, select_device
-from tff_optim.state_cells import NumberCell
 from tff_optim.tracing import call_traced, eager_world
 
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY
@@ -213,15 +212,8 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         gradients: Any,
     ) -> tuple[Any, list[tf.Tensor]]:
         with device_scope(self.device):
-            optimizer = template.optimizer
-            optimizer._iterations.bind(state[_ITERATIONS])
-            current_rate = getattr(optimizer, "_current_learning_rate", None)
-            if current_rate is not None:
-                current_rate.bind(tf.zeros(current_rate.shape, current_rate.dtype))
-            if self._learning_rate is not None:
-                optimizer._learning_rate.bind(tf.cast(state[_LR], self._learning_rate.dtype))
-            for name in self._numbers:
-                optimizer.__dict__[name] = NumberCell(state[name])
+            numbers = {name: state[name] for name in self._numbers}
+            keras_step.bind(template, state[_ITERATIONS], state.get(_LR), numbers)
             for cell, value in zip(template.weights, values):
                 cell.bind(value)
             slots = dict(state[_SLOTS])
@@ -238,9 +230,9 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
             keras_step.run_step(template, [template.weights[i] for i in given], gradients)
 
             new_state = collections.OrderedDict(state)
-            new_state[_ITERATIONS] = optimizer._iterations.value()
-            if self._learning_rate is not None:
-                new_state[_LR] = optimizer._learning_rate.value()
+            new_state[_ITERATIONS], rate = keras_step.iterations_and_rate(template)
+            if rate is not None:
+                new_state[_LR] = rate
             new_state[_SLOTS] = collections.OrderedDict(
                 (key, cell.value()) for key, cell in zip(slots, template.slots.values())
             )
@@ -415,9 +407,9 @@ def build_keras_optimizer(
         keras_step.check_arguments(made)
         keras_step.check_closed(made, initial)
         numbers = keras_step.find_numbers(made, initial)
-    rate = initial.get(id(made._learning_rate))
+    rate: Any = keras_step.initial_rate(made, initial)
     if traced:
-        rate = tf.cast(learning_rate, made._learning_rate.dtype)
+        rate = tf.cast(learning_rate, rate.dtype)
     return KerasOptimizer(
         keras_optimizer=made,
         device=select_device(device),

@@ -2,6 +2,7 @@
 
 from tff_optim.transforms.adaptive import Adagrad, Adam, RMSProp, Yogi
 from tff_optim.transforms.clipping import ClipByGlobalNorm, ClipByNorm
+from tff_optim.transforms.elementwise import ElementwiseTransform
 from tff_optim.transforms.interface import GradientTransform
 from tff_optim.transforms.keras_transform import KerasTransform
 from tff_optim.transforms.momentum import EWMA, Momentum, YogiMomentum
@@ -13,6 +14,7 @@ __all__ = [
     "Adam",
     "ClipByGlobalNorm",
     "ClipByNorm",
+    "ElementwiseTransform",
     "GaussianNoise",
     "GradientTransform",
     "KerasTransform",

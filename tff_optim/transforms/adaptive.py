@@ -1,18 +1,18 @@
 """Transforms that divide gradients by their size over past steps."""
 
-import functools
-from collections.abc import Callable, Mapping
+import abc
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters, leaves
-from tff_optim.transforms.interface import GradientTransform
+from tff_optim.transforms.elementwise import ElementwiseTransform
 
 
 @attrs.frozen
-class Adagrad(GradientTransform):
+class Adagrad(ElementwiseTransform):
     """Divides gradients by the root of their summed squares.
 
     `s = s + g^2`; the result is `g / (sqrt(s) + epsilon)`. `g` is the gradient, `s` the sum (0 at
@@ -32,29 +32,21 @@ class Adagrad(GradientTransform):
 
     epsilon: Any = hyperparameters.positive(1e-7)
 
-    def initialize(self, specs: Any) -> Any:
+    @property
+    def slots(self) -> tuple[str, ...]:
         """See base class."""
-        state = hyperparameters.initialize(self)
-        state["square_sum"] = leaves.zeros(specs)
-        return state
+        return ("square_sum",)
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def rule(
+        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """See base class."""
-        del weights  # The rule looks at gradients alone.
-        hyperparameters.check_state(self, state, slots=("square_sum",))
-        values = hyperparameters.current(self, state)
-
-        def step(g: tf.Tensor, square_sum: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            square_sum += tf.square(g)
-            epsilon = leaves.number(values["epsilon"], g.dtype)
-            return g / (tf.sqrt(square_sum) + epsilon), square_sum
-
-        gradients, slots = leaves.map_leaves(step, gradients, {"square_sum": state["square_sum"]})
-        return hyperparameters.advance(self, state) | slots, gradients
+        square_sum = slots[0] + tf.square(gradient)
+        return gradient / (tf.sqrt(square_sum) + numbers["epsilon"]), square_sum
 
 
 @attrs.frozen
-class RMSProp(GradientTransform):
+class RMSProp(ElementwiseTransform):
     """Divides gradients by the root of the moving average of their squares.
 
     `s = beta s + (1 - beta) g^2`; the result is `g / (sqrt(s) + epsilon)`. `g` is the gradient,
@@ -77,29 +69,70 @@ class RMSProp(GradientTransform):
     beta: Any = hyperparameters.fraction(0.9)
     epsilon: Any = hyperparameters.positive(1e-7)
 
-    def initialize(self, specs: Any) -> Any:
+    @property
+    def slots(self) -> tuple[str, ...]:
         """See base class."""
-        state = hyperparameters.initialize(self)
-        state["square_average"] = leaves.zeros(specs)
-        return state
+        return ("square_average",)
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def rule(
+        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """See base class."""
-        del weights  # The rule looks at gradients alone.
-        hyperparameters.check_state(self, state, slots=("square_average",))
-        values = hyperparameters.current(self, state)
-
-        def step(g: tf.Tensor, average: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            average += (1 - leaves.number(values["beta"], g.dtype)) * (tf.square(g) - average)
-            return g / (tf.sqrt(average) + leaves.number(values["epsilon"], g.dtype)), average
-
-        slots = {"square_average": state["square_average"]}
-        gradients, new_slots = leaves.map_leaves(step, gradients, slots)
-        return hyperparameters.advance(self, state) | new_slots, gradients
+        average = slots[0] + (1 - numbers["beta"]) * (tf.square(gradient) - slots[0])
+        return gradient / (tf.sqrt(average) + numbers["epsilon"]), average
 
 
 @attrs.frozen
-class Adam(GradientTransform):
+class _Moments(ElementwiseTransform):
+    """What `Adam` and `Yogi` share: all but how the second moment moves."""
+
+    beta_1: Any = hyperparameters.fraction(0.9)
+    beta_2: Any = hyperparameters.fraction(0.99)
+    epsilon: Any = hyperparameters.positive(1e-7)
+    amsgrad: bool = hyperparameters.flag(False)
+
+    counts_steps = True
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """See base class."""
+        return ("average", "square_average") + ("square_maximum",) * self.amsgrad
+
+    @abc.abstractmethod
+    def average_squares(self, v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
+        """The next second moment, from `v`, the squared gradient and `1 - beta_2`."""
+
+    def numbers(
+        self, values: Mapping[str, Any], step: tf.Tensor | None, dtype: tf.DType
+    ) -> dict[str, tf.Tensor]:
+        """See base class."""
+        # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1. As
+        # factors: two divisions less for each element.
+        found = {"epsilon": leaves.number(values["epsilon"], dtype)}
+        for i in (1, 2):
+            beta = values[f"beta_{i}"]
+            correction = 1 / (1 - tf.pow(leaves.number(beta, tf.float64), step))
+            found[f"move_{i}"] = 1 - leaves.number(beta, dtype)
+            found[f"correction_{i}"] = leaves.number(correction, dtype)
+        return found
+
+    def rule(
+        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """See base class."""
+        m, v, *maximum = slots
+        m += numbers["move_1"] * (gradient - m)
+        v = self.average_squares(v, tf.square(gradient), numbers["move_2"])
+        corrected = v * numbers["correction_2"]
+        if maximum:
+            corrected = tf.maximum(corrected, maximum[0])
+            maximum = [corrected]
+        result = m * numbers["correction_1"] / (tf.sqrt(corrected) + numbers["epsilon"])
+        return result, m, v, *maximum
+
+
+@attrs.frozen
+class Adam(_Moments):
     """Divides the average of gradients by the root of the average of their squares.
 
     With `g` the gradient, `t` the number of this step (from 1), `m` and `v` 0 at first:
@@ -129,27 +162,13 @@ class Adam(GradientTransform):
     convergence of Adam and beyond", 2018 (AMSGrad).
     """
 
-    beta_1: Any = hyperparameters.fraction(0.9)
-    beta_2: Any = hyperparameters.fraction(0.99)
-    epsilon: Any = hyperparameters.positive(1e-7)
-    amsgrad: bool = hyperparameters.flag(False)
-
-    def initialize(self, specs: Any) -> Any:
+    def average_squares(self, v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
         """See base class."""
-        return _initialize_moments(self, specs)
-
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """See base class."""
-        del weights  # The rule looks at gradients alone.
-
-        def average(v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
-            return v + move * (square - v)
-
-        return _next_moments(self, state, gradients, average)
+        return v + move * (square - v)
 
 
 @attrs.frozen
-class Yogi(GradientTransform):
+class Yogi(_Moments):
     """Adam, with a second moment that moves by the size of the squared gradient.
 
     As `Adam`, but `v = v - sign(v - g^2) (1 - beta_2) g^2`.
@@ -169,67 +188,6 @@ class Yogi(GradientTransform):
     Zaheer et al., "Adaptive methods for nonconvex optimization", 2018.
     """
 
-    beta_1: Any = hyperparameters.fraction(0.9)
-    beta_2: Any = hyperparameters.fraction(0.99)
-    epsilon: Any = hyperparameters.positive(1e-7)
-    amsgrad: bool = hyperparameters.flag(False)
-
-    def initialize(self, specs: Any) -> Any:
+    def average_squares(self, v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
         """See base class."""
-        return _initialize_moments(self, specs)
-
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """See base class."""
-        del weights  # The rule looks at gradients alone.
-
-        def average(v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
-            return v - tf.sign(v - square) * move * square
-
-        return _next_moments(self, state, gradients, average)
-
-
-def _initialize_moments(part: Adam | Yogi, specs: Any) -> Any:
-    state = hyperparameters.initialize(part, counts_steps=True)
-    state["average"] = leaves.zeros(specs)
-    state["square_average"] = leaves.zeros(specs)
-    if part.amsgrad:
-        state["square_maximum"] = leaves.zeros(specs)
-    return state
-
-
-def _next_moments(
-    part: Adam | Yogi,
-    state: Mapping[str, Any],
-    gradients: Any,
-    average_squares: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor],
-) -> tuple[Any, Any]:
-    names = ("average", "square_average") + ("square_maximum",) * part.amsgrad
-    hyperparameters.check_state(part, state, slots=names, counts_steps=True)
-    values = hyperparameters.current(part, state)
-    carried = hyperparameters.advance(part, state)
-    t = tf.cast(carried[hyperparameters.STEP], tf.float64)
-
-    @functools.cache  # once per dtype, not per leaf
-    def factors(dtype: tf.DType) -> list[tf.Tensor]:
-        # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1. As
-        # factors: two divisions less for each element.
-        betas = [values["beta_1"], values["beta_2"]]
-        corrections = [1 / (1 - tf.pow(leaves.number(beta, tf.float64), t)) for beta in betas]
-        moves = [1 - leaves.number(beta, dtype) for beta in betas]
-        return [*moves, *(leaves.number(x, dtype) for x in (*corrections, values["epsilon"]))]
-
-    def step(
-        g: tf.Tensor, m: tf.Tensor, v: tf.Tensor, *maximum: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        move_1, move_2, correction_1, correction_2, epsilon = factors(g.dtype)
-        m += move_1 * (g - m)
-        v = average_squares(v, tf.square(g), move_2)
-        corrected = v * correction_2
-        if maximum:
-            corrected = tf.maximum(corrected, maximum[0])
-            maximum = (corrected,)
-        return m * correction_1 / (tf.sqrt(corrected) + epsilon), m, v, *maximum
-
-    slots = {name: state[name] for name in names}
-    gradients, new_slots = leaves.map_leaves(step, gradients, slots)
-    return carried | new_slots, gradients
+        return v - tf.sign(v - square) * move * square

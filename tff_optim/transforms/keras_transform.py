@@ -33,7 +33,7 @@ def _step_only(given: Any) -> KerasOptimizer:
     if dropped:
         warnings.warn(f"`KerasTransform` of {name} leaves out {', '.join(dropped)}.", stacklevel=3)
     with eager_world():  # variables and values are needed now, even while TFF traces
-        optimizer = build_keras_optimizer(_stripped(keras), device=wrapped.device)
+        optimizer = build_keras_optimizer(keras_step.at_unit_rate(keras), device=wrapped.device)
         depends = _depends_on_weights(optimizer)
     if depends:
         raise ValueError(
@@ -42,22 +42,6 @@ def _step_only(given: Any) -> KerasOptimizer:
             "`tff_optim.build_keras_optimizer` on its own instead."
         )
     return optimizer
-
-
-def _stripped(keras: Any) -> Any:
-    """A copy at learning rate 1, without decay and moving average of weights.
-
-    A copy, rather than one made of its configuration: that of a subclass may not tell everything.
-    """
-    clone = keras_step.copy_containers(keras)
-    rate = tf.Variable(1.0, dtype=tf.keras.backend.floatx(), name=_LEARNING_RATE, trainable=False)
-    clone.__dict__.pop("_current_learning_rate", None)  # that of a schedule
-    # AdamW insists on a number, also when it is made of its configuration again.
-    decay = 0.0 if isinstance(clone, tf.keras.optimizers.AdamW) else None
-    # Into `__dict__`, past Keras' setters: they would change the old variable.
-    clone.__dict__.update(_learning_rate=rate, weight_decay=decay)
-    clone.__dict__.update(use_ema=False, ema_momentum=0.99, ema_overwrite_frequency=None)
-    return clone
 
 
 def _depends_on_weights(optimizer: KerasOptimizer) -> bool:

@@ -1,16 +1,17 @@
 """Transforms that average gradients over steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import tensorflow as tf
 
-from tff_optim import hyperparameters, leaves
-from tff_optim.transforms.interface import GradientTransform
+from tff_optim import hyperparameters
+from tff_optim.transforms.elementwise import ElementwiseTransform
 
 
 @attrs.frozen
-class Momentum(GradientTransform):
+class Momentum(ElementwiseTransform):
     """Adds up gradients, the older the less.
 
     `v = beta v + g`; the result is `v`, or `beta v + g` with `nesterov`. `g` is the gradient, `v`
@@ -35,29 +36,21 @@ class Momentum(GradientTransform):
     beta: Any = hyperparameters.fraction(0.9)
     nesterov: bool = hyperparameters.flag(False)
 
-    def initialize(self, specs: Any) -> Any:
+    @property
+    def slots(self) -> tuple[str, ...]:
         """See base class."""
-        state = hyperparameters.initialize(self)
-        state["velocity"] = leaves.zeros(specs)
-        return state
+        return ("velocity",)
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def rule(
+        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """See base class."""
-        del weights  # The rule looks at gradients alone.
-        hyperparameters.check_state(self, state, slots=("velocity",))
-        values = hyperparameters.current(self, state)
-
-        def step(g: tf.Tensor, velocity: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            beta = leaves.number(values["beta"], g.dtype)
-            velocity = beta * velocity + g
-            return (beta * velocity + g if self.nesterov else velocity), velocity
-
-        gradients, slots = leaves.map_leaves(step, gradients, {"velocity": state["velocity"]})
-        return hyperparameters.advance(self, state) | slots, gradients
+        velocity = numbers["beta"] * slots[0] + gradient
+        return (numbers["beta"] * velocity + gradient if self.nesterov else velocity), velocity
 
 
 @attrs.frozen
-class EWMA(GradientTransform):
+class EWMA(ElementwiseTransform):
     """Replaces gradients by their exponentially weighted moving average.
 
     `s = beta s + (1 - beta) g`; the result is `s`. `g` is the gradient, `s` the average (0 at
@@ -75,29 +68,21 @@ class EWMA(GradientTransform):
 
     beta: Any = hyperparameters.fraction(0.9)
 
-    def initialize(self, specs: Any) -> Any:
+    @property
+    def slots(self) -> tuple[str, ...]:
         """See base class."""
-        state = hyperparameters.initialize(self)
-        state["average"] = leaves.zeros(specs)
-        return state
+        return ("average",)
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def rule(
+        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """See base class."""
-        del weights  # The rule looks at gradients alone.
-        hyperparameters.check_state(self, state, slots=("average",))
-        values = hyperparameters.current(self, state)
-
-        def step(g: tf.Tensor, average: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            beta = leaves.number(values["beta"], g.dtype)
-            average += (1 - beta) * (g - average)
-            return average, average
-
-        gradients, slots = leaves.map_leaves(step, gradients, {"average": state["average"]})
-        return hyperparameters.advance(self, state) | slots, gradients
+        average = slots[0] + (1 - numbers["beta"]) * (gradient - slots[0])
+        return average, average
 
 
 @attrs.frozen
-class YogiMomentum(GradientTransform):
+class YogiMomentum(ElementwiseTransform):
     """An average of gradients that moves by the size of the gradient, not of the difference.
 
     `s = s - sign(s - g) (1 - beta) g`; the result is `s`. `g` is the gradient, `s` the average
@@ -118,22 +103,14 @@ class YogiMomentum(GradientTransform):
 
     beta: Any = hyperparameters.fraction(0.9)
 
-    def initialize(self, specs: Any) -> Any:
+    @property
+    def slots(self) -> tuple[str, ...]:
         """See base class."""
-        state = hyperparameters.initialize(self)
-        state["average"] = leaves.zeros(specs)
-        return state
+        return ("average",)
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def rule(
+        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """See base class."""
-        del weights  # The rule looks at gradients alone.
-        hyperparameters.check_state(self, state, slots=("average",))
-        values = hyperparameters.current(self, state)
-
-        def step(g: tf.Tensor, average: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            beta = leaves.number(values["beta"], g.dtype)
-            average -= tf.sign(average - g) * (1 - beta) * g
-            return average, average
-
-        gradients, slots = leaves.map_leaves(step, gradients, {"average": state["average"]})
-        return hyperparameters.advance(self, state) | slots, gradients
+        average = slots[0] - tf.sign(slots[0] - gradient) * (1 - numbers["beta"]) * gradient
+        return average, average

@@ -1,0 +1,104 @@
+"""Gradient transforms that are a rule for each element: what one has to write is the rule."""
+
+import abc
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from tff_optim import hyperparameters, leaves
+from tff_optim.transforms.interface import GradientTransform
+
+
+class ElementwiseTransform(GradientTransform):
+    """A transform of each tensor by itself, with slots of its shape and dtype.
+
+    Write `rule`, declare hyper-parameters with `tff_optim.hyperparameters`, and name the slots. The
+    state is an `OrderedDict` of the hyper-parameters that are numbers, `step` if a schedule needs it
+    or `counts_steps` is set, and the slots, each a structure like the weights, 0 at first.
+
+    Attributes:
+      counts_steps: Whether `step` is in the state without a schedule, too.
+
+    Example:
+      Signs of an average of gradients.
+
+      >>> import attrs, tff_optim
+      >>> @attrs.frozen
+      ... class AverageSign(ElementwiseTransform):
+      ...     beta: float = tff_optim.hyperparameters.fraction(0.9)
+      ...
+      ...     @property
+      ...     def slots(self):
+      ...         return ("average",)
+      ...
+      ...     def rule(self, numbers, gradient, average):
+      ...         average += (1 - numbers["beta"]) * (gradient - average)
+      ...         return tf.sign(average), average
+      >>> part = AverageSign(beta=0.5)
+      >>> state = part.initialize([tf.TensorSpec([])])
+      >>> state, gradients = part.next(state, [tf.constant(0.0)], [tf.constant(-4.0)])
+      >>> float(gradients[0]), float(state["average"][0])
+      (-1.0, -2.0)
+    """
+
+    counts_steps = False
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the slots, in the order in which `rule` takes and returns them."""
+        return ()
+
+    def numbers(
+        self, values: Mapping[str, Any], step: tf.Tensor | None, dtype: tf.DType
+    ) -> dict[str, tf.Tensor]:
+        """What `rule` computes with, once for each dtype of the weights.
+
+        Args:
+          values: The hyper-parameters of this step, by name.
+          step: The number of this step, from 1, as a float64; None if steps are not counted.
+          dtype: The dtype of the gradients.
+
+        Returns:
+          Scalars of `dtype` by name: the hyper-parameters, unless overridden.
+        """
+        del step  # Few rules depend on it.
+        return {name: leaves.number(value, dtype) for name, value in values.items()}
+
+    @abc.abstractmethod
+    def rule(
+        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """One step of one tensor.
+
+        Args:
+          numbers: What `numbers` returned for the dtype of the gradient.
+          gradient: The gradient.
+          *slots: The slots of this tensor.
+
+        Returns:
+          The new gradient, and the new slots.
+        """
+
+    def initialize(self, specs: Any) -> Any:
+        """See base class."""
+        state = hyperparameters.initialize(self, self.counts_steps)
+        return state | {name: leaves.zeros(specs) for name in self.slots}
+
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """See base class."""
+        del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state, self.slots, self.counts_steps)
+        values = hyperparameters.current(self, state)
+        carried = hyperparameters.advance(self, state)
+        step = carried.get(hyperparameters.STEP)
+        counted = None if step is None else tf.cast(step, tf.float64)
+        numbers = functools.cache(functools.partial(self.numbers, values, counted))
+
+        def apply(gradient: tf.Tensor, *slots: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return self.rule(numbers(gradient.dtype), gradient, *slots)
+
+        old = {name: state[name] for name in self.slots}
+        gradients, new = leaves.map_leaves(apply, gradients, old)
+        return carried | new, gradients
