@@ -42,6 +42,7 @@ def register_transform(cls: type[GradientTransform]) -> type[GradientTransform]:
       ValueError: If another class has the name.
 
     Example:
+      >>> import tensorflow as tf
       >>> import tff_optim
       >>> @tff_optim.register_transform
       ... class Halve(tff_optim.transforms.GradientTransform):
