@@ -114,6 +114,8 @@ def test_weights_and_hparams_are_read_and_written(resident):
     hparams["finalizer"]["learning_rate"] = 0.5
     changed = resident.set_hparams(state, hparams)
     assert_equal(resident.materialize(changed), process().set_hparams(plain, hparams))
+    partly = resident.set_hparams(state, {"finalizer": {"learning_rate": np.float64(0.5)}})
+    assert_equal(resident.materialize(partly), process().set_hparams(plain, hparams))
 
 
 def test_a_plain_or_mixed_state_is_taken_as_it_is(resident):

@@ -458,3 +458,31 @@ def test_hyperparameters_of_a_part_without_any():
     assert hyperparameters.intervals(Plain()) == {}
     assert Plain().get_hparams(()) == {}
     assert Plain().set_hparams((), {}) == ()
+
+
+def test_hyperparameters_of_a_process_are_completed_from_some_of_them():
+    known = {
+        "client_work": {"learning_rate": np.float32(0.5), "momentum": np.float64(0.25)},
+        "finalizer": {"learning_rate": np.float32(1.0), "count": np.int32(3)},
+        "aggregator": (),
+    }
+    found = hyperparameters.complete(
+        known, {"client_work": {"learning_rate": np.float64(0.1)}, "finalizer": {"count": 5}}
+    )
+    assert found["client_work"] == {"learning_rate": np.float32(0.1), "momentum": 0.25}
+    assert found["finalizer"] == {"learning_rate": 1.0, "count": 5}
+    assert found["client_work"]["learning_rate"].dtype == np.float32
+    assert found["finalizer"]["count"].dtype == np.int32
+    assert found["aggregator"] == ()
+    for given, message in (
+        ({"client": {}}, r"`hparams` may hold client_work, .*; found \['client'\]"),
+        ({"client_work": {"rate": 1}}, "`hparams` at 'client_work' may hold learning_rate, mom"),
+        ({"client_work": 0.1}, "`hparams` at 'client_work' must be a mapping; found 0.1"),
+        ({"client_work": {"momentum": [0.1]}}, "at 'client_work/momentum' must be a number"),
+        ({"client_work": {"momentum": "x"}}, "at 'client_work/momentum' must be a number"),
+        ({"client_work": {"momentum": np.nan}}, "at 'client_work/momentum' must be a finite"),
+        ({"finalizer": {"count": 1.5}}, "at 'finalizer/count' must be a whole number; found 1.5"),
+        ({"finalizer": {"learning_rate": 10**400}}, "'finalizer/learning_rate' must be a finite"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            hyperparameters.complete(known, given)

@@ -13,6 +13,7 @@ Every optimizer of this package keeps one contract, whatever library its step co
 """
 
 import collections
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ from tff_optim.intervals import (
     checked_number,
     to_float,
 )
-from tff_optim.messages import shown
+from tff_optim.messages import at, shown
 
 __all__ = [
     "FINITE",
@@ -48,6 +49,7 @@ __all__ = [
     "check_state",
     "checked",
     "checked_number",
+    "complete",
     "constant",
     "current",
     "field",
@@ -148,6 +150,60 @@ def update(
         value = checked(owner, name, value, intervals[name])
         new_state[name] = in_dtype_of(value, state[name])
     return new_state
+
+
+def complete(known: Any, given: Any, path: str = "") -> Any:
+    """The hyper-parameters of a whole process, from some of them.
+
+    TFF's own processes take nothing but all of them, each in its very dtype.
+
+    Args:
+      known: What `get_hparams` of the process returns: numbers in mappings.
+      given: Some of them, in the same mappings: Python or NumPy numbers of any width.
+      path: Where they stand, for messages.
+
+    Returns:
+      All of them, structured and typed like `known`.
+
+    Raises:
+      TypeError: If a value is not a number.
+      ValueError: If a name is unknown, or a number is not finite or not whole where it must be.
+
+    Example:
+      >>> known = {"finalizer": {"learning_rate": np.float32(1.0), "beta_1": np.float64(0.5)}}
+      >>> complete(known, {"finalizer": {"learning_rate": 2}})["finalizer"]["learning_rate"].dtype
+      dtype('float32')
+    """
+    where = at("hparams", path)
+    if isinstance(known, Mapping):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{where} must be a mapping; found {shown(given)}.")
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(
+                f"{where} may hold {', '.join(known) or 'nothing'}; found {shown(unknown)}."
+            )
+        return collections.OrderedDict(
+            (
+                key,
+                complete(value, given[key], f"{path}/{key}".lstrip("/")) if key in given else value,
+            )
+            for key, value in known.items()
+        )
+    old = np.asarray(known)
+    if old.ndim or old.dtype.kind not in "fiu":
+        return given  # not a number: TFF compares its type
+    number = to_float(given.numpy() if isinstance(given, tf.Tensor) else given)
+    if not isinstance(number, float):
+        raise TypeError(f"{where} must be a number; found {shown(given)}.")
+    if old.dtype.kind != "f":
+        if not math.isfinite(number) or number != int(number):
+            raise ValueError(f"{where} must be a whole number; found {shown(given)}.")
+        return old.dtype.type(int(number))
+    with np.errstate(over="ignore"):
+        new = old.dtype.type(number)
+    if not np.isfinite(new):
+        raise ValueError(f"{where} must be a finite number in {old.dtype}; found {shown(given)}.")
+    return new
 
 
 def check_names(hparams: Any, known: Mapping[str, Any], owner: str) -> None:

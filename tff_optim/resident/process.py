@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow_federated as tff
 
+from tff_optim import hyperparameters
 from tff_optim.devices import DevicePolicy
 from tff_optim.resident import leaves, parts, places, references
 from tff_optim.resident.place import Source
@@ -162,7 +163,18 @@ class ResidentProcess:
         return self._set("model_weights", self._process.set_model_weights, state, model_weights)
 
     def set_hparams(self, state: Any, hparams: Any) -> Any:
-        """Returns a state with other hyperparameters, given as `get_hparams` returns them."""
+        """Returns a state with other hyperparameters.
+
+        Args:
+            state: A state.
+            hparams: Some of what `get_hparams` returns, as Python or NumPy numbers of any width;
+                what is left out stays as it is.
+
+        Raises:
+            TypeError: A value is not a number.
+            ValueError: A name is unknown, or a number is not finite.
+        """
+        hparams = hyperparameters.complete(self.get_hparams(state), hparams)
         return self._set("hparams", self._process.set_hparams, state, hparams)
 
     def materialize(self, state: Any) -> Any:
