@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import tensorflow_federated as tff
 from resident_cases import assert_equal, cohorts, hosts_of, model_fn, plain_run, process
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import CheckpointError, ResidentCheckpoints
+from tff_optim.resident import CheckpointError, ResidentCheckpoints, maker
 from tff_optim.resident.in_worker import handover
+from tff_optim.resident.versions import VersionDirectory
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +82,14 @@ def test_the_newest_are_kept_and_versions_are_not_overwritten(resident, tmp_path
     for version in (1, 2, 9, 10):
         checkpoints.save_now(state, version)
     assert checkpoints.versions() == [9, 10]
-    assert sorted(os.listdir(tmp_path)) == ["version_10", "version_9"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "version_10", "version_9"]
     with pytest.raises(tff.program.ProgramStateExistsError):
         checkpoints.save_now(state, 10)
     with pytest.raises(tff.program.ProgramStateNotFoundError):
         checkpoints.load_now(2)
     asyncio.run(checkpoints.remove_all())
     assert checkpoints.versions() == []
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [".lock"]
     keep_all = ResidentCheckpoints(resident, tmp_path, keep=None)
     for version in range(7):
         keep_all.save_now(state, version)
@@ -200,13 +202,13 @@ def test_a_killed_save_leaves_the_last_good_version(tmp_path, monkeypatch):
         assert last == 1
         assert_equal(r.materialize(state), plain_run()[1][0])
         checkpoints.save_now(state, 2)
-        assert sorted(os.listdir(tmp_path)) == ["version_1", "version_2"]
+        assert sorted(os.listdir(tmp_path)) == [".lock", "version_1", "version_2"]
 
 
 def test_broken_and_foreign_checkpoints(resident, tmp_path):
     checkpoints = ResidentCheckpoints(resident, tmp_path)
     (tmp_path / "version_1").mkdir()
-    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"No version in .* is whole. Version 1 .* lacks"):
         checkpoints.resume()
     other = tff.learning.algorithms.build_weighted_fed_avg(
         model_fn, tff.learning.optimizers.build_sgdm(0.1)
@@ -217,12 +219,171 @@ def test_broken_and_foreign_checkpoints(resident, tmp_path):
         ResidentCheckpoints(resident, tmp_path / "other").resume()
 
 
+def with_server_optimizer(optimizer):
+    return tff.learning.algorithms.build_weighted_fed_avg(
+        model_fn, tff.learning.optimizers.build_sgdm(0.05), server_optimizer_fn=optimizer
+    )
+
+
+def test_the_state_of_another_optimizer_with_the_same_names_is_refused(resident, tmp_path):
+    yogi = with_server_optimizer(tff.learning.optimizers.build_yogi(0.1))
+    adam = with_server_optimizer(tff.learning.optimizers.build_adam(0.1))
+    with ResidentProcess(yogi) as r, ResidentProcess(adam, device="CPU:0") as other:
+        state = r.restore(yogi.initialize())
+        ResidentCheckpoints(r, tmp_path).save_now(state, 1)
+        # The same with other numbers, in another place, is the same optimizer.
+        again = with_server_optimizer(tff.learning.optimizers.build_yogi(0.3, beta_1=0.5))
+        with ResidentProcess(again, device="CPU:0") as third:
+            assert ResidentCheckpoints(third, tmp_path).resume()[1] == 1
+        if r.state_type == other.state_type:
+            with pytest.raises(CheckpointError, match="computes a new state with other operations"):
+                ResidentCheckpoints(other, tmp_path).resume()
+    made_by = tmp_path / "version_1" / "made_by.json"
+    assert "server_step" in made_by.read_text()
+
+
+def test_what_made_a_state_is_its_servers_step():
+    def made_by(optimizer, **kwargs):
+        built = tff.learning.algorithms.build_weighted_fed_avg(
+            model_fn,
+            tff.learning.optimizers.build_sgdm(0.05),
+            server_optimizer_fn=optimizer,
+            **kwargs,
+        )
+        return maker.fingerprint(built.next)
+
+    adam = made_by(tff.learning.optimizers.build_adam(0.1))
+    assert adam == made_by(tff.learning.optimizers.build_adam(1.0, beta_1=0.2))
+    assert adam == made_by(
+        tff.learning.optimizers.build_adam(0.1),
+        metrics_aggregator=tff.learning.metrics.sum_then_finalize,
+    )
+    others = {
+        made_by(tff.learning.optimizers.build_yogi(0.1)),
+        made_by(tff.learning.optimizers.build_sgdm(1.0, momentum=0.9)),
+        made_by(tff.learning.optimizers.build_rmsprop(0.1)),
+    }
+    assert len(others | {adam}) == 4
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "message"),
+    [
+        (3.0, TypeError, "`version` must be a whole number"),
+        ("3", TypeError, "`version` must be a whole number"),
+        (True, TypeError, "`version` must be a whole number"),
+        (None, TypeError, "`version` must be a whole number"),
+        (-1, ValueError, "`version` must be from 0 to"),
+        (2**63, ValueError, "`version` must be from 0 to"),
+        (4, ValueError, "`version` must be above the newest .*, 5; found 4"),
+        (5, tff.program.ProgramStateExistsError, ""),
+    ],
+)
+def test_versions_are_whole_numbers_above_the_newest(resident, tmp_path, version, error, message):
+    checkpoints = ResidentCheckpoints(resident, tmp_path)
+    state = resident.initialize()
+    checkpoints.save_now(state, np.int64(5))
+    with pytest.raises(error, match=message):
+        checkpoints.save_now(state, version)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "version_5"]
+    if not isinstance(version, int) or isinstance(version, bool):
+        with pytest.raises(error, match=message):
+            checkpoints.load_now(version)
+
+
+def test_of_two_runs_in_one_directory_the_first_goes_on(resident, tmp_path):
+    first, second = (ResidentCheckpoints(resident, tmp_path) for _ in range(2))
+    state = resident.restore(plain_run()[1][0])
+    first.save_now(state, 1)
+    with pytest.raises(CheckpointError, match=r"has saved version 1 .* newest was none. The other"):
+        second.save_now(state, 2)
+    first.save_now(state, 2)
+    with pytest.raises(CheckpointError, match="Another run has saved version 2"):
+        second.save_now(state, 3)
+    # Taking over is asked for in words; then the other one is told.
+    second.resume()
+    second.save_now(state, 3)
+    with pytest.raises(CheckpointError, match=r"has saved version 3 .* newest was 2"):
+        first.save_now(state, 4)
+    assert first.versions() == [1, 2, 3]
+
+
+def test_a_version_that_somebody_is_saving_is_left_alone(tmp_path):
+    first, second = (VersionDirectory(str(tmp_path), keep=None) for _ in range(2))
+    with first.new(1) as path:
+        with (
+            pytest.raises(CheckpointError, match=f"Process {os.getpid()} on .* is saving to"),
+            second.new(1),
+        ):
+            pass
+        assert os.path.isdir(path)
+        # A forked child does not keep the lock when its parent has ended.
+        child = os.fork()
+        if child == 0:
+            time.sleep(5)
+            os._exit(0)
+    second.look()
+    with second.new(2):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_resume_goes_back_to_a_whole_version_and_on_from_there(resident, tmp_path):
+    checkpoints = ResidentCheckpoints(resident, tmp_path, keep=None)
+    for version in (1, 2, 3):
+        checkpoints.save_now(resident.restore(plain_run()[version][0]), version)
+    os.truncate(tmp_path / "version_3" / "state.data-00000-of-00001", 3)
+    os.remove(tmp_path / "version_2" / "state.index")
+    (tmp_path / "version_x").mkdir()
+    again = ResidentCheckpoints(resident, tmp_path, keep=None)
+    with pytest.raises(CheckpointError, match=r"Version 3 in .* cannot be read"):
+        again.resume(go_back=False)
+    with pytest.raises(CheckpointError, match=r"Version 2 in .* lacks the file state.index"):
+        again.load_now(2)
+    with pytest.warns(
+        UserWarning,
+        match=r"(?s)resuming from version 1: Version 3 .* Version 2 .* version_x is not",
+    ):
+        state, version = again.resume()
+    assert version == 1
+    assert_equal(resident.materialize(state), plain_run()[1][0])
+    again.save_now(resident.restore(plain_run()[2][0]), 2)
+    assert again.versions() == [1, 2]
+    aside = [name.rpartition("_")[0] for name in os.listdir(tmp_path) if "damaged" in name]
+    assert sorted(aside) == ["damaged_version_2", "damaged_version_3"]
+    asyncio.run(again.remove_all())
+    assert sorted(os.listdir(tmp_path)) == [".lock", "version_x"]
+
+
+def test_tffs_loop_goes_back_too(resident, tmp_path):
+    checkpoints = ResidentCheckpoints(resident, tmp_path)
+    assert asyncio.run(checkpoints.load_latest(None)) == (None, 0)
+    for version in (1, 2):
+        checkpoints.save_now(resident.restore(plain_run()[version][0]), version)
+    (tmp_path / "version_2" / "made_by.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"Version 2 .* its checksum does not match"):
+        state, version = asyncio.run(checkpoints.load_latest(None))
+    assert version == 1
+    assert_equal(resident.materialize(state), plain_run()[1][0])
+
+
+def test_states_are_for_their_owner_alone(resident, tmp_path):
+    checkpoints = ResidentCheckpoints(resident, tmp_path / "run")
+    checkpoints.save_now(resident.initialize(), 1)
+    for folder, _, files in os.walk(tmp_path / "run"):
+        assert os.stat(folder).st_mode & 0o077 == 0
+        for name in files:
+            assert os.stat(os.path.join(folder, name)).st_mode & 0o077 == 0
+    assert os.stat(hosts_of(resident)[0].worker.directory).st_mode & 0o077 == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"keep": 0}, ValueError, "`keep` must be a positive integer"),
         ({"directory": ""}, ValueError, "`directory` must be a path"),
-        ({"process": 1}, TypeError, "`process` must be a `ResidentProcess`, found int"),
+        ({"process": 1}, TypeError, "`process` must be a `ResidentProcess`; found int"),
     ],
 )
 def test_bad_arguments(resident, tmp_path, arguments, error, message):

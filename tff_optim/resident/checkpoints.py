@@ -1,23 +1,29 @@
-"""Checkpoints that the worker itself writes and reads, as a TFF program state manager."""
+"""Checkpoints that a process writes where its state is, as a TFF program state manager."""
 
 import asyncio
+import hashlib
+import json
 import os
-import re
-import shutil
-import uuid
+import warnings
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.resident import leaves
+from tff_optim.resident import leaves, maker
 from tff_optim.resident.errors import CheckpointError
 from tff_optim.resident.in_worker.host import is_cut
 from tff_optim.resident.process import ResidentProcess
+from tff_optim.resident.versions import VersionDirectory, check_version
 
-_FILE = "state"
-_VERSION = re.compile(r"version_(\d+)$")
-_UNFINISHED = "unfinished_"
+_STATE = "state"
+_STATE_FILES = (f"{_STATE}.index", f"{_STATE}.data-00000-of-00001")
+_MADE_BY = "made_by.json"
+_FORMAT = 1
+
+
+class _DamagedError(CheckpointError):
+    """A version that is not whole, where an earlier one may be."""
 
 
 class ResidentCheckpoints(tff.program.ProgramStateManager):
@@ -25,9 +31,14 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
 
     Each version is a directory `version_N` that holds one checkpoint in TensorFlow's format,
     `version_N/state`: `tf.train.load_checkpoint` reads it, under names such as
-    `global_model_weights/trainable/0`. It is written under another name and renamed when it is
-    complete, so that a save that is killed leaves the versions before it as they are. (It does
-    not wait for the disk: a power cut may take the newest version.)
+    `global_model_weights/trainable/0`. It is written under another name, read back, and renamed
+    when it is whole, so that a save that is killed leaves the versions before it as they are. (It
+    does not wait for the disk: a power cut may take the newest version.) `version_N/made_by.json`
+    says what kind of step the process's server takes: a state of another optimizer is refused even
+    where all names and shapes are equal. Versions can be read by their owner alone.
+
+    One run saves to a directory. Of two, the one that saves first goes on; the other gets a
+    `CheckpointError` before anything of it is written.
 
     A worker that does not share this machine's files sends the state through Python; the files
     are the same.
@@ -72,13 +83,13 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
     ):
         if not isinstance(process, ResidentProcess):
             raise TypeError(
-                f"`process` must be a `ResidentProcess`, found {type(process).__name__}. For other "
+                f"`process` must be a `ResidentProcess`; found {type(process).__name__}. For other "
                 "processes there is `tff.program.FileProgramStateManager`."
             )
         if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise ValueError(f"`keep` must be a positive integer or None, found {keep!r}.")
+            raise ValueError(f"`keep` must be a positive integer or None; found {keep!r}.")
         if not os.fspath(directory):
-            raise ValueError("`directory` must be a path, found an empty string.")
+            raise ValueError("`directory` must be a path; found an empty string.")
         self._leaves = leaves.leaves_of(process.state_type)
         odd = [leaf.name for leaf in self._leaves if not leaf.is_tensor]
         if odd:
@@ -88,78 +99,116 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             )
         self._process = process
         # The worker has a working directory of its own.
-        self._directory = os.path.abspath(directory)
-        self._keep = keep
-        os.makedirs(self._directory, exist_ok=True)
+        self._directory = VersionDirectory(os.path.abspath(directory), keep)
+        self._damaged: set[int] = set()
+        self._made_by: dict[str, Any] | None = None
 
     def versions(self) -> list[int]:
-        """Lists the complete versions, the oldest first."""
-        found = (_VERSION.match(entry) for entry in os.listdir(self._directory))
-        return sorted(int(match.group(1)) for match in found if match)
+        """Lists the versions, the oldest first."""
+        return self._directory.versions()
 
     def save_now(self, state: Any, version: int) -> None:
         """Saves a state, and removes versions that are too old.
 
         Args:
             state: A state of the process, resident or plain.
-            version: A number larger than those saved before, such as the round's.
+            version: A whole number above those saved before, such as the round's.
 
         Raises:
+            TypeError: `state` is not a state of the process, or `version` no whole number.
+            ValueError: `version` is not above the newest.
             tff.program.ProgramStateExistsError: The version is there already.
-            CheckpointError: It could not be written, for example because the disk is full.
+            CheckpointError: Another run saves to the directory; or the version could not be
+                written, for example because the disk is full.
         """
-        target = self._path(version)
-        if os.path.exists(target):
-            raise tff.program.ProgramStateExistsError(version=version, path=self._directory)
-        self._remove_unfinished()
-        unfinished = os.path.join(self._directory, _UNFINISHED + uuid.uuid4().hex)
+        version = check_version(version)
+        source = self._process._source(state)
+        made_by = self._maker()
         try:
-            os.makedirs(unfinished)
-            self._write(state, os.path.join(unfinished, _FILE))
-            os.rename(unfinished, target)
-        except BaseException as e:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if _came_from_writing(e):
+            with self._directory.new(version, self._damaged) as path:
+                with open(os.path.join(path, _MADE_BY), "w", encoding="ascii") as f:
+                    json.dump(made_by | {"checksum": _checksum(made_by)}, f)
+                self._process._place.save(source, os.path.join(path, _STATE))
+                self._read_back(path)
+        except Exception as error:
+            if _came_from_files(error):
                 raise CheckpointError(
-                    f"Version {version} could not be written to {self._directory}: "
-                    f"{_reason(e)} The versions before it, {self.versions()}, are as they were, "
-                    "and the state is still in the worker: make room and save it again."
-                ) from e
+                    f"Version {version} could not be written to {self._directory.path}: "
+                    f"{_reason(error)} The versions before it, {self.versions()}, are as they "
+                    "were, and the state can still be used: make room and save it again."
+                ) from error
             raise
-        if self._keep is not None:
-            for old in self.versions()[: -self._keep]:
-                self._remove(old)
+        self._damaged.clear()
 
     def load_now(self, version: int) -> Any:
-        """Loads a version into the worker.
+        """Loads a version to where the process runs.
 
         Returns:
             A state with references as leaves.
 
         Raises:
             tff.program.ProgramStateNotFoundError: There is no such version.
-            CheckpointError: It cannot be read, or belongs to another process.
+            CheckpointError: It is damaged, or belongs to another process.
         """
-        path = self._path(version)
-        if not os.path.exists(path):
+        version = check_version(version)
+        self._process._check_open()
+        path = self._directory.path_of(version)
+        if not os.path.lexists(path):
             raise tff.program.ProgramStateNotFoundError(version)
-        prefix = os.path.join(path, _FILE)
-        self._check(prefix)
-        return self._process._place.load(prefix).references()
+        self._directory.look()
+        what = f"Version {version} in {self._directory.path}"
+        try:
+            self._check(what, path)
+            return self._process._place.load(os.path.join(path, _STATE)).references()
+        except Exception as error:
+            if not os.path.lexists(path):
+                raise tff.program.ProgramStateNotFoundError(version) from error
+            if isinstance(error, CheckpointError) or not _came_from_files(error):
+                raise
+            raise _DamagedError(f"{what} cannot be read: {_reason(error)}") from error
 
-    def resume(self) -> tuple[Any, int]:
-        """Loads the newest version, or starts anew where there is none.
+    def resume(self, go_back: bool = True) -> tuple[Any, int]:
+        """Loads the newest version that is whole, or starts anew where nothing was saved.
+
+        Args:
+            go_back: Whether a damaged version is left out, with a warning that names it, and the
+                newest whole one before it is loaded. The next save renames those left out to
+                `damaged_version_N_...`.
 
         Returns:
             A state and its version; the initial state and 0 where nothing was saved.
+
+        Raises:
+            CheckpointError: The newest version is damaged and `go_back` is False; no version is
+                whole; or they belong to another process.
         """
-        versions = self.versions()
-        if not versions:
-            return self._process.initialize(), 0
-        return self.load_now(versions[-1]), versions[-1]
+        damaged: dict[int, str] = {}
+        odd = [f"{name} is not numbered" for name in self._directory.odd_names()]
+        self._directory.look()
+        while ahead := [version for version in self.versions() if version not in damaged]:
+            version = ahead[-1]
+            try:
+                state = self.load_now(version)
+            except tff.program.ProgramStateNotFoundError:
+                continue  # another run has removed it for a newer one
+            except _DamagedError as error:
+                if not go_back:
+                    raise
+                damaged[version] = str(error)
+                continue
+            self._left_out([*damaged.values(), *odd], f"resuming from version {version}")
+            self._damaged = set(damaged)
+            return state, version
+        if damaged:
+            raise CheckpointError(
+                f"No version in {self._directory.path} is whole. {' '.join(damaged.values())} "
+                "Restore one from a copy, or start anew in another directory."
+            )
+        self._left_out(odd, "starting anew")
+        return self._process.initialize(), 0
 
     async def get_versions(self) -> list[int] | None:
-        """Lists the complete versions, or returns None."""
+        """Lists the versions, or returns None."""
         return self.versions() or None
 
     async def save(self, program_state: Any, version: int) -> None:
@@ -171,37 +220,68 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         del structure
         return await asyncio.to_thread(self.load_now, version)
 
+    async def load_latest(self, structure: Any) -> tuple[Any, int]:
+        """Does what `resume` does, for TFF's loops, which start anew by themselves."""
+        del structure
+        if not self.versions():
+            return None, 0
+        return await asyncio.to_thread(self.resume)
+
     async def remove_all(self) -> None:
         """Removes all versions."""
-        for version in self.versions():
-            self._remove(version)
-        self._remove_unfinished()
+        self._directory.remove_all()
+        self._damaged.clear()
 
-    def _path(self, version: int) -> str:
-        return os.path.join(self._directory, f"version_{int(version)}")
+    def _left_out(self, reasons: list[str], then: str) -> None:
+        if reasons:
+            warnings.warn(
+                f"Left out in {self._directory.path}, {then}: {' '.join(reasons)}", stacklevel=3
+            )
 
-    def _remove(self, version: int) -> None:
-        # Renamed first: a version that is removed in part would still look complete.
-        doomed = os.path.join(self._directory, _UNFINISHED + uuid.uuid4().hex)
-        os.rename(self._path(version), doomed)
-        shutil.rmtree(doomed)
+    def _maker(self) -> dict[str, Any]:
+        if self._made_by is None:
+            self._made_by = {
+                "format": _FORMAT,
+                "tensorflow": tf.__version__,
+                "tensorflow_federated": tff.__version__,
+                "server_step": maker.fingerprint(self._process.process.next),
+            }
+        return self._made_by
 
-    def _remove_unfinished(self) -> None:
-        for entry in os.listdir(self._directory):
-            if entry.startswith(_UNFINISHED):
-                shutil.rmtree(os.path.join(self._directory, entry), ignore_errors=True)
+    def _read_back(self, path: str) -> None:
+        """Reads all of what was written; only then it is a version."""
+        reader = tf.train.load_checkpoint(os.path.join(path, _STATE))
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)  # it compares the checksum
+        for name in os.listdir(path):
+            if name in (_MADE_BY, *_STATE_FILES):
+                os.chmod(os.path.join(path, name), 0o600)
+            else:
+                os.remove(os.path.join(path, name))  # of a call that was cut off and repeated
 
-    def _write(self, state: Any, prefix: str) -> None:
-        self._process._place.save(self._process._source(state), prefix)
-
-    def _check(self, prefix: str) -> None:
-        """Compares what a checkpoint holds with what the process needs."""
+    def _check(self, what: str, path: str) -> None:
+        """Compares what a version holds with what the process needs."""
+        if not os.path.isdir(path):
+            raise _DamagedError(f"{what} is not a directory.")
+        for name in (_MADE_BY, *_STATE_FILES):
+            if not os.path.isfile(os.path.join(path, name)):
+                raise _DamagedError(f"{what} lacks the file {name}.")
+        try:
+            with open(os.path.join(path, _MADE_BY), encoding="ascii") as f:
+                made_by = json.load(f)
+            if not isinstance(made_by, dict):
+                raise ValueError("it is not an object")
+            if made_by.pop("checksum", None) != _checksum(made_by):
+                raise ValueError("its checksum does not match")
+        except ValueError as error:  # of JSON and of encodings too
+            raise _DamagedError(f"{what} cannot be read: {_MADE_BY}: {error}.") from error
+        prefix = os.path.join(path, _STATE)
         try:
             reader = tf.train.load_checkpoint(prefix)
             shapes = reader.get_variable_to_shape_map()
             dtypes = reader.get_variable_to_dtype_map()
-        except (tf.errors.OpError, ValueError, RuntimeError) as e:
-            raise CheckpointError(f"{prefix} cannot be read as a checkpoint: {e}") from e
+        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+            raise _DamagedError(f"{what} cannot be read: {_reason(error)}") from error
         wanted = {leaf.name: leaf for leaf in self._leaves}
         found = set(shapes) - {leaves.MARK}
         wrong = sorted(
@@ -212,17 +292,47 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         )
         if set(wanted) != found or wrong:
             raise CheckpointError(
-                f"{prefix} was saved by another process: it lacks {sorted(set(wanted) - found)}, "
+                f"{what} was saved by another process: it lacks {sorted(set(wanted) - found)}, "
                 f"has {sorted(found - set(wanted))} besides, and differs in shape or dtype at "
                 f"{wrong}."
             )
+        self._check_maker(what, made_by)
+
+    def _check_maker(self, what: str, found: dict[str, Any]) -> None:
+        wanted = self._maker()
+        step = "server_step"
+        if found.get(step) == wanted[step]:
+            return
+        others = [f"{name} {found.get(name)}" for name in wanted if found.get(name) != wanted[name]]
+        others = [other for other in others if not other.startswith(step)]
+        if others:
+            # The same optimizer may be made of other operations there.
+            warnings.warn(
+                f"{what} was saved with {' and '.join(others)}: whether it was by the same "
+                "optimizer cannot be told.",
+                stacklevel=4,
+            )
+            return
+        raise CheckpointError(
+            f"{what} was saved by another process: names and shapes are equal, but its server "
+            "computes a new state with other operations, so that the numbers mean something else "
+            "(another server optimizer or aggregator). Build the process as it was; to take over "
+            "the model alone, read the file with `tf.train.load_checkpoint` and use "
+            "`set_model_weights`."
+        )
 
 
-def _came_from_writing(error: BaseException) -> bool:
-    """Whether the file system, here or in the worker, refused to take a checkpoint."""
+def _came_from_files(error: BaseException) -> bool:
+    """Whether the file system, here or in the worker, refused to take or to give a checkpoint."""
     if isinstance(error, OSError | tf.errors.OpError):
         return True
+    if type(error) in (RuntimeError, ValueError):  # TensorFlow's checkpoint reader
+        return "checkpoint" in str(error).lower()
     return hasattr(error, "details") and not is_cut(error)  # type: ignore[arg-type]
+
+
+def _checksum(made_by: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ a worker they are called on handles; in the Python process they are functions. N
 clients' data goes in, and nothing but the metrics comes out.
 """
 
+import weakref
 from typing import Any
 
 import attrs
@@ -70,10 +71,21 @@ def no_grappler() -> tf.compat.v1.ConfigProto:
 def cut(next_computation: Any) -> RoundParts:
     """Cuts a process's `next` at its broadcast and at its aggregation.
 
+    It takes seconds, and is done once for each.
+
     Raises:
         NoMapReduceFormError: One aggregation depends on the result of another, or the process has
             no MapReduce form.
     """
+    if next_computation not in _cuts:
+        _cuts[next_computation] = _cut(next_computation)
+    return _cuts[next_computation]
+
+
+_cuts: weakref.WeakKeyDictionary[Any, RoundParts] = weakref.WeakKeyDictionary()
+
+
+def _cut(next_computation: Any) -> RoundParts:
     chain = dependent_aggregations(next_computation)
     if chain is not None:
         raise NoMapReduceFormError(
