@@ -1,5 +1,6 @@
 """ResidentProcess: a learning process whose server state stays where it is computed."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
 from tff_optim.devices import DevicePolicy
-from tff_optim.resident import leaves, parts, places, references
+from tff_optim.resident import forks, leaves, parts, places, references
 from tff_optim.resident.place import Source
 
 
@@ -104,6 +105,7 @@ class ResidentProcess:
         self._state_type = process.initialize.type_signature.result.member
         self._metrics_type = process.next.type_signature.result.metrics.member
         self._place = places.build_place(process, self._settings)
+        self._owner = os.getpid()
         self._closed = False
 
     @property
@@ -205,7 +207,21 @@ class ResidentProcess:
     def __repr__(self) -> str:
         return f"<ResidentProcess on {'nothing: closed' if self._closed else self._place.name}>"
 
+    def __copy__(self) -> "ResidentProcess":
+        raise TypeError(
+            "A `ResidentProcess` cannot be copied or pickled: states live where it runs, once. Use "
+            "the same object, or build another with `ResidentProcess(resident.process)`; states "
+            "move between the two."
+        )
+
+    def __deepcopy__(self, memo: Any) -> "ResidentProcess":
+        return self.__copy__()
+
+    def __reduce__(self) -> Any:
+        return self.__copy__()
+
     def _check_open(self) -> None:
+        forks.check_owner("This `ResidentProcess`", self._owner)
         if self._closed:
             raise RuntimeError(
                 "This `ResidentProcess` was closed. Use it inside of its `with` block, or build "

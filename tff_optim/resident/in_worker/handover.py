@@ -6,10 +6,13 @@ without gRPC's limit of 2 GB a message. Elsewhere they cross in gRPC messages.
 """
 
 import contextlib
+import errno
+import glob
 import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -164,9 +167,31 @@ class Exchange:
         return self.prefix
 
     def __exit__(self, *unused: object) -> None:
-        for suffix in (".index", ".data-00000-of-00001"):
+        # Under other names too, where writing was broken off.
+        for path in glob.glob(f"{self.prefix}*"):
             with contextlib.suppress(FileNotFoundError):
-                os.remove(self.prefix + suffix)
+                os.remove(path)
+
+
+@contextlib.contextmanager
+def unless_full(host: Host) -> Iterator[None]:
+    """Ends the block with a warning where there is no room for a file, to go on with messages."""
+    try:
+        yield
+    except Exception as error:
+        gone = not os.path.isdir(host.worker.directory)
+        if not gone and not any(text in str(error) for text in _NO_ROOM):
+            raise
+        reason = "was removed" if gone else "ran out of room or inodes while a value was written"
+        warnings.warn(
+            f"{host.worker.directory} {reason}: the value crosses in gRPC messages, which is "
+            "slower. Give the shared memory more room (`docker run --shm-size`).",
+            stacklevel=2,
+        )
+
+
+# TensorFlow's messages, here and in the worker, end with the system's.
+_NO_ROOM = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
 async def _read_file(executor: Executor, path: str) -> object:
@@ -227,7 +252,10 @@ def has_room(host: Host, size: int) -> bool:
     if not host.shares_files:
         return False
     # Docker gives /dev/shm 64 MB: a value that does not fit crosses in messages.
-    free = shutil.disk_usage(host.worker.directory).free
+    try:
+        free = shutil.disk_usage(host.worker.directory).free
+    except OSError:  # somebody removed it
+        free = 0
     if free > size + (1 << 20):
         return True
     warnings.warn(
@@ -251,7 +279,7 @@ async def fetch(
         files: Whether it crosses in a file or in a message; None to choose by its size.
     """
     if by_file(carrier, executor.host) if files is None else files:
-        with Exchange(executor.host) as prefix:
+        with unless_full(executor.host), Exchange(executor.host) as prefix:
             await save_in_worker(carrier, executor, value, prefix)
             return [_plain(t) for t in leaves.read_checkpoint(prefix, carrier.leaves)]
     result = tff.tensorflow.transform_result(await value.compute())
@@ -268,7 +296,7 @@ async def put(
 ) -> Any:
     """Takes the leaves of a value from Python into the worker; `files` is as for `fetch`."""
     if by_file(carrier, executor.host) if files is None else files:
-        with Exchange(executor.host) as prefix:
+        with unless_full(executor.host), Exchange(executor.host) as prefix:
             leaves.write_checkpoint(prefix, carrier.leaves, arrays)
             return await load_in_worker(carrier, executor, prefix)
     return await executor.create(leaves.pack(arrays, carrier.type), carrier.place(carrier.type))
@@ -284,7 +312,7 @@ async def move(
     """Moves a value between two executors, or two placements, of one worker."""
     assert source.host is target.host
     if by_file(source_carrier, source.host):
-        with Exchange(source.host) as prefix:
+        with unless_full(source.host), Exchange(source.host) as prefix:
             await save_in_worker(source_carrier, source, value, prefix)
             return await load_in_worker(target_carrier, target, prefix)
     arrays = await fetch(source_carrier, source, value, files=False)

@@ -8,9 +8,11 @@ its own, and the caller watches it: an ended or unreachable worker becomes a
 import asyncio
 import collections
 import contextlib
+import os
 import queue
 import random
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
@@ -18,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
+from tff_optim.resident import forks
 from tff_optim.resident.errors import WorkerLostError
 from tff_optim.resident.in_worker import worker as worker_lib
 
@@ -37,6 +40,26 @@ def is_cut(error: Exception) -> bool:
 
 class ConnectionCutError(RuntimeError):
     """A call was cut off, but the worker still answers: the call may be tried again."""
+
+
+def through_cuts(attempt: Callable[[], _T], patience: float) -> _T:
+    """Repeats what a cut connection has broken off.
+
+    Raises:
+        WorkerLostError: It was cut off again and again for `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return attempt()
+        except ConnectionCutError as error:
+            if time.monotonic() > deadline:
+                raise WorkerLostError(
+                    f"{error} It was cut again each time the call was repeated, for {patience:g} "
+                    "seconds. States in the worker may still be there: try again once the network "
+                    "is back."
+                ) from error
+            time.sleep(0.2)
 
 
 class _AbandonedError(RuntimeError):
@@ -170,6 +193,8 @@ class Host:
         self._own_number = random.SystemRandom().randrange(1 << 20, 1 << 31)
         self._own: Executor | None = None
         self._executors: collections.OrderedDict[int, Executor] = collections.OrderedDict()
+        # Of two executors for one number, the end of one would be that of the other.
+        self._making = threading.Lock()
         self.lost: WorkerLostError | None = None
         self._closed = False
         # The values in this worker that somebody still refers to.
@@ -179,20 +204,22 @@ class Host:
 
     def own_executor(self) -> Executor:
         """Returns the executor for values without placement; to be called inside `start`."""
-        if self._own is None:
-            self._own = Executor(self, self._own_number, self._stub)
-        return self._own
+        with self._making:
+            if self._own is None:
+                self._own = Executor(self, self._own_number, self._stub)
+            return self._own
 
     def executor(self, num_clients: int) -> Executor:
         """Returns the executor for a number of clients; to be called inside `start`."""
-        executor = self._executors.pop(num_clients, None)
-        if executor is None:
-            executor = Executor(self, num_clients, self._stub)
-        self._executors[num_clients] = executor
-        while len(self._executors) > _NUM_EXECUTORS:
-            # It ends once the last state that lives in it is dropped.
-            self._executors.popitem(last=False)
-        return executor
+        with self._making:
+            executor = self._executors.pop(num_clients, None)
+            if executor is None:
+                executor = Executor(self, num_clients, self._stub)
+            self._executors[num_clients] = executor
+            while len(self._executors) > _NUM_EXECUTORS:
+                # It ends once the last state that lives in it is dropped.
+                self._executors.popitem(last=False)
+            return executor
 
     def start(self, work: Callable[[], Awaitable[_T]]) -> "Call[_T]":
         """Starts work on this worker in a thread of its own."""
@@ -221,11 +248,16 @@ class Host:
         raise call.error
 
     def run(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Runs work on this worker and waits for it."""
-        return self.finish(self.start(work))
+        """Runs work on this worker and waits for it; repeats it where the connection was cut.
+
+        Raises:
+            WorkerLostError: The worker ended or does not answer any more.
+        """
+        return through_cuts(lambda: self.finish(self.start(work)), self._heartbeat)
 
     def check(self) -> None:
-        """Raises if the worker was closed or lost."""
+        """Raises if the worker was closed or lost, or belongs to the parent of this process."""
+        forks.check_owner(f"The {self.worker.name}", self.worker.owner)
         if self.lost is not None:
             raise self.lost
         if self._closed:
@@ -256,7 +288,7 @@ class Host:
 
     def close(self) -> None:
         """Ends a local worker; closes the connection to a remote one."""
-        if not self._closed:
+        if not self._closed and os.getpid() == self.worker.owner:
             self._closed = True
             self._own = None
             self._executors.clear()

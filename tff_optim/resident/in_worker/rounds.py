@@ -164,9 +164,10 @@ def _within_reach(
 ) -> Callable[[Executor], Awaitable[Any]]:
     """Brings a value of one of the hosts within reach of all: returns what takes it in there."""
     if all(handover.by_file(carrier, host) for host in hosts):
-        prefix = files.enter_context(handover.Exchange(home))
-        source.host.run(lambda: handover.save_in_worker(carrier, source, value, prefix))
-        return lambda executor: handover.load_in_worker(carrier, executor, prefix)
+        with handover.unless_full(home):
+            prefix = files.enter_context(handover.Exchange(home))
+            source.host.run(lambda: handover.save_in_worker(carrier, source, value, prefix))
+            return lambda executor: handover.load_in_worker(carrier, executor, prefix)
     arrays = source.host.run(lambda: handover.fetch(carrier, source, value, files=False))
     return lambda executor: handover.put(carrier, executor, arrays, files=False)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tff_optim.resident.errors import WorkerLostError
+from tff_optim.resident.forks import ForkedError
 from tff_optim.resident.in_worker import handover
 from tff_optim.resident.in_worker.host import Executor
 from tff_optim.resident.references import CLOSED, Held
@@ -45,7 +46,7 @@ class Resident(Held):
             return
         try:
             self.executor.host.check()
-        except WorkerLostError:
+        except (WorkerLostError, ForkedError):
             raise
         except RuntimeError as error:
             raise RuntimeError(CLOSED) from error

@@ -10,12 +10,15 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
+from tff_optim.resident import forks
 from tff_optim.resident.errors import WorkerLostError, WorkerStartError
 
 _MAX_MESSAGE = 2**31 - 1  # TFF's own channels stop at 2e9 bytes; this is protobuf's limit.
@@ -30,16 +33,20 @@ _CHANNEL_OPTIONS = (
 _HTTP2_SETTINGS = 4
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 
-# The shell becomes the worker. Its child waits for the pipe at its input to close, which the
-# kernel does when this Python process ends, however it ends; then it kills the worker and
-# removes its directory, which may hold a state's worth of memory. Both are in a session of
-# their own: Ctrl-C in the terminal does not reach them.
+# A shell waits for the pipe at its input to close, which the kernel does when this Python process
+# ends, however it ends; then it removes a directory, which may hold a state's worth of memory. It
+# is in a session of its own: Ctrl-C in the terminal does not reach it.
+_WATCH = 'read _; rm -rf -- "$1"'
+# The shell becomes the worker; its child waits, and kills the worker first. A file that grows
+# beyond the limit on sizes (XFSZ) is an error of one call and not the end of the worker. What the
+# worker writes, states among it, is for its owner alone.
 _WATCHED = (
-    "directory=$1; shift; exec 3<&0 </dev/null; "
+    "directory=$1; shift; exec 3<&0 </dev/null; trap '' XFSZ; umask 077; "
     '(read _ <&3; kill -9 $$; rm -rf -- "$directory") >/dev/null 2>&1 & exec "$@" 3<&-'
 )
 
 TOKEN_FILE = "token"
+SHARED_MEMORY = "/dev/shm"
 
 
 def worker_binary() -> str:
@@ -55,13 +62,33 @@ def worker_binary() -> str:
 
 def shared_directory() -> str:
     """Makes a private directory for hand-overs, in memory where the machine offers that."""
-    for parent in ("/dev/shm", tempfile.gettempdir()):
-        if os.path.isdir(parent) and os.access(parent, os.W_OK):
-            directory = tempfile.mkdtemp(prefix="tff_resident_", dir=parent)
+    errors = []
+    for parent in (SHARED_MEMORY, tempfile.gettempdir()):
+        if not os.path.isdir(parent):
+            continue
+        try:
+            directory = tempfile.mkdtemp(prefix=f"tff_resident_{os.getpid()}_", dir=parent)
+        except OSError as error:
+            errors.append(f"{parent}: {error.strerror}")
+            continue
+        try:
             with open(os.path.join(directory, TOKEN_FILE), "w", encoding="ascii") as f:
                 f.write(uuid.uuid4().hex)
-            return directory
-    raise OSError("Neither /dev/shm nor the temporary directory can be written to.")
+        except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            errors.append(f"{parent}: {error.strerror}")
+            continue
+        if errors:
+            warnings.warn(
+                f"Values cross to workers in {directory}, which may be on a disk: there is no "
+                f"room for a directory in shared memory ({'; '.join(errors)}).",
+                stacklevel=2,
+            )
+        return directory
+    raise WorkerStartError(
+        "A worker needs a directory in shared memory or among the temporary files, and none can be "
+        f"made ({'; '.join(errors)}). Make room, or set TMPDIR to a directory that has some."
+    )
 
 
 def reserve_port() -> tuple[int, socket.socket]:
@@ -76,16 +103,41 @@ def reserve_port() -> tuple[int, socket.socket]:
     return sock.getsockname()[1], sock
 
 
-def _end(process: subprocess.Popen[bytes], directory: str, owner: int) -> None:
-    if os.getpid() != owner:
-        return  # a forked copy of this object must not end its parent's worker
-    with contextlib.suppress(ProcessLookupError):
-        # The watcher keeps the group's number from being given to another process.
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
-    shutil.rmtree(directory, ignore_errors=True)
+class _Watched:
+    """A process that sees this one end, and the directory that it removes then.
+
+    Args:
+        command: What to start, with the reading end of a pipe as its input.
+        directory: A directory.
+        streams: Where the process's output goes.
+    """
+
+    def __init__(self, command: list[str], directory: str, **streams: Any):
+        self.owner = os.getpid()
+        self._directory = directory
+        reading, self._pipe = os.pipe()
+        # A forked child must not hold the pipe open when this process has ended.
+        forks.keep_here(self._pipe)
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=reading, cwd=directory, start_new_session=True, **streams
+            )
+        except OSError as error:
+            forks.close(self._pipe)
+            raise WorkerStartError(f"`{command[0]}` could not be started: {error}.") from error
+        finally:
+            os.close(reading)
+
+    def end(self) -> None:
+        """Ends the process and removes the directory, where this is not a forked child."""
+        if os.getpid() != self.owner:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            # The waiting shell keeps the group's number from being given to another process.
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        forks.close(self._pipe)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class LocalWorker:
@@ -103,18 +155,19 @@ class LocalWorker:
         try:
             port, self._reserved = reserve_port()
             self.target = f"localhost:{port}"
-            self._process = self._start(port)
+            self._watched = self._start(port)
         except BaseException:
+            self._free_port()
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
-        self._finalizer = weakref.finalize(self, _end, self._process, self.directory, os.getpid())
+        self._finalizer = weakref.finalize(self, self._watched.end)
         try:
             self.channel = _connect(self.target, start_timeout, self._exit_reason)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, port: int) -> subprocess.Popen[bytes]:
+    def _start(self, port: int) -> _Watched:
         # As TFF does: what the worker prints goes where Python's own output goes.
         streams = {}
         for name in ("stdout", "stderr"):
@@ -122,30 +175,26 @@ class LocalWorker:
                 streams[name] = getattr(sys, name).fileno()
             except (AttributeError, OSError, ValueError):
                 streams[name] = None
-        try:
-            watched = ["/bin/sh", "-c", _WATCHED, "worker", self.directory]
-            return subprocess.Popen(
-                [*watched, *self._command, f"--port={port}"],
-                stdin=subprocess.PIPE,
-                cwd=self.directory,
-                start_new_session=True,
-                **streams,
-            )
-        except OSError as e:
-            raise WorkerStartError(f"A worker process could not be started: {e}.") from e
+        shell = ["/bin/sh", "-c", _WATCHED, "worker", self.directory]
+        return _Watched([*shell, *self._command, f"--port={port}"], self.directory, **streams)
 
     @property
     def name(self) -> str:
         """How messages call this worker."""
-        return f"local worker (process {self._process.pid}, {self.target})"
+        return f"local worker (process {self._watched.process.pid}, {self.target})"
 
     @property
     def pid(self) -> int:
         """The worker's process id."""
-        return self._process.pid
+        return self._watched.process.pid
+
+    @property
+    def owner(self) -> int:
+        """The id of the Python process that started it."""
+        return self._watched.owner
 
     def _exit_reason(self) -> str | None:
-        code = self._process.poll()
+        code = self._watched.process.poll()
         if code is None:
             return None
         if code < 0:
@@ -167,10 +216,15 @@ class LocalWorker:
         return self._exit_reason() or f"it did not answer within {timeout:g} seconds"
 
     def close(self) -> None:
-        """Ends the worker and removes its directory."""
+        """Ends the worker and removes its directory; does nothing in a forked child."""
+        if os.getpid() != self._watched.owner:
+            return
         if hasattr(self, "channel"):
             self.channel.close()
         self._finalizer()
+        self._free_port()
+
+    def _free_port(self) -> None:
         if self._reserved is not None:
             self._reserved.close()
 
@@ -187,7 +241,14 @@ class RemoteWorker:
         self.target = target
         # Whether the worker sees this directory is found out by `handover`.
         self.directory = shared_directory()
-        self._finalizer = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        try:
+            quiet = {name: subprocess.DEVNULL for name in ("stdout", "stderr")}
+            shell = ["/bin/sh", "-c", _WATCH, "directory", self.directory]
+            self._watched = _Watched(shell, self.directory, **quiet)
+        except BaseException:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+        self._finalizer = weakref.finalize(self, self._watched.end)
         try:
             self.channel = _connect(target, start_timeout, lambda: None)
         except BaseException:
@@ -198,6 +259,11 @@ class RemoteWorker:
     def name(self) -> str:
         """How messages call this worker."""
         return f"remote worker {self.target}"
+
+    @property
+    def owner(self) -> int:
+        """The id of the Python process that connected."""
+        return self._watched.owner
 
     def lost_reason(self, timeout: float) -> str | None:
         """Says why this worker is gone, or returns None where it answers."""
@@ -211,7 +277,9 @@ class RemoteWorker:
         return None
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Closes the connection; does nothing in a forked child."""
+        if os.getpid() != self._watched.owner:
+            return
         if hasattr(self, "channel"):
             self.channel.close()
         self._finalizer()

@@ -1,13 +1,16 @@
 """The workers of a process: started, replaced and ended."""
 
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from tff_optim.resident import forks
 from tff_optim.resident.errors import WorkerLostError
 from tff_optim.resident.in_worker import handover
 from tff_optim.resident.in_worker import worker as worker_lib
-from tff_optim.resident.in_worker.host import ConnectionCutError, Host
+from tff_optim.resident.in_worker.host import Host, through_cuts
 
 _T = TypeVar("_T")
 
@@ -34,6 +37,8 @@ class Workers:
         self._start_timeout = start_timeout
         self._hosts: list[Host | None] = [None] * len(targets)
         self._hold_states = hold_states
+        self._owner = os.getpid()
+        self._starting = threading.RLock()
         self._closed = False
         self._interrupted = False
 
@@ -50,7 +55,12 @@ class Workers:
         return [host for host in self._hosts if host is not None and host.lost is None]
 
     def host(self, index: int) -> Host:
-        """Returns a worker, started if need be."""
+        """Returns a worker, started if need be, once for all threads."""
+        forks.check_owner("This `ResidentProcess`", self._owner)
+        with self._starting:
+            return self._started(index)
+
+    def _started(self, index: int) -> Host:
         if self._closed:
             raise RuntimeError("This `ResidentProcess` was closed.")
         host = self._hosts[index]
@@ -77,31 +87,23 @@ class Workers:
 
     def persist(self, attempt: Callable[[], _T]) -> _T:
         """Tries again where a cut connection, or a lost worker without state, costs only time."""
-        deadline = time.monotonic() + self._heartbeat
-        replaced = 0
-        while True:
-            try:
-                return attempt()
-            except ConnectionCutError as error:
-                if time.monotonic() > deadline:
-                    raise WorkerLostError(
-                        f"{error} It was cut again each time the call was repeated, for "
-                        f"{self._heartbeat:g} seconds. States in the worker may still be there: "
-                        "try again once the network is back."
-                    ) from error
-                time.sleep(0.2)
-            except WorkerLostError:
-                home = self._hosts[0]
-                replaced += 1
-                with_state = self._hold_states and home is not None and home.lost is not None
-                if with_state or replaced > 1:
-                    raise
+        try:
+            return through_cuts(attempt, self._heartbeat)
+        except WorkerLostError:
+            home, *others = self._hosts
+            if self._hold_states and home is not None and home.lost is not None:
+                raise
+            without_state = others if self._hold_states else self._hosts
+            if not any(host is not None and host.lost is not None for host in without_state):
+                raise
+        return through_cuts(attempt, self._heartbeat)
 
     def run_round(self, attempt: Callable[[], _T]) -> _T:
         """Does the same for a round, which Ctrl-C may break off."""
-        if self._interrupted:
-            self._replace_busy()
-            self._interrupted = False
+        with self._starting:
+            if self._interrupted:
+                self._replace_busy()
+                self._interrupted = False
         try:
             return self.persist(attempt)
         except KeyboardInterrupt:
@@ -132,10 +134,13 @@ class Workers:
 
     def close(self) -> None:
         """Ends the local workers and closes the connections."""
+        if os.getpid() != self._owner:
+            return  # a forked child, where the lock may be held by a thread that is not there
         self._closed = True
-        for host in self._hosts:
-            if host is not None:
-                host.close()
+        with self._starting:
+            for host in self._hosts:
+                if host is not None:
+                    host.close()
 
 
 def _describe(target: str | None, host: Host | None) -> str:
