@@ -1,17 +1,19 @@
 # make example   trains a federated classifier and draws its curves
 # make test      lint, types and tests: what CI runs
+# make attack    every attack on configurations, checkpoints and workers, with a table
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
 # make build     wheel and sdist
 # make lock      resolves requirements.lock anew
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example test bench build lock clean
+.PHONY: example test attack bench build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST_ARGS ?= -n 2
 EXAMPLE_ARGS ?=
+ATTACK_ARGS ?=
 BENCHMARKS ?= keras_optimizer pipeline aggregation resident
 
 example: .venv/installed
@@ -22,6 +24,9 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+attack: .venv/installed
+	$(BIN)/python tests/attacks.py $(ATTACK_ARGS)
 
 build: .venv/installed
 	$(BIN)/python -m build --no-isolation

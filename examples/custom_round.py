@@ -27,6 +27,7 @@ import tensorflow_federated as tff
 
 import aggregators
 from aggregators import rules, scores, weighting
+from tff_optim.interrupts import let_workers_end
 
 BATCH = collections.OrderedDict(x=tf.TensorSpec([None, 3]), y=tf.TensorSpec([None, 1]))
 MODEL_TYPE = tff.to_type(
@@ -132,6 +133,7 @@ def make_clients(count: int = 6, seed: int = 0) -> list[tf.data.Dataset]:
 
 def main() -> None:
     """Trains both ways side by side and compares them."""
+    let_workers_end()  # also in the background of a script
     tff.backends.native.set_sync_local_cpp_execution_context()
     try:
         clients = make_clients()

@@ -30,6 +30,7 @@ import tqdm
 
 import aggregators
 import tff_optim
+from tff_optim.interrupts import let_workers_end
 
 CLASSES = 10
 PIXELS = 64
@@ -241,6 +242,7 @@ def draw(curves: dict[str, list[float]], options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Trains with every rule, prints the table and draws the curves."""
     options = parse_arguments(arguments)
+    let_workers_end()  # also in the background of a script
     tff.backends.native.set_sync_local_cpp_execution_context()
     try:
         clients, test_x, test_y = make_data(options)

@@ -9,6 +9,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.interrupts import let_workers_end
+
 # The context that `import tensorflow_federated` sets would complain at exit.
 tff.test.set_no_default_context()
 
@@ -17,6 +19,10 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration(), tf.config.LogicalDeviceConfiguration()],
 )
+
+
+# `make test &` in a script: TFF would wait for ever for its worker to end.
+let_workers_end()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import pytest
@@ -23,85 +22,11 @@ from resident_cases import (
     process,
     wait_until,
 )
+from worker_faults import Proxy, after, endless, running_worker
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import ResidentCheckpoints, WorkerLostError, WorkerStartError
 from tff_optim.resident.in_worker import worker as worker_lib
-
-
-def endless():
-    """A cohort whose round never ends by itself."""
-    return [client.repeat() for client in cohorts()[0]]
-
-
-def after(seconds, action):
-    timer = threading.Timer(seconds, action)
-    timer.start()
-    return timer
-
-
-class Proxy:
-    """A TCP connection that can be cut, frozen and mended."""
-
-    def __init__(self, port):
-        self._to = port
-        self._listener = socket.create_server(("localhost", 0))
-        self.target = f"localhost:{self._listener.getsockname()[1]}"
-        self._sockets = []
-        self.connections = 0
-        self.refuse = False
-        self._flowing = threading.Event()
-        self._flowing.set()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                if self.refuse:
-                    near.close()
-                    continue
-                self.connections += 1
-                far = socket.create_connection(("localhost", self._to))
-                self._sockets += [near, far]
-                for a, b in ((near, far), (far, near)):
-                    threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
-
-    def _pump(self, source, sink):
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                self._flowing.wait()
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def freeze(self):
-        self._flowing.clear()
-
-    def cut(self):
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        self._sockets = []
-
-    def close(self):
-        self._flowing.set()
-        self._listener.close()
-        self.cut()
-
-
-@contextlib.contextmanager
-def running_worker():
-    """A worker as somebody would start it on another machine."""
-    port, sock = worker_lib.reserve_port()
-    server = subprocess.Popen([worker_lib.worker_binary(), f"--port={port}"])
-    try:
-        wait_until(lambda: worker_lib._answers(f"localhost:{port}", 1), 20)
-        yield port, server
-    finally:
-        server.kill()
-        server.wait()
-        sock.close()
 
 
 def test_a_worker_killed_in_a_round_and_a_resumed_run(tmp_path):
@@ -204,10 +129,11 @@ def test_a_port_shared_with_another_tff_worker(monkeypatch):
     with running_worker() as (port, _):
         # Nothing stops a second worker there, and each connection reaches one of them.
         monkeypatch.setattr(
-            worker_lib.LocalWorker, "_start", lambda self, port: subprocess.Popen(["sleep", "60"])
+            worker_lib.LocalWorker,
+            "_start",
+            lambda self, port: worker_lib._Watched(["sleep", "60"], self.directory),
         )
         monkeypatch.setattr(worker_lib, "reserve_port", lambda: (port, socket.socket()))
-        monkeypatch.setattr(worker_lib, "_end", lambda process, *unused: process.kill())
         with (
             ResidentProcess(process()) as r,
             pytest.raises(

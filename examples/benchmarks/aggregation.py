@@ -26,6 +26,7 @@ from timing import time_side_by_side
 
 import aggregators
 from aggregators import rules, scores, weighting
+from tff_optim.interrupts import let_workers_end
 
 FLOAT = tff.to_type(np.float32)
 
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--round-clients", type=int, default=10)
     arguments = parser.parse_args()
+    let_workers_end()  # also in the background of a script
     tff.backends.native.set_sync_local_cpp_execution_context()
     try:
         compare_aggregations(arguments.clients, arguments.parameters, arguments.repeats)

@@ -21,6 +21,7 @@ import tensorflow_federated as tff
 from timing import time_side_by_side
 
 from tff_optim import ResidentProcess
+from tff_optim.interrupts import let_workers_end
 from tff_optim.resident import ResidentCheckpoints
 
 ADAM = tff.learning.optimizers.build_adam(1e-3)
@@ -56,6 +57,7 @@ def median_rounds(processes, data, repeats=5):
 def start_plain():
     tff.test.set_no_default_context()
     before = set(workers())
+    let_workers_end()  # also in the background of a script
     tff.backends.native.set_sync_local_cpp_execution_context()
     return before
 

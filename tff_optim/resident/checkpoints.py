@@ -326,8 +326,6 @@ def _came_from_files(error: BaseException) -> bool:
     """Whether the file system, here or in the worker, refused to take or to give a checkpoint."""
     if isinstance(error, OSError | tf.errors.OpError):
         return True
-    if type(error) in (RuntimeError, ValueError):  # TensorFlow's checkpoint reader
-        return "checkpoint" in str(error).lower()
     return hasattr(error, "details") and not is_cut(error)  # type: ignore[arg-type]
 
 
