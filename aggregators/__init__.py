@@ -4,8 +4,9 @@ from aggregators._requirements import check_tff
 
 check_tff()  # before the imports below, which would fail less readably
 
-from aggregators import rules, scores, weighted_mean, weighting
+from aggregators import privacy, rules, scores, weighted_mean, weighting
 from aggregators.client_work import build_client_work
+from aggregators.example_clipping import ExampleClipping
 from aggregators.hyperparameters import hparam
 from aggregators.measurements import PerLayer
 from aggregators.printing import federated_print
@@ -34,6 +35,7 @@ from aggregators.weighting import Weighting
 
 __all__ = [
     "ClientUpdate",
+    "ExampleClipping",
     "FederatedRule",
     "Needs",
     "PerLayer",
@@ -56,6 +58,7 @@ __all__ = [
     "federated_reduce",
     "federated_rule",
     "hparam",
+    "privacy",
     "reduction_from_merge",
     "rule_state",
     "rules",

@@ -8,6 +8,11 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators.example_clipping import (
+    ExampleClipping,
+    check_clipping,
+    check_examples_are_apart,
+)
 from aggregators.layers import ModelLayers, layers_of_type, names_of_variables
 from aggregators.rule import Needs
 from aggregators.scores import score_layers
@@ -23,11 +28,13 @@ class ClientOutput(NamedTuple):
       weight: float64 scalar.
       metrics: The model's unfinalized metrics; those of no example at all if the update is not
         finite.
+      counts: Of clipping; empty without.
     """
 
     update: ClientUpdate
     weight: tf.Tensor
     metrics: Any
+    counts: Any
 
 
 @attrs.frozen
@@ -41,6 +48,7 @@ class ClientTraining:
       client_weighting: By number of examples, or uniform.
       metrics_aggregator: From the model's metric finalizers to a computation over clients.
       loop_implementation: `dataset.reduce` or a loop over the dataset's iterator.
+      example_clipping: How each example's gradient is clipped; None for not at all.
     """
 
     model_fn: Any
@@ -49,6 +57,7 @@ class ClientTraining:
     client_weighting: tff.learning.ClientWeighting
     metrics_aggregator: Any
     loop_implementation: tff.learning.LoopImplementation
+    example_clipping: ExampleClipping | None = None
 
     def __attrs_post_init__(self) -> None:
         check_model_fn(self.model_fn)
@@ -62,6 +71,10 @@ class ClientTraining:
                 raise TypeError(
                     f"`{argument}` must be a member of tff.learning.{kind.__name__}; found {found!r}."
                 )
+
+        check_clipping(self.example_clipping)
+        if self.example_clipping is not None:
+            check_examples_are_apart(self.model_fn)
 
     def hparams(self) -> Any:
         """The optimizer's hyperparameters, Python or NumPy numbers."""
@@ -79,7 +92,13 @@ class ClientTraining:
         To be called where the graph is built that trains: the model is made there.
         """
         needs = self.needs
-        train = build_training(self.model_fn, self.optimizer, needs.loss, self.loop_implementation)
+        train = build_training(
+            self.model_fn,
+            self.optimizer,
+            needs.loss,
+            self.loop_implementation,
+            clipping=self.example_clipping,
+        )
 
         def run(weights: Any, dataset: Any, hparams: Any) -> ClientOutput:
             done = train(weights, dataset, hparams)
@@ -104,7 +123,7 @@ class ClientTraining:
                 done.fresh_metrics,
                 done.metrics,
             )
-            return ClientOutput(update, weight, metrics)
+            return ClientOutput(update, weight, metrics, done.counts)
 
         return run
 

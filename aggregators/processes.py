@@ -13,6 +13,8 @@ import tensorflow_federated as tff
 
 from aggregators import hyperparameters, rules
 from aggregators.client_work import ClientTraining
+from aggregators.example_clipping import ExampleClipping
+from aggregators.example_clipping import measurements as clipping_measurements
 from aggregators.layers import Layers
 from aggregators.rule import BoundRule, LossAt, Rule, check_rule
 from aggregators.rules.adaptive import ScoreLike
@@ -36,6 +38,7 @@ def build_fed_avg(
     model_distributor: tff.learning.templates.DistributionProcess | None = None,
     metrics_aggregator: Any = None,
     loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
+    example_clipping: ExampleClipping | None = None,
 ) -> LearningProcess:
     """Builds federated averaging by any rule.
 
@@ -61,11 +64,13 @@ def build_fed_avg(
       metrics_aggregator: As there.
       loop_implementation: As there; but a loop over the dataset's iterator if not given: a
         `dataset.reduce` prepares the step anew for every client.
+      example_clipping: Clips each example's gradient, with or without noise; None takes the
+        batch's gradient as it is. See `ExampleClipping`.
 
     Returns:
       A `LearningProcess`. `state.aggregator` is the rule's state; hyperparameters are `client_work`
       (the client optimizer's), `aggregator` (the rule's numbers) and `finalizer`. `metrics` are
-      `distributor`, `client_work` (with `train`), `aggregator` (see
+      `distributor`, `client_work` (with `train`, and `clipping` if there is some), `aggregator` (see
       `aggregators.measurements.measure`) and `finalizer`.
 
     Raises:
@@ -98,6 +103,7 @@ def build_fed_avg(
         client_weighting,
         metrics_aggregator,
         loop_implementation,
+        example_clipping,
     )
     initial_weights, distributor, finalizer = _server_parts(
         model_fn, server_optimizer, model_distributor
@@ -123,14 +129,14 @@ def build_fed_avg(
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, types.data)
     def on_client(hparams: Any, rule_state: Any, weights: Any, dataset: Any) -> Any:
         output = training.work(bound.layers)(weights, dataset, hparams)
-        return bound.client(output.update, output.weight, rule_state), output.metrics
+        return bound.client(output.update, output.weight, rule_state), output.metrics, output.counts
 
     @tff.federated_computation(
         tff.FederatedType(state_type, tff.SERVER), tff.FederatedType(types.data, tff.CLIENTS)
     )
     def next_fn(state: Any, data: Any) -> Any:
         sent = distributor.next(state.distributor, state.global_model_weights)
-        parts, metrics = tff.federated_map(
+        parts, metrics, counts = tff.federated_map(
             on_client,
             (
                 tff.federated_broadcast(state.client_work),
@@ -142,9 +148,12 @@ def build_fed_avg(
         rule_state, update, measured = bound.federated_server(state.aggregator, parts)
         ended = finalizer.next(state.finalizer, state.global_model_weights, update)
         new_state = _State(ended.result, sent.state, state.client_work, rule_state, ended.state)
+        from_clients = OrderedDict(train=types.aggregate_metrics(metrics))
+        if example_clipping is not None:
+            from_clients["clipping"] = clipping_measurements(counts)
         all_metrics = OrderedDict(
             distributor=sent.measurements,
-            client_work=tff.federated_zip(OrderedDict(train=types.aggregate_metrics(metrics))),
+            client_work=tff.federated_zip(from_clients),
             aggregator=measured,
             finalizer=ended.measurements,
         )

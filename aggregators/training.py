@@ -1,11 +1,13 @@
 """A client's training, with its loss and steps kept: TFF's own loops report neither per client."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators.example_clipping import ExampleClipping, clip_examples, no_counts
 from aggregators.rule import LossAt
 
 Loop: TypeAlias = tff.learning.LoopImplementation
@@ -20,9 +22,10 @@ class Trained(NamedTuple):
       loss: float32: mean loss per example; 0 without examples. None if not asked for. Of a loss that
         is no scalar, the mean over its elements stands for the batch.
       steps: int32: optimizer steps.
-      examples: int64: examples seen while training.
+      examples: int64: examples seen while training; with clipping, those that counted.
       metrics: The model's unfinalized metrics.
       fresh_metrics: The same, of no example at all.
+      counts: Of clipping, see `example_clipping.Clipped`; empty without.
     """
 
     initial: Any
@@ -32,6 +35,7 @@ class Trained(NamedTuple):
     examples: Any
     metrics: Any
     fresh_metrics: Any
+    counts: Any
 
 
 Training = Callable[[Any, Any, Any], Trained]
@@ -42,6 +46,7 @@ def build_training(
     optimizer: tff.learning.optimizers.Optimizer,
     loss_at: LossAt | None,
     loop: Loop,
+    clipping: ExampleClipping | None = None,
 ) -> Training:
     """Builds the local training of one client: `(weights, dataset, hparams) -> Trained`.
 
@@ -55,13 +60,14 @@ def build_training(
         `"initial"`: the loss of the weights that training starts from, one more pass over data.
         None: no loss.
       loop: `dataset.reduce` or a loop over the dataset's iterator.
+      clipping: How each example's gradient is clipped; None takes the batch's as it is.
 
     Returns:
       A function to be called while a graph is built.
     """
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
-        return _functional_training(model_fn, optimizer, loss_at, loop)
-    return _variable_training(model_fn, optimizer, loss_at, loop)
+        return _functional_training(model_fn, optimizer, loss_at, loop, clipping)
+    return _variable_training(model_fn, optimizer, loss_at, loop, clipping)
 
 
 def check_model_fn(model_fn: Any) -> None:
@@ -91,6 +97,7 @@ def _variable_training(
     optimizer: tff.learning.optimizers.Optimizer,
     loss_at: LossAt | None,
     loop: Loop,
+    clipping: ExampleClipping | None,
 ) -> Training:
     model = model_fn()
     variables = tff.learning.models.ModelWeights.from_model(model)
@@ -106,16 +113,30 @@ def _variable_training(
         output = model.forward_pass(batch, training=False)
         return add_loss(sums, output.loss, examples_in(output))
 
-    def step(state: Any, batch: Any) -> Any:
-        optimizer_state, sums, steps = state
+    def differentiate(batch: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             output = model.forward_pass(batch, training=True)
-        gradients = tape.gradient(output.loss, trainable)
+        return tape.gradient(output.loss, trainable), output
+
+    def one(carried: Any, example: Any) -> Any:
+        gradients, output = differentiate(example)
+        return carried, gradients, output.loss
+
+    def gradient(batch: Any, counts: Any) -> Any:
+        if clipping is None:
+            gradients, output = differentiate(batch)
+            return gradients, output.loss, examples_in(output), counts
+        found = clip_examples(clipping, batch, trainable, one)
+        return found.gradients, found.loss, found.examples, add_counts(counts, found.counts)
+
+    def step(state: Any, batch: Any) -> Any:
+        optimizer_state, sums, counts, steps = state
+        gradients, loss, examples, counts = gradient(batch, counts)
         optimizer_state, updated = optimizer.next(optimizer_state, trainable, gradients)
         for variable, new in zip(trainable, updated, strict=True):
             variable.assign(new)
-        loss = output.loss if loss_at == "training" else None
-        return optimizer_state, add_loss(sums, loss, examples_in(output)), steps + 1
+        sums = add_loss(sums, loss if loss_at == "training" else None, examples)
+        return optimizer_state, sums, counts, steps + 1
 
     @tf.function
     def train(weights: Any, dataset: tf.data.Dataset, hparams: Any) -> Trained:
@@ -125,8 +146,9 @@ def _variable_training(
         if loss_at == "initial":
             before = _fold(loop, dataset, _no_loss(), evaluate)
             model.reset_metrics()
-        state = (_initial_state(optimizer, trainable, hparams), _no_loss(), tf.constant(0))
-        _, sums, steps = _fold(loop, dataset, state, step)
+        start = _initial_state(optimizer, trainable, hparams)
+        state = (start, _no_loss(), _no_counts(clipping), tf.constant(0))
+        _, sums, counts, steps = _fold(loop, dataset, state, step)
         return Trained(
             initial=tuple(tf.nest.flatten(weights.trainable)),
             trained=tuple(variable.read_value() for variable in trainable),
@@ -135,6 +157,7 @@ def _variable_training(
             examples=sums[1],
             metrics=model.report_local_unfinalized_metrics(),
             fresh_metrics=fresh,
+            counts=counts,
         )
 
     return train
@@ -145,6 +168,7 @@ def _functional_training(
     optimizer: tff.learning.optimizers.Optimizer,
     loss_at: LossAt | None,
     loop: Loop,
+    clipping: ExampleClipping | None,
 ) -> Training:
     def split(batch: Any) -> tuple[Any, Any]:
         return (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
@@ -158,15 +182,13 @@ def _functional_training(
             output = model.predict_on_batch((initial, fixed), x, training=False)
             return add_loss(sums, model.loss(output=output, label=y), count(output))
 
-        def step(state: Any, batch: Any) -> Any:
-            trainable, optimizer_state, metrics, sums, steps = state
+        def differentiate(trainable: Any, metrics: Any, batch: Any) -> Any:
             x, y = split(batch)
             with tf.GradientTape() as tape:
                 tape.watch(trainable)
                 output = model.predict_on_batch((trainable, fixed), x, training=True)
                 loss = model.loss(output=output, label=y)
             gradients = tape.gradient(loss, trainable)
-            optimizer_state, trainable = optimizer.next(optimizer_state, trainable, gradients)
             metrics = model.update_metrics_state(
                 metrics,
                 labels=y,
@@ -174,8 +196,25 @@ def _functional_training(
                     loss=loss, predictions=output, num_examples=count(output)
                 ),
             )
-            sums = add_loss(sums, loss if loss_at == "training" else None, count(output))
-            return trainable, optimizer_state, metrics, sums, steps + 1
+            return metrics, gradients, loss, count(output)
+
+        def gradient(trainable: Any, metrics: Any, batch: Any, counts: Any) -> Any:
+            if clipping is None:
+                return *differentiate(trainable, metrics, batch), counts
+
+            def one(metrics: Any, example: Any) -> Any:
+                return differentiate(trainable, metrics, example)[:3]
+
+            found = clip_examples(clipping, batch, trainable, one, metrics)
+            counts = add_counts(counts, found.counts)
+            return found.carried, found.gradients, found.loss, found.examples, counts
+
+        def step(state: Any, batch: Any) -> Any:
+            trainable, optimizer_state, metrics, sums, counts, steps = state
+            metrics, gradients, loss, examples, counts = gradient(trainable, metrics, batch, counts)
+            optimizer_state, trainable = optimizer.next(optimizer_state, trainable, gradients)
+            sums = add_loss(sums, loss if loss_at == "training" else None, examples)
+            return trainable, optimizer_state, metrics, sums, counts, steps + 1
 
         fresh = model.initialize_metrics_state()
         state = (
@@ -183,12 +222,13 @@ def _functional_training(
             _initial_state(optimizer, initial, hparams),
             fresh,
             _no_loss(),
+            _no_counts(clipping),
             tf.constant(0),
         )
-        trained, _, metrics, sums, steps = _fold(loop, dataset, state, step)
+        trained, _, metrics, sums, counts, steps = _fold(loop, dataset, state, step)
         before = _fold(loop, dataset, _no_loss(), evaluate) if loss_at == "initial" else sums
         loss = _mean(before) if loss_at else None
-        return Trained(initial, trained, loss, steps, sums[1], metrics, fresh)
+        return Trained(initial, trained, loss, steps, sums[1], metrics, fresh, counts)
 
     return train
 
@@ -222,6 +262,15 @@ def add_loss(sums: Any, loss: Any, examples: tf.Tensor) -> tuple[tf.Tensor, tf.T
         # A batch without examples has a mean that is no number, and no part in the sum.
         total += tf.math.multiply_no_nan(loss, tf.cast(examples, tf.float32))
     return total, seen + tf.cast(examples, tf.int64)
+
+
+def _no_counts(clipping: ExampleClipping | None) -> Any:
+    return OrderedDict() if clipping is None else no_counts()
+
+
+def add_counts(total: Any, found: Any) -> Any:
+    """Adds a batch's counts of clipping."""
+    return tf.nest.map_structure(tf.add, total, found)
 
 
 def _no_loss() -> tuple[tf.Tensor, tf.Tensor]:

@@ -1,0 +1,254 @@
+"""Gradients of single examples, clipped before they are summed: DP-SGD on a client."""
+
+import math
+import numbers
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import tensorflow as tf
+import tensorflow_federated as tff
+
+# Named, because "auto_select" may give other numbers on another device.
+_ALGORITHM = "philox"
+_MOVING_AVERAGES = ("moving_mean", "moving_variance")
+
+
+def _check_number(least: float, *, above: bool, finite: bool) -> Callable[[Any, Any, Any], None]:
+    rule = f"{'above' if above else 'at least'} {least:g}{', and finite' if finite else ''}"
+
+    def check(instance: Any, attribute: Any, value: Any) -> None:
+        del instance  # attrs passes it to every validator
+        sound = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        sound = sound and (value > least if above else value >= least)
+        if not sound or (finite and not math.isfinite(value)):
+            raise ValueError(f"`{attribute.name}` must be a number {rule}; found {value!r}.")
+
+    return check
+
+
+@attrs.frozen
+class ExampleClipping:
+    """Clips each example's gradient, sums, adds noise once a batch, and divides by the batch's size.
+
+    ```
+    g = (sum_i g_i min(1, C / |g_i|) + N(0, (z s)^2)) / B
+    ```
+
+    with `g_i` the gradient of the loss of example `i` alone, `C` the norm, `z` the noise multiplier,
+    `B` the expected size of a batch (without one, the number of its examples that are finite), and
+    `s` what one example can move the sum by: `C`, or `C sqrt(number of tensors)` with `per_tensor`.
+    An optimizer takes `g` for the gradient of the batch; it equals that for an infinite norm where
+    the model's loss is a mean over examples.
+
+    Examples go through the model one by one, in training mode, so any model that trains on a batch of
+    one can be clipped, dropout, recurrent layers and embeddings among them; memory is that of
+    one example and one gradient. A model that looks at several examples at once, as batch
+    normalisation does, has no gradient per example and is refused.
+
+    An example whose gradient has no finite norm counts for nothing, in the sum, in `B` where that is
+    counted, in the client's weight and in its loss, and is counted in the measurements. Metrics of a
+    variable model see batches of one, such examples included.
+
+    The measurements `clipped_examples`, `non_finite_examples` and `mean_norm` are exact and not
+    protected by the noise. Nor is the client's weight, its number of examples: for a guarantee per
+    example use `ClientWeighting.UNIFORM` and keep the measurements to yourself. The noise comes from
+    the system's entropy, anew for each batch, so no client, round or run repeats it; TensorFlow's
+    generator is not a cryptographic one. What the noise is worth: `aggregators.privacy.epsilon`.
+
+    Attributes:
+      clip_norm: `C`, above 0; infinity to only leave out what is not finite.
+      noise_multiplier: `z`, at least 0 and finite; above 0 needs a finite norm and an expected size.
+      expected_batch_size: `B`, above 0; None for the number of examples.
+      per_tensor: Whether each tensor of a gradient is clipped to `C` by itself, as declearn's
+        `sclip_norm` does, instead of all of them by one factor. It changes the gradient's direction, and
+        needs noise `sqrt(number of tensors)` as large, which it gets.
+
+    Example:
+      >>> ExampleClipping(1.0, noise_multiplier=1.1, expected_batch_size=32).noise_stddev(2)
+      1.1
+
+    Source: Abadi et al., Deep Learning with Differential Privacy, CCS 2016, Algorithm 1.
+    """
+
+    clip_norm: float = attrs.field(validator=_check_number(0.0, above=True, finite=False))
+    noise_multiplier: float = attrs.field(
+        default=0.0, validator=_check_number(0.0, above=False, finite=True)
+    )
+    expected_batch_size: float | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(_check_number(0.0, above=True, finite=True)),
+    )
+    per_tensor: bool = attrs.field(default=False, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.per_tensor, bool):
+            raise TypeError(f"`per_tensor` must be True or False; found {self.per_tensor!r}.")
+        if self.noise_multiplier and self.expected_batch_size is None:
+            raise ValueError(
+                "`expected_batch_size` must be given with noise, since the number of examples in a "
+                "batch would tell whether one is there; found None. Give the size that batches "
+                "have, or have on average."
+            )
+        if self.noise_multiplier and math.isinf(self.clip_norm):
+            raise ValueError(
+                "`clip_norm` must be finite with noise, which is a multiple of it; found inf."
+            )
+
+    def noise_stddev(self, num_tensors: int) -> float:
+        """Standard deviation of the noise in the sum over a batch."""
+        sensitivity = self.clip_norm * (math.sqrt(num_tensors) if self.per_tensor else 1.0)
+        return self.noise_multiplier and self.noise_multiplier * sensitivity
+
+
+class Clipped(NamedTuple):
+    """A batch's gradient, by its examples.
+
+    Attributes:
+      gradients: As an optimizer takes them: dense, None for a weight that the loss does not see.
+      loss: float32: mean loss of the examples that count.
+      examples: int32: how many do.
+      counts: For `measurements`: int64 `examples`, `clipped`, `non_finite`, and float32 `norms`, the
+        sum of the norms.
+      carried: What `one` carried from example to example.
+    """
+
+    gradients: Sequence[tf.Tensor | None]
+    loss: tf.Tensor
+    examples: tf.Tensor
+    counts: OrderedDict[str, tf.Tensor]
+    carried: Any
+
+
+def no_counts() -> OrderedDict[str, tf.Tensor]:
+    """The counts of no batch."""
+    return OrderedDict(
+        examples=tf.constant(0, tf.int64),
+        clipped=tf.constant(0, tf.int64),
+        non_finite=tf.constant(0, tf.int64),
+        norms=tf.constant(0.0),
+    )
+
+
+def clip_examples(
+    clipping: ExampleClipping,
+    batch: Any,
+    weights: Sequence[Any],
+    one: Callable[[Any, Any], tuple[Any, Any, Any]],
+    carried: Any = (),
+) -> Clipped:
+    """The gradient of a batch; see `ExampleClipping`.
+
+    Args:
+      clipping: How to clip.
+      batch: Any structure of tensors whose first dimension counts examples.
+      weights: The trainable weights.
+      one: `(carried, batch of one) -> (carried, gradients, loss)`. What it carries on is kept only
+        for an example that counts.
+      carried: What it starts from.
+    """
+    known: list[bool] = []
+
+    def step(i: tf.Tensor, sums: Any, loss: Any, counts: Any, carried: Any) -> Any:
+        example = tf.nest.map_structure(lambda x: x[i : i + 1], batch)
+        following, gradients, its_loss = one(carried, example)
+        known[:] = [g is not None for g in gradients]
+        dense = [
+            tf.zeros(w.shape, w.dtype) if g is None else tf.convert_to_tensor(g)
+            for w, g in zip(weights, gradients, strict=True)
+        ]
+        norms = tf.stack([tf.cast(tf.norm(g), tf.float32) for g in dense])
+        norm = tf.norm(norms)
+        counts_it = tf.math.is_finite(norm)
+        factors = tf.minimum(1.0, clipping.clip_norm / (norms if clipping.per_tensor else norm))
+        factors = tf.broadcast_to(factors, norms.shape)
+        sums = tuple(
+            total + tf.where(counts_it, tf.cast(factors[k], g.dtype) * g, tf.zeros_like(g))
+            for k, (total, g) in enumerate(zip(sums, dense, strict=True))
+        )
+        its_loss = tf.cast(tf.reduce_mean(its_loss), tf.float32)
+        counts = OrderedDict(
+            examples=counts["examples"] + tf.cast(counts_it, tf.int64),
+            clipped=counts["clipped"] + tf.cast(counts_it & tf.reduce_any(factors < 1.0), tf.int64),
+            non_finite=counts["non_finite"] + tf.cast(~counts_it, tf.int64),
+            norms=counts["norms"] + tf.where(counts_it, norm, 0.0),
+        )
+        loss += tf.where(counts_it, its_loss, 0.0)
+        carried = tf.nest.map_structure(
+            lambda new, old: tf.where(counts_it, new, old), following, carried
+        )
+        return i + 1, sums, loss, counts, carried
+
+    size = tf.shape(tf.nest.flatten(batch)[0], tf.int32)[0]
+    zeros = tuple(tf.zeros(w.shape, w.dtype) for w in weights)
+    state = (tf.constant(0), zeros, tf.constant(0.0), no_counts(), carried)
+    _, sums, loss, counts, carried = tf.while_loop(lambda i, *_: i < size, step, state)
+    examples = tf.cast(counts["examples"], tf.int32)
+    stddev = clipping.noise_stddev(len(weights))
+    if stddev:
+        sums = [total + _noise(total, stddev) for total in sums]
+    divisor = clipping.expected_batch_size
+    divisor = tf.cast(examples if divisor is None else divisor, tf.float32)
+    gradients = tuple(
+        tf.math.divide_no_nan(total, tf.cast(divisor, total.dtype)) if there else None
+        for total, there in zip(sums, known, strict=True)
+    )
+    mean_loss = tf.math.divide_no_nan(loss, tf.cast(examples, tf.float32))
+    return Clipped(gradients, mean_loss, examples, counts, carried)
+
+
+def _noise(like: tf.Tensor, stddev: float) -> tf.Tensor:
+    # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph, and
+    # all clients would draw the same.
+    seed = tf.raw_ops.NonDeterministicInts(shape=[2], dtype=tf.int64)
+    numbers_type = like.dtype if like.dtype.size >= 4 else tf.float32
+    drawn = tf.random.stateless_normal(like.shape, seed, 0.0, stddev, numbers_type, alg=_ALGORITHM)
+    return tf.cast(drawn, like.dtype)
+
+
+@tff.tensorflow.computation
+def _measurements(counts: Any) -> OrderedDict[str, tf.Tensor]:
+    return OrderedDict(
+        clipped_examples=counts["clipped"],
+        non_finite_examples=counts["non_finite"],
+        mean_norm=tf.math.divide_no_nan(counts["norms"], tf.cast(counts["examples"], tf.float32)),
+    )
+
+
+def measurements(counts: Any) -> Any:
+    """The round's measurements: `{counts}@CLIENTS -> M@SERVER`."""
+    return tff.federated_map(_measurements, tff.federated_sum(counts))
+
+
+def check_clipping(clipping: Any) -> None:
+    """Raises `TypeError` for anything but an `ExampleClipping`, or None for no clipping."""
+    if clipping is not None and not isinstance(clipping, ExampleClipping):
+        raise TypeError(
+            f"`example_clipping` must be an `ExampleClipping` or None; found {clipping!r}."
+        )
+
+
+def check_examples_are_apart(model_fn: Any) -> None:
+    """Raises `ValueError` for a model whose training on an example looks at others, or changes it.
+
+    Batch normalisation is known by the names of its moving averages; other weights that a step of
+    training changes by the step's graph. TFF's functional models can have neither.
+    """
+    if isinstance(model_fn, tff.learning.models.FunctionalModel):
+        return
+    with tf.Graph().as_default():
+        model = model_fn()
+        fixed = [v for v in model.non_trainable_variables if v.dtype.is_floating]
+        found = [v.name for v in fixed if v.name.split(":")[0].endswith(_MOVING_AVERAGES)]
+        step = tf.function(lambda batch: model.forward_pass(batch, training=True).loss)
+        names = {id(v.handle): v.name for v in fixed}
+        for outside, inside in step.get_concrete_function(model.input_spec).graph.captures:
+            if any(op.type.startswith("Assign") for op in inside.consumers()):
+                found += [names[id(outside)]] if id(outside) in names else []
+    if found:
+        raise ValueError(
+            "`example_clipping` must be given to a model that trains on each example alone; found "
+            f"batch normalisation, or other weights that change while it trains: {', '.join(found)}. "
+            "Use layer or group normalisation."
+        )

@@ -1,0 +1,364 @@
+"""Gradients clipped per example against a loop over examples, alone and in whole processes."""
+
+import collections
+import math
+
+import federated_twin as twin
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from problems import INPUT_SPEC, model_fn
+
+import aggregators
+from aggregators import ExampleClipping
+from aggregators.example_clipping import check_examples_are_apart, clip_examples
+
+SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
+DATA = twin.make_data()
+SEQUENCE = collections.OrderedDict(
+    x=tf.TensorSpec((None, 5), tf.int32), y=tf.TensorSpec((None, 1), tf.int32)
+)
+IMAGE = collections.OrderedDict(
+    x=tf.TensorSpec((None, 6, 6, 1), tf.float32), y=tf.TensorSpec((None, 1), tf.int32)
+)
+layers = tf.keras.layers
+MODELS = {
+    "dense": (IMAGE, lambda: [layers.Flatten(input_shape=(6, 6, 1)), layers.Dense(3)]),
+    "convolutional": (
+        IMAGE,
+        lambda: [layers.Conv2D(4, 3, input_shape=(6, 6, 1)), layers.Flatten(), layers.Dense(3)],
+    ),
+    "embedding": (
+        SEQUENCE,
+        lambda: [layers.Embedding(7, 4, input_length=5), layers.Flatten(), layers.Dense(3)],
+    ),
+    "recurrent": (
+        SEQUENCE,
+        lambda: [layers.Embedding(7, 4, input_length=5), layers.LSTM(4), layers.Dense(3)],
+    ),
+    "normalised": (
+        IMAGE,
+        lambda: [
+            layers.Flatten(input_shape=(6, 6, 1)),
+            layers.Dense(4),
+            layers.LayerNormalization(),
+            layers.Dense(3),
+        ],
+    ),
+    "dropout": (
+        IMAGE,
+        lambda: [layers.Flatten(input_shape=(6, 6, 1)), layers.Dropout(0.5), layers.Dense(3)],
+    ),
+}
+
+
+def keras_model(name):
+    tf.keras.utils.set_random_seed(1)
+    return tf.keras.Sequential(MODELS[name][1]())
+
+
+def loss_fn():
+    return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def batch_for(name, size, seed=0):
+    rng = np.random.default_rng(seed)
+    spec = MODELS[name][0]
+    x = (
+        rng.integers(0, 7, (size, 5)).astype(np.int32)
+        if spec is SEQUENCE
+        else 3 * rng.normal(size=(size, 6, 6, 1)).astype(np.float32)
+    )
+    return collections.OrderedDict(x=x, y=rng.integers(0, 3, (size, 1)).astype(np.int32))
+
+
+def gradients_of(model, x, y, training=True):
+    with tf.GradientTape() as tape:
+        loss = loss_fn()(y, model(x, training=training))
+    found = tape.gradient(loss, model.trainable_variables)
+    return [tf.convert_to_tensor(g).numpy().astype(np.float64) for g in found]
+
+
+def clip_by_hand(per_example, norm, per_tensor=False):
+    """The truth: NumPy, example by example."""
+    total = [np.zeros_like(g) for g in per_example[0]]
+    for gradients in per_example:
+        lengths = [np.linalg.norm(g) for g in gradients]
+        whole = np.sqrt(sum(length**2 for length in lengths))
+        for k, g in enumerate(gradients):
+            length = lengths[k] if per_tensor else whole
+            total[k] = total[k] + g * min(1.0, norm / max(length, 1e-30))
+    return total
+
+
+def variable_model(name):
+    return lambda: tff.learning.models.from_keras_model(
+        keras_model(name), loss=loss_fn(), input_spec=MODELS[name][0]
+    )
+
+
+def clipped(name, batch, clipping, variable):
+    """One clipped batch, by a process of one client, one step and rate 1: its update."""
+    make = variable_model(name)
+    if not variable:
+        make = tff.learning.models.functional_model_from_keras(
+            lambda: keras_model(name), loss_fn(), MODELS[name][0]
+        )
+    process = aggregators.build_fed_avg(
+        make, tff.learning.optimizers.build_sgdm(1.0), example_clipping=clipping
+    )
+    state = process.initialize()
+    before = process.get_model_weights(state).trainable
+    dataset = tf.data.Dataset.from_tensors(batch)
+    output = process.next(state, [dataset])
+    after = process.get_model_weights(output.state).trainable
+    update = [a - b for a, b in zip(before, after, strict=True)]
+    return update, output.metrics["client_work"], before
+
+
+@pytest.mark.parametrize("variable", [False, True], ids=["functional", "variable"])
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "dropout"])
+def test_equals_a_loop_over_examples(name, variable):
+    batch = batch_for(name, 5)
+    model = keras_model(name)
+    per_example = [
+        gradients_of(model, batch["x"][i : i + 1], batch["y"][i : i + 1]) for i in range(5)
+    ]
+    norms = [np.sqrt(sum(np.sum(g**2) for g in gradients)) for gradients in per_example]
+    limit = float(np.median(norms))
+    found, metrics, weights = clipped(name, batch, ExampleClipping(limit), variable)
+    for a, b in zip(weights, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(a, b.numpy())
+    for a, b in zip(found, clip_by_hand(per_example, limit), strict=True):
+        np.testing.assert_allclose(a, b / 5, rtol=1e-5, atol=1e-6)
+    assert metrics["clipping"]["clipped_examples"] == sum(norm > limit for norm in norms)
+    assert metrics["clipping"]["non_finite_examples"] == 0
+    np.testing.assert_allclose(metrics["clipping"]["mean_norm"], np.mean(norms), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "dropout"])
+def test_an_infinite_norm_gives_the_plain_gradient(name):
+    batch = batch_for(name, 4)
+    found, metrics, _ = clipped(name, batch, ExampleClipping(math.inf), False)
+    plain = gradients_of(keras_model(name), batch["x"], batch["y"])
+    for a, b in zip(found, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert metrics["clipping"]["clipped_examples"] == 0
+
+
+def test_dropout_trains_and_stays_within_the_norm():
+    batch = batch_for("dropout", 6)
+    found, metrics, _ = clipped("dropout", batch, ExampleClipping(0.01), True)
+    assert 0 < np.sqrt(sum(np.sum(g**2) for g in found)) <= 0.01 * (1 + 1e-5)
+    assert metrics["clipping"]["clipped_examples"] == 6
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_each_tensor_by_itself_is_another_gradient(per_tensor):
+    batch = batch_for("dense", 4)
+    model = keras_model("dense")
+    per_example = [
+        gradients_of(model, batch["x"][i : i + 1], batch["y"][i : i + 1]) for i in range(4)
+    ]
+    clipping = ExampleClipping(0.5, per_tensor=per_tensor)
+    found, _, _ = clipped("dense", batch, clipping, False)
+    for a, b in zip(found, clip_by_hand(per_example, 0.5, per_tensor), strict=True):
+        np.testing.assert_allclose(a, b / 4, rtol=1e-5, atol=1e-6)
+
+
+def simulate(clip_norm, expected, data, rounds):
+    """Federated averaging of clipped steps, in NumPy."""
+    weights = twin.initial_weights()
+    for _ in range(rounds):
+        deltas, sizes = [], []
+        for x, y in data:
+            kernel, bias = (np.array(w) for w in weights)
+            x, y = np.float64(x), np.float64(y)
+            counted = 0
+            for start in range(0, len(x), twin.BATCH):
+                per_example = []
+                for i in range(start, min(start + twin.BATCH, len(x))):
+                    off = x[i] @ kernel + bias - y[i]
+                    gradients = 2 / 2 * np.outer(x[i], off), 2 / 2 * off
+                    if np.all(np.isfinite(off)):
+                        per_example.append(gradients)
+                total = clip_by_hand(per_example or [(0 * kernel, 0 * bias)], clip_norm)
+                divisor = expected or max(len(per_example), 1)
+                kernel = kernel - twin.RATE * total[0] / divisor
+                bias = bias - twin.RATE * total[1] / divisor
+                counted += len(per_example)
+            deltas.append([weights[0] - kernel, weights[1] - bias])
+            sizes.append(counted)
+        shares = np.float64(sizes) / sum(sizes)
+        weights = [
+            w - sum(s * d[k] for s, d in zip(shares, deltas, strict=True))
+            for k, w in enumerate(weights)
+        ]
+    return weights
+
+
+@pytest.mark.parametrize(
+    "model", [twin.functional_model(), model_fn], ids=["functional", "variable"]
+)
+@pytest.mark.parametrize("expected", [None, 5.0])
+def test_rounds_with_ragged_batches_empty_clients_and_bad_examples(model, expected):
+    """Sizes that no batch divides, a client of nothing, and an example that is no number."""
+    data = [(x.copy(), y.copy()) for x, y in DATA]
+    data[0][0][5, 1] = np.nan
+    data[3][0][:] = np.nan  # a client of nothing that counts
+    data.append((np.zeros((0, 3), np.float32), np.zeros((0, 2), np.float32)))
+    for loop in tff.learning.LoopImplementation:
+        process = aggregators.build_fed_avg(
+            model,
+            SGD,
+            example_clipping=ExampleClipping(0.8, expected_batch_size=expected),
+            loop_implementation=loop,
+        )
+        state = process.initialize()
+        for _ in range(3):
+            state, metrics = process.next(state, twin.datasets(data))
+        weights = process.get_model_weights(state).trainable
+        for a, b in zip(weights, simulate(0.8, expected, data, 3), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert metrics["client_work"]["clipping"]["non_finite_examples"] == 4
+        assert metrics["aggregator"]["non_finite_clients"] == 0
+        assert metrics["aggregator"]["zero_weight_clients"] == 2
+
+
+def linear(carried, example):
+    """Gradient of the loss `sum(w x)` of a batch of one: its x."""
+    return carried, [tf.reshape(example["x"], [-1])], tf.reduce_sum(example["x"])
+
+
+def test_removing_one_example_moves_the_sum_by_at_most_the_norm():
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.normal(size=(20, 8)) * 10 ** rng.uniform(-3, 3, size=(20, 1)))
+    clipping = ExampleClipping(0.7, expected_batch_size=1)
+    weights = [tf.zeros([8])]
+    whole = clip_examples(clipping, {"x": tf.constant(x)}, weights, linear).gradients[0]
+    for i in range(20):
+        rest = {"x": tf.constant(np.delete(x, i, 0))}
+        other = clip_examples(clipping, rest, weights, linear).gradients[0]
+        assert np.linalg.norm(whole - other) <= 0.7 * (1 + 1e-5)
+
+
+def noisy_rounds(rounds, clients=3):
+    """Updates of clients without any gradient: noise alone. One batch each."""
+    spec = {"x": tf.TensorSpec([None, 1]), "y": tf.TensorSpec([None, 1])}
+    model = tff.learning.models.functional_model_from_keras(
+        lambda: tf.keras.Sequential([layers.Dense(5000, input_shape=(1,), use_bias=False)]),
+        tf.keras.losses.MeanSquaredError(),
+        collections.OrderedDict(spec),
+    )
+    process = aggregators.build_fed_avg(
+        model,
+        tff.learning.optimizers.build_sgdm(1.0),
+        rule=aggregators.rules.plain_mean(),
+        example_clipping=ExampleClipping(2.0, 1.5, 10),
+        client_weighting=tff.learning.ClientWeighting.UNIFORM,
+    )
+    zeros = np.zeros((1, 1), np.float32)
+    data = tf.data.Dataset.from_tensors(collections.OrderedDict(x=zeros, y=zeros))
+    return process, [data] * clients
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+def test_noise_has_its_size_and_is_new_for_each_client_and_round(clients):
+    """The mean over clients has `z C / B / sqrt(clients)`, and rounds do not correlate."""
+    process, data = noisy_rounds(3, clients)
+    state, steps = process.initialize(), []
+    tf.random.set_seed(1)  # must not tie clients together
+    for _ in range(3):
+        before = process.get_model_weights(state).trainable[0]
+        state = process.next(state, data).state
+        steps.append((before - process.get_model_weights(state).trainable[0]).ravel())
+    # A restored state goes on with noise of its own: never again the noise of a round before.
+    again = process.next(state, data).state
+    steps.append((process.get_model_weights(state).trainable[0] - again[0].trainable[0]).ravel())
+    other = process.next(state, data).state
+    steps.append((process.get_model_weights(state).trainable[0] - other[0].trainable[0]).ravel())
+    for step in steps:
+        assert np.std(step) == pytest.approx(1.5 * 2.0 / 10 / math.sqrt(clients), rel=0.05)
+        assert abs(np.mean(step)) < 0.02
+    correlation = np.corrcoef(steps) - np.eye(len(steps))
+    assert np.abs(correlation).max() < 0.07
+
+
+def test_noise_per_tensor_grows_with_their_number():
+    assert ExampleClipping(2.0, 1.5, 10).noise_stddev(9) == 3.0
+    assert ExampleClipping(2.0, 1.5, 10, per_tensor=True).noise_stddev(9) == 9.0
+
+
+def test_a_weight_that_the_loss_does_not_see_has_no_gradient():
+    def one(carried, example):
+        return carried, [tf.reshape(example["x"], [-1]), None], tf.constant(0.0)
+
+    batch = {"x": tf.ones([2, 3])}
+    clipping = ExampleClipping(1.0, 1.0, 2)
+    found = clip_examples(clipping, batch, [tf.zeros([3]), tf.zeros([2])], one)
+    assert found.gradients[1] is None
+    assert found.gradients[0] is not None
+
+
+@pytest.mark.parametrize("axis_of", ["dense", "fused"])
+def test_batch_normalisation_is_refused(axis_of):
+    def make():
+        first = [layers.Flatten(input_shape=(6, 6, 1))]
+        if axis_of == "fused":
+            first = [layers.Conv2D(2, 3, input_shape=(6, 6, 1))]
+        model = tf.keras.Sequential(
+            [*first, layers.BatchNormalization(), layers.Flatten(), layers.Dense(3)]
+        )
+        return tff.learning.models.from_keras_model(model, loss=loss_fn(), input_spec=IMAGE)
+
+    with pytest.raises(ValueError, match=r"`example_clipping` must be .* batch normalisation"):
+        aggregators.build_fed_avg(make, SGD, example_clipping=ExampleClipping(1.0))
+
+
+def test_weights_that_a_step_changes_are_refused():
+    class Counting(tf.keras.layers.Layer):
+        def build(self, shape):
+            self.seen = self.add_weight("seen", (), trainable=False)
+
+        def call(self, x):
+            self.seen.assign_add(1.0)
+            return x
+
+    def make():
+        model = tf.keras.Sequential([layers.Flatten(input_shape=(6, 6, 1)), Counting()])
+        return tff.learning.models.from_keras_model(model, loss=loss_fn(), input_spec=IMAGE)
+
+    with pytest.raises(ValueError, match=r"weights that change while it trains: counting.*/seen"):
+        check_examples_are_apart(make)
+
+
+def test_models_that_are_not_refused():
+    for name in MODELS:
+        check_examples_are_apart(variable_model(name))
+    check_examples_are_apart(twin.functional_model())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.0,), "`clip_norm` must be a number above 0; found 0.0"),
+        ((math.nan,), "`clip_norm`"),
+        ((True,), "`clip_norm`"),
+        ((1.0, -1.0), "`noise_multiplier` must be a number at least 0, and finite; found -1.0"),
+        ((1.0, 0.0, 0), "`expected_batch_size` must be a number above 0"),
+        ((1.0, 1.0), "`expected_batch_size` must be given with noise"),
+        ((math.inf, 1.0, 8), "`clip_norm` must be finite with noise"),
+    ],
+)
+def test_bad_numbers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ExampleClipping(*arguments)
+
+
+def test_bad_kinds():
+    with pytest.raises(TypeError, match="`per_tensor` must be True or False"):
+        ExampleClipping(1.0, per_tensor="yes")
+    with pytest.raises(TypeError, match="`example_clipping` must be an `ExampleClipping`"):
+        aggregators.build_fed_avg(model_fn, SGD, example_clipping=1.0)
+    assert INPUT_SPEC is not None
