@@ -230,25 +230,17 @@ def check_clipping(clipping: Any) -> None:
 
 
 def check_examples_are_apart(model_fn: Any) -> None:
-    """Raises `ValueError` for a model whose training on an example looks at others, or changes it.
+    """Raises `ValueError` for a model with batch normalisation, whose examples look at each other.
 
-    Batch normalisation is known by the names of its moving averages; other weights that a step of
-    training changes by the step's graph. TFF's functional models can have neither.
+    It is known by the names of its moving averages. TFF's functional models of Keras cannot have it.
     """
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
         return
     with tf.Graph().as_default():
-        model = model_fn()
-        fixed = [v for v in model.non_trainable_variables if v.dtype.is_floating]
-        found = [v.name for v in fixed if v.name.split(":")[0].endswith(_MOVING_AVERAGES)]
-        step = tf.function(lambda batch: model.forward_pass(batch, training=True).loss)
-        names = {id(v.handle): v.name for v in fixed}
-        for outside, inside in step.get_concrete_function(model.input_spec).graph.captures:
-            if any(op.type.startswith("Assign") for op in inside.consumers()):
-                found += [names[id(outside)]] if id(outside) in names else []
+        names = [v.name.split(":")[0] for v in model_fn().non_trainable_variables]
+    found = [name for name in names if name.endswith(_MOVING_AVERAGES)]
     if found:
         raise ValueError(
             "`example_clipping` must be given to a model that trains on each example alone; found "
-            f"batch normalisation, or other weights that change while it trains: {', '.join(found)}. "
-            "Use layer or group normalisation."
+            f"batch normalisation, with {', '.join(found)}. Use layer or group normalisation."
         )

@@ -316,23 +316,6 @@ def test_batch_normalisation_is_refused(axis_of):
         aggregators.build_fed_avg(make, SGD, example_clipping=ExampleClipping(1.0))
 
 
-def test_weights_that_a_step_changes_are_refused():
-    class Counting(tf.keras.layers.Layer):
-        def build(self, shape):
-            self.seen = self.add_weight("seen", (), trainable=False)
-
-        def call(self, x):
-            self.seen.assign_add(1.0)
-            return x
-
-    def make():
-        model = tf.keras.Sequential([layers.Flatten(input_shape=(6, 6, 1)), Counting()])
-        return tff.learning.models.from_keras_model(model, loss=loss_fn(), input_spec=IMAGE)
-
-    with pytest.raises(ValueError, match=r"weights that change while it trains: counting.*/seen"):
-        check_examples_are_apart(make)
-
-
 def test_models_that_are_not_refused():
     for name in MODELS:
         check_examples_are_apart(variable_model(name))
