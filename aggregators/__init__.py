@@ -5,6 +5,7 @@ from aggregators._requirements import check_tff
 check_tff()  # before the imports below, which would fail less readably
 
 from aggregators import privacy, rules, scores, weighted_mean, weighting
+from aggregators.candidates import Candidates
 from aggregators.client_work import build_client_work
 from aggregators.example_clipping import ExampleClipping
 from aggregators.hyperparameters import hparam
@@ -34,6 +35,7 @@ from aggregators.update import ClientUpdate
 from aggregators.weighting import Weighting
 
 __all__ = [
+    "Candidates",
     "ClientUpdate",
     "ExampleClipping",
     "FederatedRule",

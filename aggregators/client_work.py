@@ -86,22 +86,27 @@ class ClientTraining:
             self.model_fn, self.metrics_aggregator or tff.learning.metrics.sum_then_finalize
         )
 
-    def work(self, layers: ModelLayers) -> Callable[[Any, Any, Any], ClientOutput]:
-        """The work of one client, `(weights, dataset, hparams) -> ClientOutput`.
+    def work(self, layers: ModelLayers) -> Callable[[Any, Any, Any, Any], ClientOutput]:
+        """The work of one client, `(weights, dataset, hparams, rule_state) -> ClientOutput`.
 
         To be called where the graph is built that trains: the model is made there.
         """
         needs = self.needs
+        candidates = needs.candidates
         train = build_training(
             self.model_fn,
             self.optimizer,
             needs.loss,
             self.loop_implementation,
             clipping=self.example_clipping,
+            error=None if candidates is None else candidates.error,
         )
 
-        def run(weights: Any, dataset: Any, hparams: Any) -> ClientOutput:
-            done = train(weights, dataset, hparams)
+        def run(weights: Any, dataset: Any, hparams: Any, rule_state: Any) -> ClientOutput:
+            models: Any = ()
+            if candidates is not None:
+                models = candidates.of(tuple(tf.nest.flatten(weights.trainable)), rule_state)
+            done = train(weights, dataset, hparams, models)
             measured: OrderedDict[str, tf.Tensor] = OrderedDict()
             if needs.score is not None:
                 measured[needs.score.name] = score_layers(
@@ -111,6 +116,8 @@ class ClientTraining:
                 measured[f"{needs.loss}_loss"] = done.loss
             if needs.steps:
                 measured["steps"] = done.steps
+            if candidates is not None:
+                measured["candidate_errors"] = tf.stack(done.errors)
             if self.client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
                 weight = tf.cast(done.examples, tf.float64)
             else:
@@ -183,6 +190,13 @@ def build_client_work(
     """
     if not isinstance(needs, Needs):
         raise TypeError(f"`needs` must be the `needs` of a `Rule`; found {needs!r}.")
+    if needs.candidates is not None:
+        raise ValueError(
+            "`needs` must not ask for models scored before training, which are made of the rule's "
+            f"state, and a client work does not see that; found {needs.candidates!r}. Build the whole "
+            'process with `build_fed_avg(..., rule=rule)`; `jury_mean(votes="direction")` has no such '
+            "need."
+        )
     training = ClientTraining(
         model_fn, optimizer, needs, client_weighting, metrics_aggregator, loop_implementation
     )
@@ -198,7 +212,7 @@ def build_client_work(
 
     @tff.tensorflow.computation(state_type, types.weights, types.data)
     def work(state: Any, weights: Any, dataset: Any) -> Any:
-        output = training.work(layers)(weights, dataset, state)
+        output = training.work(layers)(weights, dataset, state, None)
         update = output.update._replace(delta=layers.pack(output.update.delta))
         result = tff.learning.templates.ClientResult(
             update=update, update_weight=tf.cast(output.weight, tf.float32)

@@ -128,7 +128,7 @@ def build_fed_avg(
 
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, types.data)
     def on_client(hparams: Any, rule_state: Any, weights: Any, dataset: Any) -> Any:
-        output = training.work(bound.layers)(weights, dataset, hparams)
+        output = training.work(bound.layers)(weights, dataset, hparams, rule_state)
         return bound.client(output.update, output.weight, rule_state), output.metrics, output.counts
 
     @tff.federated_computation(

@@ -21,6 +21,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators import hyperparameters
+from aggregators.candidates import Candidates
 from aggregators.hyperparameters import Hparam
 from aggregators.layers import Layers, ModelLayers, check_layers, layers_of_type
 from aggregators.measurements import PerLayer
@@ -61,6 +62,9 @@ class Needs:
         `training_loss`. `"initial"`: the loss of the weights that training starts from, one forward
         pass over the data more, found under `initial_loss`.
       steps: Whether the number of optimizer steps is needed, found under `steps`.
+      candidates: Models that clients score before they train, one forward pass over their data for
+        each, found under `candidate_errors`, float32 of shape `[number]`; None if there are none.
+        They are made of the rule's state, so only `build_fed_avg` has them.
 
     Example:
       >>> from aggregators import scores
@@ -72,13 +76,18 @@ class Needs:
     layers: Layers = attrs.field(default="tensor", validator=_check_layers)
     loss: LossAt | None = attrs.field(default=None, validator=_check_loss)
     steps: bool = False
+    candidates: Candidates | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(attrs.validators.instance_of(Candidates)),
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names in `ClientUpdate.measured`."""
         score = (self.score.name,) if self.score else ()
         loss = (f"{self.loss}_loss",) if self.loss else ()
-        return score + loss + (("steps",) if self.steps else ())
+        steps = ("steps",) if self.steps else ()
+        return score + loss + steps + (("candidate_errors",) if self.candidates else ())
 
 
 class RuleResult(NamedTuple):

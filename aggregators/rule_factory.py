@@ -132,3 +132,10 @@ def _check_needs(bound: BoundRule, measured: Any) -> None:
                 f"`rule` has {len(bound.layers.names)} layers, but the updates hold scores of shape "
                 f"{found}. Use the rule's `needs` for the client work."
             )
+    if needs.candidates is not None:
+        found = tuple(types["candidate_errors"].shape)
+        if found != (needs.candidates.number,):
+            raise ValueError(
+                f"`rule` has {needs.candidates.number} models scored, but the updates hold "
+                f"`candidate_errors` of shape {found}."
+            )

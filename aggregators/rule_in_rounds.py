@@ -107,6 +107,12 @@ def federated_rule(
     if value_is not in ("model", "delta"):
         raise ValueError(f'`value_is` must be "model" or "delta"; found {value_is!r}.')
     needs = rule.needs
+    if needs.candidates is not None:
+        raise ValueError(
+            "`rule` must not need models scored before training, which a round of your own has no "
+            f"part for; found {needs.candidates!r}. Build the whole process with `build_fed_avg(..., "
+            'rule=rule)`; `jury_mean(votes="direction")` has no such need.'
+        )
     value, value_type = placed(value, "value", tff.CLIENTS)
     bound = BoundRule(rule, value_type)
     state, found = placed(state, "state", tff.SERVER)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators.candidates import Error, error_of_batch, labels_of
 from aggregators.example_clipping import ExampleClipping, clip_examples, no_counts
 from aggregators.rule import LossAt
 
@@ -26,6 +27,7 @@ class Trained(NamedTuple):
       metrics: The model's unfinalized metrics.
       fresh_metrics: The same, of no example at all.
       counts: Of clipping, see `example_clipping.Clipped`; empty without.
+      errors: Of each model scored before training, float32: its mean error per example.
     """
 
     initial: Any
@@ -36,9 +38,10 @@ class Trained(NamedTuple):
     metrics: Any
     fresh_metrics: Any
     counts: Any
+    errors: Any
 
 
-Training = Callable[[Any, Any, Any], Trained]
+Training = Callable[[Any, Any, Any, Any], Trained]
 
 
 def build_training(
@@ -47,8 +50,11 @@ def build_training(
     loss_at: LossAt | None,
     loop: Loop,
     clipping: ExampleClipping | None = None,
+    error: Error | None = None,
 ) -> Training:
-    """Builds the local training of one client: `(weights, dataset, hparams) -> Trained`.
+    """Builds the local training of one client: `(weights, dataset, hparams, models) -> Trained`.
+
+    `models` are candidates for the trainable weights, which are scored before training.
 
     One optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work` takes.
 
@@ -61,13 +67,14 @@ def build_training(
         None: no loss.
       loop: `dataset.reduce` or a loop over the dataset's iterator.
       clipping: How each example's gradient is clipped; None takes the batch's as it is.
+      error: What candidates are scored by; see `aggregators.candidates.Candidates`.
 
     Returns:
       A function to be called while a graph is built.
     """
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
-        return _functional_training(model_fn, optimizer, loss_at, loop, clipping)
-    return _variable_training(model_fn, optimizer, loss_at, loop, clipping)
+        return _functional_training(model_fn, optimizer, loss_at, loop, clipping, error)
+    return _variable_training(model_fn, optimizer, loss_at, loop, clipping, error)
 
 
 def check_model_fn(model_fn: Any) -> None:
@@ -98,6 +105,7 @@ def _variable_training(
     loss_at: LossAt | None,
     loop: Loop,
     clipping: ExampleClipping | None,
+    error: Error | None,
 ) -> Training:
     model = model_fn()
     variables = tff.learning.models.ModelWeights.from_model(model)
@@ -112,6 +120,15 @@ def _variable_training(
     def evaluate(sums: Any, batch: Any) -> Any:
         output = model.forward_pass(batch, training=False)
         return add_loss(sums, output.loss, examples_in(output))
+
+    def judge(sums: Any, batch: Any) -> Any:
+        output = model.forward_pass(batch, training=False)
+        found = error_of_batch(error, output.loss, output.predictions, labels_of(batch))
+        return add_loss(sums, found, examples_in(output))
+
+    def assign(weights: Any) -> None:
+        for variable, value in zip(trainable, weights, strict=True):
+            variable.assign(value)
 
     def differentiate(batch: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
@@ -133,16 +150,21 @@ def _variable_training(
         optimizer_state, sums, counts, steps = state
         gradients, loss, examples, counts = gradient(batch, counts)
         optimizer_state, updated = optimizer.next(optimizer_state, trainable, gradients)
-        for variable, new in zip(trainable, updated, strict=True):
-            variable.assign(new)
+        assign(updated)
         sums = add_loss(sums, loss if loss_at == "training" else None, examples)
         return optimizer_state, sums, counts, steps + 1
 
     @tf.function
-    def train(weights: Any, dataset: tf.data.Dataset, hparams: Any) -> Trained:
+    def train(weights: Any, dataset: tf.data.Dataset, hparams: Any, models: Any) -> Trained:
         tf.nest.map_structure(lambda variable, value: variable.assign(value), variables, weights)
         fresh = model.report_local_unfinalized_metrics()
-        before = None
+        before, errors = None, []
+        for candidate in models:
+            assign(candidate)
+            errors.append(_mean(_fold(loop, dataset, _no_loss(), judge)))
+        if models:
+            assign(tf.nest.flatten(weights.trainable))
+            model.reset_metrics()
         if loss_at == "initial":
             before = _fold(loop, dataset, _no_loss(), evaluate)
             model.reset_metrics()
@@ -158,6 +180,7 @@ def _variable_training(
             metrics=model.report_local_unfinalized_metrics(),
             fresh_metrics=fresh,
             counts=counts,
+            errors=errors,
         )
 
     return train
@@ -169,18 +192,28 @@ def _functional_training(
     loss_at: LossAt | None,
     loop: Loop,
     clipping: ExampleClipping | None,
+    error: Error | None,
 ) -> Training:
     def split(batch: Any) -> tuple[Any, Any]:
         return (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
 
     @tf.function
-    def train(weights: Any, dataset: tf.data.Dataset, hparams: Any) -> Trained:
+    def train(weights: Any, dataset: tf.data.Dataset, hparams: Any, models: Any) -> Trained:
         initial, fixed = tuple(weights.trainable), tuple(weights.non_trainable)
 
         def evaluate(sums: Any, batch: Any) -> Any:
             x, y = split(batch)
             output = model.predict_on_batch((initial, fixed), x, training=False)
             return add_loss(sums, model.loss(output=output, label=y), count(output))
+
+        def judge(sums: Any, batch: Any) -> Any:
+            x, y = split(batch)
+            judged = []
+            for one, candidate in zip(sums, models, strict=True):
+                output = model.predict_on_batch((candidate, fixed), x, training=False)
+                loss = model.loss(output=output, label=y)
+                judged.append(add_loss(one, error_of_batch(error, loss, output, y), count(output)))
+            return tuple(judged)
 
         def differentiate(trainable: Any, metrics: Any, batch: Any) -> Any:
             x, y = split(batch)
@@ -228,7 +261,9 @@ def _functional_training(
         trained, _, metrics, sums, counts, steps = _fold(loop, dataset, state, step)
         before = _fold(loop, dataset, _no_loss(), evaluate) if loss_at == "initial" else sums
         loss = _mean(before) if loss_at else None
-        return Trained(initial, trained, loss, steps, sums[1], metrics, fresh, counts)
+        judged = _fold(loop, dataset, (_no_loss(),) * len(models), judge) if models else ()
+        errors = [_mean(one) for one in judged]
+        return Trained(initial, trained, loss, steps, sums[1], metrics, fresh, counts, errors)
 
     return train
 

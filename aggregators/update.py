@@ -15,7 +15,7 @@ class ClientUpdate(NamedTuple):
       delta: The weights it started from minus those it trained: in their structure on its way from a
         client work to a factory, a flat tuple of tensors where a rule sees it.
       measured: Mapping from names to what was measured: scores of shape `[num_layers]` under the
-        score's name, `training_loss` or `initial_loss`, `steps`; see `Needs`.
+        score's name, `training_loss` or `initial_loss`, `steps`, `candidate_errors`; see `Needs`.
       non_finite: bool: whether delta, weight or loss was not finite. All of it is zeros then.
 
     Example:
@@ -39,8 +39,8 @@ def client_update(
     Args:
       tensors: The delta, flat: floating tensors, initial weights minus trained ones.
       weight: The client's weight, a number.
-      measured: What was measured, by name. Every `*_loss` must be finite; scores may be anything,
-        and are judged by the rule.
+      measured: What was measured, by name. Every `*_loss` and all `*_errors` must be finite; scores
+        may be anything, and are judged by the rule.
 
     Returns:
       The update, its delta a flat tuple, and the weight (float64, at least 0): zeros all through if
@@ -50,8 +50,8 @@ def client_update(
     weight = tf.cast(weight, tf.float64)
     sound = finite_tensors(tensors) & tf.math.is_finite(weight)
     for name, value in measured.items():
-        if name.endswith("_loss"):
-            sound &= tf.math.is_finite(value)
+        if name.endswith(("_loss", "_errors")):
+            sound &= tf.reduce_all(tf.math.is_finite(value))
     whole = (tensors, tf.maximum(weight, 0.0), list(measured.values()))
     # A branch passes tensors on where a product with 0 or 1 would write them once more.
     tensors, weight, values = tf.cond(
@@ -66,8 +66,14 @@ def client_update(
 def finite_tensors(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
     """Whether the sum of all squares is a number in float32, so the norm below 2.6e19: one bool."""
     # One pass over memory, a third of what a look at each element takes.
+    return tf.math.is_finite(length(tensors))
+
+
+def length(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
+    """The norm of all tensors as one vector, taken in float32: infinite from 2.6e19 on."""
     squares = [tf.nn.l2_loss(tf.cast(x, tf.float32) if x.dtype.size < 4 else x) for x in tensors]
-    return tf.math.is_finite(tf.add_n([tf.cast(square, tf.float32) for square in squares]))
+    # Half of a sum of squares each, which is finite up to a norm of the root of twice as much.
+    return tf.sqrt(2.0) * tf.sqrt(tf.add_n([tf.cast(square, tf.float32) for square in squares]))
 
 
 def is_client_update(value_type: Any) -> bool:

@@ -99,3 +99,112 @@ def fed_nova(deltas, steps, examples, *, momentum):
         tau * sum(share[k] * np.float64(delta[t]) / a[k] for k, delta in enumerate(deltas))
         for t in range(len(deltas[0]))
     ]
+
+
+def length(tensors):
+    return np.linalg.norm(_flat(tensors))
+
+
+def next_typical(typical, mean, memory=0.5):
+    """The running mean score, which no round raises more than tenfold; NaN is no score."""
+    known = memory * typical + (1 - memory) * np.minimum(mean, 10 * typical)
+    return np.where(np.isnan(mean), typical, np.where(typical > 0, known, mean))
+
+
+def shrinking(norms, weights, memory, *, cutoff=2.5, power=3.0, start=1.0, quantile=0.5, rate=0.2):
+    """The factors of long updates; moves `memory["norm"]`."""
+    norms, has_weight = np.float64(norms), np.float64(weights) > 0
+    typical = memory.setdefault("norm", start)
+    with np.errstate(divide="ignore"):
+        factors = np.minimum(1.0, cutoff * typical / norms) ** power
+    if has_weight.any():
+        within = np.mean(norms[has_weight] <= typical)
+        memory["norm"] = typical * np.exp(-rate * (within - quantile))
+    return factors
+
+
+def redescending(deltas, weights, memory, **numbers):
+    factors = shrinking([length(d) for d in deltas], weights, memory, **numbers)
+    shares = np.float64(weights) / np.sum(weights)
+    return [
+        sum(p * f * np.float64(d[t]) for p, f, d in zip(shares, factors, deltas, strict=True))
+        for t in range(len(deltas[0]))
+    ]
+
+
+def jury(
+    deltas,
+    weights,
+    voices,
+    vote,
+    memory,
+    *,
+    groups,
+    slope=20.0,
+    margin=0.3,
+    vote_memory=0.8,
+    gap_memory=0.5,
+    limit=3.0,
+    floor=1e-3,
+    **numbers,
+):
+    """`voices`: raw weights `[clients, layers]` each, 0 for no part; `vote(k, memory)` -> `[voices]`.
+
+    `memory` has `gap` (a list of tensors for each voice), `share`, and what else it is given.
+    """
+    weights = np.float64(weights)
+    number, kept = len(voices), np.flatnonzero(weights > 0)
+    memory.setdefault("share", 1 / (np.exp(slope * margin) + number) * np.ones(number))
+    memory.setdefault("gap", [[np.zeros(np.shape(x)) for x in deltas[0]] for _ in voices])
+    memory.setdefault("norm", numbers.get("start", 1.0))
+    for name in ("agreement", "size", "scale"):
+        memory.setdefault(name, np.zeros(number))
+    if not len(kept):
+        return None
+    raw = np.array([vote(k, memory) for k in kept])
+    factors = shrinking([length(d) for d in deltas], weights, memory, **numbers)
+    plain = weights[:, None] * np.ones((1, len(groups)))
+
+    def mean(by):
+        owner = {t: layer for layer, group in enumerate(groups) for t in group}
+        return [
+            sum(by[k, owner[t]] * factors[k] * np.float64(deltas[k][t]) for k in kept)
+            / by[kept, owner[t]].sum()
+            for t in range(len(owner))
+        ]
+
+    first = mean(plain)
+    others = [mean(by) if by[kept].sum() > 0 else first for by in voices]
+    cap = limit * np.maximum(memory["scale"], floor)
+    cast, part = np.clip(raw, -cap, cap), weights[kept] / weights[kept].sum()
+    memory["agreement"] = vote_memory * memory["agreement"] + part @ cast
+    memory["size"] = vote_memory * memory["size"] + part @ np.abs(cast)
+    found = np.minimum(part @ np.abs(raw), 10 * np.maximum(memory["scale"], floor))
+    known = memory["scale"] > 0
+    memory["scale"] = np.where(known, 0.5 * memory["scale"] + 0.5 * found, found)
+    trust = memory["agreement"] / np.maximum(memory["size"], floor)
+    powers = np.exp(slope * (trust - margin))
+    memory["share"] = powers / (1 + powers.sum())
+    apart = [[b - a for a, b in zip(first, other, strict=True)] for other in others]
+    memory["gap"] = [
+        [gap_memory * g + d for g, d in zip(gap, parts, strict=True)]
+        for gap, parts in zip(memory["gap"], apart, strict=True)
+    ]
+    return [
+        a + sum(s * parts[t] for s, parts in zip(memory["share"], apart, strict=True))
+        for t, a in enumerate(first)
+    ]
+
+
+def cosine_vote(delta):
+    """How far along each gap an update goes."""
+
+    def vote(memory, floor=1e-3):
+        least, own = floor * memory["norm"], _flat(delta)
+        products = [(own @ _flat(gap), _flat(gap)) for gap in memory["gap"]]
+        return [
+            p / (np.linalg.norm(own) * max(np.linalg.norm(g), least)) if own.any() else 0.0
+            for p, g in products
+        ]
+
+    return vote

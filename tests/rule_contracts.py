@@ -58,6 +58,7 @@ def client(rng: np.random.Generator, num_layers: int) -> dict[str, Any]:
         "scores": (rng.gamma(2.0, 1e-4, size=num_layers)).astype(np.float32),
         "loss": np.float32(rng.uniform(0.3, 3.0)),
         "steps": int(rng.integers(1, 9)),
+        "errors": rng.uniform(0.2, 0.8, size=3).astype(np.float32),
     }
 
 
@@ -68,6 +69,8 @@ def values(case: Case, clients: list[dict], weights: list[float]) -> tuple[list[
     needs, sent = case.rule.needs, []
     for c, weight in zip(clients, weights, strict=True):
         found = {f"{needs.loss}_loss": tf.constant(c["loss"]), "steps": tf.constant(c["steps"])}
+        if needs.candidates is not None:
+            found["candidate_errors"] = tf.constant(c["errors"][: needs.candidates.number])
         if needs.score is not None:
             found[needs.score.name] = tf.constant(c["scores"])
         measured = OrderedDict((name, found[name]) for name in needs.names)
@@ -79,7 +82,13 @@ def values(case: Case, clients: list[dict], weights: list[float]) -> tuple[list[
 def value_type(case: Case) -> Any:
     if case.plain:
         return DELTA_TYPE
-    kinds = {"steps": np.int32, "training_loss": np.float32, "initial_loss": np.float32}
+    kinds: dict[str, Any] = {
+        "steps": np.int32,
+        "training_loss": np.float32,
+        "initial_loss": np.float32,
+    }
+    if case.rule.needs.candidates is not None:
+        kinds["candidate_errors"] = (np.float32, [case.rule.needs.candidates.number])
     measured = [
         (name, tff.to_type(kinds.get(name, (np.float32, [case.num_layers]))))
         for name in case.rule.needs.names
@@ -219,6 +228,50 @@ def _gated_twin(
     return twin
 
 
+def _redescending_twin(**numbers: float) -> Callable[..., list[np.ndarray]]:
+    def twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
+        return twins.redescending([c["delta"] for c in clients], weights, memory, **numbers)
+
+    return twin
+
+
+def jury_twin(
+    voices: tuple[str, ...], layers: str = "model", direction: bool = False, **numbers: float
+) -> Callable[..., list[np.ndarray]]:
+    """The twin of `rules.jury_mean` with voices of softmax weights of temperature 1."""
+    groups = LAYERS[layers]
+
+    def scores_of(name: str, c: dict) -> np.ndarray:
+        found = np.full(len(groups), c["loss"]) if name == "loss" else c["scores"]
+        return found.astype(np.float64)
+
+    def twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
+        raw = []
+        for name in voices:
+            found = np.array([scores_of(name, c) for c in clients])
+            sound = np.all(np.isfinite(found) & (found >= 0), 1) & (np.float64(weights) > 0)
+            typical = memory.setdefault(f"typical {name}", np.zeros(len(groups)))
+            relative = np.where(sound[:, None], found, 0.0) / np.where(typical > 0, typical, 1.0)
+            by = np.where(typical > 0, np.exp(-relative), 1.0)
+            raw.append(np.where(sound[:, None], np.float64(weights)[:, None] * by, 0.0))
+            if sound.any():
+                memory[f"typical {name}"] = twins.next_typical(typical, found[sound].mean(0))
+
+        def vote(k: int, memory: dict) -> Any:
+            if direction:
+                return twins.cosine_vote(clients[k]["delta"])(memory)
+            errors = np.float64(clients[k]["errors"])
+            return errors[0] - errors[1 : 1 + len(voices)]
+
+        deltas = [c["delta"] for c in clients]
+        return twins.jury(deltas, weights, raw, vote, memory, groups=groups, **numbers)
+
+    return twin
+
+
+THREE_VOICES = [("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]
+
+
 def _power(exponent: float, floor: float) -> Callable[[np.ndarray], np.ndarray]:
     return lambda r: np.maximum(r, floor) ** exponent
 
@@ -292,6 +345,49 @@ CASES = [
         ("loss_gated",),
         rules.loss_gated(_NEAR, gate=lambda seen: tf.minimum(0.3 * seen.loss / 3.0, 1.0)),
         _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), lambda loss, previous: 0.1 * loss),
+    ),
+    Case(
+        "redescending",
+        ("redescending_mean",),
+        rules.redescending_mean(sample_size=2),
+        _redescending_twin(),
+    ),
+    Case(
+        "redescending-otherwise",
+        ("redescending_mean",),
+        rules.redescending_mean(
+            cutoff=0.9, power=1.5, initial_norm=4.0, norm_quantile=0.7, norm_rate=0.5
+        ),
+        _redescending_twin(cutoff=0.9, power=1.5, start=4.0, quantile=0.7, rate=0.5),
+    ),
+    Case("jury", ("jury_mean",), rules.jury_mean(sample_size=2), jury_twin(("loss",))),
+    Case(
+        "jury-direction",
+        ("jury_mean",),
+        rules.jury_mean(votes="direction", slope=10.0, margin=0.1, cutoff=4.0, initial_norm=3.0),
+        jury_twin(("loss",), direction=True, slope=10.0, margin=0.1, cutoff=4.0, start=3.0),
+    ),
+    Case(
+        "jury-three-voices",
+        ("jury_mean",),
+        rules.jury_mean(
+            THREE_VOICES,
+            layers="tensor",
+            slope=3.0,
+            vote_memory=0.3,
+            gap_memory=0.2,
+            vote_limit=1.5,
+            vote_floor=0.02,
+        ),
+        jury_twin(
+            ("loss", "kl"),
+            "tensor",
+            slope=3.0,
+            vote_memory=0.3,
+            gap_memory=0.2,
+            limit=1.5,
+            floor=0.02,
+        ),
     ),
 ]
 

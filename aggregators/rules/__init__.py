@@ -4,7 +4,18 @@ from aggregators.rules.adaptive import adaptive_mean
 from aggregators.rules.attentive import fed_att
 from aggregators.rules.fair import q_fed_avg
 from aggregators.rules.gated import loss_gated
+from aggregators.rules.jury import jury_mean
 from aggregators.rules.normalized import fed_nova
 from aggregators.rules.plain import plain_mean
+from aggregators.rules.redescending import redescending_mean
 
-__all__ = ["adaptive_mean", "fed_att", "fed_nova", "loss_gated", "plain_mean", "q_fed_avg"]
+__all__ = [
+    "adaptive_mean",
+    "fed_att",
+    "fed_nova",
+    "jury_mean",
+    "loss_gated",
+    "plain_mean",
+    "q_fed_avg",
+    "redescending_mean",
+]

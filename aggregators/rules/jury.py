@@ -1,0 +1,374 @@
+"""Several means, and the clients vote which of them did better."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import tensorflow as tf
+
+from aggregators import weighted_mean
+from aggregators.candidates import Candidates, Error
+from aggregators.hyperparameters import Hparam, Number, hparam
+from aggregators.layers import Layers, ModelLayers
+from aggregators.measurements import PerLayer, check_sample_size, statistics_reduction
+from aggregators.reduction import Reduction, zip_reductions
+from aggregators.rule import Needs, Rule, RuleResult
+from aggregators.rules.adaptive import ScoreLike, Weighed, weighed
+from aggregators.rules.redescending import (
+    shrinking,
+    shrunk_mean,
+    shrunk_reduction,
+    sums_reduction,
+)
+from aggregators.update import ClientUpdate, length
+from aggregators.weighting import Weighting, softmax
+
+Voices: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]
+
+_LARGEST_GROWTH = 10.0
+
+
+@attrs.frozen
+class _Voice:
+    """One adaptive mean among those that are voted on, and its part of the rule's state.
+
+    Attributes:
+      name: What its part of the state, its numbers and its measurements are called after.
+      by_score: Its weights.
+    """
+
+    name: str
+    by_score: Weighed
+
+    def hparams(self) -> OrderedDict[str, Hparam]:
+        return OrderedDict((f"{self.name}_{n}", x) for n, x in self.by_score.hparams.items())
+
+    def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Any]:
+        own = self.by_score.initial_state(layers)
+        return OrderedDict((f"{self.name}_{n}", x) for n, x in own.items())
+
+    def view(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state as the adaptive mean knows it."""
+        names = ["typical_score", *self.by_score.hparams]
+        return {"round": state["round"], **{n: state[f"{self.name}_{n}"] for n in names}}
+
+    def next_state(self, state: Mapping[str, Any], mean_score: tf.Tensor) -> OrderedDict[str, Any]:
+        measured = {"score_mean": PerLayer(mean_score)}
+        own = self.by_score.next_state(self.view(state), measured)
+        return OrderedDict((f"{self.name}_{n}", x) for n, x in own.items())
+
+
+def jury_mean(
+    voices: Voices | None = None,
+    *,
+    votes: Literal["model", "direction"] | Error = "model",
+    layers: Layers = "model",
+    slope: Number = 20.0,
+    margin: Number = 0.3,
+    vote_memory: Number = 0.8,
+    gap_memory: Number = 0.5,
+    vote_limit: Number = 3.0,
+    vote_floor: Number = 1e-3,
+    cutoff: Number = 2.5,
+    power: Number = 3.0,
+    initial_norm: float = 1.0,
+    norm_quantile: Number = 0.5,
+    norm_rate: Number = 0.2,
+    sample_size: int = 0,
+) -> Rule:
+    """Moves from the redescending mean towards others, as far as the clients' votes trust them.
+
+    ```
+    A      = sum_k n_k f_k d_k / sum_k n_k                   the redescending mean
+    B_j    = sum_k n_k t_jk f_k d_k / sum_k n_k t_jk         one for each voice; t_jk its weights
+    a      = w - sum_j share_j gap_j,   b_j = a - gap_j      models, scored before training
+    v_jk   = clip(E_k(a) - E_k(b_j), +-vote_limit max(s_j, vote_floor))
+    agree_j <- vote_memory agree_j + sum_k n_k v_jk / sum_k n_k
+    size_j  <- vote_memory size_j + sum_k n_k |v_jk| / sum_k n_k
+    trust_j = agree_j / max(size_j, vote_floor)
+    share  = softmax over 0 and slope (trust_j - margin)     without that of 0, which is A's
+    update = A + sum_j share_j (B_j - A)
+    gap_j  <- gap_memory gap_j + (B_j - A)
+    ```
+
+    with `d_k` the update and `n_k` the weight of client `k`, `f_k` as in `redescending_mean`, `w` the
+    server's model, `E_k` the mean error of a model over the client's examples, and `s_j` the running
+    mean of the votes' size before clipping (memory 0.5, at most tenfold in a round). For one voice,
+    `share` is `sigmoid(slope (trust - margin))`. `a` is the model that the server would have had, had it
+    gone by `A` alone lately, and `b_j` the one by `B_j`. One pass over clients, any number of workers.
+
+    The default voice is the mean of clients with a low training loss, `t_k = exp(-l_k / (T L))`, `L`
+    the running mean loss: clients whose labels are wrong do not get that low. Whether to hear it is
+    what the votes decide: where honest clients differ, it costs accuracy.
+
+    A client whose score in a voice is not a finite number of at least 0 has no part in that voice; a
+    voice that nobody has a part in is `A`. A client with a candidate's error that is not finite
+    counts for nothing, and is among `non_finite_clients`.
+
+    State: `typical_norm`; `gap`, for each voice the tensors of a model; `share`, `agreement`,
+    `vote_size` and `vote_scale` (`s`), float64 of shape `[voices]`; and for each voice
+    `<voice>_typical_score`. Sent to clients with the model. Measurements: those of
+    `redescending_mean`, and, by the voices' names (one number where there is one voice), `share`,
+    `votes` (this round's mean), `vote_size`, `trust` and `voiceless_clients` (int32).
+    Hyperparameters: all numbers but `initial_norm`, and those of the weightings as `<voice>_<number>`.
+
+    It guards against bad data and crude faults, not against adversaries: clients that lie about
+    their loss take the gain away. Not for a secure sum.
+
+    Args:
+      voices: Pairs of a score and a weighting, as `adaptive_mean` takes them; at most one score
+        besides `"loss"`, the training loss. None is `[("loss", weighting.softmax())]`. For a third
+        mean by KL divergence, add `(scores.kl_divergence, weighting.softmax())`, and
+        `layers="tensor"`.
+      votes: What clients vote by. `"model"`: they score the candidate models on their own data before
+        they train, a forward pass for each: by `1 - p(true label)` for a classifier, else by the
+        loss; see `candidates.default_error`. A function `(predictions, labels) -> errors` of yours
+        does so by what it returns. `"direction"`: no model is scored; `v_jk = cos(d_k, gap_j)` asks
+        who moves along the gap, and the rule needs no more than updates and losses.
+      layers: What is weighed at a time by the voices; see `Needs`.
+      slope: At least 0: how sharply shares follow trust.
+      margin: What trust must exceed for a share of more than that of `A`, from -1 to 1.
+      vote_memory: Share of earlier rounds in agreement and size, at least 0 and below 1.
+      gap_memory: Share of the earlier gap, at least 0 and below 1.
+      vote_limit: Above 0: how many times a typical vote one may count.
+      vote_floor: Above 0: votes below it are rounding, and prove nothing.
+      cutoff: As for `redescending_mean`.
+      power: As there.
+      initial_norm: As there.
+      norm_quantile: As there.
+      norm_rate: As there.
+      sample_size: How many clients the measurements list one by one.
+
+    Returns:
+      A `Rule` for `build_fed_avg`; with `votes="direction"`, for any door.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument is out of its range.
+
+    Example:
+      >>> jury_mean().needs.names
+      ('training_loss', 'candidate_errors')
+      >>> jury_mean(votes="direction").needs.names
+      ('training_loss',)
+    """
+    check_sample_size(sample_size)
+    if votes not in ("model", "direction") and not callable(votes):
+        raise ValueError(
+            '`votes` must be "model", "direction" or a function of predictions and labels; found '
+            f"{votes!r}."
+        )
+    heard = _voices(voices, layers)
+    shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
+    hparams: OrderedDict[str, Hparam] = OrderedDict(
+        slope=hparam("slope", slope, 0.0, 1e6),
+        margin=hparam("margin", margin, -1.0, 1.0),
+        vote_memory=hparam("vote_memory", vote_memory, 0.0, 1.0, below=True),
+        gap_memory=hparam("gap_memory", gap_memory, 0.0, 1.0, below=True),
+        vote_limit=hparam("vote_limit", vote_limit, 0.0, above=True),
+        vote_floor=hparam("vote_floor", vote_floor, 0.0, above=True),
+        **shrink.hparams,
+    )
+    for voice in heard:
+        hparams.update(voice.hparams())
+
+    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+        norm = length(update.delta)
+        factor = shrink.log_factor(norm, state)
+        counts = (weight > 0.0) & ~update.non_finite
+        scores, logs, sound = zip(
+            *(voice.by_score.weights(update, weight, voice.view(state)) for voice in heard),
+            strict=True,
+        )
+        plain = tf.math.log(weight) * tf.ones_like(logs[0])
+        found = weighted_mean.weigh(
+            update,
+            plain + factor,
+            scores=norm * tf.ones(plain.shape),
+            others=[log + factor for log in logs],
+        )
+        raw = vote(update, norm, state)
+        limit = state["vote_limit"] * tf.maximum(state["vote_scale"], state["vote_floor"])
+        cast = tf.clip_by_value(raw, -limit, limit)
+        has_part = counts & tf.stack(sound)
+        sums = OrderedDict(
+            shrink.counts(norm, counts, state),
+            weight=tf.where(counts, weight, 0.0),
+            votes=tf.where(counts, weight * tf.stack([cast, tf.abs(cast), tf.abs(raw)]), 0.0),
+            heard=tf.cast(has_part, tf.float64),
+            scores=tf.where(has_part[:, tf.newaxis], tf.cast(tf.stack(scores), tf.float64), 0.0),
+        )
+        # Voices of which nothing is known yet take the same operations on the same numbers as the
+        # first mean: they are that mean to the last bit, and the gap stays 0.
+        means = [shrunk_mean(update, log, factor) for log in (plain, *logs)]
+        return OrderedDict(statistics=found["statistics"], sums=sums, **_numbered(means))
+
+    def vote(update: ClientUpdate, norm: tf.Tensor, state: Mapping[str, Any]) -> tf.Tensor:
+        """One client's votes, float64 `[voices]`, above 0 for a voice that did better."""
+        if votes != "direction":
+            errors = tf.cast(update.measured["candidate_errors"], tf.float64)
+            return errors[0] - errors[1:]
+        # A gap of rounding has a direction too, which says nothing.
+        least = state["vote_floor"] * state["typical_norm"]
+        norm = tf.cast(norm, tf.float64)
+        return tf.stack(
+            [
+                tf.math.divide_no_nan(
+                    _product(update.delta, gap),
+                    tf.maximum(tf.cast(length(gap), tf.float64), least) * norm,
+                )
+                for gap in state["gap"]
+            ]
+        )
+
+    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+        sums = reduced["sums"]
+        voted = tf.math.divide_no_nan(sums["votes"], sums["weight"])
+        agreement = state["vote_memory"] * state["agreement"] + voted[0]
+        size = state["vote_memory"] * state["vote_size"] + voted[1]
+        trust = agreement / tf.maximum(size, state["vote_floor"])
+        shares = _shares(state["slope"], state["margin"], trust)
+        before = state["vote_scale"]
+        spread = tf.minimum(voted[2], _LARGEST_GROWTH * tf.maximum(before, state["vote_floor"]))
+        spread = tf.where(before > 0.0, 0.5 * (before + spread), spread)
+
+        first, *others = [reduced[name] for name in _numbered([None] * (1 + len(heard)))]
+        update, gaps = list(first.tensors), []
+        for part, other, gap in zip(tf.unstack(shares), others, state["gap"], strict=True):
+            apart = [
+                tf.where(is_heard, b - a, 0)
+                for a, b, is_heard in zip(first.tensors, other.tensors, other.heard, strict=True)
+            ]
+            update = [x + tf.cast(part, x.dtype) * d for x, d in zip(update, apart, strict=True)]
+            gaps.append(
+                tuple(
+                    tf.cast(state["gap_memory"], d.dtype) * g + d
+                    for g, d in zip(gap, apart, strict=True)
+                )
+            )
+        # What a client's normalised weight in each mean is multiplied by in the update.
+        parts = [1.0 - tf.reduce_sum(shares), *tf.unstack(shares)]
+        used = [part * mean.kept for part, mean in zip(parts, [first, *others], strict=True)]
+        _, measured = weighted_mean.report(
+            {"mean": first, "statistics": reduced["statistics"]}, shares=used
+        )
+        moved = OrderedDict(
+            gap=tuple(gaps), share=shares, agreement=agreement, vote_size=size, vote_scale=spread
+        )
+        some = measured["clients"] > 0
+        kept = OrderedDict((name, _as_tuples(state[name])) for name in moved)
+        own = shrink.next_state(state, measured["clients"], sums["within"])
+        own.update(tf.nest.map_structure(lambda new, old: tf.where(some, new, old), moved, kept))
+        mean_scores = sums["scores"] / sums["heard"][:, tf.newaxis]  # NaN, if nobody had a part
+        for voice, mean_score in zip(heard, tf.unstack(mean_scores), strict=True):
+            own.update(voice.next_state(state, mean_score))
+        measured.update(shrink.measurements(state, sums))
+        counted = tf.cast(measured["clients"], tf.float64)
+        shown = OrderedDict(share=shares, votes=voted[0], vote_size=size, trust=trust)
+        for name, numbers in shown.items():
+            measured[name] = _by_voice(heard, tf.cast(numbers, tf.float32))
+        voiceless = tf.cast(counted - sums["heard"], tf.int32)
+        measured["voiceless_clients"] = _by_voice(heard, voiceless)
+        return RuleResult(own, update, measured)
+
+    def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
+        start, number = tf.constant(0), len(heard)
+        none = tf.zeros([number], tf.float64)
+        shares = _shares(hparams["slope"].at(start), hparams["margin"].at(start), none)
+        gap = tuple(tuple(tf.zeros(s.shape, s.dtype) for s in layers.specs) for _ in heard)
+        own = shrink.initial_state()
+        own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=none)
+        for voice in heard:
+            own.update(voice.initial_state(layers))
+        return own
+
+    def reduction(layers: ModelLayers) -> Reduction:
+        number, size = len(heard), len(layers.groups)
+        return zip_reductions(
+            statistics=statistics_reduction(size, sample_size, others=number),
+            sums=sums_reduction(
+                OrderedDict(
+                    within=[],
+                    shrunk=[],
+                    weight=[],
+                    votes=[3, number],
+                    heard=[number],
+                    scores=[number, size],
+                )
+            ),
+            **_numbered([shrunk_reduction(layers)] * (1 + number)),
+        )
+
+    scored = [voice.by_score.needs.score for voice in heard]
+    needs = Needs(
+        score=next((score for score in scored if score is not None), None),
+        layers=layers,
+        loss="training" if any(voice.by_score.needs.loss for voice in heard) else None,
+        candidates=None
+        if votes == "direction"
+        else Candidates(_models, 1 + len(heard), None if votes == "model" else votes),
+    )
+    return Rule(
+        client, reduction, server, needs=needs, initial_state=initial_state, hparams=hparams
+    )
+
+
+def _models(weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> list[list[tf.Tensor]]:
+    """The server's model had it followed the redescending mean lately, and had it each voice."""
+    plain = list(weights)
+    for part, gap in zip(tf.unstack(state["share"]), state["gap"], strict=True):
+        plain = [w + tf.cast(part, w.dtype) * g for w, g in zip(plain, gap, strict=True)]
+    return [plain, *([w - g for w, g in zip(plain, gap, strict=True)] for gap in state["gap"])]
+
+
+def _shares(slope: tf.Tensor, margin: tf.Tensor, trust: tf.Tensor) -> tf.Tensor:
+    """The voices' shares: a softmax in which the redescending mean has 0."""
+    return tf.nn.softmax(tf.concat([[0.0], slope * (trust - margin)], 0))[1:]
+
+
+def _product(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The inner product of all tensors as one vector, float64."""
+    wide = [tf.float32 if x.dtype.size < 4 else x.dtype for x in a]
+    parts = [
+        tf.reduce_sum(tf.cast(x, kind) * tf.cast(y, kind))
+        for x, y, kind in zip(a, b, wide, strict=True)
+    ]
+    return tf.add_n([tf.cast(part, tf.float64) for part in parts])
+
+
+def _numbered(means: Sequence[Any]) -> OrderedDict[str, Any]:
+    return OrderedDict((f"mean_{number}", mean) for number, mean in enumerate(means))
+
+
+def _as_tuples(value: Any) -> Any:
+    """A state's tensors in the containers they were made in, of which TFF hands back its own."""
+    return value if tf.is_tensor(value) else tuple(tuple(part) for part in value)
+
+
+def _by_voice(heard: Sequence[_Voice], numbers: tf.Tensor) -> Any:
+    named = OrderedDict(zip((voice.name for voice in heard), tf.unstack(numbers), strict=True))
+    return named if len(heard) > 1 else next(iter(named.values()))
+
+
+def _voices(voices: Voices | None, layers: Layers) -> tuple[_Voice, ...]:
+    """Checks the voices, and names each after its score."""
+    pairs: list[Any] = [("loss", softmax())] if voices is None else list(voices)
+    if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(
+            "`voices` must be pairs of a score and a weighting, at least one, such as "
+            f'[("loss", weighting.softmax())]; found {voices!r}.'
+        )
+    heard: list[_Voice] = []
+    for score, chosen in pairs:
+        by_score = weighed(score, chosen, layers, None)
+        name = "loss" if by_score.needs.score is None else by_score.needs.score.name
+        same = sum(voice.by_score.needs.score == by_score.needs.score for voice in heard)
+        heard.append(_Voice(name if not same else f"{name}_{same + 1}", by_score))
+    found = {voice.by_score.needs.score for voice in heard} - {None}
+    if len(found) > 1:
+        raise ValueError(
+            '`voices` must have at most one score besides "loss", since clients take one; found '
+            f"{sorted(score.name for score in found if score)}."
+        )
+    return tuple(heard)

@@ -1,0 +1,242 @@
+"""The mean by examples in which much too long an update counts less than one of the right length."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import tensorflow as tf
+
+from aggregators import weighted_mean
+from aggregators.hyperparameters import Hparam, Number, hparam
+from aggregators.layers import ModelLayers
+from aggregators.measurements import check_sample_size, statistics_reduction
+from aggregators.reduction import Reduction, reduction_from_merge, zip_reductions
+from aggregators.rule import Needs, Rule, RuleResult
+from aggregators.streaming_mean import LogWeighted, log_add, mean_reduction, share
+from aggregators.update import ClientUpdate, length
+
+_LEAST_NORM = 1e-30
+
+
+@attrs.frozen
+class Shrinking:
+    """Long updates count less: what the rules of this file and of `jury` share.
+
+    Attributes:
+      initial_norm: What a typical norm is before the first round.
+      hparams: `cutoff`, `power`, `norm_quantile` and `norm_rate`.
+    """
+
+    initial_norm: float
+    hparams: Mapping[str, Hparam]
+
+    def initial_state(self) -> OrderedDict[str, Any]:
+        """`typical_norm`, float64."""
+        return OrderedDict(typical_norm=tf.constant(self.initial_norm, tf.float64))
+
+    def log_factor(self, norm: tf.Tensor, state: Mapping[str, Any]) -> tf.Tensor:
+        """The logarithm of what an update of this norm is multiplied by, float64, at most 0."""
+        longest = state["cutoff"] * state["typical_norm"]
+        return state["power"] * tf.minimum(tf.math.log(longest / tf.cast(norm, tf.float64)), 0.0)
+
+    def counts(
+        self, norm: tf.Tensor, counts: tf.Tensor, state: Mapping[str, Any]
+    ) -> OrderedDict[str, tf.Tensor]:
+        """Whether a client's update is no longer than is typical, and whether it is shrunk."""
+        norm = tf.cast(norm, tf.float64)
+        within = norm <= state["typical_norm"]
+        shrunk = norm > state["cutoff"] * state["typical_norm"]
+        kinds = (counts & within, counts & shrunk)
+        return OrderedDict(
+            (name, tf.cast(kind, tf.float64))
+            for name, kind in zip(("within", "shrunk"), kinds, strict=True)
+        )
+
+    def measurements(
+        self, state: Mapping[str, Any], sums: Mapping[str, tf.Tensor]
+    ) -> OrderedDict[str, tf.Tensor]:
+        """`typical_norm` as it was used, and `shrunk_clients`."""
+        return OrderedDict(
+            typical_norm=tf.cast(state["typical_norm"], tf.float32),
+            shrunk_clients=tf.cast(sums["shrunk"], tf.int32),
+        )
+
+    def next_state(
+        self, state: Mapping[str, Any], clients: tf.Tensor, within: tf.Tensor
+    ) -> OrderedDict[str, Any]:
+        """The typical norm after a round: as it was if nobody counted."""
+        found = tf.math.divide_no_nan(within, tf.cast(clients, tf.float64))
+        step = tf.exp(-state["norm_rate"] * (found - state["norm_quantile"]))
+        typical = state["typical_norm"]
+        moved = tf.clip_by_value(typical * step, _LEAST_NORM, 1.0 / _LEAST_NORM)
+        return OrderedDict(typical_norm=tf.where(clients > 0, moved, typical))
+
+
+def shrinking(
+    cutoff: Number, power: Number, initial_norm: float, norm_quantile: Number, norm_rate: Number
+) -> Shrinking:
+    """Checks the arguments that rules with `Shrinking` share; see `redescending_mean`."""
+    start = hparam("initial_norm", initial_norm, _LEAST_NORM, 1.0 / _LEAST_NORM)
+    if start.is_scheduled:
+        raise ValueError(
+            f"`initial_norm` must be a number, not a schedule; found {initial_norm!r}."
+        )
+    return Shrinking(
+        start.value,
+        OrderedDict(
+            cutoff=hparam("cutoff", cutoff, 0.0, above=True),
+            power=hparam("power", power, 0.0, 1000.0),
+            norm_quantile=hparam("norm_quantile", norm_quantile, 0.0, 1.0),
+            norm_rate=hparam("norm_rate", norm_rate, 0.0, 100.0),
+        ),
+    )
+
+
+def shrunk_mean(
+    update: ClientUpdate, plain: tf.Tensor, log_factor: tf.Tensor
+) -> OrderedDict[str, Any]:
+    """A client's part in `shrunk_reduction`: plain log-weights, `[num_layers]`, and the factor's log."""
+    plain = tf.where(update.non_finite, tf.constant(-math.inf, tf.float64), plain)
+    return OrderedDict(mean=LogWeighted(update.delta, plain + log_factor), plain=plain)
+
+
+class ShrunkMean(NamedTuple):
+    """A mean of shrunk updates: `sum_k w_k f_k d_k / sum_k w_k`.
+
+    Attributes:
+      tensors: The mean; zeros where nobody has weight.
+      kept: `sum_k w_k f_k / sum_k w_k`, float64 of shape `[num_layers]`.
+      heard: For each tensor, whether anybody has weight in its layer: a bool.
+    """
+
+    tensors: Any
+    kept: tf.Tensor
+    heard: Any
+
+
+def shrunk_reduction(layers: ModelLayers) -> Reduction:
+    """Reduces what `shrunk_mean` gives to a `ShrunkMean`.
+
+    The mean is taken by the shrunk weights, and multiplied at the end by what is kept of them: no
+    client's tensors are written once more.
+    """
+    none = [-math.inf] * len(layers.groups)
+    both = zip_reductions(
+        mean=mean_reduction(layers.specs, layers.groups),
+        plain=reduction_from_merge(
+            lambda: tf.constant(none, tf.float64), lambda logs: logs, log_add
+        ),
+    )
+    owner = {position: layer for layer, group in enumerate(layers.groups) for position in group}
+
+    def report(total: Any) -> ShrunkMean:
+        found = both.report(total)
+        kept = share(found["mean"].log_weights, found["plain"])
+        heard = tf.unstack(found["mean"].log_weights > -math.inf)
+        factors = tf.unstack(kept)
+        tensors = tuple(
+            x * tf.cast(factors[owner[position]], x.dtype)
+            for position, x in enumerate(found["mean"].tensors)
+        )
+        return ShrunkMean(tensors, kept, tuple(heard[owner[i]] for i in range(len(tensors))))
+
+    return attrs.evolve(both, report=report)
+
+
+def sums_reduction(shapes: Mapping[str, Sequence[int]]) -> Reduction:
+    """Adds up float64 tensors of these shapes, by name, over clients."""
+    return reduction_from_merge(
+        lambda: OrderedDict((name, tf.zeros(shape, tf.float64)) for name, shape in shapes.items()),
+        lambda value: value,
+        lambda a, b: OrderedDict((name, a[name] + b[name]) for name in shapes),
+    )
+
+
+def redescending_mean(
+    *,
+    cutoff: Number = 2.5,
+    power: Number = 3.0,
+    initial_norm: float = 1.0,
+    norm_quantile: Number = 0.5,
+    norm_rate: Number = 0.2,
+    sample_size: int = 0,
+) -> Rule:
+    """The mean by clients' weights, updates that are much too long shrunk below the right length.
+
+    ```
+    f_k    = min(1, cutoff C / |d_k|)^power
+    update = sum_k n_k f_k d_k / sum_k n_k
+    C     <- C exp(-norm_rate (share of clients with |d_k| <= C  -  norm_quantile))
+    ```
+
+    with `d_k` the update, `|d_k|` its norm over all tensors, `n_k` its weight, and `C` the typical
+    norm, float64 in the state as `typical_norm`: a running quantile over clients that counted, each
+    counting once. With the default power a client ten times too long pulls less than one of the right
+    length, and with any above 1 there is a longest pull: `cutoff C`, a client's share of examples aside.
+    Shorter updates are averaged as they are. It needs the update alone, one pass.
+
+    The typical norm moves by a factor of at most `exp(norm_rate)` a round: where updates are much
+    longer than `cutoff initial_norm`, the first rounds learn next to nothing. `typical_norm` beside
+    `score_mean` and `shrunk_clients` show that.
+
+    Measurements: norms in place of scores; weights after shrinking; `typical_norm` (float32, the one
+    that was used), and `shrunk_clients` (int32, clients with a factor below 1). All numbers but
+    `initial_norm` are hyperparameters.
+
+    Args:
+      cutoff: Above 0: how many typical norms an update may have before it is shrunk.
+      power: From 0 to 1000. 0 is the plain mean; 1 clips to `cutoff C`; above 1 the pull of an update
+        falls again the longer it is.
+      initial_norm: What is typical before the first round, above 0.
+      norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
+      norm_rate: How fast the typical norm moves, from 0 (never) to 100.
+      sample_size: How many clients the measurements list one by one.
+
+    Returns:
+      A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
+
+    Raises:
+      ValueError: If a number is out of its range.
+
+    Example:
+      >>> redescending_mean(cutoff=2.0).needs.names
+      ()
+
+    Source: a redescending weight in the sense of robust statistics (Hampel, 1974) on the norm; the
+    running quantile is that of Andrew, Thakkar, McMahan, Ramaswamy, Differentially Private Learning
+    with Adaptive Clipping, 2021.
+    """
+    check_sample_size(sample_size)
+    shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
+
+    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+        norm = length(update.delta)
+        factor, plain = shrink.log_factor(norm, state), tf.math.log(weight)[tf.newaxis]
+        found = weighted_mean.weigh(update, plain + factor, scores=norm[tf.newaxis])
+        return OrderedDict(
+            mean=shrunk_mean(update, plain, factor),
+            statistics=found["statistics"],
+            sums=shrink.counts(norm, weight > 0.0, state),
+        )
+
+    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+        mean, sums = reduced["mean"], reduced["sums"]
+        tensors, measured = weighted_mean.report(reduced, shares=(mean.kept,))
+        measured.update(shrink.measurements(state, sums))
+        own = shrink.next_state(state, measured["clients"], sums["within"])
+        return RuleResult(own, tensors, measured)
+
+    return Rule(
+        client,
+        lambda layers: zip_reductions(
+            mean=shrunk_reduction(layers),
+            statistics=statistics_reduction(len(layers.groups), sample_size),
+            sums=sums_reduction(OrderedDict(within=[], shrunk=[])),
+        ),
+        server,
+        needs=Needs(layers="model"),
+        initial_state=lambda layers: shrink.initial_state(),
+        hparams=shrink.hparams,
+    )

@@ -1,0 +1,379 @@
+"""The redescending and the jury mean over many rounds, and the models that clients score for it."""
+
+import collections
+
+import aggregation_twins as twins
+import federated_twin as twin
+import numpy as np
+import pytest
+import rule_contracts as contracts
+import runtimes
+import tensorflow as tf
+import tensorflow_federated as tff
+from problems import model_fn
+
+import aggregators
+from aggregators import rules, scores, weighting
+from aggregators.candidates import Candidates, default_error
+
+SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
+DATA = twin.make_data()
+NAMES = ("redescending", "jury", "jury-direction", "jury-three-voices")
+CASES = {case.name: case for case in contracts.CASES if case.name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_its_twin_over_twenty_rounds_of_good_and_bad_clients(name):
+    case = CASES[name]
+    cohorts = contracts.rounds(case, seed=21, sizes=(4, 3, 5, 6) * 5)
+    sent, kept = [], []
+    for number, (clients, weights) in enumerate(cohorts):
+        rng = np.random.default_rng(number)
+        clients[0]["delta"][0] *= 30.0  # huge, and counted
+        bad = [contracts.client(rng, case.num_layers) for _ in range(4)]
+        bad[0]["delta"][1][0] = np.nan
+        bad[1]["loss"] = bad[1]["errors"][1] = np.float32(np.nan)
+        if case.plain:
+            bad[1]["delta"][2][0] = np.inf
+        bad[3]["scores"] = np.full_like(bad[3]["scores"], -1.0)  # no divergence: flagged
+        own = [3.0, 2.0, 0.0, 4.0]
+        everybody, numbers = [*bad, *clients], [*own, *weights]
+        if number % 7 == 3:
+            everybody, numbers = bad[:3], own[:3]  # nobody is left
+            kept.append(([], []))
+        else:
+            kept.append(([bad[3], *clients], [4.0, *weights]))
+        sent.append((everybody, numbers))
+    memory = {}
+    for output, (clients, weights) in zip(contracts.run(case, sent), kept, strict=True):
+        assert output.measurements["non_finite_clients"] == 2
+        assert output.measurements["zero_weight_clients"] == 1
+        assert output.measurements["clients"] == len(clients)
+        if not clients:
+            assert output.measurements["unchanged"] == 1
+            continue
+        expected = case.twin(clients, weights, memory)
+        for a, b in zip(output.result, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(output.state["typical_norm"], memory["norm"], rtol=1e-6)
+        if name != "redescending":
+            np.testing.assert_allclose(output.state["share"], memory["share"], atol=1e-5)
+        if name == "jury-three-voices":
+            assert output.measurements["voiceless_clients"]["kl_divergence"] == 1
+    assert memory["norm"] > 1.2  # the state went somewhere
+
+
+def mse(weights, x, y):
+    return np.mean((np.float64(x) @ weights[0] + weights[1] - y) ** 2)
+
+
+def jury_in_numpy(error=mse, **numbers):
+    """Combines whole clients of `federated_twin` by the jury mean, candidates and all."""
+
+    def combine(weights, clients, memory):
+        losses = np.array([[c["loss"]] for c in clients])
+        typical = memory.setdefault("typical", np.zeros(1))
+        by = np.exp(-losses / typical) if typical > 0 else np.ones_like(losses)
+        memory["typical"] = twins.next_typical(typical, losses.mean(0))
+        examples = np.array([c["examples"] for c in clients], np.float64)
+
+        def vote(k, memory):
+            (share,), (gap,) = memory["share"], memory["gap"]
+            a = [w + share * g for w, g in zip(weights, gap, strict=True)]
+            b = [w - (1 - share) * g for w, g in zip(weights, gap, strict=True)]
+            return [error(a, *DATA[k]) - error(b, *DATA[k])]
+
+        deltas = [c["delta"] for c in clients]
+        return twins.jury(
+            deltas, examples, [examples[:, None] * by], vote, memory, groups=twin.MODEL, **numbers
+        )
+
+    return combine
+
+
+def trained(process, rounds):
+    state, outputs = process.initialize(), []
+    for _ in range(rounds):
+        outputs.append(process.next(state, twin.datasets(DATA)))
+        state = outputs[-1].state
+    return process.get_model_weights(state).trainable, outputs
+
+
+@pytest.mark.parametrize(
+    "model", [twin.functional_model, lambda: model_fn], ids=["pure", "variable"]
+)
+def test_a_process_equals_numpy_and_the_same_in_pieces(model):
+    rule = rules.jury_mean(slope=5.0, margin=-0.1, cutoff=1.5)
+    process = aggregators.build_fed_avg(model(), SGD, rule=rule)
+    weights, outputs = trained(process, 6)
+    expected = twin.simulate(6, DATA, jury_in_numpy(slope=5.0, margin=-0.1, cutoff=1.5))
+    for a, b in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    shares = [float(output.metrics["aggregator"]["share"]) for output in outputs]
+    assert max(shares) - min(shares) > 0.2  # the votes moved it
+    with runtimes.subrounds(3):
+        pieces, _ = trained(process, 6)
+    for a, b in zip(weights, pieces, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # What the clients' training reports is that of their training alone.
+    plain = aggregators.build_fed_avg(model(), SGD)
+    first = plain.next(plain.initialize(), twin.datasets(DATA)).metrics["client_work"]["train"]
+    tf.nest.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        outputs[0].metrics["client_work"]["train"],
+        first,
+    )
+
+
+def test_votes_by_a_function_of_ones_own():
+    def largest(predictions, labels):
+        return tf.reduce_max(tf.abs(predictions - labels), axis=1)
+
+    def in_numpy(weights, x, y):
+        return np.mean(np.max(np.abs(np.float64(x) @ weights[0] + weights[1] - y), axis=1))
+
+    rule = rules.jury_mean(votes=largest, slope=5.0, margin=-0.1)
+    weights, _ = trained(aggregators.build_fed_avg(twin.functional_model(), SGD, rule=rule), 5)
+    expected = twin.simulate(5, DATA, jury_in_numpy(in_numpy, slope=5.0, margin=-0.1))
+    for a, b in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def jury_run(cohorts, **numbers):
+    """Rounds of the jury mean over `(errors, losses)` of three clients with given updates."""
+    case = CASES["jury"]
+    rng = np.random.default_rng(5)
+    made = []
+    for errors, losses in cohorts:
+        clients = [contracts.client(rng, 1) for _ in losses]
+        for c, error, loss in zip(clients, errors, losses, strict=True):
+            c["errors"] = np.array([0.5, 0.5 - error, 0.0], np.float32)
+            c["loss"] = np.float32(loss)
+        made.append((clients, [5.0] * len(clients)))
+    rule = rules.jury_mean(**numbers)
+    process = aggregators.RuleFactory(rule).create(
+        contracts.value_type(case), contracts.WEIGHT_TYPE
+    )
+    state, outputs = process.initialize(), []
+    for clients, weights in made:
+        outputs.append(process.next(state, *contracts.values(case, clients, weights)))
+        state = outputs[-1].state
+    return outputs
+
+
+def test_rounding_in_the_second_round_does_not_lock_the_vote():
+    start = 1 / (1 + np.exp(20 * 0.3))
+    noise, real = ([6e-8] * 3, [1.0, 1.1, 0.9]), ([-0.05, -0.04, -0.06], [1.0, 1.1, 0.9])
+    outputs = jury_run([noise, noise, noise, real])
+    # Three clients agree to the last bit, about nothing.
+    for output in outputs[:3]:
+        np.testing.assert_allclose(output.measurements["share"], start, rtol=0.02)
+    # The first real votes count for what they say, not for what noise was.
+    assert outputs[3].measurements["trust"] < -0.9
+    assert outputs[3].measurements["share"] < 1e-8
+    np.testing.assert_allclose(outputs[3].state["vote_scale"], 0.5 * 10.0 * 1e-3, rtol=0.01)
+
+
+def test_the_first_gap_is_nothing_to_the_last_bit():
+    outputs = jury_run([([0.0] * 5, [0.1, 3.0, 0.7, 0.2, 1.3])] * 2)
+    assert all(not np.any(x) for gap in outputs[0].state["gap"] for x in gap)
+    assert any(np.any(x) for gap in outputs[1].state["gap"] for x in gap)
+
+
+def test_a_voice_that_nobody_has_a_part_in_is_the_first_mean():
+    outputs = jury_run([([0.3] * 3, [-1.0, -2.0, -0.5])] * 4, margin=-1.0)
+    for output in outputs:
+        assert output.measurements["voiceless_clients"] == 3
+        assert output.measurements["clients"] == 3
+        assert output.measurements["share"] > 0.99
+        assert all(not np.any(x) for gap in output.state["gap"] for x in gap)
+
+
+def test_numbers_change_between_rounds():
+    rule = rules.jury_mean(initial_norm=0.05)
+    process = aggregators.build_fed_avg(twin.functional_model(), SGD, rule=rule)
+    state = process.next(process.initialize(), twin.datasets(DATA)).state
+    hparams = process.get_hparams(state)
+    assert {"slope", "margin", "cutoff", "loss_temperature", "loss_memory"} <= set(
+        hparams["aggregator"]
+    )
+    hparams["aggregator"]["margin"] = -1.0
+    hparams["aggregator"]["cutoff"] = 1e9
+    output = process.next(process.set_hparams(state, hparams), twin.datasets(DATA))
+    np.testing.assert_allclose(
+        output.metrics["aggregator"]["share"],
+        1 / (1 + np.exp(-20 * (output.metrics["aggregator"]["trust"] + 1))),
+        rtol=1e-5,
+    )
+    assert output.metrics["aggregator"]["shrunk_clients"] == 0
+    before = process.next(state, twin.datasets(DATA)).metrics["aggregator"]
+    assert before["shrunk_clients"] > 0
+
+
+def test_the_redescending_mean_stands_in_tffs_own_builder():
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        twin.functional_model(),
+        SGD,
+        model_aggregator=aggregators.RuleFactory(rules.redescending_mean(cutoff=0.4)),
+    )
+    weights, _ = trained(process, 3)
+
+    def combine(weights, clients, memory):
+        examples = [c["examples"] for c in clients]
+        return twins.redescending([c["delta"] for c in clients], examples, memory, cutoff=0.4)
+
+    for a, b in zip(weights, twin.simulate(3, DATA, combine), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+LABELS = np.int32([0, 2, 1, 2, 0])
+LOGITS = np.float32(np.random.default_rng(3).normal(size=(5, 3)) * 2.0)
+SHARES = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
+ERRORS = 1.0 - SHARES[np.arange(5), LABELS]
+entropy = tf.keras.losses.SparseCategoricalCrossentropy
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "none"])
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_classifiers_error_is_read_off_its_own_loss(logits, column, reduction):
+    labels = LABELS[:, np.newaxis] if column else LABELS
+    outputs = tf.constant(LOGITS if logits else SHARES)
+    loss = entropy(from_logits=logits, reduction=reduction)(labels, outputs)
+    found = default_error(loss + 0.03, outputs, tf.constant(labels))  # a regularizer's part
+    np.testing.assert_allclose(found, ERRORS, rtol=1e-5)
+
+
+def test_words_of_a_sequence_are_classes_too():
+    labels, outputs = LABELS.reshape(1, 5), tf.constant(LOGITS.reshape(1, 5, 3))
+    loss = entropy(from_logits=True)(labels, outputs)
+    found = default_error(loss, outputs, tf.constant(labels))
+    np.testing.assert_allclose(found, ERRORS[np.newaxis], rtol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [np.float32(LOGITS), np.float32(LABELS), None])
+def test_any_other_model_votes_by_its_loss(labels):
+    loss = tf.constant(1.25)
+    given = None if labels is None else tf.constant(labels)
+    assert default_error(loss, tf.constant(LOGITS), given) is loss
+
+
+def classifier(dropout=0.0):
+    def keras_model():
+        return tf.keras.Sequential(
+            [
+                tf.keras.layers.InputLayer((3,)),
+                tf.keras.layers.Dropout(dropout, seed=1),
+                tf.keras.layers.Dense(
+                    3, kernel_initializer=tf.keras.initializers.GlorotUniform(seed=1)
+                ),
+            ]
+        )
+
+    spec = collections.OrderedDict(
+        x=tf.TensorSpec((None, 3), tf.float32), y=tf.TensorSpec((None,), tf.int32)
+    )
+    loss = entropy(from_logits=True)
+    model = tff.learning.models.functional_model_from_keras(keras_model, loss, spec)
+    return model, lambda: tff.learning.models.from_keras_model(
+        keras_model(), loss=loss, input_spec=spec
+    )
+
+
+@pytest.mark.parametrize("variable", [False, True])
+def test_clients_score_candidates_by_probabilities_and_not_in_training_mode(variable):
+    rng = np.random.default_rng(7)
+    x, y = np.float32(rng.normal(size=(7, 3))), np.int32(rng.integers(0, 3, 7))
+    data = tf.data.Dataset.from_tensor_slices(collections.OrderedDict(x=x, y=y)).batch(4)
+
+    def models(weights, state):
+        del state  # candidates of this rule are the same in every round
+        return [weights, [2.0 * w + 0.1 for w in weights]]
+
+    seen = aggregators.Needs(candidates=Candidates(models, 2), layers="model")
+    rule = rules.plain_mean()
+
+    def server(state, reduced):
+        result = rule.server(state, reduced["mean"])
+        result.measurements["errors"] = reduced["errors"]
+        return result
+
+    spy = aggregators.Rule(
+        lambda update, weight, state: collections.OrderedDict(
+            mean=rule.client(update, weight, state),
+            errors=tf.cast(update.measured["candidate_errors"], tf.float64),
+        ),
+        lambda layers: aggregators.zip_reductions(
+            mean=rule.reduction(layers),
+            errors=aggregators.reduction_from_merge(
+                lambda: tf.zeros([2], tf.float64), tf.identity, tf.add
+            ),
+        ),
+        server,
+        needs=seen,
+    )
+    model = classifier(dropout=0.5)[variable]
+    process = aggregators.build_fed_avg(model, SGD, rule=spy)
+    state = process.initialize()
+    weights = process.get_model_weights(state).trainable
+    found = process.next(state, [data]).metrics["aggregator"]["errors"]
+    for number, (kernel, bias) in enumerate([weights, [2.0 * w + 0.1 for w in weights]]):
+        z = x @ kernel + bias
+        p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        np.testing.assert_allclose(found[number], np.mean(1 - p[np.arange(7), y]), rtol=1e-5)
+
+
+REFUSED = {
+    "a client work, which does not see the rule's state": (
+        lambda: aggregators.build_client_work(model_fn, SGD, rules.jury_mean().needs),
+        "`needs` must not ask for models scored before training.*direction",
+    ),
+    "a factory for updates alone": (
+        lambda: aggregators.RuleFactory(rules.jury_mean()).create(
+            contracts.DELTA_TYPE, contracts.WEIGHT_TYPE
+        ),
+        "needs training_loss, candidate_errors",
+    ),
+    "a word that is no vote": (
+        lambda: rules.jury_mean(votes="models"),
+        '`votes` must be "model", "direction" or a function',
+    ),
+    "no voice": (lambda: rules.jury_mean([]), "`voices` must be pairs"),
+    "two scores": (
+        lambda: rules.jury_mean(
+            [(scores.l2_distance, weighting.softmax()), (scores.kl_divergence, weighting.softmax())]
+        ),
+        "`voices` must have at most one score",
+    ),
+    "a cutoff of nothing": (lambda: rules.redescending_mean(cutoff=0.0), "`cutoff` must be"),
+    "a norm of nothing": (lambda: rules.jury_mean(initial_norm=0.0), "`initial_norm` must be"),
+    "a memory that never fades": (
+        lambda: rules.jury_mean(vote_memory=1.0),
+        "`vote_memory` must be",
+    ),
+    "models of another shape": (
+        lambda: Candidates(lambda weights, state: [weights[:1]], 1).of([tf.zeros(2)] * 2, {}),
+        "`models` must return 1 models of the shapes",
+    ),
+    "no models": (lambda: Candidates(lambda weights, state: [], 0), "`number` must be"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_in_words(name):
+    write, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        write()
+
+
+def test_a_round_of_ones_own_has_no_candidates():
+    rule = rules.jury_mean()
+    start = aggregators.rule_state(rule, contracts.DELTA_TYPE)
+    with pytest.raises(ValueError, match="`rule` must not need models scored before training"):
+
+        @tff.federated_computation(
+            tff.FederatedType(start.type_signature.result, tff.SERVER),
+            tff.FederatedType(contracts.DELTA_TYPE, tff.CLIENTS),
+        )
+        def run(state, deltas):
+            return aggregators.federated_rule(rule, deltas, state, value_is="delta")
