@@ -59,7 +59,7 @@ lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet uv
 	printf '%s\n' 'tensorflow-federated==0.87.0' | \
-	  .venv-lock/bin/uv pip compile - setup.cfg --extra examples --extra test \
+	  .venv-lock/bin/uv pip compile - setup.cfg --extra examples --extra optax --extra test \
 	    --override <(printf '%s\n' 'jax==0.4.13' 'jaxlib==0.4.13') \
 	    --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 	    --generate-hashes --no-emit-index-url --upgrade \

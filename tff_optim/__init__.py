@@ -9,6 +9,7 @@ from tff_optim.computations import build_optimizer_computations
 from tff_optim.config import from_config, get_config
 from tff_optim.devices import DevicePolicy, get_device_policy, select_device, set_device_policy
 from tff_optim.keras_optimizer import build_keras_optimizer
+from tff_optim.optax_optimizer import build_optax_optimizer
 from tff_optim.pipeline import build_optimizer
 from tff_optim.registry import list_regularizers, list_transforms, register_transform
 from tff_optim.resident import ResidentProcess
@@ -17,6 +18,7 @@ __all__ = [
     "DevicePolicy",
     "ResidentProcess",
     "build_keras_optimizer",
+    "build_optax_optimizer",
     "build_optimizer",
     "build_optimizer_computations",
     "from_config",

@@ -1,0 +1,455 @@
+"""Every public optax transformation against plain optax, and what is said of what cannot run."""
+
+import asyncio
+import copy
+import pathlib
+import pickle
+
+import contracts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import optax_cases
+import problems
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from optax_cases import RUNS
+
+import tff_optim
+from tff_optim import build_optax_optimizer
+
+every_case = pytest.mark.parametrize("case", RUNS.values(), ids=RUNS)
+TOLERANCE = {"float32": 5e-5, "float64": 1e-12}
+
+
+def make_problem(case, dtype="float32", steps=5):
+    weights, gradients = contracts.make_problem(steps=steps, dtype=dtype)
+    if case.positive:
+        gradients = [[np.abs(g) for g in row] for row in gradients]
+    return weights, gradients
+
+
+def start(optimizer, weights):
+    return contracts.tensors(optimizer.initialize(contracts.specs_of(weights)))
+
+
+def run(optimizer, weights, gradients, state=None):
+    state = start(optimizer, weights) if state is None else state
+    step = tf.function(optimizer.next)
+    return contracts.run(step, state, contracts.tensors(weights), contracts.tensors(gradients))
+
+
+def assert_near(found, expected, tolerance=TOLERANCE["float32"]):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert np.asarray(a).dtype == b.dtype
+        np.testing.assert_allclose(np.asarray(a), b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------- every place
+
+
+@every_case
+def test_it_equals_optax_in_the_process_and_in_the_worker(case):
+    weights, gradients = make_problem(case)
+    expected = optax_cases.run_plain(case, weights, gradients)
+    assert np.isfinite(expected[0]).all()
+    optimizer = case.ours()
+    assert_near(run(optimizer, weights, gradients)[1], expected)
+    assert_near(contracts.in_tff_computations(optimizer, weights, gradients), expected)
+
+
+def functional_model():
+    return tff.learning.models.functional_model_from_keras(
+        problems.make_keras_model(), tf.keras.losses.MeanSquaredError(), problems.INPUT_SPEC
+    )
+
+
+def fed_avg_in_optax(case, initial, clients, rounds):
+    """Federated averaging in NumPy and plain optax, one optimizer for clients and server."""
+    transformation = case.plain()
+    update = jax.jit(transformation.update)
+
+    def step(state, weights, gradients):
+        gradients = [jnp.asarray(g, jnp.float32) for g in gradients]
+        updates, state = update(gradients, state, weights)
+        return state, optax.apply_updates(weights, updates)
+
+    server = [jnp.asarray(w) for w in initial]
+    server_state = transformation.init(server)
+    for _ in range(rounds):
+        deltas = []
+        for data in clients:
+            weights, state = server, transformation.init(server)
+            for batch in data:
+                x, y = batch["x"].numpy(), batch["y"].numpy()
+                error = 2.0 * (x @ np.asarray(weights[0]) + np.asarray(weights[1]) - y) / y.size
+                state, weights = step(state, weights, [x.T @ error, error.sum(0)])
+            deltas.append([a - b for a, b in zip(server, weights)])
+        mean = [sum(d) / len(clients) for d in zip(*deltas)]
+        server_state, server = step(server_state, server, mean)
+    return [np.asarray(w) for w in server]
+
+
+@pytest.mark.parametrize(
+    "model", [problems.model_fn, functional_model], ids=["variable", "functional"]
+)
+@every_case
+def test_it_trains_clients_and_server(case, model):
+    if case.positive:
+        pytest.skip("plain optax gives NaN for negative gradients")
+    given = model() if model is functional_model else model
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        given, client_optimizer_fn=case.ours(), server_optimizer_fn=case.ours()
+    )
+    clients = problems.make_clients(2, batches=2)
+    state = process.initialize()
+    initial = [np.array(w) for w in process.get_model_weights(state).trainable]
+    for _ in range(2):
+        state = process.next(state, clients).state
+    found = process.get_model_weights(state).trainable
+    expected = fed_avg_in_optax(case, initial, clients, rounds=2)
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+# --------------------------------------------------------------------------------- state and hparams
+
+
+@every_case
+def test_a_saved_run_goes_on_bit_for_bit(case, tmp_path):
+    weights, gradients = make_problem(case)
+    middle = run(case.ours(), weights, gradients[:2])
+    undisturbed = run(case.ours(), middle[1], gradients[2:], middle[0])
+    manager = tff.program.FileProgramStateManager(str(tmp_path))
+    asyncio.run(manager.save(middle, 1))
+    loaded = asyncio.run(manager.load(1, (start(case.ours(), weights), weights)))
+    resumed = run(case.ours(), loaded[1], gradients[2:], contracts.tensors(loaded[0]))
+    contracts.assert_equal(resumed, undisturbed)
+
+
+@every_case
+def test_a_state_holds_numbers_and_tensors_by_path_and_keeps_their_types(case):
+    weights, gradients = make_problem(case, steps=1)
+    optimizer = case.ours()
+    state = optimizer.initialize(contracts.specs_of(weights))
+    assert all(isinstance(v, np.number) for v in optimizer.get_hparams(state).values())
+    assert all(type(v).__module__.startswith("tensorflow") for v in state["slots"].values())
+    after, _ = run(optimizer, weights, gradients)
+    assert type(after) is type(state)
+    assert list(after) == list(state)
+    assert contracts.specs_of(after) == contracts.specs_of(contracts.tensors(state))
+
+
+@every_case
+def test_a_number_that_is_set_equals_one_that_was_built(case):
+    weights, gradients = make_problem(case)
+    optimizer = case.ours()
+    state = optimizer.initialize(contracts.specs_of(weights))
+    usual = run(optimizer, weights, gradients)[1]
+    effects = []
+    for name, value in optimizer.get_hparams(state).items():
+        other = float(value) * 0.6 + 0.013
+        changed = contracts.tensors(optimizer.set_hparams(state, {name: other}))
+        found = run(optimizer, weights, gradients, changed)[1]
+        if not isinstance(case.made, optax.GradientTransformation):
+            rebuilt = run(case.ours(**{name: other}), weights, gradients)[1]
+            contracts.assert_equal(list(found), list(rebuilt))
+        effects.append(any(np.any(a != b) for a, b in zip(found, usual)))
+    assert any(effects) or not effects
+
+
+def test_numbers_of_inject_hyperparams_are_set_in_a_made_transformation():
+    weights, gradients = contracts.make_problem(steps=3)
+    optimizer = build_optax_optimizer(optax.inject_hyperparams(optax.adam)(0.05, b1=0.8))
+    state = optimizer.initialize(contracts.specs_of(weights))
+    assert next(iter(state)) == "learning_rate"
+    changed = contracts.tensors(optimizer.set_hparams(state, {"learning_rate": 0.3, "b1": 0.5}))
+    other = build_optax_optimizer(optax.inject_hyperparams(optax.adam)(0.3, b1=0.5))
+    found = run(optimizer, weights, gradients, changed)
+    contracts.assert_equal(found, run(other, weights, gradients))
+
+
+def test_a_scheduled_number_is_optax_own():
+    optimizer = RUNS["inject_stateful_hyperparams"].ours()
+    state = optimizer.initialize([tf.TensorSpec([2])])
+    assert "learning_rate" not in optimizer.get_hparams(state)
+    assert "hyperparams/learning_rate" in state["slots"]
+
+
+def test_numbers_are_those_that_the_step_reads():
+    specs = [tf.TensorSpec((3, 2)), tf.TensorSpec((2,))]
+
+    def numbers(*arguments, **options):
+        optimizer = build_optax_optimizer(*arguments, **options)
+        return list(optimizer.get_hparams(optimizer.initialize(specs)))
+
+    assert numbers(optax.adam, learning_rate=1) == ["learning_rate", "b1", "b2", "eps"]
+    # A default of 0 turns a term off; the initial state is made from the others.
+    assert numbers(optax.adagrad, learning_rate=0.1) == ["learning_rate", "eps"]
+    assert "learning_rate" not in numbers(optax.rprop, learning_rate=0.1)
+    assert "eps_root" in numbers(optax.adam, learning_rate=0.1, eps_root=0.0)
+
+    def branching(learning_rate, scale):
+        return optax.scale(-learning_rate if scale > 1.0 else learning_rate)
+
+    assert numbers(branching, learning_rate=0.1, scale=2.0) == ["learning_rate"]
+
+
+def test_a_rate_is_scheduled_by_rounds():
+    weights, gradients = contracts.make_problem(steps=3)
+    rates = [0.3, 0.2, 0.1]
+    optimizer = build_optax_optimizer(optax.adam, learning_rate=1.0)
+    scheduled = tff.learning.optimizers.schedule_learning_rate(
+        optimizer, lambda i: tf.gather(tf.constant([*rates, 0.0]), i)
+    )
+    case = optax_cases.case(optax.adam, learning_rate=lambda step: jnp.asarray(rates)[step])
+    assert_near(
+        run(scheduled, weights, gradients)[1], optax_cases.run_plain(case, weights, gradients)
+    )
+
+
+def test_a_tensor_of_a_computation_is_a_learning_rate():
+    process = tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule(
+        problems.model_fn,
+        client_learning_rate_fn=lambda i: 0.1 / tf.cast(i + 1, tf.float32),
+        client_optimizer_fn=lambda rate: build_optax_optimizer(optax.adam, learning_rate=rate),
+    )
+    state = process.next(process.initialize(), problems.make_clients(2)).state
+    assert np.isfinite(process.get_model_weights(state).trainable[0]).all()
+    with tf.Graph().as_default():
+        rate = tf.compat.v1.placeholder(tf.float32, ())
+        with pytest.raises(ValueError, match="`learning_rate` must be a number here"):
+            build_optax_optimizer(optax.rprop, learning_rate=rate).initialize([tf.TensorSpec([2])])
+
+
+# ------------------------------------------------------------------------------ weights and gradients
+
+
+@every_case
+def test_a_weight_without_gradient_and_its_slots_stay(case):
+    weights, gradients = make_problem(case, steps=3)
+    by_position = case in (RUNS["masked"], RUNS["multi_transform"])  # their trees are lists
+    optimizer = case.ours(weight_names=None if by_position else ["first", "second"])
+    if case is RUNS["flatten"]:
+        with pytest.raises(ValueError, match="of several weights together"):
+            optimizer.next(start(optimizer, weights), weights, [gradients[0][0], None])
+        return
+    before, middle = run(optimizer, weights, gradients[:2])
+    after, last = optimizer.next(before, middle, [gradients[2][0], None])
+    np.testing.assert_array_equal(last[1], middle[1])
+    for path, slot in before["slots"].items():
+        if "second" in path.split("/") or (by_position and path.endswith("/1")):
+            np.testing.assert_array_equal(after["slots"][path], slot)
+    if not case.couples:
+        expected = optax_cases.run_plain(case, weights, gradients)
+        assert_near([last[0]], [expected[0]])
+
+
+@pytest.mark.parametrize("name", ["contrib.prodigy", "contrib.mechanize", "contrib.cocob"])
+def test_a_state_of_the_weights_is_made_of_them_even_if_the_first_gradient_is_none(name):
+    weights, gradients = contracts.make_problem(steps=1)
+    optimizer = RUNS[name].ours()
+    state = start(optimizer, weights)
+    made = [
+        p for p in state["slots"] if p.endswith("/1") and ("0" in p.split("/")[0] or "init" in p)
+    ]
+    state, _ = optimizer.next(state, weights, [gradients[0][0], None])
+    assert made
+    for path in made:
+        np.testing.assert_array_equal(state["slots"][path], weights[1])
+
+
+@every_case
+def test_64_bit_weights_are_computed_in_64_bits_or_refused(case):
+    weights, gradients = make_problem(case, "float64")
+    if case.narrow:
+        with pytest.raises(ValueError, match=r"`transformation_or_factory`.*float32"):
+            case.ours().initialize(contracts.specs_of(weights))
+        return
+    expected = optax_cases.run_plain(case, weights, gradients)
+    assert_near(run(case.ours(), weights, gradients)[1], expected, TOLERANCE["float64"])
+
+
+def test_a_mask_fits_lists_tuples_and_names():
+    weights, gradients = contracts.make_problem(steps=1)
+    by_position = build_optax_optimizer(optax.masked(optax.set_to_zero(), [True, False]))
+    by_name = build_optax_optimizer(
+        optax.masked(optax.set_to_zero(), lambda tree: {name: "kernel" in name for name in tree}),
+        weight_names=["dense/kernel", "dense/bias"],
+    )
+    for optimizer in (by_position, by_name):
+        for container in (list, tuple):
+            _, found = run(optimizer, container(weights), [container(gradients[0])])
+            assert type(found) is container
+            np.testing.assert_array_equal(found[0], weights[0])
+            np.testing.assert_array_equal(found[1], weights[1] + gradients[0][1])
+
+
+def test_labels_by_name_train_on_clients_and_keep_their_numbers():
+    def decayed(learning_rate):
+        return optax.adamw(learning_rate, mask=lambda tree: {n: "kernel" in n for n in tree})
+
+    optimizer = build_optax_optimizer(
+        decayed, learning_rate=0.1, weight_names=["dense/kernel", "dense/bias"]
+    )
+    process = tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, optimizer)
+    state = process.initialize()
+    assert list(process.get_hparams(state)["client_work"]) == ["learning_rate"]
+    process.next(state, problems.make_clients(1))
+
+    positions = build_optax_optimizer(optax.adamw, learning_rate=0.1, mask=[True, False])
+    with pytest.raises(ValueError, match="as functions of the weights, or pass `weight_names`"):
+        tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, positions)
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", optax_cases.REFUSED)
+def test_what_optax_cannot_run_from_gradients_alone_is_refused_with_the_reason(name):
+    case, reason = optax_cases.REFUSED[name]
+    with pytest.raises(ValueError, match="`transformation_or_factory`") as raised:
+        case.ours().initialize([tf.TensorSpec((3, 2)), tf.TensorSpec((2,))])
+    assert reason in str(raised.value)
+    weights, gradients = contracts.make_problem(steps=1)
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        optax_cases.run_plain(case, weights, gradients)
+
+
+def _grows(updates, state, params=None):
+    del params
+    return updates, jnp.concatenate([state, state])
+
+
+def _sorts(updates, params=None):
+    del params
+    return jax.tree_util.tree_map(lambda g: jnp.sort(g), updates)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: build_optax_optimizer("adam"), TypeError, "must be an optax.Gradient.*'adam'"),
+        (lambda: build_optax_optimizer(optax.adam), TypeError, "missing a required.*learning_rate"),
+        (lambda: build_optax_optimizer(optax.adam, learning_rate=0.1, beta=1), TypeError, "beta"),
+        (
+            lambda: build_optax_optimizer(optax.adam(0.1), learning_rate=0.1),
+            TypeError,
+            "made already",
+        ),
+        (lambda: build_optax_optimizer(lambda: 3), TypeError, "returned 3"),
+        (lambda: build_optax_optimizer(optax.adam, learning_rate=-0.1), ValueError, "at least 0"),
+        (lambda: build_optax_optimizer(optax.adam, learning_rate="x"), TypeError, "learning_rate"),
+        (lambda: build_optax_optimizer(optax.adam, learning_rate=0.1, b1="x"), TypeError, "`b1`"),
+        (lambda: build_optax_optimizer(optax.adam, learning_rate=0.1, b1=1.5), ValueError, "`b1`"),
+        (
+            lambda: build_optax_optimizer(optax.adam, learning_rate=0.1, b1=float("nan")),
+            ValueError,
+            "`b1`",
+        ),
+        (
+            lambda: build_optax_optimizer(
+                optax.adam,
+                learning_rate=tf.keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5),
+            ),
+            TypeError,
+            "Keras schedule ExponentialDecay",
+        ),
+        (
+            lambda: build_optax_optimizer(optax.sgd(0.1), weight_names=["a"]).initialize(
+                [tf.TensorSpec([2]), tf.TensorSpec([2])]
+            ),
+            ValueError,
+            "found 1 names for 2 weights",
+        ),
+        (
+            lambda: build_optax_optimizer(
+                optax.GradientTransformation(lambda params: jnp.zeros(1), _grows)
+            ).initialize([tf.TensorSpec([2])]),
+            ValueError,
+            r"keep the shapes.*float32\(1,\).*float32\(2,\)",
+        ),
+        (
+            lambda: build_optax_optimizer(optax.sgd(0.1)).initialize(
+                [tf.TensorSpec([2], tf.int32)]
+            ),
+            ValueError,
+            "`specs` at '0' must have a floating dtype",
+        ),
+    ],
+)
+def test_an_error_names_what_is_wrong(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_an_operation_without_a_counterpart_is_named():
+    optimizer = build_optax_optimizer(optax.stateless(_sorts))
+    weights, gradients = contracts.make_problem(steps=1)
+    with pytest.raises(ValueError, match=r"without XLA.*sort"):
+        run(optimizer, weights, gradients)
+
+
+def test_numbers_are_checked_when_they_are_set():
+    optimizer = build_optax_optimizer(optax.adam, learning_rate=0.1)
+    state = optimizer.initialize([tf.TensorSpec([2])])
+    for hparams, message in [
+        ({"learning_rate": -1.0}, "`learning_rate` .* at least 0; found -1.0"),
+        ({"b1": 2.0}, "`b1`"),
+        ({"eps_root": 0.1}, "may hold learning_rate, b1, b2, eps; found eps_root"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.set_hparams(state, hparams)
+    with pytest.raises(TypeError, match="`b1`"):
+        optimizer.set_hparams(state, {"b1": "0.5"})
+
+
+# ------------------------------------------------------------------------------------------ the object
+
+
+def test_equal_optimizers_are_equal_and_can_be_copied():
+    make = lambda **more: build_optax_optimizer(optax.adam, learning_rate=0.1, **more)  # noqa: E731
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    assert make() != make(b1=0.5)
+    assert make() != make(weight_names=["a"])
+    optimizer = make()
+    optimizer.initialize([tf.TensorSpec([2])])  # traced programs are not part of it
+    assert copy.deepcopy(optimizer) == optimizer
+    assert pickle.loads(pickle.dumps(optimizer)) == optimizer
+    assert "learning_rate': 0.1" in repr(optimizer)
+    assert "adam" in repr(optimizer)
+
+
+def test_it_is_placed_on_the_device():
+    optimizer = build_optax_optimizer(optax.adam, learning_rate=0.1, device="CPU:1")
+    assert optimizer.device == "/CPU:1"
+    weights, gradients = contracts.make_problem(steps=1)
+    state = optimizer.initialize(contracts.specs_of(weights))
+    assert state["slots"]["0/mu/0"].device.endswith("CPU:1")
+    state, found = optimizer.next(state, contracts.tensors(weights), gradients[0])
+    assert found[0].device.endswith("CPU:1")
+
+
+def test_it_runs_in_a_hand_written_round():
+    optimizer = build_optax_optimizer(optax.adam, learning_rate=0.1)
+    _, step = tff_optim.build_optimizer_computations(optimizer, tff.TensorType(np.float32, [2]))
+    assert "slots=" in str(step.type_signature.parameter)
+
+
+# ------------------------------------------------------------------------------------------ what runs
+
+
+def test_every_public_transformation_has_a_case():
+    public = optax_cases.public_transformations()
+    assert len(public) >= 70
+    assert public == {*RUNS, *optax_cases.REFUSED}
+
+
+def test_the_table_of_what_runs_is_true():
+    readme = pathlib.Path(tff_optim.__file__).with_name("README.md").read_text()
+    assert optax_cases.table() in readme
