@@ -313,12 +313,19 @@ def _change_pattern(rng: random.Random, value: Any) -> Any:
 CHANGES = [_change_value, _change_value, _change_keys, _change_class, _change_pattern]
 
 
-@attrs.frozen(eq=False)
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring = 12, 20, 20, 100
+
+
+@attrs.frozen(eq=False, repr=False)
 class Case:
     """A configuration, and the packages that are trusted with it."""
 
     config: Any
     trusted: tuple[str, ...]
+
+    def __repr__(self) -> str:  # some have no end
+        return f"Case({_REPR.repr(self.config)}, trusted={self.trusted})"
 
 
 def cases(count: int, seed: int = 0) -> Iterator[Case]:
@@ -363,18 +370,20 @@ class Hung(BaseException):
 
 @contextlib.contextmanager
 def _time_limit(seconds: int) -> Iterator[None]:
+    """Raises `Hung` after this time of the processor, however busy the machine is."""
+
     def stop(*unused: Any) -> None:
         raise Hung
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    faulthandler.dump_traceback_later(3 * seconds, exit=True)  # where no Python code runs
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    faulthandler.dump_traceback_later(30 * seconds, exit=True)  # where no Python code runs
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 WEIGHTS = [np.float32([[0.5, -1.0], [1.0, 0.0]]), np.float32([0.5, -0.5])]
@@ -427,10 +436,6 @@ def attack(count: int, seed: int = 0, show: Any = None) -> collections.Counter:
     return found
 
 
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring = 12, 20, 20, 100
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=12_000)
@@ -440,7 +445,7 @@ def main() -> None:
     start = time.perf_counter()
 
     def show(case: Case, verdict: str) -> None:
-        print(f"{verdict}\n  trusted {case.trusted}\n  {_REPR.repr(case.config)}", flush=True)
+        print(f"{verdict}\n  {case}", flush=True)
 
     found = attack(arguments.count, arguments.seed, show)
     print(
