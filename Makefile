@@ -1,19 +1,21 @@
 # make example   trains a federated classifier and draws its curves
 # make test      lint, types and tests: what CI runs
 # make attack    every attack on configurations, checkpoints and workers, with a table
+# make test-torch  the tests of build_torch_optimizer, with torch in a folder of its own
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
 # make build     wheel and sdist
 # make lock      resolves requirements.lock anew
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example test attack bench build lock clean
+.PHONY: example test test-torch attack bench build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST_ARGS ?= -n 2
 EXAMPLE_ARGS ?=
 ATTACK_ARGS ?=
+TORCH ?= torch==2.13.0
 BENCHMARKS ?= keras_optimizer pipeline aggregation resident
 
 example: .venv/installed
@@ -27,6 +29,15 @@ test: .venv/installed
 
 attack: .venv/installed
 	$(BIN)/python tests/attacks.py $(ATTACK_ARGS)
+
+# torch needs newer packages than TensorFlow Federated can bear: it lives in a folder of its own.
+.venv-torch/installed: Makefile
+	$(PYTHON) -m venv --clear .venv-torch
+	.venv-torch/bin/pip install --disable-pip-version-check --quiet $(TORCH)
+	@touch $@
+
+test-torch: .venv/installed .venv-torch/installed
+	TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python $(BIN)/python -m pytest tests/test_torch_optimizer.py
 
 build: .venv/installed
 	$(BIN)/python -m build --no-isolation
@@ -66,4 +77,4 @@ lock:
 	    --custom-compile-command 'make lock' --output-file requirements.lock --quiet
 
 clean:
-	rm -rf .venv .venv-lock build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lock .venv-torch build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache

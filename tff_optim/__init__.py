@@ -13,6 +13,7 @@ from tff_optim.optax_optimizer import build_optax_optimizer
 from tff_optim.pipeline import build_optimizer
 from tff_optim.registry import list_regularizers, list_transforms, register_transform
 from tff_optim.resident import ResidentProcess
+from tff_optim.torch_optimizer import build_torch_optimizer
 
 __all__ = [
     "DevicePolicy",
@@ -21,6 +22,7 @@ __all__ = [
     "build_optax_optimizer",
     "build_optimizer",
     "build_optimizer_computations",
+    "build_torch_optimizer",
     "from_config",
     "get_config",
     "get_device_policy",

@@ -1,0 +1,376 @@
+"""Every torch optimizer and scheduler against plain torch, and what is said of what cannot run.
+
+Those that need torch run under `make test-torch`, which sets TORCH_PYTHON.
+"""
+
+import asyncio
+import copy
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import contracts
+import numpy as np
+import problems
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_optim
+from tff_optim import build_torch_optimizer, torch_optimizer
+
+TORCH = os.environ.get("TORCH_PYTHON")
+needs_torch = pytest.mark.skipif(TORCH is None, reason="needs torch's environment: make test-torch")
+# A scheduler that sets the rate, with arguments that change it within five steps.
+SGD = ("SGD", {"lr": 0.1, "momentum": 0.9})
+
+OPTIMIZERS = {
+    "ASGD": {"lr": 0.1, "lambd": 0.01, "t0": 2.0},
+    "Adadelta": {"lr": 0.5, "rho": 0.8},
+    "Adafactor": {"lr": 0.1, "weight_decay": 0.01},
+    "Adagrad": {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.3},
+    "Adam": {"lr": 0.1, "betas": (0.8, 0.97), "amsgrad": True},
+    "AdamW": {"lr": 0.1, "weight_decay": 0.1},
+    "Adamax": {"lr": 0.1, "betas": (0.8, 0.97)},
+    "NAdam": {"lr": 0.1, "momentum_decay": 0.01},
+    "RAdam": {"lr": 0.1, "betas": (0.8, 0.9)},
+    "RMSprop": {"lr": 0.1, "alpha": 0.8, "centered": True, "momentum": 0.5},
+    "Rprop": {"lr": 0.1, "etas": (0.4, 1.5)},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "Muon": {"lr": 0.1, "weight_decay": 0.1},
+}
+MATRICES_ONLY = {"Muon"}
+SCHEDULERS = {
+    "ConstantLR": {"factor": 0.3, "total_iters": 2},
+    "CosineAnnealingLR": {"T_max": 4},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 2},
+    "ExponentialLR": {"gamma": 0.7},
+    "LinearLR": {"start_factor": 0.3, "total_iters": 3},
+    "MultiStepLR": {"milestones": [1, 3], "gamma": 0.5},
+    "OneCycleLR": {"max_lr": 0.3, "total_steps": 8},
+    "PolynomialLR": {"total_iters": 4, "power": 2.0},
+    "StepLR": {"step_size": 2, "gamma": 0.5},
+}
+
+
+def describe(optimizer, arguments, scheduler=None, dtype="float32", steps=5, **more):
+    weights, gradients = contracts.make_problem(steps=steps, dtype=dtype)
+    if optimizer in MATRICES_ONLY:
+        weights, gradients = weights[:1], [row[:1] for row in gradients]
+    return {
+        "optimizer": optimizer,
+        "arguments": arguments,
+        "scheduler": scheduler,
+        "dtype": dtype,
+        "weights": weights,
+        "steps": gradients,
+        **more,
+    }
+
+
+CASES = {
+    **{name: describe(name, arguments) for name, arguments in OPTIMIZERS.items()},
+    **{name: describe(*SGD, (name, given)) for name, given in SCHEDULERS.items()},
+    "64 bits": describe("Adam", OPTIMIZERS["Adam"], dtype="float64"),
+    "16 bits": describe("SGD", OPTIMIZERS["SGD"], dtype="float16"),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What plain torch makes of every case, and its own lists of public names."""
+
+    def as_lists(value):
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    run = subprocess.run(
+        [TORCH, str(pathlib.Path(__file__).with_name("torch_plain.py"))],
+        input=json.dumps(list(CASES.values()), default=as_lists),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    return found["lists"], dict(zip(CASES, found["weights"]))
+
+
+def make(name):
+    case = CASES[name]
+    return build_torch_optimizer(
+        case["optimizer"], python=TORCH, lr_scheduler=case["scheduler"], **case["arguments"]
+    )
+
+
+def assert_plain(found, expected, case):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b, case["dtype"]))
+
+
+@needs_torch
+@every_case
+def test_it_equals_torch_bit_for_bit_and_resumes_from_a_file(name, plain, tmp_path):
+    case, expected = CASES[name], plain[1][name]
+    weights, steps = case["weights"], case["steps"]
+    optimizer = make(name)
+    state = optimizer.initialize(contracts.specs_of(weights))
+    _, eager = contracts.run(optimizer.next, state, weights, steps)
+    assert_plain(eager, expected, case)
+
+    step = tf.function(optimizer.next)
+    middle = contracts.run(step, contracts.tensors(state), contracts.tensors(weights), steps[:2])
+    manager = tff.program.FileProgramStateManager(str(tmp_path))
+    asyncio.run(manager.save(middle, 1))
+    fresh = make(name)
+    like = (fresh.initialize(contracts.specs_of(weights)), weights)
+    loaded = contracts.tensors(asyncio.run(manager.load(1, like)))
+    _, resumed = contracts.run(tf.function(fresh.next), *loaded, steps[2:])
+    assert_plain(resumed, expected, case)
+
+
+@needs_torch
+def test_every_public_name_of_torch_is_run_or_refused(plain):
+    names = plain[0]
+    assert set(names["optimizers"]) == {*OPTIMIZERS, *torch_optimizer.REFUSED}
+    # `LRScheduler` itself, and names that torch keeps for older code, are not schedulers to name.
+    assert set(names["schedulers"]) == {*SCHEDULERS, *torch_optimizer.REFUSED_SCHEDULERS}
+
+
+def table():
+    """What runs and what does not, and why: `tff_optim/README.md` holds it."""
+    rows = ["| torch | runs |", "| --- | --- |"]
+    refused = {**torch_optimizer.REFUSED, **torch_optimizer.REFUSED_SCHEDULERS}
+    runs = {name: "yes" for name in (*OPTIMIZERS, *SCHEDULERS)}
+    runs |= {name: "yes, for matrices" for name in MATRICES_ONLY}
+    runs |= {name: f"no: {reason}" for name, reason in refused.items()}
+    for names in (
+        {*OPTIMIZERS, *torch_optimizer.REFUSED},
+        {*SCHEDULERS, *refused} - {*torch_optimizer.REFUSED},
+    ):
+        rows += [f"| `{name}` | {runs[name]} |" for name in sorted(names)]
+    return "\n".join(rows)
+
+
+def test_the_table_of_what_runs_is_true():
+    readme = pathlib.Path(tff_optim.__file__).with_name("README.md").read_text()
+    assert table() in readme
+
+
+@needs_torch
+def test_a_weight_without_gradient_and_its_state_stay():
+    weights, steps = contracts.make_problem(steps=3)
+    optimizer = make("Adam")
+    state = optimizer.initialize(contracts.specs_of(weights))
+    state, found = optimizer.next(state, weights, [steps[0][0], None])
+    np.testing.assert_array_equal(state["started"], [True, False])
+    np.testing.assert_array_equal(found[1], weights[1])
+    before, found = optimizer.next(state, found, steps[1])
+    after, last = optimizer.next(before, found, [steps[2][0], None])
+    np.testing.assert_array_equal(last[1], found[1])
+    for path in (path for path in before["slots"] if path.endswith("/1")):
+        np.testing.assert_array_equal(after["slots"][path], before["slots"][path])
+    # The second weight has had one step: torch counts the steps of each.
+    alone = optimizer.initialize(contracts.specs_of(weights[1:]))
+    _, (expected,) = optimizer.next(alone, weights[1:], steps[1][1:])
+    np.testing.assert_array_equal(last[1], expected)
+
+
+@needs_torch
+def test_the_learning_rate_is_a_number_that_can_be_set():
+    weights, steps = contracts.make_problem(steps=3)
+    optimizer = build_torch_optimizer("Adam", lr=0.1, python=TORCH)
+    state = optimizer.initialize(contracts.specs_of(weights))
+    assert optimizer.get_hparams(state) == {"learning_rate": 0.1}
+    changed = optimizer.set_hparams(state, {"learning_rate": 0.3})
+    rebuilt = build_torch_optimizer("Adam", lr=0.3, python=TORCH)
+    contracts.assert_equal(
+        contracts.run(optimizer.next, changed, weights, steps)[1],
+        contracts.run(
+            rebuilt.next, rebuilt.initialize(contracts.specs_of(weights)), weights, steps
+        )[1],
+    )
+    with pytest.raises(ValueError, match="at least 0"):
+        optimizer.set_hparams(state, {"learning_rate": -0.3})
+    scheduled = make("StepLR")
+    assert not scheduled.get_hparams(scheduled.initialize(contracts.specs_of(weights)))
+
+
+@needs_torch
+def test_bad_input_is_named_and_torchs_own_errors_are_passed_on():
+    weights, steps = contracts.make_problem(steps=1)
+    specs = contracts.specs_of(weights)
+    optimizer = make("SGD")
+    state = optimizer.initialize(specs)
+    with pytest.raises(ValueError, match="`state`"):
+        optimizer.next((), weights, steps[0])
+    with pytest.raises(ValueError, match="`slots` of `state`"):
+        optimizer.next(make("Adam").initialize(specs), weights, steps[0])
+    with pytest.raises(ValueError, match=r"TypeError.*beta_1"):
+        build_torch_optimizer("Adam", lr=0.1, beta_1=0.5, python=TORCH).initialize(specs)
+    with pytest.raises(ValueError, match="subclass of Optimizer; found 'Adams'"):
+        build_torch_optimizer("Adams", lr=0.1, python=TORCH).initialize(specs)
+    with pytest.raises(ValueError, match=r"Muon only supports 2D"):
+        build_torch_optimizer("Muon", lr=0.1, python=TORCH).initialize(specs)
+    assert state["slots"]
+
+
+OWN = '''
+import os
+import signal
+
+import torch
+
+
+class Fragile(torch.optim.SGD):
+    """SGD that ends its process if a file is there."""
+
+    def __init__(self, params, lr, file):
+        super().__init__(params, lr, momentum=0.5)
+        self.param_groups[0]["file"] = file
+
+    def step(self, closure=None):
+        super().step()
+        if os.path.exists(self.param_groups[0]["file"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Forgetful(torch.optim.SGD):
+    """SGD that counts its steps where no state is."""
+
+    steps = 0
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        super().step()
+'''
+
+
+@pytest.fixture
+def own_package(tmp_path, monkeypatch):
+    (tmp_path / "own_torch.py").write_text(OWN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+@needs_torch
+def test_a_process_killed_in_mid_step_leaves_the_old_state_usable(own_package):
+    weights, steps = contracts.make_problem(steps=2)
+    file = own_package / "end"
+    optimizer = build_torch_optimizer(
+        "own_torch.Fragile",
+        python=TORCH,
+        trusted_packages=["own_torch"],
+        lr=0.1,
+        file=str(file),
+    )
+    state, found = optimizer.next(
+        optimizer.initialize(contracts.specs_of(weights)), weights, steps[0]
+    )
+    kept = [np.array(w) for w in found]
+    file.touch()
+    with pytest.raises(RuntimeError, match=r"in the middle of a step \(killed by SIGKILL\)"):
+        optimizer.next(state, found, steps[1])
+    with pytest.raises(tf.errors.OpError, match="The Python process of torch"):
+        tf.function(optimizer.next)(state, found, steps[1])
+    contracts.assert_equal(kept, [np.array(w) for w in found])
+    file.unlink()
+    _, last = optimizer.next(state, found, steps[1])
+    usual = build_torch_optimizer("SGD", python=TORCH, lr=0.1, momentum=0.5)
+    expected = contracts.run(
+        usual.next, usual.initialize(contracts.specs_of(weights)), weights, steps
+    )[1]
+    contracts.assert_equal(list(last), list(expected))
+
+
+@needs_torch
+def test_state_in_an_attribute_is_refused(own_package):
+    optimizer = build_torch_optimizer(
+        "own_torch.Forgetful", python=TORCH, trusted_packages=["own_torch"], lr=0.1
+    )
+    with pytest.raises(ValueError, match="changes the attribute 'steps'"):
+        optimizer.initialize([tf.TensorSpec([2])])
+
+
+@needs_torch
+def test_it_steps_on_the_server_of_a_resident_process(tmp_path):
+    def build(server):
+        clients = tff.learning.optimizers.build_sgdm(0.1)
+        process = tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, clients, server)
+        return tff_optim.ResidentProcess(process, server_device="CPU:0")
+
+    found = []
+    for server in (make("SGD"), tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(0.1))):
+        with build(server) as process:
+            state = process.initialize()
+            for _ in range(2):
+                state = process.next(state, problems.make_clients(2)).state
+            found.append([np.asarray(w) for w in process.get_model_weights(state).trainable])
+    assert np.isfinite(found[0][0]).all()
+    assert not np.allclose(found[0][0], found[1][0])
+
+
+@needs_torch
+def test_in_the_worker_the_error_names_the_way_out():
+    optimizer = make("SGD")
+    _, step = tff_optim.build_optimizer_computations(optimizer, tff.TensorType(np.float32, [2]))
+    state = optimizer.initialize(tf.TensorSpec([2]))
+    with pytest.raises(Exception, match="use_a_Keras_or_optax_optimizer_in_the_TFF_worker"):
+        step(state, np.ones(2, "float32"), np.ones(2, "float32"))
+
+
+def test_on_clients_it_names_the_way_out():
+    optimizer = build_torch_optimizer("SGD", lr=0.1, python=sys.executable)
+    with pytest.raises(ValueError, match=r"`build_keras_optimizer` or `build_optax_optimizer`"):
+        tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (["LBFGS"], {"lr": 0.1}, ValueError, "not be LBFGS: it calls the loss several times"),
+        (["SparseAdam"], {"lr": 0.1}, ValueError, "takes sparse gradients"),
+        (
+            ["SGD"],
+            {"lr": 0.1, "lr_scheduler": ("ReduceLROnPlateau", {})},
+            ValueError,
+            "follows a metric",
+        ),
+        (["SGD"], {"lr": 0.1, "lr_scheduler": "StepLR"}, TypeError, "a pair of a name"),
+        (["os.system"], {}, ValueError, r"package in `trusted_packages` \[\]; found 'os.system'"),
+        ([dict], {}, TypeError, "name of a class of torch.optim"),
+        (["SGD"], {"lr": -1.0}, ValueError, "`lr`.*at least 0; found -1.0"),
+        (["SGD"], {"lr": "fast"}, TypeError, "`lr`"),
+        (["SGD"], {"lr": 0.1, "maximize": object()}, TypeError, "`maximize` of `kwargs`"),
+        (["SGD"], {"lr": 0.1, "trusted_packages": "own"}, TypeError, "a collection of names"),
+        (["SGD"], {"lr": 0.1, "python": "no/such/python"}, ValueError, "`python`.*no/such/python"),
+    ],
+)
+def test_an_error_names_what_is_wrong(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        build_torch_optimizer(*arguments, **{"python": sys.executable, **options})
+
+
+def test_without_torch_an_error_says_how_to_get_it():
+    with pytest.raises(ValueError, match="pip install torch"):
+        build_torch_optimizer("SGD", lr=0.1)
+    optimizer = build_torch_optimizer("SGD", lr=0.1, python=sys.executable)
+    with pytest.raises(ValueError, match="No module named 'torch'"):
+        optimizer.initialize([tf.TensorSpec([2])])
+
+
+def test_equal_optimizers_are_equal_and_can_be_copied():
+    optimizer = build_torch_optimizer("Adam", lr=0.1, python=sys.executable)
+    assert optimizer == build_torch_optimizer("Adam", lr=0.1, python=sys.executable)
+    assert optimizer != build_torch_optimizer("Adam", lr=0.2, python=sys.executable)
+    assert copy.deepcopy(optimizer) == optimizer
+    assert pickle.loads(pickle.dumps(optimizer)) == optimizer
+    assert "0.1" in repr(optimizer)

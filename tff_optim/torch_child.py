@@ -1,0 +1,263 @@
+"""Takes steps of a torch optimizer in a Python of its own; run as a script by `torch_process.py`.
+
+Imports torch and nothing of this package. Requests and replies are lines of JSON on the standard
+streams; tensors lie in memory that both processes see, one after the other, as `offsets` says.
+"""
+
+import importlib
+import json
+import math
+import mmap
+import os
+import sys
+import warnings
+from typing import Any
+
+_ALIGNMENT = 64  # torch aborts the process on views that are not aligned
+
+
+def offsets(specs: Any) -> tuple[list[int], int]:
+    """Where tensors of these `[shape, dtype]` start, and how long they are together."""
+    found, end = [], 0
+    for shape, dtype in specs:
+        found.append(end)
+        size = math.prod(shape) * _SIZES[dtype]
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return found, max(end, _ALIGNMENT)
+
+
+_SIZES = {
+    "bool": 1,
+    "uint8": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "float32": 4,
+    "int64": 8,
+    "float64": 8,
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _flatten(value: Any, path: str) -> list[tuple[str, Any]]:
+    """The numbers in a nest of dictionaries, lists and tuples, with their paths."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    else:
+        return [(path, value)] if _is_number(value) else []
+    return [pair for key, item in items for pair in _flatten(item, f"{path}/{key}")]
+
+
+def _replace(value: Any, path: str, leaves: dict[str, Any]) -> Any:
+    """A copy of a nest with the leaves at the paths in `leaves` replaced."""
+    if isinstance(value, dict):
+        new = {key: _replace(item, f"{path}/{key}", leaves) for key, item in value.items()}
+        return new if type(value) is dict else type(value)(new)
+    if isinstance(value, list | tuple):
+        return type(value)(_replace(item, f"{path}/{i}", leaves) for i, item in enumerate(value))
+    return leaves.get(path, value)
+
+
+class RefusedError(Exception):
+    """What cannot be done, in words for the user."""
+
+
+def _find(name: str, module: Any, base: type, trusted: list[str], argument: str) -> Any:
+    """A class of torch by its name, or of a trusted package by its full name."""
+    package = name.partition(".")[0]
+    if "." not in name:
+        found = getattr(module, name, None)
+    elif package not in trusted:
+        raise RefusedError(
+            f"`{argument}` must be a class of {module.__name__} or of a package in "
+            f"`trusted_packages` {sorted(trusted)}; found {name!r}."
+        )
+    else:
+        path, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(path), attribute, None)
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise RefusedError(f"`{argument}` must name a subclass of {base.__name__}; found {name!r}.")
+    return found
+
+
+class Recipe:
+    """Makes the optimizer, and its scheduler, anew for each step."""
+
+    def __init__(self, request: dict[str, Any]):
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+        import torch
+
+        self.torch: Any = torch
+        self.weights = [(tuple(shape), dtype) for shape, dtype in request["weights"]]
+        self.arguments = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in request["arguments"].items()
+        }
+        trusted = request["trusted"]
+        self.optimizer = _find(
+            request["optimizer"], torch.optim, torch.optim.Optimizer, trusted, "optimizer"
+        )
+        self.scheduler = request["scheduler"]
+        if self.scheduler is not None:
+            name, self.scheduler_arguments = self.scheduler
+            base = torch.optim.lr_scheduler.LRScheduler
+            self.scheduler = _find(name, torch.optim.lr_scheduler, base, trusted, "lr_scheduler")
+
+    def make(self, parameters: list[Any]) -> tuple[Any, Any]:
+        """A fresh optimizer, and its scheduler or None."""
+        optimizer = self.optimizer(parameters, **self.arguments)
+        scheduler = self.scheduler and self.scheduler(optimizer, **self.scheduler_arguments)
+        return optimizer, scheduler
+
+    def numbers(self, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+        """What changes besides tensors: numbers of the groups and of the scheduler, by path."""
+        (group,) = optimizer.param_groups
+        rest = {key: value for key, value in group.items() if key != "params"}
+        found = _flatten(rest, "group")
+        if scheduler:
+            found += _flatten(scheduler.state_dict(), "scheduler")
+        return dict(found)
+
+    def set_numbers(self, optimizer: Any, scheduler: Any, numbers: dict[str, Any]) -> None:
+        """Sets what `numbers` returned."""
+        (group,) = optimizer.param_groups
+        if scheduler:
+            scheduler.load_state_dict(_replace(scheduler.state_dict(), "scheduler", numbers))
+        for key in [key for key in group if key != "params"]:
+            group[key] = _replace(group[key], f"group/{key}", numbers)
+
+    def slots(self, optimizer: Any, parameters: list[Any]) -> list[tuple[str, int, Any]]:
+        """The state of the optimizer: key, position of the weight, and value."""
+        found = [
+            (str(key), i, value)
+            for i, parameter in enumerate(parameters)
+            for key, value in optimizer.state.get(parameter, {}).items()
+        ]
+        for key, _, value in found:
+            if not (value is None or _is_number(value) or isinstance(value, self.torch.Tensor)):
+                raise RefusedError(
+                    "`optimizer` must keep tensors and numbers in its state; found "
+                    f"{type(value).__name__} at {key!r}."
+                )
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Tensors and numbers of the state, from a step on weights of 1 along zeros."""
+        torch = self.torch
+        parameters = [
+            torch.nn.Parameter(torch.ones(shape, dtype=getattr(torch, dtype)))
+            for shape, dtype in self.weights
+        ]
+        optimizer, scheduler = self.make(parameters)
+        numbers = self.numbers(optimizer, scheduler)
+        attributes = {k: v for k, v in vars(optimizer).items() if _is_number(v)}
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        for key, value in attributes.items():
+            if not key.startswith("_") and getattr(optimizer, key) != value:
+                raise RefusedError(
+                    f"`optimizer` must keep what changes in its `state` or its groups; found that a "
+                    f"step changes the attribute {key!r}."
+                )
+        specs = []
+        for key, i, value in self.slots(optimizer, parameters):
+            kind = "tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+            value = torch.as_tensor(
+                0 if value is None else value,
+                dtype={"int": torch.int64, "float": torch.float64}.get(kind),
+            )
+            dtype = str(value.dtype).removeprefix("torch.")
+            specs.append(
+                {"key": key, "weight": i, "kind": kind, "spec": [list(value.shape), dtype]}
+            )
+        return {"slots": specs, "numbers": numbers}
+
+
+class Session:
+    """A recipe with the memory in which its tensors lie: weights, gradients, slots."""
+
+    def __init__(self, request: dict[str, Any]):
+        self.recipe = Recipe(request)
+        self.description = self.recipe.describe()
+        self.slots = self.description["slots"]
+        specs = [*self.recipe.weights, *self.recipe.weights, *(slot["spec"] for slot in self.slots)]
+        places, size = offsets(specs)
+        with open(request["memory"], "r+b") as file:
+            file.truncate(size)
+            self.memory = mmap.mmap(file.fileno(), size)
+        self.views = [self._view(place, *spec) for place, spec in zip(places, specs)]
+
+    def _view(self, place: int, shape: list[int], dtype: str) -> Any:
+        torch = self.recipe.torch
+        dtype, count = getattr(torch, dtype), math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=place).view(shape)
+
+    def step(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Takes a step on the weights and the state that lie in the memory."""
+        torch, recipe = self.recipe.torch, self.recipe
+        n = len(recipe.weights)
+        parameters = [torch.nn.Parameter(view) for view in self.views[:n]]
+        for i in request["given"]:
+            parameters[i].grad = self.views[n + i]
+        optimizer, scheduler = recipe.make(parameters)
+        kept = {}
+        for slot, view in zip(self.slots, self.views[2 * n :]):
+            kept[slot["key"], slot["weight"]] = view
+            if request["started"][slot["weight"]]:
+                value = {"tensor": view, "NoneType": None}.get(slot["kind"], _MISSING)
+                state = optimizer.state[parameters[slot["weight"]]]
+                state[slot["key"]] = view.item() if value is _MISSING else value
+        recipe.set_numbers(optimizer, scheduler, request["numbers"])
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        with torch.no_grad():
+            for key, i, value in recipe.slots(optimizer, parameters):
+                view = kept.get((key, i))
+                value = torch.as_tensor(0 if value is None else value)
+                if view is None or view.shape != value.shape:
+                    raise RefusedError(
+                        "`optimizer` must keep its state in tensors of the same shapes; found that "
+                        f"a step changes {key!r}."
+                    )
+                if value.data_ptr() != view.data_ptr():
+                    view.copy_(value)
+        return {"numbers": recipe.numbers(optimizer, scheduler)}
+
+
+_MISSING = object()
+
+
+def main() -> None:
+    """Answers requests until there are no more."""
+    sys.path.pop(0)  # the folder of this file: its modules must not stand in for others'
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no reply
+    sessions: dict[int, Session] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        for number in request["closed"]:
+            sessions.pop(number, None)
+        try:
+            if request["do"] == "open":
+                sessions[request["session"]] = Session(request)
+                reply = sessions[request["session"]].description
+            else:
+                reply = sessions[request["session"]].step(request)
+        except RefusedError as error:
+            reply = {"refused": str(error)}
+        except Exception as error:  # of torch, or of the optimizer itself
+            reply = {"failed": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""Any torch optimizer as a TFF optimizer for the server, in a Python process of its own."""
+
+import collections
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim import comparison, hyperparameters, leaves
+from tff_optim.hyperparameters import NON_NEGATIVE
+from tff_optim.intervals import to_float
+from tff_optim.messages import shown
+from tff_optim.torch_process import TorchProcess
+
+_LR = tff.learning.optimizers.LEARNING_RATE_KEY
+_STARTED = "started"
+_SLOTS = "slots"
+_GROUP_RATE = "group/lr"
+_OWNER = "build_torch_optimizer"
+# What TensorFlow tells of an operation that it cannot run is its name.
+_NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
+
+# Public names of torch that cannot run from gradients alone, and why.
+REFUSED = {
+    "LBFGS": "it calls the loss several times in a step, and a server has no loss",
+    "SparseAdam": "it takes sparse gradients, and the update of a server is dense",
+}
+REFUSED_SCHEDULERS = {
+    "ReduceLROnPlateau": "it follows a metric, which no TFF optimizer is given",
+    "LambdaLR": "it is made of a function, which cannot be handed to another process",
+    "MultiplicativeLR": "it is made of a function, which cannot be handed to another process",
+    "SequentialLR": "it is made of other schedulers",
+    "ChainedScheduler": "it is made of other schedulers",
+}
+
+
+class TorchOptimizer(tff.learning.optimizers.Optimizer):
+    """A torch optimizer as a TFF optimizer; see `build_torch_optimizer`.
+
+    Optimizers of one class with equal arguments, scheduler and Python are equal.
+    """
+
+    def __init__(self, python: str, recipe: Mapping[str, Any]):
+        self._python = python
+        self._recipe = recipe
+        self._key = comparison.key((python, json.dumps(recipe, sort_keys=True)))
+        self._processes: dict[Any, TorchProcess] = {}
+        self._callbacks: dict[Any, Callable[..., Any]] = {}
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, TorchOptimizer) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        scheduler = self._recipe["scheduler"]
+        then = f", lr_scheduler={scheduler!r}" if scheduler else ""
+        return f"TorchOptimizer({self._recipe['optimizer']}, {self._recipe['arguments']}{then})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_processes": {}, "_callbacks": {}}  # started anew in a copy
+
+    def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the state before the first step.
+
+        Args:
+          specs: A structure of `tf.TensorSpec`s of the weights, with known shapes.
+
+        Returns:
+          An `OrderedDict`: `learning_rate`, unless a scheduler sets it; `started`, which tells for
+          each weight whether it has had a gradient; and `slots`, the tensors and numbers of torch's
+          state by path.
+
+        Raises:
+          ValueError: If a weight has no floating dtype or known shape, torch refuses the optimizer,
+            or a client's work asks.
+          RuntimeError: If the Python process of torch cannot be started.
+        """
+        if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
+            # TFF's client work asks for hparams by one scalar weight.
+            raise ValueError(
+                "A torch optimizer steps on the server, in the Python process; found that a client's "
+                "work is built of it. Use `build_keras_optimizer` or `build_optax_optimizer` there."
+            )
+        leaves.check_specs(specs, floating=True)
+        process = self._process(specs)
+        state: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        if not self._recipe["scheduler"]:
+            state[_LR] = np.float64(process.numbers[_GROUP_RATE])
+        state[_STARTED] = tf.zeros(len(tf.nest.flatten(specs)), tf.bool)
+        state[_SLOTS] = collections.OrderedDict(
+            (path, tf.zeros(spec.shape, spec.dtype) if number is None else tf.constant(number))
+            for path, (spec, number) in self._entries(process, specs).items()
+        )
+        return state
+
+    def _process(self, weights: Any) -> TorchProcess:
+        flat = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(weights)]
+        key = tuple(flat)
+        if key not in self._processes:
+            self._processes[key] = TorchProcess(self._python, self._recipe, flat)
+        return self._processes[key]
+
+    def _entries(
+        self, process: TorchProcess, weights: Any
+    ) -> "collections.OrderedDict[str, tuple[tf.TensorSpec, Any]]":
+        """The slots by path: tensors first, then numbers with their first values."""
+        paths = [path for path, _ in leaves.named_leaves(weights)]
+        entries: collections.OrderedDict[str, tuple[tf.TensorSpec, Any]] = collections.OrderedDict()
+        for slot in process.slots:
+            path = f"{slot.key}/{paths[slot.weight]}".rstrip("/")
+            entries[path] = (slot.spec, None)
+        for path, number in process.numbers.items():
+            if path != _GROUP_RATE or self._recipe["scheduler"]:
+                value = np.int64(number) if isinstance(number, int) else np.float64(number)
+                entries[path] = (tf.TensorSpec((), value.dtype), value)
+        return entries
+
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """Takes one step of the torch optimizer, and one of its scheduler.
+
+        Args:
+          state: What `initialize` or the previous `next` returned; it is not changed.
+          weights: A structure of tensors or variables; variables are read, not assigned.
+          gradients: The same structure with the same shapes and dtypes. A leaf may be None: that
+            weight and its slots stay as they are. Rows of a `tf.IndexedSlices` are added up.
+
+        Returns:
+          The new state and the new weights, as tensors.
+
+        Raises:
+          ValueError: If structures, shapes or dtypes do not fit each other, no gradient is given, or
+            torch fails.
+          RuntimeError: If the Python process of torch ends in the middle of the step. In a graph,
+            TensorFlow raises an error of its own with the same words.
+        """
+        weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
+        gradients = leaves.read_gradients(gradients, weights)
+        gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
+        flat, flat_gradients = tf.nest.flatten(weights), tf.nest.flatten(gradients)
+        if not flat:
+            return state, weights
+        process = self._process(weights)
+        entries = self._entries(process, weights)
+        rate = [] if self._recipe["scheduler"] else [_LR]
+        leaves.check_keys(state, [*rate, _STARTED, _SLOTS], "state")
+        specs = collections.OrderedDict((path, spec) for path, (spec, _) in entries.items())
+        leaves.check_like(state[_SLOTS], specs, f"{_SLOTS}` of `state", "what these weights need")
+        given = tuple(i for i, gradient in enumerate(flat_gradients) if gradient is not None)
+        inputs = [
+            *(state[name] for name in rate),
+            state[_STARTED],
+            *(state[_SLOTS][path] for path in entries),
+            *flat,
+            *(flat_gradients[i] for i in given),
+        ]
+        outputs = self._call(process, list(entries), given, inputs)
+        new_state = collections.OrderedDict(state)
+        for name in rate:
+            new_state[name] = tf.convert_to_tensor(state[name])
+        new_state[_STARTED] = outputs[0]
+        new_state[_SLOTS] = collections.OrderedDict(zip(entries, outputs[1:]))
+        return new_state, tf.nest.pack_sequence_as(weights, outputs[1 + len(entries) :])
+
+    def _call(
+        self, process: TorchProcess, paths: list[str], given: tuple[int, ...], inputs: list[Any]
+    ) -> list[tf.Tensor]:
+        """Runs `_step` at once, or from the graph that is being traced."""
+        offset = 0 if self._recipe["scheduler"] else 1
+        like = [
+            *inputs[offset : offset + 1 + len(paths)],
+            *self._weights_of(process, inputs, given),
+        ]
+        key = (process, given)
+        if key not in self._callbacks:  # kept: TensorFlow forgets a callback that nothing refers to
+            has_rate = offset == 1
+            self._callbacks[key] = lambda *values: _step(process, paths, has_rate, given, values)
+        callback = self._callbacks[key]
+        if tf.executing_eagerly():
+            values = callback(*(np.asarray(value) for value in inputs))
+            return [tf.convert_to_tensor(value) for value in values]
+        specs = [leaves.spec_of(value) for value in like]
+        outputs = tf.numpy_function(callback, inputs, [spec.dtype for spec in specs], name=_NODE)
+        for output, spec in zip(outputs, specs):
+            output.set_shape(spec.shape)
+        return list(outputs)
+
+    @staticmethod
+    def _weights_of(process: TorchProcess, inputs: list[Any], given: Sequence[int]) -> list[Any]:
+        end = len(inputs) - len(given)
+        return inputs[end - process.num_weights : end]
+
+    def get_hparams(self, state: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the learning rate, unless a scheduler sets it."""
+        return collections.OrderedDict((name, state[name]) for name in (_LR,) if name in state)
+
+    def set_hparams(self, state: Any, hparams: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the state with this learning rate; see `hyperparameters.update`."""
+        intervals = dict.fromkeys(self.get_hparams(state), NON_NEGATIVE)
+        return hyperparameters.update(state, hparams, intervals, _OWNER)
+
+
+def _step(
+    process: TorchProcess,
+    paths: Sequence[str],
+    has_rate: bool,
+    given: Sequence[int],
+    values: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """A step on arrays: rate, started, slots, weights, gradients; in that order, as in `next`."""
+    rest = list(values)
+    rate = [rest.pop(0)] if has_rate else []
+    started = rest.pop(0)
+    slots, rest = rest[: len(paths)], rest[len(paths) :]
+    tensors, numbers = slots[: len(process.slots)], slots[len(process.slots) :]
+    names = paths[len(process.slots) :]
+    weights, gradients = rest[: process.num_weights], rest[process.num_weights :]
+    by_path = {name: number.item() for name, number in zip(names, numbers)}
+    if rate:
+        by_path[_GROUP_RATE] = rate[0].item()
+    result = process.step(weights, dict(zip(given, gradients)), tensors, started, by_path)
+    new_numbers = [_number(name, result.numbers, old.dtype) for name, old in zip(names, numbers)]
+    now = np.array([bool(s) or i in given for i, s in enumerate(started)])
+    return [now, *result.slots, *new_numbers, *result.weights]
+
+
+def _number(name: str, numbers: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    value = numbers.get(name)
+    new = None if value is None else np.asarray(value, dtype)
+    if new is None or (new != value and value == value):
+        raise ValueError(
+            f"`optimizer` must keep its numbers what they are, whole numbers whole; found {value!r} "
+            f"for {name!r} of {dtype}. Give it as a float."
+        )
+    return new
+
+
+def _find_python(python: str | os.PathLike | None) -> str:
+    """The Python that runs torch, after checking what can be told without starting it."""
+    if python is not None:
+        found = shutil.which(os.fspath(python))
+        if found is None:
+            raise ValueError(
+                f"`python` must be a Python that can be run; found {os.fspath(python)!r}. Give the "
+                "path of `bin/python` in an environment with torch."
+            )
+        return found
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            "`python` must be the Python of an environment with torch; found None, and no torch "
+            "beside TensorFlow Federated. Make one: `python3 -m venv torch-env`, "
+            "`torch-env/bin/pip install torch`; then give `python='torch-env/bin/python'`."
+        )
+    version = importlib.metadata.version("typing_extensions")
+    newer = tuple(int(part) for part in version.split(".")[:2]) >= (4, 6)
+    if newer and os.environ.get("WRAPT_DISABLE_EXTENSIONS") not in ("1", "true"):
+        raise ValueError(
+            "`python` must be given where torch has brought typing_extensions 4.6 or newer; found "
+            f"None and {version}, with which TensorFlow 2.14 fails to write a SavedModel, and "
+            "tff.program.FileProgramStateManager a state. Give torch an environment of its own, or "
+            "set WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
+        )
+    return sys.executable
+
+
+def _check_name(
+    argument: str, name: Any, where: str, trusted: Collection[str], refused: Mapping[str, str]
+) -> None:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`{argument}` must be the name of a class of {where}, or its full name in a trusted "
+            f"package; found {shown(name)}. torch is not imported here, so that names do."
+        )
+    if name.rpartition(".")[2] in refused:
+        short = name.rpartition(".")[2]
+        raise ValueError(f"`{argument}` must not be {short}: {refused[short]}.")
+    package = name.partition(".")[0]
+    if "." in name and package not in trusted:
+        raise ValueError(
+            f"`{argument}` must be a class of {where} or of a package in `trusted_packages` "
+            f"{sorted(trusted)}; found {name!r}."
+        )
+
+
+def _check_arguments(argument: str, given: Any) -> dict[str, Any]:
+    """Arguments as JSON holds them; NumPy numbers become Python's, tuples lists."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{argument}` must be a mapping of arguments; found {shown(given)}.")
+    arguments = {}
+    for name, value in given.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        try:
+            arguments[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"`{name}` of `{argument}` must be a number, a text, True, False, None or a list of "
+                f"such, to be handed to another process; found {shown(value)}."
+            ) from error
+    return arguments
+
+
+def build_torch_optimizer(
+    optimizer: str,
+    *,
+    python: str | os.PathLike | None = None,
+    trusted_packages: Collection[str] = (),
+    lr_scheduler: tuple[str, Mapping[str, Any]] | None = None,
+    **kwargs: Any,
+) -> TorchOptimizer:
+    """Makes a TFF optimizer of a torch optimizer, for the server.
+
+    torch needs newer packages than TensorFlow Federated can bear, so it lives in a Python environment
+    and a process of its own. Weights, gradients and the state of the optimizer go there and back
+    through shared memory, bit for bit; the arithmetic is torch's own.
+
+    It runs where TensorFlow runs in the Python process: called directly, in a `tf.function`, or on
+    the server device of a resident process. TFF's worker knows no other process; there, and on
+    clients, use `build_keras_optimizer` or `build_optax_optimizer`.
+
+    The state in: named tensors that torch would keep, the numbers of its parameter group and its
+    scheduler, and `started`, for torch makes the state of a weight with its first gradient. A step
+    returns a new state, or raises and leaves the old one as it was, even if the process of torch is
+    killed. The learning rate is the one hparam, unless a scheduler sets it; its other numbers are
+    fixed.
+
+    Args:
+      optimizer: The name of a class of `torch.optim`, or the full name of a class of a trusted
+        package: `"Adam"`, `"mypackage.optimizers.Fancy"`.
+      python: The Python of an environment with torch 2; None for the one that runs, if torch is
+        installed there without what breaks TensorFlow.
+      trusted_packages: Names of top-level packages that may be imported, in that environment.
+      lr_scheduler: A class of `torch.optim.lr_scheduler` or of a trusted package, by name, with its
+        arguments: `("StepLR", {"step_size": 10})`. It takes one step with each step.
+      **kwargs: The arguments of the class, such as `lr`: numbers, texts, lists, True, False, None.
+
+    Returns:
+      A `tff.learning.optimizers.Optimizer`.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+      ValueError: If an optimizer or scheduler cannot run from gradients alone or is not trusted, a
+        rate is not allowed, or there is no torch.
+
+    Source: https://docs.pytorch.org/docs/stable/optim.html.
+
+    >>> import sys
+    >>> import tff_optim
+    >>> tff_optim.build_torch_optimizer("Adam", lr=0.1, betas=(0.8, 0.99), python=sys.executable)
+    TorchOptimizer(Adam, {'lr': 0.1, 'betas': [0.8, 0.99]})
+    """
+    if isinstance(trusted_packages, str):
+        raise TypeError(
+            f"`trusted_packages` must be a collection of names; found {trusted_packages!r}."
+        )
+    trusted = sorted(trusted_packages)
+    _check_name("optimizer", optimizer, "torch.optim", trusted, REFUSED)
+    arguments = _check_arguments("kwargs", kwargs)
+    if "lr" in arguments:
+        rate = to_float(arguments["lr"])
+        arguments["lr"] = hyperparameters.checked_number(_OWNER, "lr", rate, NON_NEGATIVE)
+    scheduler = None
+    if lr_scheduler is not None:
+        if isinstance(lr_scheduler, str) or len(lr_scheduler) != 2:
+            raise TypeError(
+                "`lr_scheduler` must be a pair of a name and arguments, such as "
+                f'("StepLR", {{"step_size": 10}}); found {shown(lr_scheduler)}.'
+            )
+        name, given = lr_scheduler
+        where = "torch.optim.lr_scheduler"
+        _check_name("lr_scheduler", name, where, trusted, REFUSED_SCHEDULERS)
+        scheduler = [name, _check_arguments("lr_scheduler", given)]
+    recipe = {
+        "optimizer": optimizer,
+        "arguments": arguments,
+        "scheduler": scheduler,
+        "trusted": trusted,
+    }
+    return TorchOptimizer(_find_python(python), recipe)
