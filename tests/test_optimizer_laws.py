@@ -45,7 +45,7 @@ CASES = {
         lambda: K.RMSprop(0.05, global_clipnorm=0.5), couples_weights=True
     ),
     **pipeline_cases.CASES,
-    **{f"optax {name}": optax_cases.law_case(name) for name in ("sgd", "rmsprop", "radam")},
+    **{f"optax {name}": optax_cases.law_case(name) for name in ("sgd", "rmsprop")},
 }
 
 
