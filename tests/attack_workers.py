@@ -205,29 +205,31 @@ def endings(count, seed):
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
-        for number in range(count):
-            case = cases[number % len(cases)]
-            print(*case, file=runner.stdin, flush=True)
-            answer, error, in_time = within(60, runner.stdout.readline)
-            if not in_time or not answer or not answer.startswith("worker"):
-                yield f"{case}", f"hung: {answer!r} {error!r}"
-                break
-            pid, directory, child, _ = answer.split()[1:]
-            _, _, in_time = within(30, runner.stdout.readline)
-            deadline = time.monotonic() + 20
-            while time.monotonic() < deadline and (
-                os.path.exists(directory) or (int(pid) and is_running(int(pid)))
-            ):
-                time.sleep(0.02)
-            left = [directory] if os.path.exists(directory) else []
-            left += [f"worker {pid}"] if int(pid) and is_running(int(pid)) else []
-            if int(child):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(child), signal.SIGKILL)
-            label = "{} worker, {}, forked {}, SIGINT ignored {}".format(*case)
-            yield label, "hung" if not in_time else f"left behind: {left}" if left else "right"
-        runner.kill()
-        runner.wait()
+        try:
+            for number in range(count):
+                case = cases[number % len(cases)]
+                print(*case, file=runner.stdin, flush=True)
+                answer, error, in_time = within(60, runner.stdout.readline)
+                if not in_time or not answer or not answer.startswith("worker"):
+                    yield f"{case}", f"hung: {answer!r} {error!r}"
+                    break
+                pid, directory, child, _ = answer.split()[1:]
+                _, _, in_time = within(30, runner.stdout.readline)
+                deadline = time.monotonic() + 20
+                while time.monotonic() < deadline and (
+                    os.path.exists(directory) or (int(pid) and is_running(int(pid)))
+                ):
+                    time.sleep(0.02)
+                left = [directory] if os.path.exists(directory) else []
+                left += [f"worker {pid}"] if int(pid) and is_running(int(pid)) else []
+                if int(child):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(child), signal.SIGKILL)
+                label = "{} worker, {}, forked {}, SIGINT ignored {}".format(*case)
+                yield label, "hung" if not in_time else f"left behind: {left}" if left else "right"
+        finally:
+            runner.kill()
+            runner.wait()
 
 
 # --------------------------------------------------------------------------------- threads, forks
