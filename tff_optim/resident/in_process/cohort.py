@@ -39,7 +39,7 @@ class Cohort:
         def begin() -> list[Any]:
             return zero([], zero_variables)
 
-        @tf.function(autograph=False, reduce_retracing=False)
+        @tf.function(autograph=False, reduce_retracing=True)
         def add(total: list[Any], context: list[Any], clients: list[list[Any]]) -> list[Any]:
             updates = [
                 work([*data, *context], lanes[i][0])[: num_parameters - len(total)]
@@ -60,7 +60,8 @@ class Cohort:
             client_data: What each client has.
         """
         total = self._begin()
-        waiting = [client_tensors(data, self._data_type) for data in client_data]
+        kept: list[tf.data.Dataset] = []
+        waiting = [client_tensors(data, self._data_type, kept) for data in client_data]
         while waiting:
             # Two functions are traced at most, whatever the size of a cohort.
             number = self._at_once if len(waiting) >= self._at_once else 1
@@ -74,21 +75,26 @@ def default_clients_per_step() -> int:
     return 2 * (os.cpu_count() or 1)
 
 
-def client_tensors(data: Any, data_type: tff.Type) -> list[Any]:
+def client_tensors(data: Any, data_type: tff.Type, kept: list[tf.data.Dataset]) -> list[Any]:
     """Lists the tensors of a client's data, data sets as variants.
+
+    Args:
+        data: A data set, list of batches, or structure of them.
+        data_type: Its type.
+        kept: Takes up the data sets: a variant does not keep Python's functions in its pipeline.
 
     Raises:
         TypeError: It is not what the process takes.
     """
     return [
-        _tensor(value, leaf)
+        _tensor(value, leaf, kept)
         for value, leaf in zip(
             leaves.flatten(data, data_type, "client_data"), leaves.leaves_of(data_type), strict=True
         )
     ]
 
 
-def _tensor(value: Any, leaf: leaves.Leaf) -> tf.Tensor:
+def _tensor(value: Any, leaf: leaves.Leaf, kept: list[tf.data.Dataset]) -> tf.Tensor:
     if leaf.is_tensor:
         (array,) = leaves.as_arrays(value, leaf.type, "client_data")
         return tf.convert_to_tensor(array, leaf.dtype)
@@ -100,7 +106,8 @@ def _tensor(value: Any, leaf: leaves.Leaf) -> tf.Tensor:
                 f"`client_data` must hold data sets of {element_type} at {leaf.name}; found one "
                 f"of {found}. Batch and map it as the model's `input_spec` says."
             )
-        return tf.data.experimental.to_variant(_as_it_is(value))
+        kept.append(_as_it_is(value))
+        return tf.data.experimental.to_variant(kept[-1])
     if not isinstance(value, list | tuple):
         raise TypeError(
             f"`client_data` must hold a `tf.data.Dataset` or a list of batches at {leaf.name}; "
@@ -109,9 +116,10 @@ def _tensor(value: Any, leaf: leaves.Leaf) -> tf.Tensor:
     batches = [leaves.as_arrays(batch, element_type, "client_data") for batch in value]
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in leaves.leaves_of(element_type)]
     # A data set's variant has no structure: a tuple is as good as the batches' own.
-    return tf.data.experimental.to_variant(
+    kept.append(
         tf.data.Dataset.from_generator(lambda: map(tuple, batches), output_signature=tuple(specs))
     )
+    return tf.data.experimental.to_variant(kept[-1])
 
 
 def _as_it_is(dataset: tf.data.Dataset) -> tf.data.Dataset:

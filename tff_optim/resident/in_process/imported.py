@@ -36,7 +36,7 @@ class ImportedComputation:
             such as a lookup table.
     """
 
-    def __init__(self, computation: Any, device: str | None = None):
+    def __init__(self, computation: Any, device: str | None = None, noinline: bool = False):
         parameter_type = computation.type_signature.parameter
         self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
         self.result = leaves.leaves_of(computation.type_signature.result)
@@ -55,10 +55,12 @@ class ImportedComputation:
         ]
         names = [*inputs, *(f"{node.name}:0" for node in self._variables)]
 
+        mentioned = _mentioned(function_graph)
+
         def body(*arguments: Any) -> list[Any]:
             with device_scope(device):
                 given = dict(zip(names, arguments, strict=True))
-                used = {k: v for k, v in given.items() if k in _mentioned(function_graph)}
+                used = {name: given[name] for name in mentioned & given.keys()}
                 missing = [name for name in outputs if name not in given]
                 found = tf.graph_util.import_graph_def(
                     function_graph, used, [*missing] or None, name=""
@@ -69,7 +71,19 @@ class ImportedComputation:
                     for name in outputs
                 ]
 
-        self._function = tf.compat.v1.wrap_function(body, signature)
+        imported = tf.compat.v1.wrap_function(body, signature)
+
+        def call(*arguments: Any) -> list[Any]:
+            return imported(*arguments)
+
+        # Not taken into the function that calls it: there Grappler would go through it once for
+        # each client that the function trains.
+        self._function = tf.function(
+            call,
+            input_signature=signature,
+            autograph=False,
+            experimental_attributes={"_noinline": True},
+        )
 
     def make_variables(self) -> list[tf.Variable]:
         """Makes the variables that one call at a time may use."""

@@ -1,12 +1,13 @@
 """Processes in TensorFlow of the Python process: all of a round, or the server's half of it."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import leaves
-from tff_optim.resident.in_process.cohort import client_tensors
 from tff_optim.resident.in_process.imported import ImportedComputation, as_function
 from tff_optim.resident.in_process.server import ServerStep
 from tff_optim.resident.in_process.variables import OnDevice, VariableSets, plain
@@ -49,6 +50,8 @@ class DevicePlace(Place):
         self._prepare = as_function(ImportedComputation(parts.prepare, device))
         self._initialize = process.initialize
         self._functions: dict[Any, Any] = {}
+        # The variables of a function's graph are for one call at a time.
+        self._lock = threading.RLock()
 
     @property
     def name(self) -> str:
@@ -71,15 +74,17 @@ class DevicePlace(Place):
         computation = tff.backends.mapreduce.get_state_initialization_computation(
             self._initialize, grappler_config=no_grappler()
         )
-        return self._sets.hold(self._function("initialize", computation)([]))
+        with self._lock:
+            return self._sets.hold(self._function("initialize", computation)([]))
 
     def next(self, state: Source, client_data: Sequence[Any]) -> tuple[Held, Any]:
         """Runs a round."""
-        held = self._taken_in(state)
-        context = self._prepare(held.variables)
-        total = self._add_up(context, client_data)
-        new_state, metrics = self._step(held, total)
-        return new_state, [plain(x) for x in metrics]
+        with self._lock:
+            held = self._taken_in(state)
+            context = self._prepare(held.variables)
+            total = self._add_up(context, client_data)
+            new_state, metrics = self._step(held, total)
+            return new_state, [plain(x) for x in metrics]
 
     def take_in(self, state: Source) -> Held:
         """Brings a state to the device."""
@@ -87,15 +92,20 @@ class DevicePlace(Place):
 
     def get(self, computation: Any, state: Source) -> list[Any]:
         """Calls an unplaced `S -> T` on the device and brings the result to Python."""
-        result = self._function(computation, computation)(self._taken_in(state).variables)
-        return [plain(x) for x in result]
+        function = self._function(computation, computation)
+        with self._lock:
+            return [plain(x) for x in function(self._taken_in(state).variables)]
 
     def set(self, computation: Any, state: Source, part: list[Any]) -> Held:
         """Calls an unplaced `<S, T> -> S` on the device with a `T` from Python."""
         part_type = computation.type_signature.parameter[1]
-        tensors = client_tensors(leaves.pack(part, part_type), part_type)
+        tensors = [
+            tf.convert_to_tensor(x, leaf.dtype)
+            for x, leaf in zip(part, leaves.leaves_of(part_type), strict=True)
+        ]
         function = self._function(computation, computation)
-        return self._sets.hold(function([*self._taken_in(state).variables, *tensors]))
+        with self._lock:
+            return self._sets.hold(function([*self._taken_in(state).variables, *tensors]))
 
     def save(self, state: Source, prefix: str) -> None:
         """Writes a checkpoint."""

@@ -11,8 +11,9 @@ from tff_optim.resident.in_process.imported import ImportedComputation
 from tff_optim.resident.in_process.variables import OnDevice, VariableSets
 from tff_optim.resident.parts import RoundParts
 
-# Below, a step takes no longer than it takes XLA to be called; compiling takes longer than it saves.
+# Below, a step takes no longer than XLA's call; of many small tensors, compiling takes seconds.
 _COMPILED_FROM_BYTES = 4 << 20
+_COMPILED_FROM_BYTES_A_TENSOR = 1 << 20
 
 
 class ServerStep:
@@ -22,7 +23,8 @@ class ServerStep:
         parts: The round.
         sets: Where states are.
         device: Where the operations go; None to leave it to TensorFlow.
-        compiled: Whether XLA compiles the step; None where the state is large and XLA can.
+        compiled: Whether XLA compiles the step; None where the state is large, in
+            few tensors, and XLA can.
     """
 
     def __init__(
@@ -31,8 +33,7 @@ class ServerStep:
         self._sets = sets
         self._device = device
         self._must = compiled is True
-        large = leaves.num_bytes(sets.type) >= _COMPILED_FROM_BYTES
-        self.compiled = large if compiled is None else compiled
+        self.compiled = _is_large(sets) if compiled is None else compiled
         report = ImportedComputation(parts.report, device)
         update = ImportedComputation(parts.update, device)
         self._inner_variables = (report.make_variables(), update.make_variables())
@@ -63,12 +64,17 @@ class ServerStep:
             if self.compiled:
                 try:
                     return self._xla(*arguments)
-                except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+                except tf.errors.OpError as error:
                     if self._must:
                         raise
                     self.compiled = False
                     logging.getLogger(__name__).info("XLA cannot compile this step: %s", error)
             return self._plain(*arguments)
+
+
+def _is_large(sets: VariableSets) -> bool:
+    least = max(_COMPILED_FROM_BYTES, _COMPILED_FROM_BYTES_A_TENSOR * len(sets.leaves))
+    return leaves.num_bytes(sets.type) >= least
 
 
 def _check_devices(

@@ -1,0 +1,182 @@
+"""One round in every place: plain TFF, a worker, the Python process, and TensorFlow by hand.
+
+    python examples/benchmarks/resident_places.py [--tasks A B C] [--rounds 9]
+
+prints one table: median seconds of a round, and in brackets those of building and the first round.
+Other simulators are not among the contenders: they need environments of their own.
+"""
+
+import argparse
+import collections
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+from timing import table, time_side_by_side
+
+from tff_optim import ResidentProcess
+
+keras = tf.keras
+Task = collections.namedtuple("Task", "what layers inputs clients batches rows")
+
+
+def mlp():
+    return [keras.layers.Dense(32, "relu"), keras.layers.Dense(10)]
+
+
+def cnn():
+    return [
+        keras.layers.Conv2D(32, 3, activation="relu"),
+        keras.layers.Conv2D(64, 3, activation="relu"),
+        keras.layers.MaxPool2D(),
+        keras.layers.Flatten(),
+        keras.layers.Dense(128, "relu"),
+        keras.layers.Dense(62),
+    ]
+
+
+def wide():
+    return [keras.layers.Dense(3000, use_bias=False)]
+
+
+TASKS = {
+    "A": Task("MLP 64-32-10, 100 clients of 10 batches of 20", mlp, (64,), 100, 10, 20),
+    "B": Task("EMNIST CNN, 10 clients of 5 batches of 20", cnn, (28, 28, 1), 10, 5, 20),
+    "C": Task("7.5e6 parameters, 4 clients of 2 batches of 4", wide, (2500,), 4, 2, 4),
+}
+SGD = tff.learning.optimizers.build_sgdm(0.01)
+ADAM = tff.learning.optimizers.build_adam(1e-3)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def keras_model(task):
+    return keras.Sequential([keras.layers.InputLayer(input_shape=task.inputs), *task.layers()])
+
+
+def cohort(task):
+    rng = np.random.default_rng(0)
+    number = task.batches * task.rows
+    return [
+        tf.data.Dataset.from_tensor_slices(
+            (rng.random((number, *task.inputs), np.float32), rng.integers(0, 10, (number, 1)))
+        ).batch(task.rows)
+        for _ in range(task.clients)
+    ]
+
+
+def fed_avg(task, loop=None):
+    spec = (
+        tf.TensorSpec([None, *task.inputs], tf.float32),
+        tf.TensorSpec([None, 1], tf.int64),
+    )
+    options = {} if loop is None else {"loop_implementation": loop}
+    return tff.learning.algorithms.build_weighted_fed_avg(
+        lambda: tff.learning.models.from_keras_model(keras_model(task), LOSS, spec),
+        SGD,
+        ADAM,
+        **options,
+    )
+
+
+def by_hand(task):
+    """The same round as a TensorFlow programmer writes it: variables, one function for a client."""
+    model = keras_model(task)
+    weights = model.trainable_variables
+    start = [tf.Variable(w) for w in weights]
+    total = [tf.Variable(tf.zeros_like(w)) for w in weights]
+    adam = keras.optimizers.legacy.Adam(1e-3)
+
+    @tf.function
+    def train(data):
+        for s, w in zip(start, weights, strict=True):
+            w.assign(s)
+        number = tf.constant(0.0)
+        for x, y in data:
+            with tf.GradientTape() as tape:
+                loss = LOSS(y, model(x, training=True))
+            for w, g in zip(weights, tape.gradient(loss, weights), strict=True):
+                w.assign_sub(0.01 * g)
+            number += tf.cast(tf.shape(x)[0], tf.float32)
+        for t, s, w in zip(total, start, weights, strict=True):
+            t.assign_add(number * (s - w))
+        return number
+
+    def run(clients):
+        for t in total:
+            t.assign(tf.zeros_like(t))
+        number = tf.add_n([train(client) for client in clients])
+        adam.apply_gradients([(t / number, s) for t, s in zip(total, start, strict=True)])
+        return start[0].numpy().flat[0]
+
+    return run
+
+
+def rounds_of(process, clients):
+    """A function that runs the next round."""
+    state = [process.initialize()]
+
+    def run():
+        state[0] = process.next(state[0], clients).state
+
+    return run
+
+
+def measure(task, rounds):
+    clients = cohort(task)
+    as_they_are = tf.data.Options()
+    as_they_are.autotune.enabled = False
+    as_they_are.experimental_optimization.apply_default_optimizations = False
+    tuned = [client.with_options(as_they_are) for client in clients]
+    iterator = tff.learning.LoopImplementation.DATASET_ITERATOR
+    opened = []
+
+    def resident(data, loop=None, **place):
+        process = ResidentProcess(fed_avg(task, loop), **place)
+        opened.append(process)
+        return rounds_of(process, data)
+
+    def loop():
+        run = by_hand(task)
+        return lambda: run(tuned)
+
+    build = {
+        "plain TFF": lambda: rounds_of(fed_avg(task), clients),
+        "plain TFF, tuned": lambda: rounds_of(fed_avg(task, iterator), tuned),
+        "a worker": lambda: resident(tuned, iterator),
+        "`device='CPU:0'`": lambda: resident(clients, device="CPU:0"),
+        "`server_device='CPU:0'`": lambda: resident(tuned, iterator, server_device="CPU:0"),
+        "TensorFlow by hand": loop,
+    }
+    tff.backends.native.set_sync_local_cpp_execution_context()
+    run, first = {}, {}
+    try:
+        for name, builder in build.items():
+            begin = time.perf_counter()
+            run[name] = builder()
+            run[name]()
+            first[name] = time.perf_counter() - begin
+        seconds = time_side_by_side(run, rounds=rounds, warm_up=1)
+    finally:
+        for process in opened:
+            process.close()
+        tff.test.set_no_default_context()
+    return {name: f"{seconds[name]:.3g} ({first[name]:.2g})" for name in build}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    tff.test.set_no_default_context()
+    results = {TASKS[name].what: measure(TASKS[name], arguments.rounds) for name in arguments.tasks}
+    names = list(next(iter(results.values())))
+    print(table(["task", *names], [[what, *found.values()] for what, found in results.items()]))
+
+
+if __name__ == "__main__":
+    main()
