@@ -61,7 +61,7 @@ class ResidentProcess:
             worker, and twice that number in the Python process. It makes no difference to the
             numbers.
         compile_step: Whether XLA compiles the server's step on a device; None for states of 4 MB
-            and more, where XLA can.
+            and more in large tensors, where XLA can.
         heartbeat: Seconds between two looks at a worker while it computes, and the time it
             has to answer before it counts as lost.
         start_timeout: Seconds that a worker has to start.
