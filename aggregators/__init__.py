@@ -6,6 +6,8 @@ check_tff()  # before the imports below, which would fail less readably
 
 from aggregators import privacy, rules, scores, weighted_mean, weighting
 from aggregators.candidates import Candidates
+from aggregators.client_memory import ClientMemory
+from aggregators.client_states import ClientStates
 from aggregators.client_work import build_client_work
 from aggregators.example_clipping import ExampleClipping
 from aggregators.hyperparameters import hparam
@@ -18,6 +20,7 @@ from aggregators.processes import (
     build_fed_med,
     build_fed_nova,
     build_q_fed_avg,
+    build_scaffold,
     compose_fed_avg,
 )
 from aggregators.reduction import (
@@ -36,6 +39,8 @@ from aggregators.weighting import Weighting
 
 __all__ = [
     "Candidates",
+    "ClientMemory",
+    "ClientStates",
     "ClientUpdate",
     "ExampleClipping",
     "FederatedRule",
@@ -54,6 +59,7 @@ __all__ = [
     "build_fed_med",
     "build_fed_nova",
     "build_q_fed_avg",
+    "build_scaffold",
     "build_self_weighting_client_work",
     "compose_fed_avg",
     "federated_print",

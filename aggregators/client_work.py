@@ -8,6 +8,7 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators.client_memory import Context
 from aggregators.example_clipping import (
     ExampleClipping,
     check_clipping,
@@ -16,7 +17,13 @@ from aggregators.example_clipping import (
 from aggregators.layers import ModelLayers, layers_of_type, names_of_variables
 from aggregators.rule import Needs
 from aggregators.scores import score_layers
-from aggregators.training import Loop, build_training, check_model_fn, check_optimizer
+from aggregators.training import (
+    Loop,
+    build_training,
+    check_model_fn,
+    check_optimizer,
+    initial_state,
+)
 from aggregators.update import ClientUpdate, client_update
 
 
@@ -29,12 +36,14 @@ class ClientOutput(NamedTuple):
       metrics: The model's unfinalized metrics; those of no example at all if the update is not
         finite.
       counts: Of clipping; empty without.
+      state: What the client keeps for its next round; empty if the rule has it keep nothing.
     """
 
     update: ClientUpdate
     weight: tf.Tensor
     metrics: Any
     counts: Any
+    state: Any
 
 
 @attrs.frozen
@@ -86,8 +95,10 @@ class ClientTraining:
             self.model_fn, self.metrics_aggregator or tff.learning.metrics.sum_then_finalize
         )
 
-    def work(self, layers: ModelLayers) -> Callable[[Any, Any, Any, Any], ClientOutput]:
-        """The work of one client, `(weights, dataset, hparams, rule_state) -> ClientOutput`.
+    def work(self, layers: ModelLayers) -> Callable[..., ClientOutput]:
+        """The work of one client: `(weights, dataset, hparams, rule_state, load) -> ClientOutput`.
+
+        `load` gives the client's state, from one that it would have had at its first round.
 
         To be called where the graph is built that trains: the model is made there.
         """
@@ -100,13 +111,22 @@ class ClientTraining:
             self.loop_implementation,
             clipping=self.example_clipping,
             error=None if candidates is None else candidates.error,
+            memory=needs.memory,
         )
 
-        def run(weights: Any, dataset: Any, hparams: Any, rule_state: Any) -> ClientOutput:
+        def run(
+            weights: Any, dataset: Any, hparams: Any, rule_state: Any = None, load: Any = None
+        ) -> ClientOutput:
+            trainable = tuple(tf.nest.flatten(weights.trainable))
             models: Any = ()
             if candidates is not None:
-                models = candidates.of(tuple(tf.nest.flatten(weights.trainable)), rule_state)
-            done = train(weights, dataset, hparams, models)
+                models = candidates.of(trainable, rule_state)
+            context = None
+            if needs.memory is not None:
+                start = initial_state(self.optimizer, trainable, hparams)
+                fresh = needs.memory.initial_state(trainable, start)
+                context = Context(load(fresh), rule_state, trainable)
+            done = train(weights, dataset, hparams, models, context)
             measured: OrderedDict[str, tf.Tensor] = OrderedDict()
             if needs.score is not None:
                 measured[needs.score.name] = score_layers(
@@ -124,13 +144,21 @@ class ClientTraining:
                 # Without examples there is neither score nor loss, and zeros look like the best.
                 weight = tf.cast(done.examples > 0, tf.float64)
             delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
-            update, weight = client_update(delta, weight, measured)
+            kept: Any = OrderedDict()
+            if context is not None:
+                kept, measured["sent"] = done.remembered
+            update, weight = client_update(delta, weight, measured, also=tf.nest.flatten(kept))
+            if context is not None:
+                counts = weight > 0
+                kept = tf.nest.map_structure(
+                    lambda new, old: tf.where(counts, new, old), kept, context.state
+                )
             metrics = tf.nest.map_structure(
                 lambda fresh, new: tf.where(update.non_finite, fresh, new),
                 done.fresh_metrics,
                 done.metrics,
             )
-            return ClientOutput(update, weight, metrics, done.counts)
+            return ClientOutput(update, weight, metrics, done.counts, kept)
 
         return run
 
@@ -196,6 +224,11 @@ def build_client_work(
             f"state, and a client work does not see that; found {needs.candidates!r}. Build the whole "
             'process with `build_fed_avg(..., rule=rule)`; `jury_mean(votes="direction")` has no such '
             "need."
+        )
+    if needs.memory is not None:
+        raise ValueError(
+            "`needs` must not have clients keep a state, which a client work has no place for; found "
+            f"{needs.memory!r}. Build the whole process with `build_fed_avg(..., rule=rule)`."
         )
     training = ClientTraining(
         model_fn, optimizer, needs, client_weighting, metrics_aggregator, loop_implementation

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators import hyperparameters, rules
+from aggregators import client_states, hyperparameters, rules
 from aggregators.client_work import ClientTraining
 from aggregators.example_clipping import ExampleClipping
 from aggregators.example_clipping import measurements as clipping_measurements
@@ -68,7 +68,8 @@ def build_fed_avg(
         batch's gradient as it is. See `ExampleClipping`.
 
     Returns:
-      A `LearningProcess`. `state.aggregator` is the rule's state; hyperparameters are `client_work`
+      A `LearningProcess`; where the rule's clients keep a state, its data come from
+      `ClientStates.cohort`. `state.aggregator` is the rule's state; hyperparameters are `client_work`
       (the client optimizer's), `aggregator` (the rule's numbers) and `finalizer`. `metrics` are
       `distributor`, `client_work` (with `train`, and `clipping` if there is some), `aggregator` (see
       `aggregators.measurements.measure`) and `finalizer`.
@@ -126,13 +127,26 @@ def build_fed_avg(
 
     state_type = initialize.type_signature.result.member
 
-    @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, types.data)
-    def on_client(hparams: Any, rule_state: Any, weights: Any, dataset: Any) -> Any:
-        output = training.work(bound.layers)(weights, dataset, hparams, rule_state)
-        return bound.client(output.update, output.weight, rule_state), output.metrics, output.counts
+    remembers = rule.needs.memory is not None
+    data_type = client_states.input_type(types.data) if remembers else types.data
+
+    @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, data_type)
+    def on_client(hparams: Any, rule_state: Any, weights: Any, data: Any) -> Any:
+        work = training.work(bound.layers)
+        if not remembers:
+            output = work(weights, data, hparams, rule_state)
+            part = bound.client(output.update, output.weight, rule_state)
+            return part, output.metrics, output.counts
+        place = client_states.Place(data["client"], rule_state["round"])
+        output = work(weights, data["data"], hparams, rule_state, place.load)
+        # The state is written where the client trains, and what it sends is there only after that.
+        with tf.control_dependencies([place.save(output.state)]):
+            weight = tf.identity(output.weight)
+        part = bound.client(output.update, weight, rule_state)
+        return part, output.metrics, output.counts
 
     @tff.federated_computation(
-        tff.FederatedType(state_type, tff.SERVER), tff.FederatedType(types.data, tff.CLIENTS)
+        tff.FederatedType(state_type, tff.SERVER), tff.FederatedType(data_type, tff.CLIENTS)
     )
     def next_fn(state: Any, data: Any) -> Any:
         sent = distributor.next(state.distributor, state.global_model_weights)
@@ -450,6 +464,64 @@ def build_fed_nova(
     rule = rules.fed_nova(momentum, sample_size=sample_size)
     _check_hparam(client_optimizer_fn, "momentum", momentum)
     return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
+
+
+def build_scaffold(
+    model_fn: Any,
+    client_optimizer: Optimizer,
+    server_optimizer: Optimizer | None = None,
+    *,
+    num_clients: int,
+    option: Literal["I", "II"] = "II",
+    rule: Rule | None = None,
+    client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.UNIFORM,
+    **options: Any,
+) -> LearningProcess:
+    """Builds SCAFFOLD: client gradients corrected by control variates; see `rules.scaffold`.
+
+    Args:
+      model_fn: As for `build_fed_avg`.
+      client_optimizer: The clients' optimizer, any; it is given the corrected gradients.
+      server_optimizer: The server's; SGD with learning rate 1 if None.
+      num_clients: How many clients there are, in all rounds together.
+      option: As for `rules.scaffold`.
+      rule: What is made of the clients' deltas; their mean if None.
+      client_weighting: Uniform, as in the paper, if not given.
+      **options: Any further argument of `build_fed_avg`.
+
+    Returns:
+      A `LearningProcess` whose client data come from `ClientStates.cohort`; see `build_fed_avg`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument is out of its range.
+
+    Example:
+      >>> from aggregators import ClientStates
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> process = build_scaffold(model, tff.learning.optimizers.build_sgdm(0.1), num_clients=2)
+      >>> data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))
+      >>> state = process.initialize()
+      >>> with ClientStates(["ann", "bob"]) as states:
+      ...     for _ in range(2):
+      ...         with states.cohort(["bob"], [data]) as cohort:
+      ...             state, metrics = process.next(state, cohort)
+      ...     print([tensor.shape for tensor in states.get("bob").values()])
+      [(2, 1), (1,)]
+    """
+    return build_fed_avg(
+        model_fn,
+        client_optimizer,
+        server_optimizer,
+        rule=rules.scaffold(num_clients, option=option, rule=rule),
+        client_weighting=client_weighting,
+        **options,
+    )
 
 
 def compose_fed_avg(

@@ -22,6 +22,7 @@ import tensorflow_federated as tff
 
 from aggregators import hyperparameters
 from aggregators.candidates import Candidates
+from aggregators.client_memory import ClientMemory
 from aggregators.hyperparameters import Hparam
 from aggregators.layers import Layers, ModelLayers, check_layers, layers_of_type
 from aggregators.measurements import PerLayer
@@ -65,6 +66,8 @@ class Needs:
       candidates: Models that clients score before they train, one forward pass over their data for
         each, found under `candidate_errors`, float32 of shape `[number]`; None if there are none.
         They are made of the rule's state, so only `build_fed_avg` has them.
+      memory: What clients keep from round to round, and do with it in training; what they then send is
+        found under `sent`. Only `build_fed_avg` has clients that keep something.
 
     Example:
       >>> from aggregators import scores
@@ -80,6 +83,10 @@ class Needs:
         default=None,
         validator=attrs.validators.optional(attrs.validators.instance_of(Candidates)),
     )
+    memory: ClientMemory | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(attrs.validators.instance_of(ClientMemory)),
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,7 +94,8 @@ class Needs:
         score = (self.score.name,) if self.score else ()
         loss = (f"{self.loss}_loss",) if self.loss else ()
         steps = ("steps",) if self.steps else ()
-        return score + loss + steps + (("candidate_errors",) if self.candidates else ())
+        candidates = ("candidate_errors",) if self.candidates else ()
+        return score + loss + steps + candidates + (("sent",) if self.memory else ())
 
 
 class RuleResult(NamedTuple):

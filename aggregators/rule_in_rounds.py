@@ -113,6 +113,11 @@ def federated_rule(
             f"part for; found {needs.candidates!r}. Build the whole process with `build_fed_avg(..., "
             'rule=rule)`; `jury_mean(votes="direction")` has no such need.'
         )
+    if needs.memory is not None:
+        raise ValueError(
+            "`rule` must not have clients keep a state, which a round of your own has no part for; "
+            f"found {needs.memory!r}. Build the whole process with `build_fed_avg(..., rule=rule)`."
+        )
     value, value_type = placed(value, "value", tff.CLIENTS)
     bound = BoundRule(rule, value_type)
     state, found = placed(state, "state", tff.SERVER)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators import client_memory
 from aggregators.candidates import Error, error_of_batch, labels_of
+from aggregators.client_memory import ClientMemory, Context, Finished
 from aggregators.example_clipping import ExampleClipping, clip_examples, no_counts
 from aggregators.rule import LossAt
 
@@ -28,6 +30,7 @@ class Trained(NamedTuple):
       fresh_metrics: The same, of no example at all.
       counts: Of clipping, see `example_clipping.Clipped`; empty without.
       errors: Of each model scored before training, float32: its mean error per example.
+      remembered: What `ClientMemory.finish` gives; empty without one.
     """
 
     initial: Any
@@ -39,9 +42,10 @@ class Trained(NamedTuple):
     fresh_metrics: Any
     counts: Any
     errors: Any
+    remembered: Any
 
 
-Training = Callable[[Any, Any, Any, Any], Trained]
+Training = Callable[[Any, Any, Any, Any, Any], Trained]
 
 
 def build_training(
@@ -51,10 +55,12 @@ def build_training(
     loop: Loop,
     clipping: ExampleClipping | None = None,
     error: Error | None = None,
+    memory: ClientMemory | None = None,
 ) -> Training:
-    """Builds the local training of one client: `(weights, dataset, hparams, models) -> Trained`.
+    """Builds the training of one client: `(weights, dataset, hparams, models, context) -> Trained`.
 
-    `models` are candidates for the trainable weights, which are scored before training.
+    `models` are candidates for the trainable weights, which are scored before training; `context` is
+    what the client has of its own.
 
     One optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work` takes.
 
@@ -68,13 +74,14 @@ def build_training(
       loop: `dataset.reduce` or a loop over the dataset's iterator.
       clipping: How each example's gradient is clipped; None takes the batch's as it is.
       error: What candidates are scored by; see `aggregators.candidates.Candidates`.
+      memory: What the client does with its state, which is in `context`; None for no state.
 
     Returns:
       A function to be called while a graph is built.
     """
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
-        return _functional_training(model_fn, optimizer, loss_at, loop, clipping, error)
-    return _variable_training(model_fn, optimizer, loss_at, loop, clipping, error)
+        return _functional_training(model_fn, optimizer, loss_at, loop, clipping, error, memory)
+    return _variable_training(model_fn, optimizer, loss_at, loop, clipping, error, memory)
 
 
 def check_model_fn(model_fn: Any) -> None:
@@ -106,6 +113,7 @@ def _variable_training(
     loop: Loop,
     clipping: ExampleClipping | None,
     error: Error | None,
+    memory: ClientMemory | None,
 ) -> Training:
     model = model_fn()
     variables = tff.learning.models.ModelWeights.from_model(model)
@@ -146,16 +154,26 @@ def _variable_training(
         found = clip_examples(clipping, batch, trainable, one)
         return found.gradients, found.loss, found.examples, add_counts(counts, found.counts)
 
-    def step(state: Any, batch: Any) -> Any:
-        optimizer_state, sums, counts, steps = state
+    def slope(sums: Any, batch: Any) -> Any:
+        with tf.GradientTape() as tape:
+            output = model.forward_pass(batch, training=False)
+        gradients = tape.gradient(output.loss, trainable)
+        return add_slope(sums, gradients, trainable, examples_in(output))
+
+    def step(context: Any, state: Any, batch: Any) -> Any:
+        optimizer_state, sums, counts, seen, steps = state
         gradients, loss, examples, counts = gradient(batch, counts)
+        seen = add_gradients(seen, gradients, trainable)
+        gradients = client_memory.correct(memory, gradients, trainable, context)
         optimizer_state, updated = optimizer.next(optimizer_state, trainable, gradients)
         assign(updated)
         sums = add_loss(sums, loss if loss_at == "training" else None, examples)
-        return optimizer_state, sums, counts, steps + 1
+        return optimizer_state, sums, counts, seen, steps + 1
 
     @tf.function
-    def train(weights: Any, dataset: tf.data.Dataset, hparams: Any, models: Any) -> Trained:
+    def train(
+        weights: Any, dataset: tf.data.Dataset, hparams: Any, models: Any, context: Any
+    ) -> Trained:
         tf.nest.map_structure(lambda variable, value: variable.assign(value), variables, weights)
         fresh = model.report_local_unfinalized_metrics()
         before, errors = None, []
@@ -168,12 +186,20 @@ def _variable_training(
         if loss_at == "initial":
             before = _fold(loop, dataset, _no_loss(), evaluate)
             model.reset_metrics()
-        start = _initial_state(optimizer, trainable, hparams)
-        state = (start, _no_loss(), _no_counts(clipping), tf.constant(0))
-        _, sums, counts, steps = _fold(loop, dataset, state, step)
+        initial_gradient = ()
+        if memory is not None and memory.initial_gradient:
+            initial_gradient = _mean_slope(_fold(loop, dataset, _no_slope(trainable), slope))
+            model.reset_metrics()
+        start = _start(optimizer, trainable, hparams, memory, context)
+        seen = _no_gradients(memory, trainable)
+        state = (start, _no_loss(), _no_counts(clipping), seen, tf.constant(0))
+        end, sums, counts, seen, steps = _fold(
+            loop, dataset, state, lambda state, batch: step(context, state, batch)
+        )
+        trained = tuple(variable.read_value() for variable in trainable)
         return Trained(
             initial=tuple(tf.nest.flatten(weights.trainable)),
-            trained=tuple(variable.read_value() for variable in trainable),
+            trained=trained,
             loss=_mean(before or sums) if loss_at else None,
             steps=steps,
             examples=sums[1],
@@ -181,6 +207,7 @@ def _variable_training(
             fresh_metrics=fresh,
             counts=counts,
             errors=errors,
+            remembered=_finish(memory, context, trained, steps, seen, initial_gradient, end),
         )
 
     return train
@@ -193,12 +220,15 @@ def _functional_training(
     loop: Loop,
     clipping: ExampleClipping | None,
     error: Error | None,
+    memory: ClientMemory | None,
 ) -> Training:
     def split(batch: Any) -> tuple[Any, Any]:
         return (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
 
     @tf.function
-    def train(weights: Any, dataset: tf.data.Dataset, hparams: Any, models: Any) -> Trained:
+    def train(
+        weights: Any, dataset: tf.data.Dataset, hparams: Any, models: Any, context: Any
+    ) -> Trained:
         initial, fixed = tuple(weights.trainable), tuple(weights.non_trainable)
 
         def evaluate(sums: Any, batch: Any) -> Any:
@@ -242,28 +272,45 @@ def _functional_training(
             counts = add_counts(counts, found.counts)
             return found.carried, found.gradients, found.loss, found.examples, counts
 
+        def slope(sums: Any, batch: Any) -> Any:
+            x, y = split(batch)
+            with tf.GradientTape() as tape:
+                tape.watch(initial)
+                output = model.predict_on_batch((initial, fixed), x, training=False)
+                loss = model.loss(output=output, label=y)
+            return add_slope(sums, tape.gradient(loss, initial), initial, count(output))
+
         def step(state: Any, batch: Any) -> Any:
-            trainable, optimizer_state, metrics, sums, counts, steps = state
+            trainable, optimizer_state, metrics, sums, counts, seen, steps = state
             metrics, gradients, loss, examples, counts = gradient(trainable, metrics, batch, counts)
+            seen = add_gradients(seen, gradients, trainable)
+            gradients = client_memory.correct(memory, gradients, trainable, context)
             optimizer_state, trainable = optimizer.next(optimizer_state, trainable, gradients)
             sums = add_loss(sums, loss if loss_at == "training" else None, examples)
-            return trainable, optimizer_state, metrics, sums, counts, steps + 1
+            return trainable, optimizer_state, metrics, sums, counts, seen, steps + 1
 
         fresh = model.initialize_metrics_state()
         state = (
             initial,
-            _initial_state(optimizer, initial, hparams),
+            _start(optimizer, initial, hparams, memory, context),
             fresh,
             _no_loss(),
             _no_counts(clipping),
+            _no_gradients(memory, initial),
             tf.constant(0),
         )
-        trained, _, metrics, sums, counts, steps = _fold(loop, dataset, state, step)
+        trained, end, metrics, sums, counts, seen, steps = _fold(loop, dataset, state, step)
+        initial_gradient = ()
+        if memory is not None and memory.initial_gradient:
+            initial_gradient = _mean_slope(_fold(loop, dataset, _no_slope(initial), slope))
         before = _fold(loop, dataset, _no_loss(), evaluate) if loss_at == "initial" else sums
         loss = _mean(before) if loss_at else None
         judged = _fold(loop, dataset, (_no_loss(),) * len(models), judge) if models else ()
         errors = [_mean(one) for one in judged]
-        return Trained(initial, trained, loss, steps, sums[1], metrics, fresh, counts, errors)
+        remembered = _finish(memory, context, trained, steps, seen, initial_gradient, end)
+        return Trained(
+            initial, trained, loss, steps, sums[1], metrics, fresh, counts, errors, remembered
+        )
 
     return train
 
@@ -316,8 +363,71 @@ def _mean(sums: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
     return tf.math.divide_no_nan(sums[0], tf.cast(sums[1], tf.float32))
 
 
-def _initial_state(
+def add_gradients(total: Any, gradients: Any, weights: Any) -> Any:
+    """Adds a step's gradients, where they are summed."""
+    if not total:
+        return total
+    dense = client_memory.densify(gradients, weights)
+    return tuple(old + new for old, new in zip(total, dense, strict=True))
+
+
+def _no_gradients(memory: ClientMemory | None, weights: Any) -> Any:
+    if memory is None or not memory.mean_gradient:
+        return ()
+    return tuple(tf.zeros(w.shape, w.dtype) for w in weights)
+
+
+def _no_slope(weights: Any) -> Any:
+    return tuple(tf.zeros(w.shape, w.dtype) for w in weights), tf.constant(0, tf.int64)
+
+
+def add_slope(sums: Any, gradients: Any, weights: Any, examples: tf.Tensor) -> Any:
+    """Adds a batch's gradient times its examples, and its examples."""
+    total, seen = sums
+    dense = client_memory.densify(gradients, weights)
+    weighted = tuple(
+        old + tf.math.multiply_no_nan(g, tf.cast(examples, g.dtype))
+        for old, g in zip(total, dense, strict=True)
+    )
+    return weighted, seen + tf.cast(examples, tf.int64)
+
+
+def _mean_slope(sums: Any) -> Any:
+    return tuple(tf.math.divide_no_nan(x, tf.cast(sums[1], x.dtype)) for x in sums[0])
+
+
+def _start(
+    optimizer: tff.learning.optimizers.Optimizer,
+    trainable: tuple[Any, ...],
+    hparams: Any,
+    memory: ClientMemory | None,
+    context: Context,
+) -> Any:
+    fresh = initial_state(optimizer, trainable, hparams)
+    if memory is None:
+        return fresh
+    return optimizer.set_hparams(memory.start(fresh, context), hparams)
+
+
+def _finish(
+    memory: ClientMemory | None,
+    context: Context,
+    trained: Any,
+    steps: tf.Tensor,
+    seen: Any,
+    initial_gradient: Any,
+    optimizer_state: Any,
+) -> Any:
+    if memory is None:
+        return ()
+    mean = tuple(tf.math.divide_no_nan(x, tf.cast(steps, x.dtype)) for x in seen)
+    done = Finished(trained, steps, mean, initial_gradient, optimizer_state)
+    return memory.finish(context, done)
+
+
+def initial_state(
     optimizer: tff.learning.optimizers.Optimizer, trainable: tuple[Any, ...], hparams: Any
 ) -> Any:
+    """The optimizer's state at the start of a client's training."""
     specs = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in trainable)
     return optimizer.set_hparams(optimizer.initialize(specs), hparams)

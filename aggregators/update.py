@@ -30,7 +30,11 @@ class ClientUpdate(NamedTuple):
 
 
 def client_update(
-    tensors: Sequence[tf.Tensor], weight: tf.Tensor, measured: Mapping[str, tf.Tensor]
+    tensors: Sequence[tf.Tensor],
+    weight: tf.Tensor,
+    measured: Mapping[str, Any],
+    *,
+    also: Sequence[tf.Tensor] = (),
 ) -> tuple[ClientUpdate, tf.Tensor]:
     """Checks what a client found, once and for all that follows.
 
@@ -40,7 +44,9 @@ def client_update(
       tensors: The delta, flat: floating tensors, initial weights minus trained ones.
       weight: The client's weight, a number.
       measured: What was measured, by name. Every `*_loss` and all `*_errors` must be finite; scores
-        may be anything, and are judged by the rule.
+        may be anything, and are judged by the rule. `sent`, by a client that keeps a state, must
+        be finite.
+      also: Further tensors that must be finite: the state that a client keeps.
 
     Returns:
       The update, its delta a flat tuple, and the weight (float64, at least 0): zeros all through if
@@ -52,6 +58,9 @@ def client_update(
     for name, value in measured.items():
         if name.endswith(("_loss", "_errors")):
             sound &= tf.reduce_all(tf.math.is_finite(value))
+    more = [x for x in (*also, *tf.nest.flatten(measured.get("sent", ()))) if x.dtype.is_floating]
+    if more:
+        sound &= finite_tensors(more)
     whole = (tensors, tf.maximum(weight, 0.0), list(measured.values()))
     # A branch passes tensors on where a product with 0 or 1 would write them once more.
     tensors, weight, values = tf.cond(

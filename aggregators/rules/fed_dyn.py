@@ -1,0 +1,100 @@
+"""FedDyn: clients whose losses are regularized so that their optima agree."""
+
+from collections import OrderedDict
+from typing import Any
+
+import attrs
+import tensorflow as tf
+
+from aggregators.client_memory import ClientMemory, Context, Finished
+from aggregators.hyperparameters import Number, hparam
+from aggregators.rule import Rule
+from aggregators.rules.plain import plain_mean
+from aggregators.rules.remembering import add_sum, check_base, check_num_clients
+
+
+def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None) -> Rule:
+    """Dynamic regularization around any rule.
+
+    ```
+    client k, each step   g <- g - g_k + alpha (w - w_server)
+              then        g_k' = g_k + alpha (w_server - w_k)
+    server                h' = h + alpha/N sum over this round's clients of (w_server - w_k)
+                          w_server <- w_server - (rule(w_server - w_k) + h'/alpha)
+    ```
+
+    `g_k` belongs to client `k` and `h` to the server, both zero at first, `N` is the number of all
+    clients ever. (The paper's `h` has the other sign.) Where clients train to the end, `g_k` becomes
+    the gradient of client `k`'s loss, and the process settles at the optimum of the mean over clients;
+    their training should be long, and the paper averages them uniformly. A server optimizer other
+    than SGD with rate 1 is another algorithm.
+
+    A client whose update is not finite, or that trained on nothing, counts for nothing and keeps its
+    `g_k`. One pass over clients; states as large as the trainable weights, on clients (`ClientStates`)
+    and the server.
+
+    Args:
+      num_clients: `N`, at least 1.
+      alpha: Above 0: a hyperparameter, or a schedule over rounds.
+      rule: What is made of the deltas; `plain_mean()` if None.
+
+    Returns:
+      A `Rule` for `build_fed_avg`; use uniform client weighting for the paper's.
+
+    Raises:
+      TypeError: If `rule` is no rule.
+      ValueError: If an argument is out of its range, or `rule` has clients keep something already.
+
+    Example:
+      >>> list(fed_dyn(10, alpha=0.1).hparams)
+      ['alpha']
+
+    Source: Acar et al., Federated Learning Based on Dynamic Regularization, ICLR 2021, Algorithm 1.
+    """
+    check_num_clients(num_clients)
+    number = hparam("alpha", alpha, 0.0, above=True)
+    base = plain_mean() if rule is None else rule
+    check_base(base)
+
+    def initial_state(weights: Any, optimizer_state: Any) -> OrderedDict[str, Any]:
+        del optimizer_state
+        return OrderedDict(gradient=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
+
+    def correct(gradients: Any, weights: Any, context: Context) -> Any:
+        return [
+            g - own + tf.cast(context.shared["alpha"], g.dtype) * (w - start)
+            for g, own, w, start in zip(
+                gradients, context.state["gradient"], weights, context.weights, strict=True
+            )
+        ]
+
+    def finish(context: Context, done: Finished) -> Any:
+        new = tuple(
+            own + tf.cast(context.shared["alpha"], own.dtype) * (start - w)
+            for own, start, w in zip(
+                context.state["gradient"], context.weights, done.weights, strict=True
+            )
+        )
+        return OrderedDict(gradient=new), ()
+
+    def end(state: Any, total: Any, update: Any) -> Any:
+        def of(x: tf.Tensor) -> tf.Tensor:
+            return tf.cast(state["alpha"], x.dtype)
+
+        drift = tuple(
+            h + of(x) * x / tf.cast(num_clients, x.dtype)
+            for h, x in zip(state["drift"], total, strict=True)
+        )
+        moved = tuple(u + h / of(h) for u, h in zip(update, drift, strict=True))
+        return OrderedDict(drift=drift), moved
+
+    memory = ClientMemory(initial_state, finish, correct)
+    return add_sum(
+        attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
+        of=lambda update: update.delta,
+        start=lambda layers: OrderedDict(
+            drift=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs)
+        ),
+        end=end,
+        hparams=OrderedDict(alpha=number),
+    )

@@ -1,0 +1,101 @@
+"""SCAFFOLD: clients whose gradients are corrected by control variates."""
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import attrs
+import tensorflow as tf
+
+from aggregators.client_memory import ClientMemory, Context, Finished
+from aggregators.rule import Rule
+from aggregators.rules.plain import plain_mean
+from aggregators.rules.remembering import add_sum, check_base, check_num_clients
+
+Option = Literal["I", "II"]
+
+
+def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = None) -> Rule:
+    """Control variates around any rule: `g - c_k + c` in every step of a client.
+
+    ```
+    client k, each step   g <- g - c_k + c
+    option II             c_k' = mean over its steps of g, before the correction
+    option I              c_k' = gradient of its mean loss at the server's model
+    server                c' = c + 1/N sum over this round's clients of (c_k' - c_k)
+    ```
+
+    `c_k` belongs to client `k` and `c` to the server, both in the shapes of the trainable weights and
+    zero at first; `N` is the number of all clients ever. With SGD, option II is the paper's
+    `c_k - c + (w - w_k)/(steps * rate)`, number for number; as a mean of gradients it holds for any
+    client optimizer (momentum, Adam, schedules), which is given the corrected gradient. Option I
+    costs one more pass over the client's data.
+
+    The update is what `rule` makes of the clients' deltas. The process settles at a zero of `c`, the
+    plain mean over all clients' gradients, whatever the weights of the rule: for the optimum of the
+    mean over clients, not over examples.
+
+    A client whose update or variate is not finite, or that trained on nothing, counts for nothing and
+    keeps its variate. One pass over clients. Server: one more tensor per weight, sent with the model;
+    clients: one more tensor per weight kept (`ClientStates`), and one sent.
+
+    Args:
+      num_clients: `N`, at least 1.
+      option: `"I"` or `"II"`.
+      rule: What is made of the deltas; `plain_mean()` if None.
+
+    Returns:
+      A `Rule` for `build_fed_avg`; see `build_scaffold`.
+
+    Raises:
+      TypeError: If `rule` is no rule.
+      ValueError: If an argument is out of its range, or `rule` has clients keep something already.
+
+    Example:
+      >>> scaffold(10).needs.names
+      ('sent',)
+
+    Source: Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML
+    2020, Algorithm 1.
+    """
+    check_num_clients(num_clients)
+    if option not in ("I", "II"):
+        raise ValueError(f'`option` must be "I" or "II"; found {option!r}.')
+    base = plain_mean() if rule is None else rule
+    check_base(base)
+
+    def initial_state(weights: Any, optimizer_state: Any) -> OrderedDict[str, Any]:
+        del optimizer_state  # the variate has the shapes of the weights
+        return OrderedDict(control=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
+
+    def correct(gradients: Any, weights: Any, context: Context) -> Any:
+        del weights
+        both = zip(context.shared["control"], context.state["control"], strict=True)
+        return [g + (c - own) for g, (c, own) in zip(gradients, both, strict=True)]
+
+    def finish(context: Context, done: Finished) -> Any:
+        new = tuple(done.mean_gradient if option == "II" else done.initial_gradient)
+        sent = tuple(a - b for a, b in zip(new, context.state["control"], strict=True))
+        return OrderedDict(control=new), sent
+
+    def end(state: Any, total: Any, update: Any) -> Any:
+        control = tuple(
+            c + x / tf.cast(num_clients, x.dtype)
+            for c, x in zip(state["control"], total, strict=True)
+        )
+        return OrderedDict(control=control), update
+
+    memory = ClientMemory(
+        initial_state,
+        finish,
+        correct,
+        mean_gradient=option == "II",
+        initial_gradient=option == "I",
+    )
+    return add_sum(
+        attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
+        of=lambda update: update.measured["sent"],
+        start=lambda layers: OrderedDict(
+            control=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs)
+        ),
+        end=end,
+    )
