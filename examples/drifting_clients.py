@@ -74,7 +74,7 @@ def processes(options: argparse.Namespace) -> dict[str, tff.learning.templates.L
     """The four algorithms, each built once for all seeds."""
     sgd = tff.learning.optimizers.build_sgdm(options.rate)
     prox = tff_optim.build_optimizer(
-        regularizers=[tff_optim.FedProx(0.1)], learning_rate=options.rate
+        options.rate, regularizers=[tff_optim.regularizers.FedProx(0.1)]
     )
     dyn = rules.fed_dyn(options.clients, 0.1)
     return {
@@ -131,14 +131,14 @@ def main() -> None:
     """Trains all, prints a line for each, and draws the picture."""
     options = parse_arguments()
     late = max(options.rounds // 4, 1)
-    print(f"{'algorithm':10} {'late':>6} {'least':>6} {'most':>6}   test accuracy by seed")
+    print(f"Test accuracy over the last {late} rounds, over seeds:")
+    print(f"{'algorithm':10} {'mean':>6} {'least':>6} {'most':>6}")
     for name, process in processes(options).items():
-        curves = np.array(
-            [
-                train(process, options, seed, name in ("SCAFFOLD", "FedDyn"))
-                for seed in range(options.seeds)
-            ]
-        )
+        keeps = name in ("SCAFFOLD", "FedDyn")
+        with tff_optim.ResidentProcess(process, device="CPU:0") as resident:
+            curves = np.array(
+                [train(resident, options, seed, keeps) for seed in range(options.seeds)]
+            )
         ends = curves[:, -late:].mean(1)
         print(f"{name:10} {ends.mean():6.3f} {ends.min():6.3f} {ends.max():6.3f}", flush=True)
         rounds = np.arange(1, options.rounds + 1)

@@ -168,6 +168,7 @@ def main() -> None:
     options = parser.parse_args()
     rounds(options.width, options.clients, options.batches, options.repeats)
     clipping(options.batch, options.repeats)
+    tff.test.set_no_default_context()  # ends the worker before the interpreter ends
 
 
 if __name__ == "__main__":
