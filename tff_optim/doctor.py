@@ -1,0 +1,315 @@
+"""Looks whether TFF and this package can work here, and says in plain sentences what cannot.
+
+    python -m tff_optim.doctor [--json] [--timeout SECONDS]
+
+It ends with 0 if everything works, and with 1 if something does not. Each part that could hang or
+end the process runs in a process of its own, under a time limit.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import attrs
+
+OK, WARNING, ERROR = "ok", "warning", "error"
+
+# Name, from which version on (included), before which (excluded), and what to do.
+_LOCKED = "Install the locked set: `pip install --no-deps -r requirements.lock`."
+_VERSIONS = [
+    ("tensorflow", "2.14", "2.15", _LOCKED),
+    ("tensorflow-federated", "0.87", "0.88", _LOCKED),
+    ("jax", "0.4.13", "0.4.15", _LOCKED),
+    ("jaxlib", "0.4.13", "0.4.15", _LOCKED),
+    ("protobuf", "3.20.3", "5", _LOCKED),
+    ("numpy", "1.23", "2", _LOCKED),
+]
+
+
+@attrs.frozen
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        status: "ok", "warning" or "error".
+        text: What was found, in a sentence, and what to do about it.
+    """
+
+    name: str
+    status: str
+    text: str
+
+
+def check_python() -> Finding:
+    """Whether TFF has a release for this Python."""
+    found = ".".join(map(str, sys.version_info[:3]))
+    if (3, 10) <= sys.version_info[:2] < (3, 12):
+        return Finding("Python", OK, f"{found}.")
+    text = f"{found}, but TensorFlow Federated 0.87 needs 3.10 or 3.11. Make an environment of one."
+    return Finding("Python", ERROR, text)
+
+
+def check_versions() -> list[Finding]:
+    """Whether the versions are among those that are known to work together."""
+    findings = []
+    for name, first, beyond, cure in _VERSIONS:
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(name, ERROR, f"not installed. {cure}"))
+            continue
+        if _numbers(first) <= _numbers(found) < _numbers(beyond):
+            findings.append(Finding(name, OK, f"{found}."))
+        else:
+            text = f"{found}, but {first} or later, before {beyond}, is known to work. {cure}"
+            findings.append(Finding(name, ERROR, text))
+    return [*findings, check_typing_extensions()]
+
+
+def check_typing_extensions() -> Finding:
+    """Whether `tf.saved_model.save`, and with it `FileProgramStateManager`, works."""
+    name = "typing_extensions"
+    found = importlib.metadata.version(name)
+    if _numbers(found) < (4, 6):
+        return Finding(name, OK, f"{found}.")
+    if os.environ.get("WRAPT_DISABLE_EXTENSIONS"):
+        text = (
+            f"{found}, newer than TensorFlow 2.14 goes with; WRAPT_DISABLE_EXTENSIONS is set, "
+            "which cures it."
+        )
+        return Finding(name, OK, text)
+    text = (
+        f"{found}, as Jupyter or torch bring it. From 4.6 on it breaks `tf.saved_model.save` of "
+        "TensorFlow 2.14, and with it `tff.program.FileProgramStateManager` (\"this __dict__ "
+        "descriptor does not support '_DictWrapper' objects\"). Install 4.5, or set "
+        "WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
+    )
+    return Finding(name, ERROR, text)
+
+
+def check_sigint() -> Finding:
+    """Whether TFF can end its worker, which it does with SIGINT."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        return Finding("SIGINT", OK, "handled, so that TFF can end its worker.")
+    text = (
+        "ignored, as in a background job of a script or under `nohup`. TFF's worker inherits that, "
+        "and TFF waits for its end for ever. Start Python with `env --default-signal=INT python "
+        "...`, or call `signal.signal(signal.SIGINT, signal.default_int_handler)` first."
+    )
+    return Finding("SIGINT", ERROR, text)
+
+
+def check_shared_memory(path: str = "/dev/shm") -> Finding:
+    """Whether states can be handed over through memory."""
+    name, least = "shared memory", 64 << 20
+    if not os.access(path, os.W_OK):
+        text = f"{path} cannot be written. States are handed over through files on disk: slower."
+        return Finding(name, WARNING, text)
+    free = shutil.disk_usage(path).free
+    text = f"{free / 2**30:.1f} GB free in {path}."
+    if free < least:
+        cure = "States above that go through files on disk (Docker: `--shm-size=2g`)."
+        return Finding(name, WARNING, f"{text} {cure}")
+    return Finding(name, OK, text)
+
+
+def check_devices(timeout: float) -> Finding:
+    """Which devices TensorFlow sees, and whether it can use them."""
+    seen = _child(_DEVICES, timeout)
+    if isinstance(seen, str):
+        return Finding("devices", ERROR, f"TensorFlow cannot be used: {seen}")
+    failed = {name: why for name, why in seen.items() if why}
+    names = ", ".join(seen)
+    if failed:
+        reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        return Finding("devices", ERROR, f"TensorFlow sees {names}, but fails on {reasons}")
+    text = f"TensorFlow can use {names}."
+    if os.path.exists("/dev/nvidiactl") and "GPU" not in names:
+        text += " There is an NVIDIA driver, but no GPU for TensorFlow: CUDA 11.8 is what it needs."
+        return Finding("devices", WARNING, text)
+    return Finding("devices", OK, text)
+
+
+def check_worker(timeout: float) -> Finding:
+    """Whether TFF's worker starts, computes and ends."""
+    seen = _child(_WORKER, timeout)
+    if isinstance(seen, str):
+        text = (
+            f"it does not work: {seen} It is the program `worker_binary` in the folder "
+            "`tensorflow_federated/data`: it must be there, be executable, and be able to listen on a "
+            "port of localhost."
+        )
+        return Finding("worker", ERROR, text)
+    if not seen["ended"]:
+        return Finding("worker", ERROR, "it starts, but does not end when its context is dropped.")
+    text = f"starts and computes in {seen['start']:.1f} s, ends in {seen['end']:.1f} s."
+    return Finding("worker", OK, text)
+
+
+def check_rounds(timeout: float) -> list[Finding]:
+    """Whether a small round runs in each place, and how long it takes."""
+    findings = []
+    for place, code in _PLACES.items():
+        seen = _child(_ROUND.replace("PLACE", code), timeout)
+        name = f"a round {place}"
+        if isinstance(seen, str):
+            findings.append(Finding(name, ERROR, f"fails: {seen}"))
+        else:
+            text = (
+                f"first round after {seen['first']:.1f} s, a later one {seen['later'] * 1e3:.0f} ms."
+            )
+            findings.append(Finding(name, OK, text))
+    return findings
+
+
+def examine(timeout: float, report: Callable[[Finding], None]) -> list[Finding]:
+    """Looks at everything, and reports each finding as it comes."""
+    findings: list[Finding] = []
+
+    def add(*found: Finding) -> None:
+        findings.extend(found)
+        for finding in found:
+            report(finding)
+
+    add(check_python(), *check_versions(), check_sigint(), check_shared_memory())
+    add(check_devices(timeout))
+    worker = check_worker(timeout)
+    add(worker)
+    if worker.status == ERROR:
+        add(Finding("rounds", ERROR, "not tried, since the worker does not work."))
+    else:
+        add(*check_rounds(timeout))
+    return findings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the findings; returns 1 if there is an error, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m tff_optim.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for each part")
+    options = parser.parse_args(arguments)
+    if not options.timeout > 0:
+        parser.error(f"argument --timeout: must be above 0; found {options.timeout:g}")
+    marks = {OK: "  ok   ", WARNING: "warning", ERROR: " ERROR "}
+
+    def report(finding: Finding) -> None:
+        if not options.json:
+            print(f"[{marks[finding.status]}] {finding.name}: {finding.text}", flush=True)
+
+    findings = examine(options.timeout, report)
+    errors = sum(finding.status == ERROR for finding in findings)
+    if options.json:
+        print(json.dumps({"ok": not errors, "findings": [attrs.asdict(f) for f in findings]}))
+    else:
+        print("Everything works." if not errors else f"{errors} of {len(findings)} need mending.")
+    return min(errors, 1)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    numbers = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _child(code: str, timeout: float) -> dict | str:
+    """Runs code in a Python of its own: the object that it prints last, or what went wrong."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that its worker ends with it
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    try:
+        out, errors = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout:g} seconds."
+    finally:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        child.wait()
+    if child.returncode != 0:
+        last = (errors.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1]
+        return last if last.endswith(".") else last + "."
+    return json.loads(out.strip().splitlines()[-1])
+
+
+_DEVICES = """
+import json
+import tensorflow as tf
+seen = {}
+for device in tf.config.list_logical_devices():
+    if device.device_type not in ("CPU", "GPU"):
+        continue
+    name = device.name.removeprefix("/device:")
+    try:
+        with tf.device(device.name):
+            tf.linalg.matmul(tf.ones([8, 8]), tf.ones([8, 8])).numpy()
+        seen[name] = ""
+    except Exception as error:
+        seen[name] = str(error).splitlines()[0]
+print(json.dumps(seen))
+"""
+
+_WORKER = """
+import json, os, time
+import tensorflow_federated as tff
+def children():
+    with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
+        return file.read().split()
+before = time.monotonic()
+tff.backends.native.set_sync_local_cpp_execution_context()
+assert tff.tensorflow.computation(lambda: 7)() == 7
+started, worker = time.monotonic(), children()
+tff.test.set_no_default_context()
+gone = lambda pid: not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split()[2]
+ended = False
+while not ended and time.monotonic() < started + 20:
+    time.sleep(0.05)
+    ended = all(map(gone, worker))
+print(json.dumps({"start": started - before, "end": time.monotonic() - started, "ended": ended}))
+"""
+
+_PLACES = {
+    "of plain TFF": "contextlib.nullcontext(process)",
+    "with the state in the worker": "ResidentProcess(process)",
+}
+
+_ROUND = """
+import contextlib, json, time
+import tensorflow as tf, tensorflow_federated as tff
+from tff_optim import ResidentProcess
+tff.backends.native.set_sync_local_cpp_execution_context()
+model = tff.learning.models.functional_model_from_keras(
+    tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+    tf.keras.losses.MeanSquaredError(), (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])))
+process = tff.learning.algorithms.build_weighted_fed_avg(
+    model, tff.learning.optimizers.build_sgdm(0.1))
+clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
+times = [time.monotonic()]
+with PLACE as one:
+    state = one.initialize()
+    for _ in range(3):
+        state, metrics = one.next(state, clients)
+        times.append(time.monotonic())
+    assert one.get_model_weights(state).trainable[0].shape == (2, 1)
+tff.test.set_no_default_context()
+print(json.dumps({"first": times[1] - times[0], "later": times[3] - times[2]}))
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())

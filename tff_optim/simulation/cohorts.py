@@ -1,0 +1,85 @@
+"""Who takes part in a round, and the data of those clients."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import tensorflow_federated as tff
+
+from tff_optim.client_data import check_client_data
+from tff_optim.messages import shown
+
+
+def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], Any]]:
+    """The ids of clients, and the data of one of them.
+
+    Raises:
+        TypeError: `clients` is not one of the three forms.
+        ValueError: There is no client.
+    """
+    get: Any
+    if isinstance(clients, tff.simulation.datasets.ClientData):
+        ids, get = list(clients.client_ids), clients.create_tf_dataset_for_client
+    elif isinstance(clients, Mapping):
+        ids, get = list(clients), clients.__getitem__
+    elif isinstance(clients, list | tuple):
+        ids, get = list(range(len(clients))), clients.__getitem__
+    else:
+        raise TypeError(
+            "`clients` must be a mapping from ids to data, a list of data, or a "
+            f"`tff.simulation.datasets.ClientData`; found {shown(clients)}."
+        )
+    if not ids:
+        raise ValueError("`clients` must hold at least one client; found none.")
+    return ids, get
+
+
+class Cohorts:
+    """Draws the clients of a round by its number alone, so that a resumed run draws the same.
+
+    Args:
+        clients: See `clients_by_id`.
+        size: How many take part in a round.
+        seed: Of `tff.simulation.build_uniform_sampling_fn`.
+        data_type: What the process takes of one client.
+    """
+
+    def __init__(self, clients: Any, size: int, seed: int, data_type: tff.Type):
+        self.ids, self._get = clients_by_id(clients)
+        self._size = size
+        self._sample = tff.simulation.build_uniform_sampling_fn(
+            range(len(self.ids)), random_seed=seed
+        )
+        self._data_type = data_type
+        self._checked: set[Hashable] = set()
+
+    def draw(self, round_number: int) -> list[Hashable]:
+        """The ids of a round's clients."""
+        return [self.ids[i] for i in self._sample(round_number, self._size)]
+
+    def data(self, round_number: int) -> list[Any]:
+        """The data of a round's clients, each compared with the process when first drawn."""
+        data = []
+        for client in self.draw(round_number):
+            data.append(self._get(client))
+            if client not in self._checked:
+                check_client_data(data[-1], self._data_type, client)
+                self._checked.add(client)
+        return data
+
+
+def check_size(clients_per_round: Any, clients: int) -> None:
+    """Raises `ValueError` unless so many clients can be drawn."""
+    check_whole("clients_per_round", clients_per_round, 1)
+    if clients_per_round > clients:
+        raise ValueError(
+            f"`clients_per_round` must be at most the number of clients, {clients}; found "
+            f"{clients_per_round}."
+        )
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises `ValueError` unless this is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least}; found {shown(value)}."
+        )

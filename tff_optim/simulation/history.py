@@ -1,0 +1,151 @@
+"""History: what a run has shown, as tables of records."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+
+class Table(Sequence):
+    """Records with named values; a record may lack some.
+
+    It prints as a table, also in a notebook, and becomes a pandas `DataFrame` by `to_pandas`, or by
+    `pandas.DataFrame(list(table))`.
+
+    Example:
+        >>> table = Table([{"round": 1, "loss": 0.5}, {"round": 2, "loss": 0.25, "new": 1}])
+        >>> table
+        round  loss  new
+            1   0.5
+            2  0.25    1
+        >>> table["loss"].tolist(), table["new"].tolist()
+        ([0.5, 0.25], [nan, 1.0])
+        >>> table.where(round=2)[0]
+        {'round': 2, 'loss': 0.25, 'new': 1}
+
+    Args:
+        records: Mappings from names to values.
+    """
+
+    def __init__(self, records: Sequence[Mapping[str, Any]] = ()):
+        self._records = [dict(record) for record in records]
+
+    @property
+    def columns(self) -> list[str]:
+        """Every name, in the order of appearance."""
+        return list(dict.fromkeys(name for record in self._records for name in record))
+
+    def where(self, **values: Any) -> "Table":
+        """The records that have these values."""
+        missing = set(values) - set(self.columns)
+        if missing and self._records:
+            raise KeyError(f"No column {sorted(missing)}; there are {self.columns}.")
+        return Table([r for r in self if all(r.get(name) == v for name, v in values.items())])
+
+    def to_pandas(self) -> Any:
+        """A pandas `DataFrame`; pandas is not among this package's requirements."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("`to_pandas` needs pandas: `pip install pandas`.") from error
+        return pandas.DataFrame(self._records, columns=self.columns)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A record by position, records by a slice, or a column as an array by its name."""
+        if isinstance(key, slice):
+            return Table(self._records[key])
+        if not isinstance(key, str):
+            return self._records[key]
+        if key not in self.columns:
+            raise KeyError(f"No column {key!r}; there are {self.columns}.")
+        return np.array([record.get(key, math.nan) for record in self._records])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._records)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Table) and self._records == other._records
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        rows = [self.columns, *self._texts()]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join(
+            "  ".join(text.rjust(width) for text, width in zip(row, widths)).rstrip()
+            for row in rows
+        )
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        def row(texts: list[str], tag: str) -> str:
+            cells = "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+            return f"<tr>{cells}</tr>"
+
+        return f"<table>{row(self.columns, 'th')}{''.join(row(t, 'td') for t in self._texts())}</table>"
+
+    def _texts(self) -> list[list[str]]:
+        columns = self.columns
+        return [[_text(record.get(name, "")) for name in columns] for record in self._records]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@attrs.frozen
+class History:
+    """What one or several runs have shown.
+
+    Attributes:
+        rounds: A record for each round, with `process`, `seed` and `round`, the flat metrics, and
+            what `evaluate` gave, under `evaluation/`. Round 0 is the model before training.
+        clients: A record for each client of each round, with its id as `client`, and what the rule
+            shows of single clients (see `client_records`).
+        states: The last state by `(process, seed)`.
+        ended: How each run ended, by `(process, seed)`: "finished", "stopped" or "interrupted".
+    """
+
+    rounds: Table
+    clients: Table
+    states: dict[tuple[str, int], Any] = attrs.field(repr=False)
+    ended: dict[tuple[str, int], str]
+
+    @property
+    def state(self) -> Any:
+        """The last state of a single run."""
+        if len(self.states) != 1:
+            raise ValueError(
+                "`state` is that of a single run; found runs "
+                f"{list(self.states)}. Choose one of `states`."
+            )
+        (state,) = self.states.values()
+        return state
+
+    def only(self, process: str, seed: int = 0) -> "History":
+        """The history of one run among several."""
+        run = (process, seed)
+        if run not in self.ended:
+            raise KeyError(f"No run {run!r}; there are {list(self.ended)}.")
+        return History(
+            rounds=self.rounds.where(process=process, seed=seed),
+            clients=self.clients.where(process=process, seed=seed),
+            states={run: self.states[run]},
+            ended={run: self.ended[run]},
+        )
+
+
+def join(histories: Sequence[History]) -> History:
+    """One history of several runs."""
+    return History(
+        rounds=Table([record for history in histories for record in history.rounds]),
+        clients=Table([record for history in histories for record in history.clients]),
+        states={run: state for history in histories for run, state in history.states.items()},
+        ended={run: how for history in histories for run, how in history.ended.items()},
+    )

@@ -1,0 +1,206 @@
+"""run: trains processes on clients, and keeps what every round has shown."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow_federated as tff
+
+from tff_optim.messages import shown
+from tff_optim.simulation import cohorts, interrupts
+from tff_optim.simulation.history import History, Table, join
+from tff_optim.simulation.training import Plan, train
+
+_NAME = "process"  # of a process that is given without one
+
+
+def run(
+    process: Any,
+    clients: Any,
+    *,
+    rounds: int,
+    clients_per_round: int,
+    seed: int | Sequence[int] = 0,
+    evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
+    rounds_per_evaluation: int = 1,
+    directory: str | os.PathLike[str] | None = None,
+    rounds_per_checkpoint: int = 1,
+    resume: bool = True,
+    progress: bool = True,
+    stop: Callable[[Table], bool] | None = None,
+    managers: Sequence[tff.program.ReleaseManager] = (),
+) -> History:
+    """Trains one or several processes, with one or several seeds, one after the other.
+
+    Each run is a call of `tff.simulation.run_training_process`. With a `directory`, it keeps there
+    `rounds.csv` and `clients.csv` (see `History`), `tensorboard/` with a curve for every number,
+    and `checkpoints/`. The same call goes on where the last one was killed, with the numbers of an
+    undisturbed run: the clients of a round depend on the seed and the round's number alone.
+
+    The first Ctrl-C lets the round end, saves it and returns the history; the second one raises
+    `KeyboardInterrupt` at once. (A round is lost if Ctrl-C at the terminal has ended its worker; a
+    new worker starts by itself.)
+
+    Example:
+        >>> import tensorflow as tf
+        >>> model = tff.learning.models.functional_model_from_keras(
+        ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+        ...     tf.keras.losses.MeanSquaredError(),
+        ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+        ... )
+        >>> process = tff.learning.algorithms.build_weighted_fed_avg(
+        ...     model, tff.learning.optimizers.build_sgdm(0.1)
+        ... )
+        >>> data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))
+        >>> clients = {"ann": data, "bob": data, "eve": data}
+        >>> history = run(process, clients, rounds=3, clients_per_round=2)
+        >>> history.rounds["round"].tolist(), len(history.clients)
+        ([1, 2, 3], 6)
+        >>> history.rounds["client_work/train/num_examples"].tolist()
+        [2, 2, 2]
+
+    Args:
+        process: A `tff.learning.templates.LearningProcess` or `ResidentProcess`, or a mapping from
+            names to such. A function in its place is called with the seed and returns one, so
+            that models may start differently too; what it returns is closed after its run if it
+            has a `close`.
+        clients: A mapping from ids to data, a list of data (ids are positions), or a
+            `tff.simulation.datasets.ClientData`. Data are a `tf.data.Dataset` of batches, or a
+            list of them.
+        rounds: Rounds of training, those before a resume included.
+        clients_per_round: Clients drawn for each round, uniformly and without replacement.
+        seed: Of the draws, or several.
+        evaluate: Called with the model weights, returns numbers by name.
+        rounds_per_evaluation: How often; also before the first round.
+        directory: Where to keep files. With several runs each has a folder of its own,
+            `NAME/seed_N`.
+        rounds_per_checkpoint: How often the state is saved; also at the end.
+        resume: Whether to go on with what `directory` holds.
+        progress: Whether to show a bar on a terminal or in a notebook.
+        stop: Called after each round with the rounds so far; true ends the run. See `no_better`.
+        managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round.
+
+    Returns:
+        A `History`.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or a client's data is not what the process
+            takes; the message names the client.
+        ValueError: A number is out of range, or `directory` holds another run.
+    """
+    ids, _ = cohorts.clients_by_id(clients)
+    cohorts.check_size(clients_per_round, len(ids))
+    plan = Plan(
+        rounds=rounds,
+        clients_per_round=clients_per_round,
+        clients=len(ids),
+        evaluate=evaluate,
+        rounds_per_evaluation=rounds_per_evaluation,
+        rounds_per_checkpoint=rounds_per_checkpoint,
+        resume=resume,
+        progress=progress,
+        stop=stop,
+        managers=tuple(managers),
+    )
+    processes, seeds = _processes(process), _seeds(seed)
+    several = isinstance(process, Mapping) or not isinstance(seed, int)
+    histories = []
+    with interrupts.let_rounds_end() as interrupt:
+        for (name, made), number in itertools.product(processes.items(), seeds):
+            folder = None if directory is None else os.fspath(directory)
+            if folder is not None and several:
+                folder = os.path.join(folder, name, f"seed_{number}")
+            with _built(made, number, name) as one:
+                drawn = cohorts.Cohorts(clients, clients_per_round, number, _data_type(one))
+                histories.append(train(one, drawn, plan, folder, interrupt, name, number))
+            if interrupt.requested:
+                break
+    return join(histories)
+
+
+def no_better(name: str, rounds: int, *, larger_is_better: bool = False) -> Callable[[Table], bool]:
+    """Ends a run whose metric has had no new best value for a number of rounds.
+
+    Example:
+        >>> stop = no_better("evaluation/loss", rounds=2)
+        >>> losses = [0.5, 0.4, 0.45, 0.41]
+        >>> records = [{"round": i, "evaluation/loss": loss} for i, loss in enumerate(losses)]
+        >>> [stop(Table(records[:n])) for n in (1, 2, 3, 4)]
+        [False, False, False, True]
+
+    Args:
+        name: Of the metric. Rounds without it, or where it is not finite, are no new best.
+        rounds: How many rounds may pass.
+        larger_is_better: As for an accuracy.
+
+    Returns:
+        A function for `stop` of `run`.
+    """
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ValueError(f"`rounds` must be a whole number of at least 1; found {shown(rounds)}.")
+    sign = 1.0 if larger_is_better else -1.0
+
+    def stop(table: Table) -> bool:
+        values = [(record["round"], sign * record[name]) for record in table if name in record]
+        if not values and len(table) > rounds:
+            raise ValueError(
+                f"`name` must be a metric of the run; found {name!r}, and there are {table.columns}."
+            )
+        finite = [(number, value) for number, value in values if abs(value) < float("inf")]
+        first = table[0]["round"] if len(table) else 0
+        best = max(finite, key=lambda pair: pair[1])[0] if finite else first
+        return len(table) > 0 and table[-1]["round"] - best >= rounds
+
+    return stop
+
+
+def _processes(process: Any) -> dict[str, Any]:
+    named = dict(process) if isinstance(process, Mapping) else {_NAME: process}
+    for name, one in named.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"`process` must have names that can be folders; found {shown(name)}.")
+        if not (hasattr(one, "next") and hasattr(one, "initialize")) and not callable(one):
+            raise TypeError(
+                "`process` must be a learning process, a function from a seed to one, or a mapping "
+                f"from names to such; found {shown(one)}."
+            )
+    if not named:
+        raise ValueError("`process` must hold at least one process; found none.")
+    return named
+
+
+def _seeds(seed: int | Sequence[int]) -> list[int]:
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            "`seed` must be a whole number from 0 to 2**32 - 1, or several different ones; found "
+            f"{shown(seed)}."
+        )
+    return seeds
+
+
+@contextlib.contextmanager
+def _built(made: Any, seed: int, name: str) -> Iterator[Any]:
+    """The process as given, or made for this seed and closed in the end."""
+    if hasattr(made, "next"):
+        yield made
+        return
+    one = made(seed)
+    if not hasattr(one, "next") or not hasattr(one, "initialize"):
+        raise TypeError(
+            f"`process` must be a function that returns a learning process; {name!r} returned "
+            f"{shown(one)}."
+        )
+    try:
+        yield one
+    finally:
+        if hasattr(one, "close"):
+            one.close()
+
+
+def _data_type(process: Any) -> tff.Type:
+    """What a process takes of one client; that of the process it wraps, if it wraps one."""
+    return getattr(process, "process", process).next.type_signature.parameter[1].member

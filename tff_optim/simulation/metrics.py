@@ -1,0 +1,102 @@
+"""Metrics of a round as flat records: a number to a name, and a record to a client."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+_LARGEST = 256  # numbers of one metric that are shown one by one
+_SAMPLE = "sample_"
+_FILLED = "sample_clients"
+
+
+def flatten(metrics: Any) -> dict[str, Any]:
+    """Names every number of a structure of metrics.
+
+    Names are paths, joined by slashes. A vector or matrix becomes a number for each element, and
+    one of more than 256 elements its `mean`, `min` and `max`. What `aggregators` shows of single
+    clients is left to `client_records`.
+
+    Example:
+        >>> flatten({"train": {"loss": np.float32(0.5), "by_class": np.array([1, 2])}})
+        {'train/loss': 0.5, 'train/by_class/0': 1, 'train/by_class/1': 2}
+
+    Args:
+        metrics: Nested mappings, sequences and attrs objects of numbers, arrays and texts.
+
+    Returns:
+        Python's bools, ints, floats and texts by name.
+    """
+    found: dict[str, Any] = {}
+    for path, value in _leaves(metrics, clients=False):
+        name = "/".join(path)
+        if value.ndim == 0:
+            found[name] = _plain(value)
+        elif value.size > _LARGEST and value.dtype.kind in "biuf":
+            numbers = {"mean": value.mean(), "min": value.min(), "max": value.max()}
+            found.update({f"{name}/{kind}": _plain(n) for kind, n in numbers.items()})
+        else:
+            for index in np.ndindex(value.shape):
+                found["/".join([name, *map(str, index)])] = _plain(value[index])
+    return found
+
+
+def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
+    """Assigns to clients, by id, what a round shows of single ones.
+
+    That is what `sample_size` of the rules of `aggregators` asks for, one row for each client in
+    the order of the cohort: `sample_scores` becomes a column `aggregator/scores`, or several, by
+    the layers' names.
+
+    Example:
+        >>> sample = {"sample_clients": 1, "sample_weights": {"dense": np.array([0.7, 0.0])}}
+        >>> client_records({"aggregator": sample}, ["ann", "bob"])
+        [{'client': 'ann', 'aggregator/weights/dense': 0.7}, {'client': 'bob'}]
+
+    Args:
+        metrics: As `flatten` takes it.
+        cohort: The ids of the round's clients, in the order of their data.
+
+    Returns:
+        One record for each client of the cohort.
+    """
+    records: list[dict[str, Any]] = [{"client": client} for client in cohort]
+    filled = {p[:-1]: int(v) for p, v in _leaves(metrics, clients=True) if p[-1] == _FILLED}
+    for path, value in _leaves(metrics, clients=True):
+        level = next(i for i, name in enumerate(path) if name.startswith(_SAMPLE))
+        if path[-1] == _FILLED:
+            continue
+        name = "/".join([*path[:level], path[level].removeprefix(_SAMPLE), *path[level + 1 :]])
+        for record, row in zip(records[: filled[path[:level]]], value):
+            record[name] = _plain(row)
+    return records
+
+
+def _leaves(
+    value: Any, *, clients: bool, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Arrays by path: those that belong to single clients, or the others."""
+    if attrs.has(type(value)):
+        value = attrs.asdict(value, recurse=False)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, list | tuple):
+        value = {str(i): member for i, member in enumerate(value)}
+    if not isinstance(value, Mapping):
+        if not clients and path:
+            yield path, np.asarray(value)
+        return
+    sampled = {name for name in value if _FILLED in value and str(name).startswith(_SAMPLE)}
+    for name, member in value.items():
+        inner = (*path, str(name))
+        if name not in sampled:
+            yield from _leaves(member, clients=clients, path=inner)
+        elif clients:
+            yield from _leaves(member, clients=False, path=inner)
+
+
+def _plain(value: Any) -> Any:
+    """A Python value: bool, int, float or text."""
+    value = np.asarray(value).item()
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,0 +1,166 @@
+"""Pictures of a `History`; matplotlib is in the extra `examples`."""
+
+from typing import Any
+
+import numpy as np
+
+from tff_optim.simulation.history import History, Table
+
+_STYLES = ["-", "--", ":", "-."]
+# Colours of Okabe and Ito, ordered so that neighbours differ in grey too.
+_COLOURS = ["#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
+
+
+def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
+    """Draws a metric over the rounds: for each process the mean of its seeds, and their range.
+
+    Example:
+        >>> rounds = Table([
+        ...     {"process": "FedAvg", "seed": s, "round": r, "loss": 1 / r + s / 10}
+        ...     for s in (0, 1) for r in (1, 2, 3)
+        ... ])
+        >>> axes = learning_curves(History(rounds, Table(), {}, {}), "loss")
+        >>> axes.get_ylabel(), [text.get_text() for text in axes.get_legend().get_texts()]
+        ('loss', ['FedAvg (2 seeds)'])
+
+    Args:
+        history: What `run` returned.
+        metric: A column of `history.rounds`.
+        axes: Matplotlib axes to draw on; None for new ones.
+
+    Returns:
+        The axes.
+    """
+    axes = _axes(axes)
+    records = _with(history.rounds, metric, "metric")
+    for number, name in enumerate(dict.fromkeys(record["process"] for record in records)):
+        mine = [record for record in records if record["process"] == name]
+        by_round: dict[int, list[float]] = {}
+        for record in mine:
+            by_round.setdefault(record["round"], []).append(record[metric])
+        x = sorted(by_round)
+        means = [float(np.mean(by_round[r])) for r in x]
+        seeds = len({record["seed"] for record in mine})
+        colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number % len(_STYLES)]
+        label = f"{name} ({seeds} seeds)" if seeds > 1 else name
+        axes.plot(x, means, style, color=colour, label=label)
+        if seeds > 1:
+            low, high = ([f(by_round[r]) for r in x] for f in (min, max))
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="round", ylabel=metric)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return axes
+
+
+def score_heatmap(
+    history: History, metric: str = "aggregator/score_mean", *, axes: Any = None
+) -> Any:
+    """Draws a number per layer as a map of layers and rounds, dark where it is small.
+
+    Args:
+        history: Of a single run; choose one with `only`.
+        metric: A metric per layer, such as `aggregator/score_mean`, whose columns are
+            `METRIC/LAYER`; or a column.
+        axes: Matplotlib axes to draw on; None for new ones.
+
+    Returns:
+        The axes.
+    """
+    import matplotlib.colors
+
+    _check_single(history)
+    table = Table([record for record in history.rounds if record["round"] > 0])
+    columns = [c for c in table.columns if c == metric or c.startswith(metric + "/")]
+    if not columns:
+        _with(table, metric, "metric")  # raises
+    values = np.array([table[column] for column in columns], float)
+    axes = _axes(axes)
+    positive = values[np.isfinite(values) & (values > 0)]
+    norm = None
+    if positive.size and positive.max() > 10 * positive.min():
+        norm = matplotlib.colors.LogNorm(positive.min(), positive.max())
+    rounds = table["round"]
+    edges = np.append(rounds - 0.5, rounds[-1] + 0.5)
+    image = axes.pcolormesh(
+        edges, np.arange(len(columns) + 1), values, cmap="cividis", norm=norm, rasterized=True
+    )
+    names = [column.removeprefix(metric).lstrip("/") or metric for column in columns]
+    axes.set_yticks(np.arange(len(columns)) + 0.5, names)
+    axes.invert_yaxis()
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="round")
+    axes.figure.colorbar(image, ax=axes, label=metric)
+    return axes
+
+
+def client_weights(
+    history: History, metric: str = "aggregator/weights", *, axes: Any = None
+) -> Any:
+    """Draws the share of each client, by id, in the result of each round; white where not drawn.
+
+    Args:
+        history: Of a single run; choose one with `only`. The rule needs a `sample_size`.
+        metric: A column of `history.clients`, or the start of one per layer: then the mean over
+            layers is drawn.
+        axes: Matplotlib axes to draw on; None for new ones.
+
+    Returns:
+        The axes.
+    """
+    _check_single(history)
+    columns = [c for c in history.clients.columns if c == metric or c.startswith(metric + "/")]
+    if not columns:
+        _with(history.clients, metric, "metric")  # raises
+    records = [record for record in history.clients if columns[0] in record]
+    clients = sorted({record["client"] for record in records}, key=str)
+    if all(isinstance(client, int) for client in clients):
+        clients = sorted(clients)
+    rows = {client: row for row, client in enumerate(clients)}
+    rounds = np.arange(min(r["round"] for r in records), max(r["round"] for r in records) + 1)
+    values = np.full([len(clients), len(rounds)], np.nan)
+    for record in records:
+        shares = [record[column] for column in columns if column in record]
+        values[rows[record["client"]], record["round"] - rounds[0]] = np.mean(shares)
+    axes = _axes(axes)
+    edges = np.append(rounds - 0.5, rounds[-1] + 0.5)
+    image = axes.pcolormesh(
+        edges, np.arange(len(clients) + 1), values, cmap="cividis_r", vmin=0, rasterized=True
+    )
+    if len(clients) <= 40:
+        axes.set_yticks(np.arange(len(clients)) + 0.5, [str(client) for client in clients])
+    axes.invert_yaxis()
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="round", ylabel="client")
+    axes.figure.colorbar(image, ax=axes, label=metric)
+    return axes
+
+
+def _axes(axes: Any) -> Any:
+    if axes is not None:
+        return axes
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
+    return plt.subplots(figsize=(6, 4), layout="constrained")[1]
+
+
+def _with(table: Table, name: str, argument: str) -> list[dict[str, Any]]:
+    records = [record for record in table if name in record]
+    if not records:
+        raise ValueError(
+            f"`{argument}` must be a metric of the history; found {name!r}, and there are "
+            f"{table.columns}."
+        )
+    return records
+
+
+def _check_single(history: History) -> None:
+    runs = list(dict.fromkeys((record["process"], record["seed"]) for record in history.rounds))
+    if len(runs) != 1:
+        raise ValueError(
+            f"`history` must be of a single run; found {runs}. Choose one with "
+            "`history.only(process, seed)`."
+        )

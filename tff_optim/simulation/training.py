@@ -1,0 +1,287 @@
+"""One run: TFF's training loop with the files, the bar and the stops around it."""
+
+import asyncio
+import collections
+import concurrent.futures
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import attrs
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim.messages import shown
+from tff_optim.resident import ResidentCheckpoints, ResidentProcess
+from tff_optim.simulation import metrics
+from tff_optim.simulation.cohorts import Cohorts, check_whole
+from tff_optim.simulation.history import History, Table
+from tff_optim.simulation.interrupts import Interrupt
+from tff_optim.simulation.progress import ProgressBar
+from tff_optim.simulation.records import RecordFile
+
+_T = TypeVar("_T")
+
+
+def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+    del plan
+    if value is not None and not callable(value):
+        raise TypeError(f"`{attribute.name}` must be a function or None; found {shown(value)}.")
+
+
+def _at_least(least: int) -> Callable[[Any, attrs.Attribute, Any], None]:
+    return lambda plan, attribute, value: check_whole(attribute.name, value, least)
+
+
+@attrs.frozen
+class Plan:
+    """The arguments that all runs of a call share; see `run`. `clients` is their number."""
+
+    rounds: int = attrs.field(validator=_at_least(0))
+    clients_per_round: int
+    clients: int
+    evaluate: Callable[[Any], Mapping[str, Any]] | None = attrs.field(validator=_function)
+    rounds_per_evaluation: int = attrs.field(validator=_at_least(1))
+    rounds_per_checkpoint: int = attrs.field(validator=_at_least(1))
+    resume: bool
+    progress: bool
+    stop: Callable[[Table], bool] | None = attrs.field(validator=_function)
+    managers: tuple[tff.program.ReleaseManager, ...]
+
+
+class _StopTraining(Exception):  # noqa: N818
+    """Leaves TFF's loop between two rounds."""
+
+
+def train(
+    process: Any,
+    cohorts: Cohorts,
+    plan: Plan,
+    folder: str | None,
+    interrupt: Interrupt,
+    name: str,
+    seed: int,
+) -> History:
+    """Runs one process with one seed; see `run`."""
+    return _on_a_loop(lambda: _Run(process, cohorts, plan, folder, interrupt, name, seed).history())
+
+
+class _Run:
+    """What TFF's loop calls: the process, the draws, the evaluation and the release of metrics."""
+
+    def __init__(
+        self,
+        process: Any,
+        cohorts: Cohorts,
+        plan: Plan,
+        folder: str | None,
+        interrupt: Interrupt,
+        name: str,
+        seed: int,
+    ):
+        self._process, self._cohorts, self._plan = process, cohorts, plan
+        self._interrupt, self._run = interrupt, (name, seed)
+        self._checkpoints, saved = None, None
+        if folder is not None:
+            _check_folder(folder, plan, seed)
+            self._checkpoints = _checkpoints(process, os.path.join(folder, "checkpoints"))
+            versions = _wait(self._checkpoints.get_versions())
+            saved = max(versions) if versions else None
+        path = (lambda file: None) if folder is None else (lambda file: os.path.join(folder, file))
+        self._rounds = RecordFile(path("rounds.csv"), saved)
+        self._clients = RecordFile(path("clients.csv"), saved)
+        by_name = {str(client): client for client in cohorts.ids}
+        for record in self._clients.records:  # a file holds ids as texts
+            record["client"] = by_name.get(record["client"], record["client"])
+        self._board = None
+        if folder is not None:
+            self._board = tf.summary.create_file_writer(path("tensorboard"))
+        self._saved = saved
+        self._state: Any = None  # after the last round of this call
+        self._of_clients: list[dict[str, Any]] = []
+        self._bar: ProgressBar | None = None
+
+    def history(self) -> History:
+        """Trains, saves what is not saved yet, and tells."""
+        plan, run = self._plan, self._run
+        ended, rounds = "finished", plan.rounds
+        if self._saved and self._is_enough():
+            ended, rounds = "stopped", self._saved
+        self._bar = ProgressBar(f"{run[0]}, seed {run[1]}", rounds, self._saved or 0, plan.progress)
+        try:
+            self._state = tff.simulation.run_training_process(
+                self,
+                self._draw,
+                rounds,
+                evaluation_fn=self._evaluate if plan.evaluate else None,
+                evaluation_selection_fn=lambda number: None,
+                rounds_per_evaluation=plan.rounds_per_evaluation,
+                program_state_manager=self._checkpoints,
+                rounds_per_saving_program_state=plan.rounds_per_checkpoint,
+                metrics_managers=[_Release(self._release)],
+            )
+        except _StopTraining as reason:
+            ended = str(reason)
+        except Exception as error:
+            if not self._interrupt.requested or self._state is None:
+                raise
+            ended = "interrupted"
+            print(f"The round that Ctrl-C met is lost: {shown(error)}", file=sys.stderr)
+        finally:
+            self._bar.close()
+            if self._board is not None:
+                self._board.close()
+        done = max((record["round"] for record in self._rounds.records), default=0)
+        if self._checkpoints is not None:
+            versions = _wait(self._checkpoints.get_versions()) or []
+            if done not in versions:
+                _wait(self._checkpoints.save(self._state, done))
+        return History(
+            rounds=self._table(self._rounds),
+            clients=self._table(self._clients),
+            states={run: self._state},
+            ended={run: ended},
+        )
+
+    def initialize(self) -> Any:
+        """The initial state."""
+        return self._process.initialize()
+
+    def next(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
+        """A round, with flat metrics."""
+        state, found = _pair(self._process.next(state, data))
+        self._of_clients = metrics.client_records(found, self._cohort)
+        self._next_state = state
+        return state, collections.OrderedDict(metrics.flatten(found))
+
+    def _draw(self, number: int) -> list[Any]:
+        if self._state is not None:
+            if self._interrupt.requested:
+                raise _StopTraining("interrupted")
+            if self._is_enough():
+                raise _StopTraining("stopped")
+        self._cohort = self._cohorts.draw(number)
+        return self._cohorts.data(number)
+
+    def _is_enough(self) -> bool:
+        return self._plan.stop is not None and bool(self._plan.stop(self._table(self._rounds)))
+
+    def _evaluate(self, state: Any, unused: Any) -> dict[str, Any]:
+        del unused
+        read = getattr(self._process, "get_model_weights", lambda state: state)
+        assert self._plan.evaluate is not None
+        found = self._plan.evaluate(read(state))
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"`evaluate` must return a mapping from names to numbers; found {shown(found)}."
+            )
+        return metrics.flatten(found)
+
+    async def _release(self, value: Mapping[str, Any], number: int) -> None:
+        record = {k: v for k, v in value.items() if k != tff.simulation.ROUND_NUMBER_KEY}
+        await self._clients.release(self._of_clients if number else [], number)
+        await self._rounds.release([record], number)
+        if self._board is not None:
+            with self._board.as_default(step=number):
+                for name, number_or_text in record.items():
+                    if not isinstance(number_or_text, str):
+                        tf.summary.scalar(name, number_or_text)
+            self._board.flush()
+        for manager in self._plan.managers:
+            await manager.release(record, number)
+        assert self._bar is not None
+        await self._bar.release(record, number)
+        if number:
+            self._state = self._next_state
+
+    def _table(self, file: RecordFile) -> Table:
+        process, seed = self._run
+        return Table([{"process": process, "seed": seed, **r} for r in file.records])
+
+
+@attrs.frozen
+class _Release(tff.program.ReleaseManager):
+    """A release manager made of a function."""
+
+    function: Callable[[Any, int], Any]
+
+    async def release(self, value: Any, key: int) -> None:
+        await self.function(value, key)
+
+
+def _pair(output: Any) -> tuple[Any, Any]:
+    """State and metrics, of a `LearningProcessOutput` or of what an `IterativeProcess` returns."""
+    if hasattr(output, "metrics"):
+        return output.state, output.metrics
+    state, found = output
+    return state, found if isinstance(found, Mapping) else {"result": found}
+
+
+def _checkpoints(process: Any, folder: str) -> Any:
+    if isinstance(process, ResidentProcess):
+        return ResidentCheckpoints(process, folder, keep=2)
+    return tff.program.FileProgramStateManager(folder, keep_total=2, keep_first=False)
+
+
+def _check_folder(folder: str, plan: Plan, seed: int) -> None:
+    """Writes down what makes a run the same run, or compares it with what is there."""
+    path = os.path.join(folder, "arguments.json")
+    given = {"seed": seed, "clients_per_round": plan.clients_per_round, "clients": plan.clients}
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        with open(path + ".unfinished", "w") as file:
+            json.dump(given, file)
+        os.replace(path + ".unfinished", path)
+        return
+    if not plan.resume:
+        raise ValueError(
+            f"`directory` must be a new one, since `resume` is False; found a run in {folder}. "
+            "Remove it, or name another."
+        )
+    with open(path) as file:
+        found = json.load(file)
+    if found != given:
+        raise ValueError(
+            f"`directory` must hold a run with {given}, or none; found one with {found} in "
+            f"{folder}. Name another."
+        )
+
+
+def _wait(coroutine: Any) -> Any:
+    return asyncio.get_event_loop().run_until_complete(coroutine)
+
+
+def _on_a_loop(function: Callable[[], _T]) -> _T:
+    """Calls a function where TFF's loop finds an event loop that is free, as it needs one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _with_new_loop(function)
+    # A notebook's thread is inside its own event loop: TFF's runs in another one.
+    context = tff.framework.get_context_stack().current
+
+    def elsewhere() -> _T:
+        with tff.framework.get_context_stack().install(context):
+            return _with_new_loop(function)
+
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        return pool.submit(elsewhere).result()
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _with_new_loop(function: Callable[[], _T]) -> _T:
+    try:
+        before = asyncio.get_event_loop_policy().get_event_loop()
+    except RuntimeError:  # this thread has none
+        before = None
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return function()
+    finally:
+        asyncio.set_event_loop(before)
+        loop.close()
