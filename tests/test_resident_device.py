@@ -356,8 +356,8 @@ def test_bad_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (3, "`client_data` must hold a `tf.data.Dataset` or a list of batches"),
-        (tf.data.Dataset.range(3), "`client_data` must hold data sets of .*float32"),
+        (3, "data of client 1 must be .*; found int, 3. Give a `tf.data.Dataset`"),
+        (tf.data.Dataset.range(3), "data of client 1 must be elements of .*float32.*; found int64"),
     ],
 )
 def test_bad_data_is_told_before_the_round(places, data, message):

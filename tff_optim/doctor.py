@@ -2,11 +2,14 @@
 
     python -m tff_optim.doctor [--json] [--timeout SECONDS]
 
+Where the package cannot be imported, `python tff_optim/doctor.py` does the same without it.
+
 It ends with 0 if everything works, and with 1 if something does not. Each part that could hang or
 end the process runs in a process of its own, under a time limit.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -87,7 +90,7 @@ def check_typing_extensions() -> Finding:
         return Finding(name, OK, text)
     text = (
         f"{found}, as Jupyter or torch bring it. From 4.6 on it breaks `tf.saved_model.save` of "
-        "TensorFlow 2.14, and with it `tff.program.FileProgramStateManager` (\"this __dict__ "
+        'TensorFlow 2.14, and with it `tff.program.FileProgramStateManager` ("this __dict__ '
         "descriptor does not support '_DictWrapper' objects\"). Install 4.5, or set "
         "WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
     )
@@ -162,9 +165,7 @@ def check_rounds(timeout: float) -> list[Finding]:
         if isinstance(seen, str):
             findings.append(Finding(name, ERROR, f"fails: {seen}"))
         else:
-            text = (
-                f"first round after {seen['first']:.1f} s, a later one {seen['later'] * 1e3:.0f} ms."
-            )
+            text = f"first round after {seen['first']:.1f} s, a later one {seen['later'] * 1e3:.0f} ms."
             findings.append(Finding(name, OK, text))
     return findings
 
@@ -237,10 +238,8 @@ def _child(code: str, timeout: float) -> dict | str:
     except subprocess.TimeoutExpired:
         return f"no answer within {timeout:g} seconds."
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         child.wait()
     if child.returncode != 0:
         last = (errors.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1]
@@ -276,7 +275,12 @@ tff.backends.native.set_sync_local_cpp_execution_context()
 assert tff.tensorflow.computation(lambda: 7)() == 7
 started, worker = time.monotonic(), children()
 tff.test.set_no_default_context()
-gone = lambda pid: not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split()[2]
+def gone(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
 ended = False
 while not ended and time.monotonic() < started + 20:
     time.sleep(0.05)
@@ -287,12 +291,14 @@ print(json.dumps({"start": started - before, "end": time.monotonic() - started, 
 _PLACES = {
     "of plain TFF": "contextlib.nullcontext(process)",
     "with the state in the worker": "ResidentProcess(process)",
+    "in the Python process": "ResidentProcess(process, device=device)",
 }
 
 _ROUND = """
 import contextlib, json, time
 import tensorflow as tf, tensorflow_federated as tff
 from tff_optim import ResidentProcess
+device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
 tff.backends.native.set_sync_local_cpp_execution_context()
 model = tff.learning.models.functional_model_from_keras(
     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),

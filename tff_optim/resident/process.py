@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
+from tff_optim.client_data import check_client_data
 from tff_optim.devices import DevicePolicy
 from tff_optim.resident import forks, leaves, parts, places, references
 from tff_optim.resident.place import Source
@@ -139,7 +140,8 @@ class ResidentProcess:
             are references, and the plain metrics.
 
         Raises:
-            TypeError: An argument is not what the wrapped process takes.
+            TypeError: An argument is not what the wrapped process takes; of data, the message
+                names the client by its position.
             WorkerLostError: The worker that held the state is gone.
         """
         if not isinstance(client_data, list | tuple):
@@ -147,7 +149,13 @@ class ResidentProcess:
                 "`client_data` must be a list with an entry for each client; found "
                 f"{type(client_data).__name__}."
             )
-        new_state, metrics = self._place.next(self._source(state), client_data)
+        try:
+            new_state, metrics = self._place.next(self._source(state), client_data)
+        except Exception:
+            data_type = self._process.next.type_signature.parameter[1].member
+            for client, data in enumerate(client_data):
+                check_client_data(data, data_type, client)  # a better reason, if that is it
+            raise
         return tff.learning.templates.LearningProcessOutput(
             new_state.references(), leaves.pack(metrics, self._metrics_type)
         )

@@ -1,0 +1,122 @@
+"""The doctor finds a good environment good, and says what is wrong with others."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tff_optim import doctor
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_a_good_environment_is_good():
+    run = subprocess.run(
+        [sys.executable, "-m", "tff_optim.doctor", "--json", "--timeout", "280"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads(run.stdout)
+    assert found["ok"] is True
+    names = [finding["name"] for finding in found["findings"]]
+    assert {"Python", "tensorflow", "typing_extensions", "SIGINT", "worker"} <= set(names)
+    assert sum(name.startswith("a round ") for name in names) == 3
+    assert all(finding["status"] != "error" for finding in found["findings"])
+
+
+def test_a_newer_typing_extensions_is_named_with_its_cure(monkeypatch):
+    monkeypatch.delenv("WRAPT_DISABLE_EXTENSIONS", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.12.2")
+    finding = doctor.check_typing_extensions()
+    assert finding.status == "error"
+    assert "FileProgramStateManager" in finding.text
+    assert "set WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported" in finding.text
+    monkeypatch.setenv("WRAPT_DISABLE_EXTENSIONS", "1")
+    assert doctor.check_typing_extensions().status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [("4.5.0", "ok"), ("4.6", "error"), ("5.0.0", "error"), ("4.10.1", "error")],
+)
+def test_versions_are_numbers_and_not_texts(found, status, monkeypatch):
+    monkeypatch.delenv("WRAPT_DISABLE_EXTENSIONS", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    assert doctor.check_typing_extensions().status == status
+
+
+def test_other_versions_and_missing_packages_are_errors(monkeypatch):
+    def version(name):
+        if name == "jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"tensorflow": "2.15.0", "typing_extensions": "4.5.0"}.get(name, "0.87.0")
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {finding.name: finding for finding in doctor.check_versions()}
+    assert found["jax"].text.startswith("not installed. Install the locked set")
+    assert found["tensorflow"].text.startswith("2.15.0, but 2.14 or later, before 2.15")
+    assert found["tensorflow-federated"].status == "ok"
+
+
+def test_ignored_sigint_is_an_error_with_its_cure():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        finding = doctor.check_sigint()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert finding.status == "error"
+    assert "env --default-signal=INT" in finding.text
+    assert doctor.check_sigint().status == "ok"
+
+
+def test_shared_memory_that_is_missing_or_small_is_a_warning(tmp_path, monkeypatch):
+    assert doctor.check_shared_memory(str(tmp_path / "none")).status == "warning"
+    usage = doctor.shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    assert "--shm-size" in doctor.check_shared_memory(str(tmp_path)).text
+
+
+def test_a_part_that_hangs_or_fails_is_an_error():
+    assert doctor._child("import time; time.sleep(60)", 0.5) == "no answer within 0.5 seconds."
+    assert doctor._child("raise ValueError('so')", 30) == "ValueError: so."
+    assert doctor._child("import os; os.abort()", 30) == "it ended with code -6."
+
+
+def test_a_worker_that_cannot_start_is_an_error_with_exit_code_1(tmp_path, monkeypatch, capsys):
+    # A package that puts a program in the worker's place which ends at once.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import subprocess\n"
+        "_popen = subprocess.Popen\n"
+        "class Popen(_popen):\n"
+        "    def __init__(self, args, *a, **k):\n"
+        "        if 'worker_binary' in str(args): args = ['/bin/false']\n"
+        "        super().__init__(args, *a, **k)\n"
+        "subprocess.Popen = Popen\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    finding = doctor.check_worker(25)
+    assert finding.status == "error"
+    assert finding.text.startswith("it does not work: no answer within 25 seconds.")
+    monkeypatch.setattr(doctor, "check_worker", lambda timeout: finding)
+    monkeypatch.setattr(
+        doctor, "check_devices", lambda timeout: doctor.Finding("devices", "ok", "")
+    )
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "[ ERROR ] worker: it does not work" in shown
+    assert "not tried, since the worker does not work." in shown
+
+
+def test_a_bad_time_limit_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--timeout", "0"])
+    assert stop.value.code == 2
+    assert "argument --timeout: must be above 0; found 0" in capsys.readouterr().err
