@@ -111,7 +111,7 @@ def _at(path: tuple[str, ...]) -> str:
 
 def _leaves_of_type(type_spec: tff.Type, path: tuple[str, ...] = ()) -> Iterator[tuple]:
     if isinstance(type_spec, tff.StructType):
-        for i, (name, member) in enumerate(type_spec.items()):
+        for i, (name, member) in enumerate(tff.structure.iter_elements(type_spec)):
             yield from _leaves_of_type(member, (*path, name or str(i)))
     else:
         shape = tf.TensorShape(getattr(type_spec, "shape", None))
