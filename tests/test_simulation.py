@@ -154,7 +154,8 @@ class Slow(tff.program.ReleaseManager):
         import time; time.sleep(0.3)
 try:
     history = simulation.run(build_process(3), make_clients(), rounds=int(sys.argv[3]),
-        clients_per_round=3, evaluate=evaluate, directory=sys.argv[2], managers=[Slow()])
+        clients_per_round=3, evaluate=evaluate, directory=sys.argv[2],
+        rounds_per_checkpoint=2, managers=[Slow()])
     print("ended", history.ended)
 finally:
     tff.test.set_no_default_context()

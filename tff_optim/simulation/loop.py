@@ -26,7 +26,7 @@ def run(
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     rounds_per_evaluation: int = 1,
     directory: str | os.PathLike[str] | None = None,
-    rounds_per_checkpoint: int = 1,
+    rounds_per_checkpoint: int = 10,
     resume: bool = True,
     progress: bool = True,
     stop: Callable[[Table], bool] | None = None,
@@ -76,7 +76,8 @@ def run(
         rounds_per_evaluation: How often; also before the first round.
         directory: Where to keep files. With several runs each has a folder of its own,
             `NAME/seed_N`.
-        rounds_per_checkpoint: How often the state is saved; also at the end.
+        rounds_per_checkpoint: How often the state is saved; also at the end. For a small model a
+            checkpoint of plain TFF takes longer than a round.
         resume: Whether to go on with what `directory` holds.
         progress: Whether to show a bar on a terminal or in a notebook.
         stop: Called after each round with the rounds so far; true ends the run. See `no_better`.

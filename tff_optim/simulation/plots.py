@@ -1,5 +1,6 @@
 """Pictures of a `History`; matplotlib is in the extra `examples`."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,7 @@ def client_weights(
     if not columns:
         _with(history.clients, metric, "metric")  # raises
     records = [record for record in history.clients if columns[0] in record]
-    clients = sorted({record["client"] for record in records}, key=str)
-    if all(isinstance(client, int) for client in clients):
-        clients = sorted(clients)
+    clients = sorted({record["client"] for record in records}, key=_by_numbers)
     rows = {client: row for row, client in enumerate(clients)}
     rounds = np.arange(min(r["round"] for r in records), max(r["round"] for r in records) + 1)
     values = np.full([len(clients), len(rounds)], np.nan)
@@ -145,6 +144,12 @@ def _axes(axes: Any) -> Any:
     except ImportError as error:
         raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
     return plt.subplots(figsize=(6, 4), layout="constrained")[1]
+
+
+def _by_numbers(client: Any) -> list[tuple[bool, int, str]]:
+    """Sorts 'client 2' before 'client 10'."""
+    parts = re.findall(r"\d+|\D+", str(client))
+    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts]
 
 
 def _with(table: Table, name: str, argument: str) -> list[dict[str, Any]]:

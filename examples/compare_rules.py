@@ -1,0 +1,99 @@
+"""Compares rules over several seeds on clients that differ: curves, scores and weights in one picture.
+
+    python examples/compare_rules.py [ROUNDS [SEEDS [DIRECTORY]]]
+
+The directory keeps checkpoints, CSV files and curves for TensorBoard: call it again to go on.
+"""
+
+import collections
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into a file, with or without a screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+import sklearn.datasets
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import aggregators
+import tff_optim
+from tff_optim import simulation
+
+
+def build_keras_model() -> tf.keras.Model:
+    """A small classifier of 8 by 8 pixels."""
+    hidden = tf.keras.layers.Dense(32, "relu", input_shape=(64,), name="hidden")
+    return tf.keras.Sequential([hidden, tf.keras.layers.Dense(10, name="logits")])
+
+
+def model_fn() -> tff.learning.models.VariableModel:
+    """The same for TFF."""
+    return tff.learning.models.from_keras_model(
+        build_keras_model(),
+        loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        input_spec=collections.OrderedDict(
+            x=tf.TensorSpec([None, 64], tf.float32), y=tf.TensorSpec([None], tf.int32)
+        ),
+    )
+
+
+def make_data(clients: int = 20, random_labels: int = 4):
+    """Clients with few digits each, some with random labels, and the images and labels of a test."""
+    rng, digits = np.random.default_rng(0), sklearn.datasets.load_digits()
+    images, labels = np.float32(digits.data / 16), np.int32(digits.target)
+    order = np.argsort(labels[:-300] + rng.normal(scale=2, size=len(labels) - 300))
+    data = {}
+    for number, part in enumerate(np.array_split(order, clients)):
+        name, y = f"good {number:02d}", labels[part]
+        if number < random_labels:
+            name, y = f"random {number:02d}", np.int32(rng.integers(0, 10, len(part)))
+        columns = collections.OrderedDict(x=images[part], y=y)
+        data[name] = tf.data.Dataset.from_tensor_slices(columns).batch(16)
+    return data, images[-300:], labels[-300:]
+
+
+def main(rounds: str = "25", seeds: str = "3", directory: str = "output/compare"):
+    """Trains, draws and returns the history."""
+    clients, images, labels = make_data()
+    sgd = tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(0.1))
+    adam = tff_optim.build_keras_optimizer(tf.keras.optimizers.Adam(0.01))
+    processes = {
+        "FedAvg": tff.learning.algorithms.build_weighted_fed_avg(model_fn, sgd, adam),
+        "KL": aggregators.build_fed_kl(model_fn, sgd, adam, sample_size=8),
+    }
+    model = build_keras_model()  # after the processes: TFF builds models in graphs
+
+    def evaluate(weights):
+        weights.assign_weights_to(model)
+        return {"accuracy": float(np.mean(np.argmax(model(images), axis=1) == labels))}
+
+    history = simulation.run(
+        processes,
+        clients,
+        rounds=int(rounds),
+        clients_per_round=8,
+        seed=list(range(int(seeds))),
+        evaluate=evaluate,
+        directory=directory,
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    simulation.plots.learning_curves(history, "evaluation/accuracy", axes=axes[0])
+    simulation.plots.score_heatmap(history.only("KL", 0), axes=axes[1])
+    simulation.plots.client_weights(history.only("KL", 0), axes=axes[2])
+    figure.savefig(f"{directory}/compare.png", dpi=80)
+    print(f"Picture: {directory}/compare.png. Curves: tensorboard --logdir {directory}")
+    return history
+
+
+if __name__ == "__main__":
+    tff.backends.native.set_sync_local_cpp_execution_context()
+    try:
+        main(*sys.argv[1:])
+    finally:
+        tff.test.set_no_default_context()  # ends TFF's worker
