@@ -45,7 +45,8 @@ def main(rounds: str = "10"):
     for number in range(int(rounds)):
         if number == int(rounds) // 2:
             hparams = process.get_hparams(state)
-            hparams["finalizer"]["learning_rate"] = hparams["finalizer"]["learning_rate"] * 0.5
+            rate = hparams["finalizer"]["learning_rate"]
+            hparams["finalizer"]["learning_rate"] = np.float32(rate * 0.5)  # TFF takes no float64
             state = process.set_hparams(state, hparams)
         state, metrics = process.next(state, clients)
         losses.append(float(metrics["client_work"]["train"]["loss"]))
