@@ -58,8 +58,8 @@ def run(
         >>> history = run(process, clients, rounds=3, clients_per_round=2)
         >>> history.rounds["round"].tolist(), len(history.clients)
         ([1, 2, 3], 6)
-        >>> history.rounds["client_work/train/num_examples"].tolist()
-        [2, 2, 2]
+        >>> history.rounds["finalizer/update_non_finite"].tolist()
+        [0, 0, 0]
 
     Args:
         process: A `tff.learning.templates.LearningProcess` or `ResidentProcess`, or a mapping from
