@@ -3,12 +3,13 @@
 # make attack    every attack on configurations, checkpoints and workers, with a table
 # make test-torch  the tests of build_torch_optimizer, with torch in a folder of its own
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
+# make study     which rules are safe: 2880 runs, goes on where it was left; study-quick is a first look
 # make build     wheel and sdist
 # make lock      resolves requirements.lock anew
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example test test-torch attack bench build lock clean
+.PHONY: example test test-torch attack bench study study-quick build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -64,6 +65,10 @@ bench: .venv/installed .venv/rivals
 	  echo; echo "## $$benchmark"; \
 	  PYTHONPATH=.venv/rivals $(BIN)/python examples/benchmarks/$$benchmark.py; \
 	done
+
+study study-quick: .venv/installed
+	$(BIN)/python examples/study/run.py $(if $(filter study-quick,$@),--quick)
+	$(BIN)/python examples/study/report.py $(if $(filter study-quick,$@),--results examples/study/quick.csv --pictures output)
 
 # TFF 0.87.0 pins jaxlib==0.4.14, which is gone; 0.4.13 is the nearest that is there.
 lock:

@@ -34,8 +34,8 @@ def test_training_on_digits_prints_a_table_and_draws_a_picture(tmp_path):
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
-    lines = {line[:9].strip(): line.split() for line in run.stdout.splitlines()}
-    for rule in ("FedAvg", "KL, near", "KL, far"):
+    lines = {line[:12].strip(): line.split() for line in run.stdout.splitlines()}
+    for rule in ("FedAvg", "KL, near", "redescending", "jury"):
         accuracy, reached, seconds = lines[rule][-3:]
         assert 0.05 < float(accuracy) < 1
         assert reached == "1"

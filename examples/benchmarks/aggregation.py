@@ -1,12 +1,14 @@
 """What adaptive aggregation costs, against TFF's own mean.
 
-Two comparisons, both in TFF's worker and with all large values made and kept there:
+Three comparisons, all in TFF's worker and with all large values made and kept there:
 
 * one aggregation: `tff.aggregators.MeanFactory` against the adaptive mean, with scores that came
   with the update, with L2 scores taken in the aggregation, and with KL scores against the server's
   model;
 * whole rounds: `tff.learning.algorithms.build_weighted_fed_avg` against `build_fed_kl`, with the
-  time to build the process and to run its first round.
+  time to build the process and to run its first round;
+* later rounds of `build_fed_avg` by rules that need more of their clients, against the plain mean,
+  and against it with two models scored before training.
 
     python examples/benchmarks/aggregation.py --clients 10 100 --parameters 100000 1000000
 """
@@ -19,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import attrs
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -134,14 +137,19 @@ def make_model() -> tff.learning.models.FunctionalModel:
     )
 
 
-def compare_rounds(number: int, repeats: int) -> None:
+def make_data(number: int) -> list[tf.data.Dataset]:
+    """Clients with 10 batches of 32."""
     rng = np.random.default_rng(0)
-    data = [
+    return [
         tf.data.Dataset.from_tensor_slices(
             (np.float32(rng.normal(size=(320, 784))), np.int32(rng.integers(0, 10, 320)))
         ).batch(32)
         for _ in range(number)
     ]
+
+
+def compare_rounds(number: int, repeats: int) -> None:
+    data = make_data(number)
     sgd = tff.learning.optimizers.build_sgdm(0.05)
     plain = tff.learning.algorithms.build_weighted_fed_avg
     builders = {
@@ -177,6 +185,40 @@ def compare_rounds(number: int, repeats: int) -> None:
         )
 
 
+def with_two_models_scored() -> aggregators.Rule:
+    """The plain mean of clients that score the server's model twice before they train."""
+    plain = rules.plain_mean()
+    scored = aggregators.Candidates(lambda weights, state: [weights, weights], 2)
+    return attrs.evolve(plain, needs=aggregators.Needs(layers="model", candidates=scored))
+
+
+def compare_rules(number: int, repeats: int) -> None:
+    """Later rounds with the same loop, by rule."""
+    data = make_data(number)
+    sgd = tff.learning.optimizers.build_sgdm(0.05)
+    chosen = {
+        "plain_mean": rules.plain_mean(),
+        "redescending_mean": rules.redescending_mean(),
+        "jury_mean, direction": rules.jury_mean(votes="direction"),
+        "plain_mean, two models scored": with_two_models_scored(),
+        "jury_mean": rules.jury_mean(),
+    }
+    processes = {}
+    for name, rule in chosen.items():
+        process = aggregators.build_fed_avg(make_model(), sgd, rule=rule)
+        processes[name] = process, process.next(process.initialize(), data).state
+
+    def later_round(name: str) -> None:
+        process, state = processes[name]
+        process.next(state, data)
+
+    calls = {name: functools.partial(later_round, name) for name in chosen}
+    later = time_side_by_side(calls, rounds=4 * repeats, warm_up=1)
+    print(f"\nRules: {number} clients, as above; seconds, and times plain_mean")
+    for name in chosen:
+        print(f"{name:>32} {later[name]:>8.3f} {later[name] / later['plain_mean']:>6.2f}x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
@@ -189,6 +231,7 @@ def main() -> None:
     try:
         compare_aggregations(arguments.clients, arguments.parameters, arguments.repeats)
         compare_rounds(arguments.round_clients, arguments.repeats)
+        compare_rules(arguments.round_clients, arguments.repeats)
     finally:
         tff.test.set_no_default_context()  # ends the worker
 
