@@ -168,7 +168,7 @@ DECAY_ARGUMENTS = {"initial_learning_rate": 0.3, "decay_steps": 2, "decay_rate":
         ),
         (K.serialize(K.RMSprop(0.5, rho=0.5)), lambda: K.RMSprop(0.5, rho=0.5)),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: None if callable(value) else str(value)[:40],
 )  # fmt: skip
 def test_short_forms_texts_and_files(short, make, tmp_path):
     expected = tff_optim.build_keras_optimizer(make)
