@@ -134,9 +134,7 @@ def built(name, model=None):
     if name == "scaffold-II-momentum":
         return aggregators.build_scaffold(
             model,
-            tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(twin.RATE, momentum=0.5))
-            if hasattr(tff_optim, "build_keras_optimizer")
-            else sgd(0.5),
+            tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(twin.RATE, momentum=0.5)),
             num_clients=5,
             loop_implementation=tff.learning.LoopImplementation.DATASET_REDUCE,
         )
