@@ -4,7 +4,6 @@ import asyncio
 import copy
 import pathlib
 import pickle
-import re
 
 import contracts
 import jax
@@ -454,11 +453,3 @@ def test_every_public_transformation_has_a_case():
 def test_the_table_of_what_runs_is_true():
     readme = pathlib.Path(tff_optim.__file__).with_name("README.md").read_text()
     assert optax_cases.table() in readme
-
-
-def test_the_code_in_the_readme_runs():
-    readme = pathlib.Path(tff_optim.__file__).with_name("README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "tff_optim/README.md", "exec"), {})

@@ -1,15 +1,24 @@
-"""What README.md shows runs as shown."""
+"""What the READMEs show runs as shown."""
 
 import pathlib
 import re
 
+import matplotlib
 import pytest
+
+matplotlib.use("Agg")
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in (".", "tff_optim", "aggregators", "examples")
+    for path in sorted((ROOT / folder).glob("README.md" if folder == "." else "**/README.md"))
+}
 SECTIONS = {
-    section.splitlines()[0]: re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    for section in re.split(r"^## ", README, flags=re.M)[1:]
+    f"{page}, {section.splitlines()[0]}": re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    for page, text in PAGES.items()
+    for section in re.split(r"^## ", text, flags=re.M)[1:]
 }
 
 
@@ -18,11 +27,17 @@ def test_code_blocks_of_a_section_run_in_order(section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an example may write files
     namespace: dict = {}
     for block in SECTIONS[section]:
-        exec(compile(block, f"README.md, {section}", "exec"), namespace)
+        exec(compile(block, section, "exec"), namespace)
 
 
-def test_there_are_code_blocks():
-    assert sum(bool(blocks) for blocks in SECTIONS.values()) >= 2
+def test_there_are_code_blocks_in_every_room():
+    with_code = {name.split(",")[0] for name, blocks in SECTIONS.items() if blocks}
+    rooms = {"tff_optim/README.md", "tff_optim/resident/README.md", "aggregators/README.md"}
+    assert {"README.md", *rooms} <= with_code
+
+
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) <= 160
 
 
 def test_every_make_target_named_exists():
@@ -31,8 +46,8 @@ def test_every_make_target_named_exists():
     assert {"example", "test"} <= named <= targets
 
 
-def test_every_file_named_exists():
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert named
-    missing = [name for name in named if not (ROOT / name).exists()]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_linked_exists(page):
+    named = re.findall(r"\]\((?!http|#)([^)#]+)\)", PAGES[page])
+    missing = [name for name in named if not ((ROOT / page).parent / name).exists()]
     assert not missing
