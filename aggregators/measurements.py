@@ -159,9 +159,10 @@ def measure(
       * `scale` float32 per layer: what scores were divided by; 0 if that was not known yet, and all
         scores counted alike.
       * with a sample of K clients: `sample_clients` int32, how many rows are filled, one for each
-        client of the cohort in its order, up to K; `sample_counted` bool[K], whether the client
-        counted; `sample_scores` and `sample_weights` float32[K] per layer: its score, and its share
-        in the result, all means taken together.
+        client of the cohort in its order, up to K (in sub-rounds and on several workers, the pieces
+        of the cohort in the order in which TFF merges them); `sample_counted` bool[K], whether the
+        client counted; `sample_scores` and `sample_weights` float32[K] per layer: its score, and its
+        share in the result, all means taken together.
     """
     counts, scores = tf.split(totals.sums, [4, -1])
     score_max, minus_min, log_max = tf.unstack(totals.largest)

@@ -193,9 +193,7 @@ def _variable_training(
         start = _start(optimizer, trainable, hparams, memory, context)
         seen = _no_gradients(memory, trainable)
         state = (start, _no_loss(), _no_counts(clipping), seen, tf.constant(0))
-        end, sums, counts, seen, steps = _fold(
-            loop, dataset, state, lambda state, batch: step(context, state, batch)
-        )
+        end, sums, counts, seen, steps = _fold(loop, dataset, state, _with_context(step, context))
         trained = tuple(variable.read_value() for variable in trainable)
         return Trained(
             initial=tuple(tf.nest.flatten(weights.trainable)),
@@ -327,6 +325,13 @@ def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any,
         (iterator.get_next_as_optional(), state),
     )
     return state
+
+
+# A function made while AutoGraph looks on is not converted once more in a dataset's reduction, and
+# then Python's own control flow in a model would not be either.
+@tf.autograph.experimental.do_not_convert
+def _with_context(step: Callable[[Any, Any, Any], Any], context: Any) -> Callable[[Any, Any], Any]:
+    return lambda state, batch: step(context, state, batch)
 
 
 def count(predictions: Any) -> tf.Tensor:
