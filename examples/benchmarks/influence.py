@@ -41,6 +41,8 @@ RULES = {
     "q_fed_avg, q 1": rules.q_fed_avg(1.0, 0.1),
     "fed_nova": rules.fed_nova(),
     "fed_nova, max_steps 20": rules.fed_nova(max_steps=20),
+    "redescending_mean": rules.redescending_mean(),
+    "jury_mean, votes by direction": rules.jury_mean(votes="direction"),
 }
 
 # What the liar changes: a factor of its update, and what it claims.
