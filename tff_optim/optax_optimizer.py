@@ -99,6 +99,8 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         leaves.check_specs(specs, floating=True)
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             specs = self._stand_in(specs)
+            if specs is None:
+                return collections.OrderedDict({_SLOTS: collections.OrderedDict()})
         program = self._program(specs)
         state: collections.OrderedDict[str, Any] = collections.OrderedDict()
         numbers = {name: self._initial_number(name) for name in program.numbers}
@@ -112,7 +114,10 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         return state
 
     def _stand_in(self, scalar: tf.TensorSpec) -> Any:
-        """Weights to tell the hparams by: TFF's client work asks for them by one scalar weight."""
+        """Weights to tell the hparams by: TFF's client work asks for them by one scalar weight.
+
+        None where the transformation takes no such weights and has no hparams.
+        """
         for shape in ([], [1], [1, 1]):
             one = tf.TensorSpec(shape, scalar.dtype)
             specs = one if self.weight_names is None else [one] * len(self.weight_names)
@@ -127,7 +132,7 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
                 f"asks for its hparams by one; found that it does not: {problem} Give masks and "
                 "labels as functions of the weights, or pass `weight_names`."
             ) from problem
-        return ()  # no numbers, whatever the weights are
+        return None  # a mask for weights of another structure, and no numbers whatever they are
 
     def _initial_number(self, name: str) -> Any:
         value = self._numbers[name]

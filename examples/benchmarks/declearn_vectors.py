@@ -2,8 +2,8 @@
 
 Needs declearn and NumPy only, in an environment of its own:
 
-    python -m venv /tmp/declearn && /tmp/declearn/bin/pip install declearn==2.9.1
-    /tmp/declearn/bin/python examples/benchmarks/declearn_vectors.py
+    python -m venv .venv-declearn && .venv-declearn/bin/pip install declearn==2.9.1
+    .venv-declearn/bin/python examples/benchmarks/declearn_vectors.py
 
 Each entry is a configuration as `Optimizer.get_config` writes it, and the weights after each step.
 """
