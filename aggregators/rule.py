@@ -192,6 +192,12 @@ class BoundRule:
         self.rule = rule
         self.layers = layers_of_type(rule.needs.layers, update_type, names)
         self.reduction = rule.reduction(self.layers)
+        found = self.reduction
+        if not isinstance(found, Reduction) or found.lift is None or found.merge is None:
+            raise TypeError(
+                "`reduction` must return a `Reduction` with a `lift`, which clients run, and a `merge`, "
+                f"which joins workers; found {found!r}. Make one with `reduction_from_merge`."
+            )
         self.initial_state = tff.tensorflow.computation(lambda: self._initial_state())
         self.state_type = self.initial_state.type_signature.result
 

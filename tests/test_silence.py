@@ -178,6 +178,19 @@ AT_CONSTRUCTION = {
         lambda: hparam("mine", "1", 0.0),
         (ValueError, "`mine` must be a finite number of at least 0; found '1'"),
     ),
+    "a reduction that clients cannot lift": (
+        lambda: factory(
+            attrs.evolve(
+                rules.plain_mean(),
+                reduction=lambda layers: aggregators.Reduction(lambda: 0.0, tf.add, tf.add),
+            )
+        ),
+        (TypeError, "`reduction` must return a `Reduction` with a `lift`.*`reduction_from_merge`"),
+    ),
+    "a reduction that is none": (
+        lambda: factory(attrs.evolve(rules.plain_mean(), reduction=lambda layers: tf.add)),
+        (TypeError, "`reduction` must return a `Reduction`"),
+    ),
     "a state that is not the rule's": (
         lambda: factory(
             aggregators.Rule(
