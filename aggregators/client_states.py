@@ -9,56 +9,13 @@ import tempfile
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
-
-from aggregators import client_memory
 
 _FORMAT = 1
 _MEMORY = "/dev/shm"
-
-
-def input_type(data_type: Any) -> Any:
-    """TFF type of what a client that keeps a state takes: its data, and where its state is."""
-    place = [("load", np.str_), ("save", np.str_), ("round", np.int32)]
-    return tff.to_type(OrderedDict(data=data_type, client=tff.to_type(OrderedDict(place))))
-
-
-class Place(NamedTuple):
-    """Where one client's state is, in the graph that trains it.
-
-    Attributes:
-      client: `load` and `save`, paths (`load` empty for a client without a state), and `round`, how many
-        rounds the states have seen.
-      round: How many rounds the server has seen.
-    """
-
-    client: Any
-    round: tf.Tensor
-
-    def load(self, fresh: client_memory.State) -> client_memory.State:
-        """The client's state, or this one if it has none."""
-        ours, theirs = tf.cast(self.round, tf.int32), self.client["round"]
-        message = [
-            "`cohort` must be of client states of the server's round,",
-            ours,
-            "; found those of round",
-            theirs,
-            ". Go back with `ClientStates.restore(round)`, or load the other server state.",
-        ]
-        # The bare operation: TensorFlow's function around it builds a branch for the message.
-        with tf.control_dependencies(
-            [tf.raw_ops.Assert(condition=tf.equal(ours, theirs), data=message)]
-        ):
-            path = tf.identity(self.client["load"])
-        return client_memory.load(path, fresh)
-
-    def save(self, state: client_memory.State) -> tf.Operation:
-        """Writes the client's state for its next round."""
-        return client_memory.save(self.client["save"], state)
 
 
 class ClientStates:
@@ -83,6 +40,7 @@ class ClientStates:
 
     Example: clients that keep their optimizer's momentum
 
+      >>> import tensorflow_federated as tff
       >>> from aggregators import build_fed_avg, rules
       >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
       >>> model = tff.learning.models.functional_model_from_keras(
@@ -175,6 +133,16 @@ class ClientStates:
                 f"{_few(set(ids) - known)} that it does not have, and without {_few(known - set(ids))}."
             )
         self._drop_orphans()
+
+    @property
+    def client_ids(self) -> tuple[str, ...]:
+        """All clients there are, sorted."""
+        return tuple(self._numbers)
+
+    @property
+    def keep(self) -> int:
+        """How many rounds back `restore` can go."""
+        return self._keep
 
     @property
     def round(self) -> int:

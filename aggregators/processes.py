@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators import client_states, hyperparameters, rules
+from aggregators import client_places, hyperparameters, rules
 from aggregators.client_work import ClientTraining
 from aggregators.example_clipping import ExampleClipping
 from aggregators.example_clipping import measurements as clipping_measurements
@@ -128,7 +128,7 @@ def build_fed_avg(
     state_type = initialize.type_signature.result.member
 
     remembers = rule.needs.memory is not None
-    data_type = client_states.input_type(types.data) if remembers else types.data
+    data_type = client_places.input_type(types.data) if remembers else types.data
 
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, data_type)
     def on_client(hparams: Any, rule_state: Any, weights: Any, data: Any) -> Any:
@@ -137,7 +137,7 @@ def build_fed_avg(
             output = work(weights, data, hparams, rule_state)
             part = bound.client(output.update, output.weight, rule_state)
             return part, output.metrics, output.counts
-        place = client_states.Place(data["client"], rule_state["round"])
+        place = client_places.Place(data["client"], rule_state["round"])
         output = work(weights, data["data"], hparams, rule_state, place.load)
         # The state is written where the client trains, and what it sends is there only after that.
         with tf.control_dependencies([place.save(output.state)]):

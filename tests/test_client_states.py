@@ -105,6 +105,7 @@ def test_going_back_with_the_server(tmp_path):
     with ClientStates(SIZES, str(tmp_path), keep=2) as states:
         for ids in (["a"], ["a", "b"], ["a"], ["b"]):
             history.append(play(states, history[-1], ids))
+        assert (states.client_ids, states.keep, states.round) == (("a", "b", "c"), 2, 4)
         with pytest.raises(ValueError, match="`round_number` must be from 2 to 4; found 1"):
             states.restore(1)
         # A server's state of another round is refused, and nothing is lost by it.
