@@ -48,12 +48,11 @@ class Hparam:
         return " ".join(["a finite number", " and ".join(ends)]).strip()
 
     def at(self, round_number: Any) -> tf.Tensor:
-        """The value in a round: a float64 scalar, NaN where a schedule leaves the range."""
+        """The value in a round: a float64 scalar; `check_schedules` tells where one leaves the range."""
         if not self.is_scheduled:
             return tf.constant(self.value, tf.float64)
         # In a function, since schedules branch in Python, and compare tensors with `==`.
-        found = tf.cast(tf.function(self.value)(round_number), tf.float64)
-        return tf.where(self.holds(found), found, math.nan)
+        return tf.cast(tf.function(self.value)(round_number), tf.float64)
 
     def holds(self, value: Any) -> Any:
         """Whether a Python number or a tensor lies in the range."""
@@ -95,6 +94,12 @@ def hparam(
     """
     found = Hparam(value, least, most, above, below)
     if found.is_scheduled:
+        with tf.init_scope():
+            first = float(value(0))
+        if not found.holds(first):
+            raise ValueError(
+                f"`{argument}` must be {found.range}; found a schedule that starts at {first:g}."
+            )
         return found
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not found.holds(float(value)):
@@ -122,13 +127,27 @@ def read(hparams: Mapping[str, Hparam], state: Any) -> OrderedDict[str, Any]:
 def write(hparams: Mapping[str, Hparam], state: Any, new: Any) -> OrderedDict[str, Any]:
     """The state with these hyperparameters; ends the computation where one is out of its range."""
     found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
+    checked = settable(hparams)
+    found.update((name, new[name]) for name in checked)
+    return _checked(checked, found, "found")
+
+
+def check_schedules(hparams: Mapping[str, Hparam], state: Any) -> OrderedDict[str, Any]:
+    """The state as it is; ends the round where a schedule has left the range of its number."""
+    found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
+    scheduled = OrderedDict((name, one) for name, one in hparams.items() if one.is_scheduled)
+    return _checked(scheduled, found, "its schedule gives")
+
+
+def _checked(
+    hparams: Mapping[str, Hparam], state: OrderedDict[str, Any], verb: str
+) -> OrderedDict[str, Any]:
+    if not hparams:
+        return state
     holds, message = tf.constant(True), []
-    for name, one in settable(hparams).items():
-        holds &= one.holds(new[name])
-        message += [f"`{name}` must be {one.range}; found", new[name]]
-        found[name] = new[name]
+    for name, one in hparams.items():
+        holds &= one.holds(state[name])
+        message += [f"`{name}` must be {one.range}; {verb}", state[name]]
     # The bare operation: TensorFlow's function around it builds a branch for the message.
-    with tf.control_dependencies([tf.raw_ops.Assert(condition=holds, data=message or [""])]):
-        return OrderedDict(
-            (name, tf.identity(x) if name in hparams else x) for name, x in found.items()
-        )
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=holds, data=message)]):
+        return tf.nest.map_structure(tf.identity, state)

@@ -83,7 +83,9 @@ def names_in_type(value_type: Any) -> list[str]:
 def names_of_variables(variables: Sequence[tf.Variable]) -> list[str]:
     """The variables' names without `:0`; those that occur twice get their position."""
     names = [variable.name.split(":")[0] for variable in variables]
-    return [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
+    found = [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
+    # Beside two of `a`, another may be called `a_1` itself.
+    return found if len(set(found)) == len(found) else [f"{n}_{i}" for i, n in enumerate(names)]
 
 
 def resolve_layers(layers: Layers, names: Sequence[str]) -> OrderedDict[str, tuple[int, ...]]:
@@ -139,7 +141,10 @@ def resolve_layers(layers: Layers, names: Sequence[str]) -> OrderedDict[str, tup
             f"`layers` must hold each of the {number} tensor positions 0 to {number - 1} exactly "
             f"once; found {layers!r}. Give tensors that matter less a group of their own."
         )
-    return OrderedDict((name or "+".join(names[i] for i in group), group) for name, group in named)
+    keys = [name or "+".join(names[i] for i in group) for name, group in named]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"`layers` must have a name of its own for each layer; found {keys}.")
+    return OrderedDict(zip(keys, (group for _, group in named), strict=True))
 
 
 def check_layers(layers: Layers) -> None:

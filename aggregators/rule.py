@@ -217,6 +217,7 @@ class BoundRule:
 
     def server(self, state: State, reduced: Any) -> tuple[Any, Any, Any]:
         """The new state, the flat update, and the named measurements."""
+        state = hyperparameters.check_schedules(self.rule.hparams, state)
         own, update, measured = self.rule.server(state, reduced)
         following = state["round"] + 1
         numbers = hyperparameters.values(self.rule.hparams, following)

@@ -208,6 +208,7 @@ def build_self_weighting_client_work(
 
         @tff.tensorflow.computation
         def on_server(state: Any, inner: Any, measured: Any, totals: Any) -> Any:
+            state = hyperparameters.check_schedules(numbers, state)
             seen = measure(totals, relative_scale(weighting, state))
             typical = next_typical_score(weighting, state, seen["score_mean"].numbers)
             new = OrderedDict(client_work=inner, **own_state(state["round"] + 1, typical))

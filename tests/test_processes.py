@@ -286,6 +286,31 @@ def test_numbers_of_a_rule_are_hyperparameters_and_follow_schedules():
     assert max(abs(w - a).max() for w, a in zip(weights, states[0].global_model_weights[0])) > 1e-5
 
 
+def test_a_schedule_that_leaves_the_range_of_its_number_ends_the_round_that_would_use_it():
+    steps = tf.keras.optimizers.schedules.PiecewiseConstantDecay
+    with pytest.raises(ValueError, match=r"`temperature` must be .*; found a schedule that starts"):
+        aggregators.build_fed_kl(twin.functional_model(), SGD, temperature=steps([2], [-1.0, 1.0]))
+    ends = steps([0, 1], [2.0, 1.0, -1.0])
+    model, data = twin.functional_model(), twin.datasets(DATA)
+    work = tff.learning.templates.build_functional_model_delta_client_work(
+        model=model,
+        optimizer=SGD,
+        client_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
+    )
+    weighted = aggregators.build_self_weighting_client_work(
+        work, scores.l2_distance, weighting.softmax(ends)
+    )
+    for process in (
+        aggregators.build_fed_kl(model, SGD, temperature=ends),
+        aggregators.compose_fed_avg(model, weighted),
+    ):
+        state = process.initialize()
+        for _ in range(2):  # the number of the third round stands in the state, unused
+            state = process.next(state, data).state
+        with pytest.raises(Exception, match=r"`temperature` must be .* its schedule gives.*-1"):
+            process.next(state, data)
+
+
 @pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), float("inf")])
 def test_a_number_out_of_its_range_cannot_be_set(value, fed_kl):
     state = fed_kl.initialize()

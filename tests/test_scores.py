@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from aggregators import scores, weighting
 from aggregators.hyperparameters import values
-from aggregators.layers import resolve_layers
+from aggregators.layers import names_of_variables, resolve_layers
 
 TWINS = {
     scores.kl_divergence: twins.kl,
@@ -301,6 +301,13 @@ def test_layers_that_do_not_fit_are_refused(layers):
         resolve_layers(layers, NAMES)
     with pytest.raises(ValueError, match="at least one tensor"):
         resolve_layers("model", [])
+
+
+def test_every_layer_has_a_name_of_its_own():
+    with pytest.raises(ValueError, match="`layers` must have a name of its own for each layer"):
+        resolve_layers({1: [0], "1": [1, 2]}, NAMES)
+    variables = [tf.Variable(0.0, name=name) for name in ("a", "a", "a_1")]
+    assert names_of_variables(variables) == ["a_0", "a_1", "a_1_2"]
 
 
 def state_of(chosen, typical, round_number=0):
