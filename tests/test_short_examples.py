@@ -1,13 +1,19 @@
 """The short examples do, in a few rounds, what they say, and stay short."""
 
 import importlib
+import itertools
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-SHORT = ["compare_rules", "keras_in_five_lines", "kill_and_resume", "own_score"]
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+LONG = {"drifting_clients", "train_digits"}  # programs with options, tested in test_examples.py
+SHORT = sorted({path.stem for path in EXAMPLES.glob("*.py")} - LONG)
 
 
 @pytest.fixture
@@ -16,10 +22,30 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-def test_every_short_example_is_short_and_has_a_test_here():
-    for name in SHORT:
-        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100, name
-        assert f'example("{name}")' in pathlib.Path(__file__).read_text()
+@pytest.mark.parametrize("name", SHORT)
+def test_an_example_is_short_listed_and_tested_here(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
+    assert f"| [`{name}.py`]({name}.py) |" in (EXAMPLES / "README.md").read_text()
+    assert f'example("{name}")' in pathlib.Path(__file__).read_text()
+
+
+def test_as_a_program_it_prints_and_ends_its_worker():
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / "porting.py"), "2"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "sum and maximum over clients: (8.0, 5.0)" in run.stdout
+    assert "Exception ignored" not in run.stderr
+
+
+def test_old_code_trains_as_it_is_written_now(example):
+    losses, evaluated = example("porting").main("6")
+    assert losses[-1] < losses[0]
+    assert evaluated < losses[0]
 
 
 def test_rules_are_compared_in_a_picture(example, tmp_path):
@@ -34,12 +60,80 @@ def test_keras_optimizers_train(example):
     assert losses[-1] < losses[0]
 
 
+def test_fed_prox_holds_clients_and_constraints_hold_the_server(example):
+    moved, (kernel, bias) = example("fed_prox_pipeline").main("6")
+    assert max(moved[3:]) < 0.5 * min(moved[:3])  # from the middle on the pull is 50 times stronger
+    assert kernel.min() >= -1 - 1e-6
+    assert max(abs(kernel).max(), abs(bias).max()) <= 3 + 1e-6
+    _, (kernel, _) = example("fed_prox_pipeline").main("12")
+    assert kernel.min() == pytest.approx(-1, abs=1e-6)  # the truth is -2
+
+
 def test_a_run_goes_on(example, tmp_path):
     module = example("kill_and_resume")
     module.main("2", str(tmp_path / "pieces"))
     pieces, weights = module.main("4", str(tmp_path / "pieces"))
     assert pieces.rounds["round"].tolist() == [1, 2, 3, 4]
     assert np.shape(weights.trainable[0]) == (3, 1)
+
+
+def test_three_ways_of_kl_weighting_agree(example):
+    by_way, shares = example("kl_three_ways").main("3")
+    for weights in by_way[1:]:
+        np.testing.assert_allclose(weights, by_way[0], rtol=1e-5)
+    # The first round is plain averaging; after it the client that has the truth upside down loses.
+    assert shares[2][-1] < 0.3 * shares[0][-1]
+
+
+def test_a_gate_of_yours_opens_and_shuts(example):
+    history = example("own_gate").main("6")
+    loss, share = history.rounds["aggregator/loss"], history.rounds["aggregator/share"]
+    opened = [min(done / 4, 1) for done in range(6)]
+    risen = [False] + [now > 1.1 * before for before, now in itertools.pairwise(loss)]
+    assert any(risen)
+    expected = [0 if up else at for up, at in zip(risen, opened)]
+    np.testing.assert_allclose(share, expected)
+
+
+def test_lamb_trains_on_the_server(example):
+    accuracy = example("lamb_on_server").main("12").rounds["evaluation/accuracy"]
+    assert accuracy[-1] > accuracy[0] + 0.2
+
+
+def test_several_workers_give_the_numbers_of_plain_tff(example):
+    plain, *others = example("several_workers").main("2").values()
+    assert len(others) == 2
+    for weights in others:
+        np.testing.assert_allclose(weights, plain, rtol=1e-5)
+
+
+def test_a_language_model_learns(example):
+    history = example("language_model").main("10")
+    first, last = history.rounds.where(round=0)[0], history.rounds.where(round=10)[0]
+    assert last["evaluation/perplexity"] < 0.5 * first["evaluation/perplexity"]
+
+
+# Landmark, CIFAR-100 and words of Stack Overflow take a minute each: their networks are large.
+@pytest.mark.parametrize(
+    "task", ["emnist", "emnist_autoencoder", "shakespeare", "stackoverflow_tags"]
+)
+def test_a_baseline_task_trains(example, task):
+    history = example("baselines").main(task, "1")[task]
+    assert np.isfinite(history.rounds["client_work/train/loss"]).all()
+
+
+def test_the_baseline_tasks_are_those_of_tff(example):
+    import tensorflow_federated as tff
+
+    tasks = tff.simulation.baselines
+    modules = (tasks.cifar100, tasks.emnist, tasks.landmark, tasks.shakespeare, tasks.stackoverflow)
+    there = {
+        getattr(module, name)
+        for module in modules
+        for name in dir(module)
+        if name.startswith("create_") and name.endswith("_task")
+    }
+    assert set(example("baselines").TASKS.values()) == there
 
 
 def test_a_score_of_yours_weighs_clients(example):

@@ -7,6 +7,7 @@ import tensorflow_federated as tff
 
 from tff_optim.client_data import check_client_data
 from tff_optim.messages import shown
+from tff_optim.simulation import stores
 
 
 def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], Any]]:
@@ -41,6 +42,10 @@ class Cohorts:
         size: How many take part in a round.
         seed: Of `tff.simulation.build_uniform_sampling_fn`.
         data_type: What the process takes of one client.
+
+    Attributes:
+        ids: Of all clients.
+        keeps_states: Whether clients keep a state, whose place is handed over with their data.
     """
 
     def __init__(self, clients: Any, size: int, seed: int, data_type: tff.Type):
@@ -49,7 +54,7 @@ class Cohorts:
         self._sample = tff.simulation.build_uniform_sampling_fn(
             range(len(self.ids)), random_seed=seed
         )
-        self._data_type = data_type
+        self._data_type, self.keeps_states = stores.data_of_client(data_type)
         self._checked: set[Hashable] = set()
 
     def draw(self, round_number: int) -> list[Hashable]:

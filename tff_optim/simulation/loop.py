@@ -9,8 +9,10 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim.messages import shown
+from tff_optim.resident import ResidentProcess
 from tff_optim.simulation import cohorts, interrupts
 from tff_optim.simulation.history import History, Table, join
+from tff_optim.simulation.threads import side_by_side
 from tff_optim.simulation.training import Plan, train
 
 _NAME = "process"  # of a process that is given without one
@@ -31,8 +33,10 @@ def run(
     progress: bool = True,
     stop: Callable[[Table], bool] | None = None,
     managers: Sequence[tff.program.ReleaseManager] = (),
+    client_states: Callable[..., Any] | None = None,
+    runs_at_once: int | None = None,
 ) -> History:
-    """Trains one or several processes, with one or several seeds, one after the other.
+    """Trains one or several processes, with one or several seeds, some of them side by side.
 
     Each run is a call of `tff.simulation.run_training_process`. With a `directory`, it keeps there
     `rounds.csv` and `clients.csv` (see `History`), `tensorboard/` with a curve for every number,
@@ -82,6 +86,15 @@ def run(
         progress: Whether to show a bar on a terminal or in a notebook.
         stop: Called after each round with the rounds so far; true ends the run. See `no_better`.
         managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round.
+        client_states: `aggregators.ClientStates`, for processes whose clients keep a state
+            (`build_scaffold`): each run has a store of its own, in its folder or in memory. It is
+            kept for `rounds_per_checkpoint` rounds back, so that a resumed run finds the states of
+            its round.
+        runs_at_once: How many runs go on side by side, each in a thread, with the same numbers as
+            one after the other. None is one run for each two cores. What you have written
+            (functions that build or evaluate, data, `stop`, managers) is called by one run at a
+            time, and one `ResidentProcess` trains one run at a time: give a function of the seed
+            that makes one.
 
     Returns:
         A `History`.
@@ -104,20 +117,33 @@ def run(
         progress=progress,
         stop=stop,
         managers=tuple(managers),
+        client_states=client_states,
     )
     processes, seeds = _processes(process), _seeds(seed)
+    if runs_at_once is None:
+        runs_at_once = max(len(os.sched_getaffinity(0)) // 2, 1)
+    cohorts.check_whole("runs_at_once", runs_at_once, 1)
     several = isinstance(process, Mapping) or not isinstance(seed, int)
-    histories = []
+
+    def train_one(name: str, number: int) -> list[History]:
+        if interrupt.requested:
+            return []
+        folder = None if directory is None else os.fspath(directory)
+        if folder is not None and several:
+            folder = os.path.join(folder, name, f"seed_{number}")
+        with _built(processes[name], number, name, plan) as one:
+            drawn = cohorts.Cohorts(clients, clients_per_round, number, _data_type(one))
+            return [train(one, drawn, plan, folder, interrupt, name, number)]
+
+    lanes = _lanes(processes, seeds)
     with interrupts.let_rounds_end() as interrupt:
-        for (name, made), number in itertools.product(processes.items(), seeds):
-            folder = None if directory is None else os.fspath(directory)
-            if folder is not None and several:
-                folder = os.path.join(folder, name, f"seed_{number}")
-            with _built(made, number, name) as one:
-                drawn = cohorts.Cohorts(clients, clients_per_round, number, _data_type(one))
-                histories.append(train(one, drawn, plan, folder, interrupt, name, number))
-            if interrupt.requested:
-                break
+        if runs_at_once == 1 or len(lanes) == 1:
+            histories = [one for run in itertools.chain(*lanes) for one in train_one(*run)]
+        else:
+            calls = [
+                lambda lane=lane: [h for run in lane for h in train_one(*run)] for lane in lanes
+            ]
+            histories = list(itertools.chain(*side_by_side(calls, runs_at_once, interrupt)))
     return join(histories)
 
 
@@ -183,13 +209,24 @@ def _seeds(seed: int | Sequence[int]) -> list[int]:
     return seeds
 
 
+def _lanes(processes: dict[str, Any], seeds: list[int]) -> list[list[tuple[str, int]]]:
+    """Runs by name and seed, those together that must go one after the other."""
+    lanes: dict[Any, list[tuple[str, int]]] = {}
+    for name, seed in itertools.product(processes, seeds):
+        one = processes[name]
+        key = id(one) if isinstance(one, ResidentProcess) else (name, seed)
+        lanes.setdefault(key, []).append((name, seed))
+    return list(lanes.values())
+
+
 @contextlib.contextmanager
-def _built(made: Any, seed: int, name: str) -> Iterator[Any]:
+def _built(made: Any, seed: int, name: str, plan: Plan) -> Iterator[Any]:
     """The process as given, or made for this seed and closed in the end."""
     if hasattr(made, "next"):
         yield made
         return
-    one = made(seed)
+    with plan.lock:
+        one = made(seed)
     if not hasattr(one, "next") or not hasattr(one, "initialize"):
         raise TypeError(
             f"`process` must be a function that returns a learning process; {name!r} returned "

@@ -1,13 +1,13 @@
 """One run: TFF's training loop with the files, the bar and the stops around it."""
 
-import asyncio
 import collections
-import concurrent.futures
+import contextlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -15,14 +15,13 @@ import tensorflow_federated as tff
 
 from tff_optim.messages import shown
 from tff_optim.resident import ResidentCheckpoints, ResidentProcess
-from tff_optim.simulation import metrics
+from tff_optim.simulation import metrics, stores
 from tff_optim.simulation.cohorts import Cohorts, check_whole
 from tff_optim.simulation.history import History, Table
 from tff_optim.simulation.interrupts import Interrupt
 from tff_optim.simulation.progress import ProgressBar
 from tff_optim.simulation.records import RecordFile
-
-_T = TypeVar("_T")
+from tff_optim.simulation.threads import on_a_loop, wait
 
 
 def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
@@ -49,6 +48,9 @@ class Plan:
     progress: bool
     stop: Callable[[Table], bool] | None = attrs.field(validator=_function)
     managers: tuple[tff.program.ReleaseManager, ...]
+    client_states: Callable[..., Any] | None = attrs.field(validator=_function)
+    # Held by whatever the caller has written: one call at a time, however many runs there are.
+    lock: threading.RLock = attrs.field(factory=threading.RLock)
 
 
 class _StopTraining(Exception):  # noqa: N818
@@ -65,7 +67,7 @@ def train(
     seed: int,
 ) -> History:
     """Runs one process with one seed; see `run`."""
-    return _on_a_loop(lambda: _Run(process, cohorts, plan, folder, interrupt, name, seed).history())
+    return on_a_loop(lambda: _Run(process, cohorts, plan, folder, interrupt, name, seed).history())
 
 
 class _Run:
@@ -81,13 +83,13 @@ class _Run:
         name: str,
         seed: int,
     ):
-        self._process, self._cohorts, self._plan = process, cohorts, plan
+        self._process, self._cohorts, self._plan, self._folder = process, cohorts, plan, folder
         self._interrupt, self._run = interrupt, (name, seed)
         self._checkpoints, saved = None, None
         if folder is not None:
             _check_folder(folder, plan, seed)
             self._checkpoints = _checkpoints(process, os.path.join(folder, "checkpoints"))
-            versions = _wait(self._checkpoints.get_versions())
+            versions = wait(self._checkpoints.get_versions())
             saved = max(versions) if versions else None
         path = (lambda file: None) if folder is None else (lambda file: os.path.join(folder, file))
         self._rounds = RecordFile(path("rounds.csv"), saved)
@@ -99,12 +101,28 @@ class _Run:
         if folder is not None:
             self._board = tf.summary.create_file_writer(path("tensorboard"))
         self._saved = saved
+        self._store: Any = None  # of the states of clients
         self._state: Any = None  # after the last round of this call
         self._of_clients: list[dict[str, Any]] = []
         self._bar: ProgressBar | None = None
 
     def history(self) -> History:
         """Trains, saves what is not saved yet, and tells."""
+        keeps = self._cohorts.keeps_states
+        with self._open_store() if keeps else contextlib.nullcontext() as self._store:
+            return self._train()
+
+    def _open_store(self) -> contextlib.AbstractContextManager[Any]:
+        factory, folder = self._plan.client_states, self._folder
+        if factory is None:
+            raise ValueError(
+                "`client_states` must be given for a process whose clients keep a state; found None. "
+                "Pass `client_states=aggregators.ClientStates`."
+            )
+        keep = 1 if folder is None else self._plan.rounds_per_checkpoint
+        return stores.opened(factory, self._cohorts.ids, folder, keep, self._saved or 0)
+
+    def _train(self) -> History:
         plan, run = self._plan, self._run
         ended, rounds = "finished", plan.rounds
         if self._saved and self._is_enough():
@@ -135,9 +153,9 @@ class _Run:
                 self._board.close()
         done = max((record["round"] for record in self._rounds.records), default=0)
         if self._checkpoints is not None:
-            versions = _wait(self._checkpoints.get_versions()) or []
+            versions = wait(self._checkpoints.get_versions()) or []
             if done not in versions:
-                _wait(self._checkpoints.save(self._state, done))
+                wait(self._checkpoints.save(self._state, done))
         return History(
             rounds=self._table(self._rounds),
             clients=self._table(self._clients),
@@ -150,8 +168,11 @@ class _Run:
         return self._process.initialize()
 
     def next(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
-        """A round, with flat metrics."""
-        state, found = _pair(self._process.next(state, data))
+        """A round, with flat metrics; clients' states count once it has ended."""
+        ids = [str(client) for client in self._cohort]
+        plain = contextlib.nullcontext(data)
+        with plain if self._store is None else self._store.cohort(ids, data) as cohort:
+            state, found = _pair(self._process.next(state, cohort))
         self._of_clients = metrics.client_records(found, self._cohort)
         self._next_state = state
         return state, collections.OrderedDict(metrics.flatten(found))
@@ -163,16 +184,20 @@ class _Run:
             if self._is_enough():
                 raise _StopTraining("stopped")
         self._cohort = self._cohorts.draw(number)
-        return self._cohorts.data(number)
+        with self._plan.lock:
+            return self._cohorts.data(number)
 
     def _is_enough(self) -> bool:
-        return self._plan.stop is not None and bool(self._plan.stop(self._table(self._rounds)))
+        with self._plan.lock:
+            return self._plan.stop is not None and bool(self._plan.stop(self._table(self._rounds)))
 
     def _evaluate(self, state: Any, unused: Any) -> dict[str, Any]:
         del unused
         read = getattr(self._process, "get_model_weights", lambda state: state)
         assert self._plan.evaluate is not None
-        found = self._plan.evaluate(read(state))
+        weights = read(state)
+        with self._plan.lock:
+            found = self._plan.evaluate(weights)
         if not isinstance(found, Mapping):
             raise TypeError(
                 f"`evaluate` must return a mapping from names to numbers; found {shown(found)}."
@@ -189,8 +214,9 @@ class _Run:
                     if not isinstance(number_or_text, str):
                         tf.summary.scalar(name, number_or_text)
             self._board.flush()
-        for manager in self._plan.managers:
-            await manager.release(record, number)
+        with self._plan.lock:
+            for manager in self._plan.managers:
+                await manager.release(record, number)
         assert self._bar is not None
         await self._bar.release(record, number)
         if number:
@@ -247,41 +273,3 @@ def _check_folder(folder: str, plan: Plan, seed: int) -> None:
             f"`directory` must hold a run with {given}, or none; found one with {found} in "
             f"{folder}. Name another."
         )
-
-
-def _wait(coroutine: Any) -> Any:
-    return asyncio.get_event_loop().run_until_complete(coroutine)
-
-
-def _on_a_loop(function: Callable[[], _T]) -> _T:
-    """Calls a function where TFF's loop finds an event loop that is free, as it needs one."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return _with_new_loop(function)
-    # A notebook's thread is inside its own event loop: TFF's runs in another one.
-    context = tff.framework.get_context_stack().current
-
-    def elsewhere() -> _T:
-        with tff.framework.get_context_stack().install(context):
-            return _with_new_loop(function)
-
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    try:
-        return pool.submit(elsewhere).result()
-    finally:
-        pool.shutdown(wait=False)
-
-
-def _with_new_loop(function: Callable[[], _T]) -> _T:
-    try:
-        before = asyncio.get_event_loop_policy().get_event_loop()
-    except RuntimeError:  # this thread has none
-        before = None
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        return function()
-    finally:
-        asyncio.set_event_loop(before)
-        loop.close()

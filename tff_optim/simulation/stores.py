@@ -1,0 +1,52 @@
+"""Stores of clients' states in a run: opened for it, at its round, handed out by client id."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow_federated as tff
+
+_FOLDER = "client_states"
+
+
+def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
+    """The type of a client's data, and whether a place for a state comes with it."""
+    if isinstance(client_type, tff.StructType):
+        members = dict(tff.structure.iter_elements(client_type))
+        if list(members) == ["data", "client"]:
+            return members["data"], True
+    return client_type, False
+
+
+@contextlib.contextmanager
+def opened(
+    factory: Callable[..., Any], ids: Sequence[Any], folder: str | None, keep: int, done: int
+) -> Iterator[Any]:
+    """A run's store, brought to the round of the server's state.
+
+    Args:
+        factory: Such as `aggregators.ClientStates`.
+        ids: Of all clients.
+        folder: The run's; None for a store in memory.
+        keep: How many rounds lie between two checkpoints.
+        done: The round of the server's state.
+
+    Raises:
+        ValueError: The store does not reach back, or up, to that round.
+    """
+    path = None if folder is None else os.path.join(folder, _FOLDER)
+    store = factory([str(client) for client in ids], path, keep=keep)
+    try:
+        if store.round != done:
+            try:
+                store.restore(done)
+            except ValueError as error:
+                raise ValueError(
+                    f"`directory` must hold clients' states of round {done}, which the server's state "
+                    f"has; found those of round {store.round} in {path}, kept for {keep} rounds. Take "
+                    f"another directory. ({error})"
+                ) from error
+        yield store
+    finally:
+        store.close()
