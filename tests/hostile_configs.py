@@ -279,7 +279,9 @@ def _change_keys(rng: random.Random, value: Any) -> Any:
             del value[key]
         elif kind == 1:
             value[
-                rng.choice([key.upper(), f"{key}_", "__init__", "mesh", "custom_objects", "lr"])
+                rng.choice(
+                    [str(key).upper(), f"{key}_", "__init__", "mesh", "custom_objects", "lr"]
+                )
             ] = value.pop(key)
         elif kind == 2:
             value[rng.choice(["unknown", 3, None, "mesh", "jit_compile", "decay"])] = value[key]
