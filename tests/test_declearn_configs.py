@@ -125,6 +125,7 @@ SCHEDULES = [
     schedules.Triangular(0.1, 0.5, 2, 0.5, 0.9),
     schedules.Warmup(0.5, 3, schedules.InverseScaling(0.5, 0.75)),
     schedules.Warmup(0.5, 3),
+    schedules.Warmup(3e19, 2**64, schedules.InverseScaling(0.5, 0.75)),  # longer than int64 counts
 ]
 
 

@@ -170,6 +170,8 @@ class Warmup(_Schedule):
         """The rate after `step` steps."""
         step = tf.convert_to_tensor(step)
         warm = self._first * (tf.cast(step, tf.float32) + 1.0) / self._steps
-        later = tf.maximum(step - tf.cast(int(self._steps), step.dtype), tf.zeros([], step.dtype))
+        # A warm-up may be longer than the steps that their dtype can count.
+        steps = tf.constant(min(int(self._steps), step.dtype.max), step.dtype)
+        later = tf.maximum(step - steps, tf.zeros([], step.dtype))
         after = self._first if self._then is None else tf.cast(self._then(later), tf.float32)
         return tf.where(tf.cast(step, tf.float32) < self._steps, warm, after)
