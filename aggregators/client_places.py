@@ -12,7 +12,7 @@ from aggregators import client_memory
 
 def input_type(data_type: Any) -> Any:
     """TFF type of what a client that keeps a state takes: its data, and where its state is."""
-    place = [("load", np.str_), ("save", np.str_), ("round", np.int32)]
+    place = [("load", np.str_), ("save", np.str_), ("round", np.int32), ("number", np.int32)]
     return tff.to_type(OrderedDict(data=data_type, client=tff.to_type(OrderedDict(place))))
 
 
@@ -20,8 +20,8 @@ class Place(NamedTuple):
     """Where one client's state is, in the graph that trains it.
 
     Attributes:
-      client: `load` and `save`, paths (`load` empty for a client without a state), and `round`, how many
-        rounds the states have seen.
+      client: `load` and `save`, paths (`load` empty for a client without a state), `round`, how many
+        rounds the states have seen, and `number`, the client's own.
       round: How many rounds the server has seen.
     """
 

@@ -23,7 +23,7 @@ class ClientStates:
 
     A round reads and writes the states of its cohort where its clients train, in the worker, as
     TensorFlow checkpoints: they never pass through Python, and memory is that of the clients at work.
-    What travels with a client's data is two paths and a number, so a cohort is the client data of
+    What travels with a client's data is two paths and two numbers, so a cohort is the client data of
     any `LearningProcess`, in TFF's runtimes, in sub-rounds, and on several workers that see the same
     files.
 
@@ -204,6 +204,7 @@ class ClientStates:
                         load=self._file(one),
                         save=os.path.join(self._path, file),
                         round=np.int32(done),
+                        number=np.int32(self._numbers[one]),
                     ),
                 )
                 for one, file, its_data in zip(ids, files, data, strict=True)

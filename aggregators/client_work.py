@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators.client_memory import Context
+from aggregators.client_task import Given, Loop, Task, initial_state
 from aggregators.example_clipping import (
     ExampleClipping,
     check_clipping,
@@ -17,13 +18,7 @@ from aggregators.example_clipping import (
 from aggregators.layers import ModelLayers, layers_of_type, names_of_variables
 from aggregators.rule import Needs
 from aggregators.scores import score_layers
-from aggregators.training import (
-    Loop,
-    build_training,
-    check_model_fn,
-    check_optimizer,
-    initial_state,
-)
+from aggregators.training import build_training, check_model_fn, check_optimizer
 from aggregators.update import ClientUpdate, client_update
 
 
@@ -96,26 +91,32 @@ class ClientTraining:
         )
 
     def work(self, layers: ModelLayers) -> Callable[..., ClientOutput]:
-        """The work of one client: `(weights, dataset, hparams, rule_state, load) -> ClientOutput`.
+        """The work of one client: `(weights, dataset, hparams, rule_state, load, moment) -> ...`.
 
-        `load` gives the client's state, from one that it would have had at its first round.
+        `load` gives the client's state, from one that it would have had at its first round; `moment`
+        is where in the run it trains, see `client_task.Given`. The result is a `ClientOutput`.
 
         To be called where the graph is built that trains: the model is made there.
         """
         needs = self.needs
         candidates = needs.candidates
-        train = build_training(
-            self.model_fn,
+        task = Task(
             self.optimizer,
             needs.loss,
             self.loop_implementation,
-            clipping=self.example_clipping,
-            error=None if candidates is None else candidates.error,
-            memory=needs.memory,
+            self.example_clipping,
+            None if candidates is None else candidates.error,
+            needs.memory,
         )
+        train = build_training(self.model_fn, task)
 
         def run(
-            weights: Any, dataset: Any, hparams: Any, rule_state: Any = None, load: Any = None
+            weights: Any,
+            dataset: Any,
+            hparams: Any,
+            rule_state: Any = None,
+            load: Any = None,
+            moment: Any = (),
         ) -> ClientOutput:
             trainable = tuple(tf.nest.flatten(weights.trainable))
             models: Any = ()
@@ -126,7 +127,7 @@ class ClientTraining:
                 start = initial_state(self.optimizer, trainable, hparams)
                 fresh = needs.memory.initial_state(trainable, start)
                 context = Context(load(fresh), rule_state, trainable)
-            done = train(weights, dataset, hparams, models, context)
+            done = train(Given(weights, dataset, hparams, models, context, moment))
             measured: OrderedDict[str, tf.Tensor] = OrderedDict()
             if needs.score is not None:
                 measured[needs.score.name] = score_layers(

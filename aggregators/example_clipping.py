@@ -53,9 +53,23 @@ class ExampleClipping:
 
     The measurements `clipped_examples`, `non_finite_examples` and `mean_norm` are exact and not
     protected by the noise. Nor is the client's weight, its number of examples: for a guarantee per
-    example use `ClientWeighting.UNIFORM` and keep the measurements to yourself. The noise comes from
-    the system's entropy, anew for each batch, so no client, round or run repeats it; TensorFlow's
-    generator is not a cryptographic one. What the noise is worth: `aggregators.privacy.epsilon`.
+    example use `ClientWeighting.UNIFORM` and keep the measurements to yourself. What the noise is
+    worth: `aggregators.privacy.epsilon`. TensorFlow's generator is not a cryptographic one.
+
+    Without a seed the noise comes from the system's entropy, anew for each batch: no client, round or
+    run repeats any of it. A run that goes on from a checkpoint draws on, other noise than an
+    undisturbed run would have drawn; so rounds that are trained once more tell twice of their data.
+
+    With a seed the noise is a function of the seed, of the round in the process's state, of the
+    client's number where it keeps a state (`ClientStates`), of the step, and of the bits of the batch
+    that it hides. A run that goes on from a checkpoint, in this place or another, draws what the
+    undisturbed one would have drawn. Clients differ by their data: those without a number that have
+    the same batch at the same step of a round have the same noise in it. The price: whoever knows the
+    seed can tell, for data that he guesses, whether they were there; and whoever sees two runs of one
+    seed, or one round trained by two rates, on the same data, sees their difference without noise. So
+    a seed is for experiments that must be repeated. If anything of such a run is shown to others,
+    draw its seed at random (`secrets.randbits(63)`), for this run alone, and keep it from them. It is
+    a constant of the process's computations, and not in its state.
 
     Attributes:
       clip_norm: `C`, above 0; infinity to only leave out what is not finite.
@@ -64,6 +78,7 @@ class ExampleClipping:
       per_tensor: Whether each tensor of a gradient is clipped to `C` by itself, as declearn's
         `sclip_norm` does, instead of all of them by one factor. It changes the gradient's direction, and
         needs noise `sqrt(number of tensors)` as large, which it gets.
+      seed: Of the noise, from 0 to 2**63 - 1; None for the system's entropy. See above.
 
     Example:
       >>> ExampleClipping(1.0, noise_multiplier=1.1, expected_batch_size=32).noise_stddev(2)
@@ -81,8 +96,14 @@ class ExampleClipping:
         validator=attrs.validators.optional(_check_number(0.0, above=True, finite=True)),
     )
     per_tensor: bool = attrs.field(default=False, kw_only=True)
+    seed: int | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if self.seed is not None and not (whole and 0 <= self.seed < 2**63):
+            raise ValueError(
+                f"`seed` must be a whole number from 0 to 2**63 - 1, or None; found {self.seed!r}."
+            )
         if not isinstance(self.per_tensor, bool):
             raise TypeError(f"`per_tensor` must be True or False; found {self.per_tensor!r}.")
         if self.noise_multiplier and self.expected_batch_size is None:
@@ -121,8 +142,10 @@ class Clipped(NamedTuple):
     carried: Any
 
 
-def no_counts() -> OrderedDict[str, tf.Tensor]:
-    """The counts of no batch."""
+def no_counts(clipping: ExampleClipping | None) -> OrderedDict[str, tf.Tensor]:
+    """The counts of no batch; empty where nothing is clipped."""
+    if clipping is None:
+        return OrderedDict()
     return OrderedDict(
         examples=tf.constant(0, tf.int64),
         clipped=tf.constant(0, tf.int64),
@@ -137,6 +160,8 @@ def clip_examples(
     weights: Sequence[Any],
     one: Callable[[Any, Any], tuple[Any, Any, Any]],
     carried: Any = (),
+    *,
+    moment: Sequence[Any] = (),
 ) -> Clipped:
     """The gradient of a batch; see `ExampleClipping`.
 
@@ -147,21 +172,23 @@ def clip_examples(
       one: `(carried, batch of one) -> (carried, gradients, loss)`. What it carries on is kept only
         for an example that counts.
       carried: What it starts from.
+      moment: Whole numbers by which batches differ, such as round and step: for noise of a seed.
     """
     known: list[bool] = []
+    wide = [tf.float32 if w.dtype.size < 4 else w.dtype for w in weights]  # what sums are taken in
 
     def step(i: tf.Tensor, sums: Any, loss: Any, counts: Any, carried: Any) -> Any:
         example = tf.nest.map_structure(lambda x: x[i : i + 1], batch)
         following, gradients, its_loss = one(carried, example)
         known[:] = [g is not None for g in gradients]
         dense = [
-            tf.zeros(w.shape, w.dtype) if g is None else tf.convert_to_tensor(g)
-            for w, g in zip(weights, gradients, strict=True)
+            tf.zeros(w.shape, kind) if g is None else tf.cast(tf.convert_to_tensor(g), kind)
+            for w, g, kind in zip(weights, gradients, wide, strict=True)
         ]
-        norms = tf.stack([tf.cast(tf.norm(g), tf.float32) for g in dense])
+        norms = tf.stack([tf.cast(tf.norm(g), tf.float64) for g in dense])
         norm = tf.norm(norms)
         counts_it = tf.math.is_finite(norm)
-        factors = tf.minimum(1.0, clipping.clip_norm / (norms if clipping.per_tensor else norm))
+        factors = tf.minimum(clipping.clip_norm / (norms if clipping.per_tensor else norm), 1.0)
         factors = tf.broadcast_to(factors, norms.shape)
         sums = tuple(
             total + tf.where(counts_it, tf.cast(factors[k], g.dtype) * g, tf.zeros_like(g))
@@ -172,7 +199,7 @@ def clip_examples(
             examples=counts["examples"] + tf.cast(counts_it, tf.int64),
             clipped=counts["clipped"] + tf.cast(counts_it & tf.reduce_any(factors < 1.0), tf.int64),
             non_finite=counts["non_finite"] + tf.cast(~counts_it, tf.int64),
-            norms=counts["norms"] + tf.where(counts_it, norm, 0.0),
+            norms=counts["norms"] + tf.where(counts_it, tf.cast(norm, tf.float32), 0.0),
         )
         loss += tf.where(counts_it, its_loss, 0.0)
         carried = tf.nest.map_structure(
@@ -181,30 +208,53 @@ def clip_examples(
         return i + 1, sums, loss, counts, carried
 
     size = tf.shape(tf.nest.flatten(batch)[0], tf.int32)[0]
-    zeros = tuple(tf.zeros(w.shape, w.dtype) for w in weights)
-    state = (tf.constant(0), zeros, tf.constant(0.0), no_counts(), carried)
+    zeros = tuple(tf.zeros(w.shape, kind) for w, kind in zip(weights, wide, strict=True))
+    state = (tf.constant(0), zeros, tf.constant(0.0), no_counts(clipping), carried)
     _, sums, loss, counts, carried = tf.while_loop(lambda i, *_: i < size, step, state)
     examples = tf.cast(counts["examples"], tf.int32)
     stddev = clipping.noise_stddev(len(weights))
     if stddev:
-        sums = [total + _noise(total, stddev) for total in sums]
+        key = _noise_key(clipping.seed, moment, batch)
+        sums = [total + _noise(total, stddev, key, k) for k, total in enumerate(sums)]
     divisor = clipping.expected_batch_size
     divisor = tf.cast(examples if divisor is None else divisor, tf.float32)
     gradients = tuple(
-        tf.math.divide_no_nan(total, tf.cast(divisor, total.dtype)) if there else None
-        for total, there in zip(sums, known, strict=True)
+        tf.cast(tf.math.divide_no_nan(total, tf.cast(divisor, total.dtype)), w.dtype)
+        if there
+        else None
+        for total, w, there in zip(sums, weights, known, strict=True)
     )
     mean_loss = tf.math.divide_no_nan(loss, tf.cast(examples, tf.float32))
     return Clipped(gradients, mean_loss, examples, counts, carried)
 
 
-def _noise(like: tf.Tensor, stddev: float) -> tf.Tensor:
-    # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph, and
-    # all clients would draw the same.
-    seed = tf.raw_ops.NonDeterministicInts(shape=[2], dtype=tf.int64)
-    numbers_type = like.dtype if like.dtype.size >= 4 else tf.float32
-    drawn = tf.random.stateless_normal(like.shape, seed, 0.0, stddev, numbers_type, alg=_ALGORITHM)
-    return tf.cast(drawn, like.dtype)
+def add_counts(total: Any, found: Any) -> Any:
+    """Adds a batch's counts."""
+    return tf.nest.map_structure(tf.add, total, found)
+
+
+def _noise_key(seed: int | None, moment: Sequence[Any], batch: Any) -> tf.Tensor:
+    """int64 of shape [2], from which a batch's noise is drawn."""
+    if seed is None:
+        # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph,
+        # and all clients would draw the same.
+        return tf.raw_ops.NonDeterministicInts(shape=[2], dtype=tf.int64)
+    key = tf.constant([seed, 0], tf.int64)
+    for number in moment:
+        key = _fold(key, tf.cast(number, tf.int64))
+    for tensor in tf.nest.flatten(batch):
+        row = tf.reshape(tensor, [1, tf.size(tensor)])
+        key = _fold(key, tf.bitcast(tf.fingerprint(row), tf.int64)[0])
+    return key
+
+
+def _fold(key: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    return tf.random.experimental.stateless_fold_in(key, number, alg=_ALGORITHM)
+
+
+def _noise(like: tf.Tensor, stddev: float, key: tf.Tensor, position: int) -> tf.Tensor:
+    key = _fold(key, tf.constant(position, tf.int64))
+    return tf.random.stateless_normal(like.shape, key, 0.0, stddev, like.dtype, alg=_ALGORITHM)
 
 
 @tff.tensorflow.computation

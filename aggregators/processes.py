@@ -12,6 +12,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators import client_places, hyperparameters, rules
+from aggregators.client_task import Loop
 from aggregators.client_work import ClientTraining
 from aggregators.example_clipping import ExampleClipping
 from aggregators.example_clipping import measurements as clipping_measurements
@@ -20,7 +21,7 @@ from aggregators.rule import BoundRule, LossAt, Rule, check_rule
 from aggregators.rules.adaptive import ScoreLike
 from aggregators.rules.gated import Gate
 from aggregators.scores import js_divergence, kl_divergence
-from aggregators.training import Loop, check_model_fn, check_optimizer
+from aggregators.training import check_model_fn, check_optimizer
 from aggregators.weighting import Weighting, softmax
 
 Optimizer: TypeAlias = tff.learning.optimizers.Optimizer
@@ -133,12 +134,14 @@ def build_fed_avg(
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, data_type)
     def on_client(hparams: Any, rule_state: Any, weights: Any, data: Any) -> Any:
         work = training.work(bound.layers)
+        round_number = rule_state["round"]
         if not remembers:
-            output = work(weights, data, hparams, rule_state)
+            output = work(weights, data, hparams, rule_state, moment=(round_number,))
             part = bound.client(output.update, output.weight, rule_state)
             return part, output.metrics, output.counts
-        place = client_places.Place(data["client"], rule_state["round"])
-        output = work(weights, data["data"], hparams, rule_state, place.load)
+        place = client_places.Place(data["client"], round_number)
+        moment = (round_number, data["client"]["number"])
+        output = work(weights, data["data"], hparams, rule_state, place.load, moment)
         # The state is written where the client trains, and what it sends is there only after that.
         with tf.control_dependencies([place.save(output.state)]):
             weight = tf.identity(output.weight)

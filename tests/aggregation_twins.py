@@ -152,7 +152,7 @@ def jury(
 
     `memory` has `gap` (a list of tensors for each voice), `share`, and what else it is given.
     """
-    weights = np.float64(weights)
+    weights = np.asarray(weights, np.float64)
     number, kept = len(voices), np.flatnonzero(weights > 0)
     memory.setdefault("share", 1 / (np.exp(slope * margin) + number) * np.ones(number))
     memory.setdefault("gap", [[np.zeros(np.shape(x)) for x in deltas[0]] for _ in voices])

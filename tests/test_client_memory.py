@@ -2,6 +2,7 @@
 
 import functools
 
+import aggregation_twins as twins
 import federated_twin as twin
 import numpy as np
 import pytest
@@ -23,17 +24,26 @@ COHORTS = [["a", "b"], ["c", "bad", "a"], ["d"], ["b", "d", "c"], ["bad", "a"]] 
 
 
 def train(start, x, y, correct, momentum=0.0, speed=None):
-    """One client's steps, each `correct(gradients, weights)`ed; also the mean of raw gradients."""
-    weights, seen, steps = [np.array(w) for w in start], [0.0, 0.0], 0
+    """One client's steps, each `correct(gradients, weights)`ed.
+
+    Returns the weights, the mean over steps of raw gradients, the optimizer's speed, and the loss.
+    """
+    weights, seen, steps, loss = [np.array(w) for w in start], [0.0, 0.0], 0, 0.0
     speed = speed or [np.zeros_like(w) for w in start]
     x, y = np.float64(x), np.float64(y)
     for begin in range(0, len(x), twin.BATCH):
-        raw = gradient(weights, x[begin : begin + twin.BATCH], y[begin : begin + twin.BATCH])
+        batch = x[begin : begin + twin.BATCH], y[begin : begin + twin.BATCH]
+        raw = gradient(weights, *batch)
+        loss += mse(weights, *batch) * len(batch[0]) / len(x)
         seen = [s + g for s, g in zip(seen, raw, strict=True)]
         speed = [momentum * v + g for v, g in zip(speed, correct(raw, weights), strict=True)]
         weights = [w - twin.RATE * v for w, v in zip(weights, speed, strict=True)]
         steps += 1
-    return weights, [s / steps for s in seen], speed
+    return weights, [s / steps for s in seen], speed, loss
+
+
+def mse(weights, x, y):
+    return np.mean((x @ weights[0] + weights[1] - y) ** 2)
 
 
 def gradient(weights, x, y):
@@ -45,11 +55,36 @@ def zeros():
     return [np.zeros((3, 2)), np.zeros(2)]
 
 
-def scaffold_twin(cohorts, option, momentum=0.0):
+def mean_of(weights, chosen, deltas, losses, memory):
+    del weights, chosen, losses, memory
+    return [np.mean(d, 0) for d in zip(*deltas, strict=True)]
+
+
+def jury_of(weights, chosen, deltas, losses, memory):
+    """The jury mean, clients of weight 1, candidates scored on all of a client's data."""
+    losses, ones = np.array(losses)[:, np.newaxis], np.ones(len(chosen))
+    typical = memory.setdefault("typical", np.zeros(1))
+    by = np.exp(-losses / typical) if typical > 0 else np.ones_like(losses)
+    memory["typical"] = twins.next_typical(typical, losses.mean(0))
+
+    def vote(k, memory):
+        (share,), (gap,), (x, y) = memory["share"], memory["gap"], DATA[chosen[k]]
+        a = [w + share * g for w, g in zip(weights, gap, strict=True)]
+        b = [w - (1 - share) * g for w, g in zip(weights, gap, strict=True)]
+        return [mse(a, np.float64(x), np.float64(y)) - mse(b, np.float64(x), np.float64(y))]
+
+    return twins.jury(deltas, ones, [by], vote, memory, groups=twin.MODEL, **JURY)
+
+
+JURY = {"slope": 5.0, "margin": -0.1, "cutoff": 1.5}
+
+
+def scaffold_twin(cohorts, option, momentum=0.0, combine=mean_of):
     """The paper's Algorithm 1, with the server's step 1; returns weights, c and all c_k."""
     weights, c, own = twin.initial_weights(), zeros(), {one: zeros() for one in IDS}
+    memory = {}
     for cohort in cohorts:
-        deltas, changes = [], []
+        chosen, deltas, changes, losses = [], [], [], []
         for one in cohort:
             x, y = DATA[one]
             if one == "bad":
@@ -59,7 +94,7 @@ def scaffold_twin(cohorts, option, momentum=0.0):
                 del at
                 return [g - k + s for g, k, s in zip(raw, own[one], c, strict=True)]
 
-            trained, mean, _ = train(weights, x, y, correct, momentum)
+            trained, mean, _, loss = train(weights, x, y, correct, momentum)
             new = gradient(weights, x, y)
             if option == "II":
                 steps = -(-len(x) // twin.BATCH)
@@ -69,11 +104,14 @@ def scaffold_twin(cohorts, option, momentum=0.0):
                     for k, s, w, t in zip(own[one], c, weights, trained, strict=True)
                 ]
                 new = mean if momentum else new
+            chosen.append(one)
+            losses.append(loss)
             deltas.append([w - t for w, t in zip(weights, trained, strict=True)])
             changes.append([n - k for n, k in zip(new, own[one], strict=True)])
             own[one] = new
         if deltas:
-            weights = [w - np.mean(d, 0) for w, d in zip(weights, zip(*deltas), strict=True)]
+            update = combine(weights, chosen, deltas, losses, memory)
+            weights = [w - u for w, u in zip(weights, update, strict=True)]
             c = [s + np.sum(d, 0) / len(IDS) for s, d in zip(c, zip(*changes), strict=True)]
     return weights, c, own
 
@@ -90,7 +128,7 @@ def fed_dyn_twin(cohorts, alpha):
                 terms = zip(raw, own[one], at, start, strict=True)
                 return [g - k + alpha * (w - s) for g, k, w, s in terms]
 
-            trained, _, _ = train(weights, *DATA[one], correct)
+            trained, *_ = train(weights, *DATA[one], correct)
             own[one] = [
                 k - alpha * (t - w) for k, t, w in zip(own[one], trained, weights, strict=True)
             ]
@@ -111,7 +149,7 @@ def momentum_twin(cohorts, momentum):
         for one in cohort:
             if one == "bad":
                 continue
-            trained, _, speeds[one] = train(
+            trained, _, speeds[one], _ = train(
                 weights, *DATA[one], lambda raw, at: raw, momentum, speeds[one]
             )
             models.append(trained)
@@ -138,6 +176,9 @@ def built(name, model=None):
             num_clients=5,
             loop_implementation=tff.learning.LoopImplementation.DATASET_REDUCE,
         )
+    if name == "scaffold-jury":
+        rule = rules.jury_mean(**JURY)
+        return aggregators.build_scaffold(model, sgd(), num_clients=5, rule=rule)
     if name == "fed-dyn":
         rule = rules.fed_dyn(5, 0.3)
         return aggregators.build_fed_avg(model, sgd(), rule=rule, client_weighting=UNIFORM)
@@ -150,6 +191,11 @@ TWINS = {
     "scaffold-II": (lambda cohorts: scaffold_twin(cohorts, "II"), "control", "control"),
     "scaffold-II-momentum": (
         lambda cohorts: scaffold_twin(cohorts, "II", 0.5),
+        "control",
+        "control",
+    ),
+    "scaffold-jury": (
+        lambda cohorts: scaffold_twin(cohorts, "II", combine=jury_of),
         "control",
         "control",
     ),
@@ -194,7 +240,7 @@ def test_ten_rounds_equal_the_twin(name):
         assert all(not value.any() for value in states.get("bad").values() if value.ndim)
 
 
-@pytest.mark.parametrize("name", ["scaffold-I", "scaffold-II"])
+@pytest.mark.parametrize("name", ["scaffold-I", "scaffold-II", "scaffold-jury"])
 def test_variable_models_train_alike(name):
     weights, _, _ = TWINS[name][0](COHORTS[:4])
     process = built(name, model_fn)
@@ -211,26 +257,40 @@ def test_pieces_of_a_cohort_give_the_same_rounds(runtime):
         close(built("scaffold-II").get_model_weights(state).trainable, weights)
 
 
-@pytest.mark.parametrize("where", [{"clients_per_step": 2}, {"workers": 2}, {"device": "CPU:0"}])
-def test_resident_processes_run_it(where):
-    weights, _, own = scaffold_twin(COHORTS[:4], "II")
-    with (
-        tff_optim.ResidentProcess(built("scaffold-II"), **where) as resident,
-        ClientStates(IDS) as states,
-    ):
-        state = run(resident, states, COHORTS[:4])
-        close(resident.get_model_weights(state).trainable, weights)
-        close(states.get("c").values(), own["c"])
-
-
-def test_round_one_is_federated_averaging():
+@pytest.mark.parametrize("option", ["I", "II"])
+def test_is_federated_averaging_whenever_variates_are_zero(option):
+    """To the last bit, over six rounds: each with the model before it, and variates put to zero."""
     plain = aggregators.build_fed_avg(twin.functional_model(), sgd(), client_weighting=UNIFORM)
-    data = twin.datasets([DATA[one] for one in "abcd"])
-    expected = plain.next(plain.initialize(), data).state.global_model_weights.trainable
-    with ClientStates(IDS) as states:
-        state = run(built("scaffold-II"), states, [list("abcd")])
-    for a, b in zip(state.global_model_weights.trainable, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
+    scaffold = built(f"scaffold-{option}")
+    expected, state = plain.initialize(), scaffold.initialize()
+    fresh = state.aggregator
+    for cohort in (["a", "b", "c", "d"], *COHORTS[:5]):
+        data = twin.datasets([DATA[one] for one in cohort])
+        expected = plain.next(expected, data).state
+        with ClientStates(IDS) as states:
+            state = run(scaffold, states, [cohort], state._replace(aggregator=fresh))
+        assert all(c.any() for c in state.aggregator["control"])  # it would have corrected
+        for a, b in zip(
+            state.global_model_weights.trainable,
+            expected.global_model_weights.trainable,
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_is_federated_averaging_of_clients_that_are_alike():
+    """Their variates are those of the server, so that the corrections cancel, round for round."""
+    plain = aggregators.build_fed_avg(twin.functional_model(), sgd(), client_weighting=UNIFORM)
+    process = aggregators.build_scaffold(twin.functional_model(), sgd(), num_clients=3)
+    data = twin.datasets([DATA["b"]] * 3)
+    expected, state = plain.initialize(), process.initialize()
+    with ClientStates(list("pqr")) as states:
+        for _ in range(5):
+            expected = plain.next(expected, data).state
+            with states.cohort(list("pqr"), data) as cohort:
+                state = process.next(state, cohort).state
+    close(state.global_model_weights.trainable, expected.global_model_weights.trainable)
+    assert all(c.any() for c in state.aggregator["control"])
 
 
 def test_around_another_rule_by_weights_of_its_own():
