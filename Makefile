@@ -17,7 +17,7 @@ PYTEST_ARGS ?= -n 2
 EXAMPLE_ARGS ?=
 ATTACK_ARGS ?=
 TORCH ?= torch==2.13.0
-BENCHMARKS ?= keras_optimizer pipeline aggregation resident resident_places client_memory
+BENCHMARKS ?= keras_optimizer pipeline aggregation resident resident_places client_memory example_clipping
 
 example: .venv/installed
 	$(BIN)/python examples/train_digits.py $(EXAMPLE_ARGS)
