@@ -52,9 +52,9 @@ with_seed = functools.cache(build)
 
 def client(label, batches=1):
     """Data without a gradient, so that the update is noise; `label` tells clients apart."""
-    x = np.zeros((1, 1), np.float32)
-    example = collections.OrderedDict(x=x, y=np.full((1, 1), label, np.float32))
-    return tf.data.Dataset.from_tensors(example).repeat(batches)
+    x = np.zeros((3, 1), np.float32)
+    batch = collections.OrderedDict(x=x, y=np.full((3, 1), label, np.float32))
+    return tf.data.Dataset.from_tensors(batch).repeat(batches)
 
 
 def weights(process, state):
