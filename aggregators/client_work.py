@@ -192,9 +192,9 @@ def build_client_work(
       needs: What to measure: `rule.needs`.
       client_weighting: By number of examples, or uniform.
       metrics_aggregator: As for `tff.learning.algorithms.build_weighted_fed_avg`.
-      loop_implementation: As there; but a loop over the dataset's iterator if not given. For a
-        `dataset.reduce`, TensorFlow prepares the step anew for every client, which takes longer
-        than the training of a small model.
+      loop_implementation: How a client goes over its data. A loop over the dataset's iterator if not
+        given: for a `dataset.reduce`, TFF's default, TensorFlow prepares the step anew for every
+        client, which takes longer than the training of a small model.
 
     Returns:
       A `tff.learning.templates.ClientWorkProcess`. Its state is the optimizer's hyperparameters,

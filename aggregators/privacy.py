@@ -92,9 +92,9 @@ def noise_multiplier_for(
     Args:
       target_epsilon: Above 0.
       sampling_probability: As for `epsilon`.
-      steps: As there, at least 1.
-      delta: As there.
-      accountant: As there.
+      steps: How many sums there are, at least 1.
+      delta: Above 0, below 1; less than one over the number of records.
+      accountant: `"rdp"`, Renyi DP, or `"pld"`, privacy loss distributions: tighter, and slower.
 
     Returns:
       The multiplier, to 1e-6.

@@ -61,10 +61,11 @@ def build_fed_avg(
         `tff.learning.algorithms.build_weighted_fed_avg`.
       client_weighting: The clients' weight: their number of examples, or 1. A client without
         examples has weight 0 either way.
-      model_distributor: As for `build_weighted_fed_avg`.
-      metrics_aggregator: As there.
-      loop_implementation: As there; but a loop over the dataset's iterator if not given: a
-        `dataset.reduce` prepares the step anew for every client.
+      model_distributor: How the model gets to clients; a broadcast if None.
+      metrics_aggregator: What makes one of the clients' metrics, as for `build_weighted_fed_avg`:
+        `tff.learning.metrics.sum_then_finalize` if None.
+      loop_implementation: How a client goes over its data. A loop over the dataset's iterator if not
+        given: a `dataset.reduce`, TFF's default, prepares the step anew for every client.
       example_clipping: Clips each example's gradient, with or without noise; None takes the
         batch's gradient as it is. See `ExampleClipping`.
 
@@ -236,12 +237,12 @@ def build_fed_kl(
       model_fn: As for `build_fed_avg`.
       client_optimizer_fn: The clients' optimizer.
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
-      temperature: As for `weighting.softmax`.
-      prefer: As there.
-      bound: As there.
-      times_examples: As there.
-      layers: As for `rules.adaptive_mean`.
-      sample_size: As there.
+      temperature: At least 1e-4. Small: the nearest client takes all. Large: all are alike.
+      prefer: `"near"` gives more weight to clients near the server's model, `"far"` the reverse.
+      bound: The largest ratio between two clients' weights, number of examples aside; None for none.
+      times_examples: Whether weights are multiplied by the number of examples.
+      layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
+      sample_size: How many clients the measurements list one by one.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:
@@ -283,10 +284,10 @@ def build_fed_att(
     Args:
       model_fn: As for `build_fed_avg`.
       client_optimizer_fn: The clients' optimizer.
-      step_size: As for `rules.fed_att`.
-      norm: As there.
-      layers: As there.
-      sample_size: As there.
+      step_size: Above 0; 1.2 in the authors' later version, 1.0 in the first.
+      norm: Of how far a tensor moved: `"spectral"` as in the authors' code, or `"frobenius"`.
+      layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
+      sample_size: How many clients the measurements list one by one.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:
@@ -334,13 +335,15 @@ def build_fed_med(
       model_fn: As for `build_fed_avg`.
       client_optimizer_fn: The clients' optimizer.
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
-      score: As for `rules.loss_gated`.
-      weighting: As there.
-      adaptive_when: Its `gate`.
-      min_decrease: As there.
-      layers: As there.
-      loss_at: As there.
-      sample_size: As there.
+      score: How far a client's model is from the server's: one of `aggregators.scores`, `"loss"`, or
+        a function of yours.
+      weighting: Of the adaptive mean; a softmax that prefers near clients if None.
+      adaptive_when: Its `gate`: `"not_fallen"` (the loss), `"fallen"`, or a function of a `Round` that
+        returns a share or a bool.
+      min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1.
+      layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
+      loss_at: Where the clients' loss is taken: `"training"`, or `"initial"`, at the server's model.
+      sample_size: How many clients the measurements list one by one.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:

@@ -32,7 +32,12 @@ def test_code_blocks_of_a_section_run_in_order(section, tmp_path, monkeypatch):
 
 def test_there_are_code_blocks_in_every_room():
     with_code = {name.split(",")[0] for name, blocks in SECTIONS.items() if blocks}
-    rooms = {"tff_optim/README.md", "tff_optim/resident/README.md", "aggregators/README.md"}
+    rooms = {
+        "tff_optim/README.md",
+        "tff_optim/simulation/README.md",
+        "tff_optim/resident/README.md",
+        "aggregators/README.md",
+    }
     assert {"README.md", *rooms} <= with_code
 
 
@@ -46,8 +51,16 @@ def test_every_make_target_named_exists():
     assert {"example", "test"} <= named <= targets
 
 
+def anchors(text):
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_file_linked_exists(page):
-    named = re.findall(r"\]\((?!http|#)([^)#]+)\)", PAGES[page])
-    missing = [name for name in named if not ((ROOT / page).parent / name).exists()]
-    assert not missing
+def test_every_file_and_heading_linked_exists(page):
+    for name, heading in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), name
+        if heading:
+            assert heading in anchors(path.read_text()), (name, heading)

@@ -274,7 +274,7 @@ def build_optimizer(
       regularizers: `tff_optim.regularizers.FedProx`, Keras regularizers, and any
         `GradientTransform` that is to come first.
       transforms: Instances of `GradientTransform`.
-      weight_decay: Likewise.
+      weight_decay: A number of at least 0, a Keras schedule, or a scalar tensor of that computation.
       projection: A Keras constraint, a function from a tensor to a tensor, a
         `tff_optim.projections.Projection`, which also selects tensors, or a list of these, used
         in order on each tensor of weights after the step.

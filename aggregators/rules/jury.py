@@ -133,11 +133,12 @@ def jury_mean(
       gap_memory: Share of the earlier gap, at least 0 and below 1.
       vote_limit: Above 0: how many times a typical vote one may count.
       vote_floor: Above 0: votes below it are rounding, and prove nothing.
-      cutoff: As for `redescending_mean`.
-      power: As there.
-      initial_norm: As there.
-      norm_quantile: As there.
-      norm_rate: As there.
+      cutoff: Above 0: how many typical norms an update may have before it is shrunk.
+      power: From 0 to 1000. 0 shrinks nothing; 1 clips to `cutoff` typical norms; above 1 the pull of
+        an update falls again the longer it is.
+      initial_norm: What is typical before the first round, above 0.
+      norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
+      norm_rate: How fast the typical norm moves, from 0 (never) to 100.
       sample_size: How many clients the measurements list one by one.
 
     Returns:

@@ -1,6 +1,7 @@
 """A progress bar as a release manager."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +26,15 @@ class ProgressBar(tff.program.ReleaseManager):
         if not visible or not (sys.stderr.isatty() or _in_notebook()):
             return
         try:
-            import tqdm.auto as tqdm
+            import tqdm
         except ImportError:  # an extra: a run goes on without
             print("No progress bar: `pip install tqdm`.", file=sys.stderr)
             return
-        self._bar = tqdm.tqdm(total=rounds, initial=done, desc=name, unit="round")
+        with warnings.catch_warnings():
+            # A notebook without ipywidgets gets a bar of text, which is as good.
+            warnings.simplefilter("ignore", tqdm.TqdmWarning)
+            import tqdm.auto
+        self._bar = tqdm.auto.tqdm(total=rounds, initial=done, desc=name, unit="round")
 
     async def release(self, value: Mapping[str, Any], key: int) -> None:
         """Shows round `key`: the last evaluation, or what training gave."""

@@ -1,0 +1,23 @@
+"""The notebook runs from top to bottom in a real kernel."""
+
+import pathlib
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_the_notebook_runs_in_a_kernel_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROUNDS", "2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples" / "which_clients_count.ipynb", 4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == 3
+    printed = "".join(o["text"] for o in outputs if o.output_type == "stream")
+    # A bar for each of ten runs, to its end; and no complaint about a missing widget.
+    assert "jury, seed 1: 100%" in printed
+    assert "IProgress" not in printed
