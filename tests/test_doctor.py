@@ -24,6 +24,7 @@ def test_a_good_environment_is_good():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "Exception ignored" not in run.stderr
     found = json.loads(run.stdout)
     assert found["ok"] is True
     names = [finding["name"] for finding in found["findings"]]

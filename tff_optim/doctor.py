@@ -91,8 +91,8 @@ def check_typing_extensions() -> Finding:
     text = (
         f"{found}, as Jupyter or torch bring it. From 4.6 on it breaks `tf.saved_model.save` of "
         'TensorFlow 2.14, and with it `tff.program.FileProgramStateManager` ("this __dict__ '
-        "descriptor does not support '_DictWrapper' objects\"). Install 4.5, or set "
-        "WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
+        "descriptor does not support '_DictWrapper' objects\"). `pip install --no-deps "
+        "typing_extensions==4.5.0`, or set WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
     )
     return Finding(name, ERROR, text)
 
@@ -318,4 +318,8 @@ print(json.dumps({"first": times[1] - times[0], "later": times[3] - times[2]}))
 """
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "tensorflow_federated" in sys.modules:  # imported with the package around this file
+        # Else TFF complains at the end of Python, as of any program that leaves its context there.
+        sys.modules["tensorflow_federated"].test.set_no_default_context()
+    sys.exit(code)

@@ -1,0 +1,57 @@
+"""The bar on a real terminal: where each run is, its main metrics, one line for each run at once."""
+
+import os
+import pty
+import re
+import sys
+
+import pytest
+import tensorflow_federated as tff
+from test_simulation import build_process, evaluate, make_clients
+
+from tff_optim import simulation
+
+
+@pytest.fixture(scope="module")
+def process():
+    return build_process()
+
+
+def shown_on_a_terminal(monkeypatch, **options):
+    """What a run writes to a pseudo-terminal in the place of stderr."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb", buffering=0) as screen:
+        with monkeypatch.context() as context:
+            context.setattr(sys, "stderr", terminal)
+            simulation.run(clients=make_clients(), clients_per_round=2, rounds=3, **options)
+        terminal.flush()
+        return screen.read(1 << 16).decode()
+
+
+def test_the_bar_shows_round_time_left_and_main_metrics(process, monkeypatch):
+    text = shown_on_a_terminal(monkeypatch, process={"KL": process}, evaluate=evaluate)
+    last = [line for line in re.split(r"[\r\n]+", text) if line.strip()][-1]
+    assert re.search(r"KL, seed 0: 100%.*3/3 \[\d\d:\d\d<\d\d:\d\d.*size=\d.*loss=\d", last), text
+
+
+def test_runs_at_once_have_a_line_each(process, monkeypatch):
+    text = shown_on_a_terminal(
+        monkeypatch, process={"one": process, "other": process}, runs_at_once=2
+    )
+    for name in ("one", "other"):
+        assert f"{name}, seed 0: 100%" in text
+
+
+def test_without_a_terminal_or_wish_there_is_no_bar(process, monkeypatch, capfd):
+    text = shown_on_a_terminal(monkeypatch, process=process, progress=False, managers=[Mark()])
+    assert text == "mark\r\n"
+    simulation.run(process, make_clients(), rounds=1, clients_per_round=2)
+    assert "seed 0" not in capfd.readouterr().err
+
+
+class Mark(tff.program.ReleaseManager):
+    """Writes something, so that there is something to read."""
+
+    async def release(self, value, key):
+        if key == 3:
+            print("mark", file=sys.stderr)
