@@ -7,7 +7,8 @@ names, modules, classes, kinds, patterns, keys; what was removed, doubled, or ne
 handled rightly if it is
 
 - refused with a `ValueError` or `TypeError` that names the entry, in a message of bounded length, or
-- built, and the optimizer takes two steps that give no NaN;
+- built, and the optimizer takes two steps that give no NaN (torch is not here: one of its optimizers
+  is only built);
 
 and in either case within seconds, while nothing is imported, executed or opened.
 """
@@ -34,6 +35,7 @@ import tensorflow_federated as tff
 
 import tff_optim
 from tff_optim import transforms
+from tff_optim.torch_optimizer import TorchOptimizer
 
 SECONDS = 20
 LONGEST_MESSAGE = 3000
@@ -114,6 +116,39 @@ def lazy_package() -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------ right to start
 
+OPTAX: list[Any] = [
+    {"kind": "optax", "transformation": "adamw", "arguments": {"learning_rate": 0.1, "b1": 0.5}},
+    {
+        "kind": "optax",
+        "transformation": "contrib.prodigy",
+        "arguments": {"learning_rate": 1.0, "safeguard_warmup": True},
+        "weight_names": ["kernel", "bias"],
+        "device": None,
+    },
+]
+TORCH: list[Any] = [
+    {
+        "kind": "torch",
+        "optimizer": "Adam",
+        "arguments": {"lr": 0.1, "betas": [0.8, 0.9], "amsgrad": True},
+        "lr_scheduler": ["StepLR", {"step_size": 3}],
+    },
+    {"kind": "torch", "optimizer": f"{LAZY}.Good", "arguments": {"lr": 0.1}},
+]
+# Names of both libraries, arguments of our own functions, and what is neither.
+NAMES = [
+    "adam", "sgd", "contrib.sam", "chain", "inject_hyperparams", "stateless", "MultiSteps", "losses",
+    "contrib", "contrib.prodigy.__globals__", "_src.alias.adam", "GradientTransformation", "os.system",
+    "apply_updates", "global_norm", "flatten", "masked", "optax.adam", "SGD", "LBFGS", "Optimizer",
+    "torch.hub.load", "builtins.eval", "lr_scheduler", "lr_scheduler.StepLR", "StepLR", "LambdaLR",
+    f"{LAZY}.evil.Evil", *(f"{name}.X" for name in CANARIES), ".", "", "\0", "a" * 9999, "Adam ", "é",
+]  # fmt: skip
+ARGUMENTS = [
+    "python", "trusted_packages", "lr_scheduler", "device", "weight_names", "optimizer", "params",
+    "transformation_or_factory", "mask", "inner", "inner_factory", "learning_rate", "mu_dtype", "seed",
+    "foreach", "closure", "self", "__class__",
+]  # fmt: skip
+
 
 def _starts() -> list[Any]:
     keras, schedules = tf.keras.optimizers, tf.keras.optimizers.schedules
@@ -165,6 +200,8 @@ def _starts() -> list[Any]:
             "modules": ["l2-clipping", ["adam", {"beta_1": 0.5, "amsgrad": True}]],
         },
         {"kind": "keras", "optimizer": {"module": LAZY, "class_name": "Good", "config": {}}},
+        *OPTAX,
+        *TORCH,
     ]
 
 
@@ -207,6 +244,7 @@ VALUES = [
     {1: 2, "a": 3}, {None: 1}, {("a", 1): 1}, (1, 2), b"bytes", 1j, {1, 2}, object(), print, Evil,
     np.float32(np.nan), np.float64(0.1), np.array([1.0, 2.0]), np.int64(3), tf.float32, _Loud("x"),
     {"kind": "keras"}, {"kind": "pipeline"}, {"kind": ["keras"]}, {"kind": "optax"},
+    {"kind": "torch"}, {"kind": "jax"},
     {"kind": "keras", "optimizer": "adam"}, {"kind": "pipeline", "learning_rate": 0.1},
     {"class_name": "SGD"}, {"class_name": None}, {"class_name": "L2", "config": {"l2": 0.1}},
     {"class_name": "ExponentialDecay", "config": {}}, {"class_name": "MaxNorm", "config": {}},
@@ -312,7 +350,26 @@ def _change_pattern(rng: random.Random, value: Any) -> Any:
     return rng.choice(PATTERNS)
 
 
-CHANGES = [_change_value, _change_value, _change_keys, _change_class, _change_pattern]
+def _change_library(rng: random.Random, value: Any) -> Any:
+    """Another name or other arguments in an entry of optax or torch."""
+    if not isinstance(value, dict) or value.get("kind") not in ("optax", "torch"):
+        return rng.choice(NAMES)
+    key = "optimizer" if value["kind"] == "torch" else "transformation"
+    if rng.random() < 0.5:
+        value[key] = rng.choice(NAMES)
+    if rng.random() < 0.5 and isinstance(value.get("arguments"), dict):
+        value["arguments"][rng.choice(ARGUMENTS)] = _change_value(rng, None)
+    return value
+
+
+CHANGES = [
+    _change_value,
+    _change_value,
+    _change_keys,
+    _change_class,
+    _change_pattern,
+    _change_library,
+]
 
 
 _REPR = reprlib.Repr()
@@ -406,12 +463,16 @@ def judge(case: Case) -> str:
         try:
             with _time_limit(SECONDS):
                 try:
-                    optimizer = tff_optim.from_config(case.config, trusted_packages=case.trusted)
+                    optimizer = tff_optim.from_config(
+                        case.config, trusted_packages=case.trusted, torch_python=sys.executable
+                    )
                 except (TypeError, ValueError) as error:
                     message = str(error)
                     if not message.startswith("`") or len(message) > LONGEST_MESSAGE:
                         return f"unclean: {type(error).__name__}: {message[:200]}"
                     return f"ran: {events}" if events else "refused"
+                if isinstance(optimizer, TorchOptimizer):
+                    return f"ran: {events}" if events else "built"
                 try:
                     _step(optimizer)
                 except ValueError as error:  # weights of other names, say
@@ -429,7 +490,9 @@ def attack(count: int, seed: int = 0, show: Any = None) -> collections.Counter:
     sys.addaudithook(_audit)
     found: collections.Counter = collections.Counter()
     with lazy_package():
-        judge(Case("adam", ()))  # what TensorFlow imports when it is first used
+        # What TensorFlow and optax import when they are first used.
+        judge(Case("adam", ()))
+        judge(Case(OPTAX[0], ()))
         for case in cases(count, seed):
             verdict = judge(case)
             found[verdict.split(":")[0]] += 1

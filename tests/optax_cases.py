@@ -3,6 +3,7 @@
 `python tests/optax_cases.py` prints the table of `tff_optim/README.md`.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ import tff_optim
 RATE = {"learning_rate": 0.05}
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Case:
     """A transformation that runs.
 
@@ -46,6 +47,22 @@ class Case:
     def plain(self) -> optax.GradientTransformation:
         made = self.made
         return made if isinstance(made, optax.GradientTransformation) else made(**self.arguments)
+
+    @functools.cached_property
+    def shared(self) -> Any:
+        """One optimizer for all laws, which jax need not trace for each of them."""
+        return self.ours()
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The step of `shared` as a function, which TensorFlow need not trace for each law."""
+        return tf.function(self.shared.next)
+
+    @functools.cached_property
+    def compiled_plain(self) -> tuple[Any, Any]:
+        """Plain optax' `init` and its `update`, compiled once for all laws."""
+        transformation = self.plain()
+        return transformation.init, jax.jit(transformation.update)
 
 
 def case(made: Callable[..., Any], **arguments: Any) -> Case:
@@ -228,10 +245,9 @@ def run_plain(
 ) -> list[np.ndarray]:
     """Plain optax, under jax' 64 bits if a weight has them."""
     with enable_x64(any(w.dtype == np.float64 for w in weights)):
-        transformation = case.plain()
+        init, update = case.compiled_plain
         params = [jnp.asarray(w) for w in weights]
-        state = transformation.init(params)
-        update = jax.jit(transformation.update)
+        state = init(params)
         for gradients in steps:
             updates, state = update([jnp.asarray(g) for g in gradients], state, params)
             params = optax.apply_updates(params, updates)

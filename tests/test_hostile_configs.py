@@ -15,6 +15,7 @@ import tff_optim
 from tff_optim import entries, patterns, projections
 
 BASE = {"kind": "pipeline", "learning_rate": 0.1}
+OPTAX, TORCH = hostile_configs.OPTAX[0], hostile_configs.TORCH[0]
 
 
 def test_a_part_of_the_attack_is_refused_or_built_and_nothing_else():
@@ -92,6 +93,23 @@ def keras(module, class_name, **more):
         # Base classes that build nothing, and what is not public.
         (keras("keras.optimizers", "Optimizer"), "must be the name of a Keras optimizer"),
         (keras("tff_optim.schedules", "_Schedule"), "must be the class of a Keras optimizer"),
+        # optax and torch: public names, their own arguments, and no program to run.
+        (OPTAX | {"transformation": "losses"}, "the name of a public factory of optax"),
+        (OPTAX | {"transformation": "apply_updates"}, "the name of a public factory of optax"),
+        (OPTAX | {"transformation": "_src.alias.adam"}, "the name of a public factory of optax"),
+        (OPTAX | {"transformation": ["adam"]}, "at 'transformation' must be the name"),
+        (OPTAX | {"arguments": {"device": "/CPU:0"}}, "at 'arguments/device' must be left out"),
+        (OPTAX | {"arguments": [0.1]}, "at 'arguments' must be a mapping"),
+        (OPTAX | {"arguments": {"learning_rate": -1.0}}, "`learning_rate` of .* at least 0"),
+        (OPTAX | {"arguments": {"learning_rate": 0.1, "b1": 1.0}}, r"`b1` of .* in \[0, 1\)"),
+        (OPTAX | {"weight_names": "kernel"}, "at 'weight_names' must be a list of strings"),
+        (TORCH | {"arguments": {"python": "/bin/sh"}}, "at 'arguments/python' must be left out"),
+        (TORCH | {"arguments": {"trusted_packages": ["os"]}}, "'arguments/trusted_packages' must"),
+        (TORCH | {"python": "/bin/sh"}, r"found unknown \['python'\]"),
+        (TORCH | {"optimizer": "os.system"}, r"package in `trusted_packages` \["),
+        (TORCH | {"optimizer": "__class__"}, "must be a public name"),
+        (TORCH | {"lr_scheduler": "StepLR"}, "at 'lr_scheduler' must be like"),
+        (TORCH | {"lr_scheduler": ["LambdaLR", {}]}, "made of a function"),
         # Kinds.
         (BASE | {"projection": [{"class_name": "ExponentialDecay"}]}, "a Keras constraint"),
         (BASE | {"projection": ["L2"]}, "must be a name that is known here"),

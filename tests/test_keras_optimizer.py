@@ -451,7 +451,7 @@ def _build_lifted(self, var_list):
         (_subclass(_keep_in_python), "changes the Python attribute `count`"),
         (lambda: Counting("array"), "changes the Python attribute `array`"),
         (lambda: Counting("dictionary"), "changes the Python attribute `dictionary`"),
-        (_subclass(_create_late), "creates the variable 'late'"),
+        (_subclass(_create_late), "creates 'late'"),
         (_subclass(build=_build_lifted), "lifted.*init_scope"),
     ],
     ids=[
@@ -478,7 +478,9 @@ def test_a_subclass_that_cannot_be_pure_is_refused_and_told_why(cls, message):
 @pytest.mark.parametrize("method", sorted(keras_step.not_called()))
 def test_a_subclass_that_overrides_what_is_not_called_is_refused(method):
     cls = _subclass(**{method: lambda self, *unused: None})
-    with pytest.raises(ValueError, match=f"overrides {method}, which a pure step"):
+    with pytest.raises(
+        ValueError, match=f"what a pure step does not call; found that it overrides {method}"
+    ):
         build_keras_optimizer(cls)
 
 

@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_told_by_name(name, places):
     state = resident.restore(plain)
     for hparams, message in (
         ({"finalizer": {"learning_rate": "fast"}}, "at 'finalizer/learning_rate' must be a number"),
-        ({"finalizer": {"rate": 0.1}}, "`hparams` at 'finalizer' may hold learning_rate"),
+        ({"finalizer": {"rate": 0.1}}, "`hparams` at 'finalizer' must hold some of learning_rate"),
         ({"finalizer": {"learning_rate": 1e39}}, "must be a finite number in float32"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -338,13 +338,13 @@ def test_two_workers_and_a_server_in_the_python_process():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"device": "GPU:7"}, ValueError, r"`device` asks for /GPU:7.*CPU:1"),
-        ({"server_device": "GPU:7"}, ValueError, r"`server_device` asks for /GPU:7.*CPU:1"),
+        ({"device": "GPU:7"}, ValueError, r"`device` must be .*CPU:1; found /GPU:7"),
+        ({"server_device": "GPU:7"}, ValueError, r"`server_device` must be .*CPU:1; found /GPU:7"),
         ({"device": 0}, TypeError, r"`device` must be None, a string .* found int"),
         ({"server_device": 0}, TypeError, r"`server_device` must be None, a string .* found int"),
         ({"device": "CPU:0", "workers": 1}, ValueError, "`device` must be left out .*workers=1"),
         ({"device": "CPU:0", "server_device": "CPU:0"}, ValueError, "`device` must be left out"),
-        ({"compile_step": True}, ValueError, "`compile_step` needs `device` or `server_device`"),
+        ({"compile_step": True}, ValueError, "`compile_step` must be None without `device`"),
         ({"device": "CPU:0", "compile_step": 1}, ValueError, "`compile_step` must be True"),
     ],
 )

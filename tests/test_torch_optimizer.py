@@ -80,24 +80,42 @@ CASES = {
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
+# Server optimizers of a whole process, and what torch needs to train it by itself.
+FEDERATED = ("Adam", "Rprop", "StepLR")
+ROUNDS = 5
+CLIENTS = problems.make_clients(2)
+
+
+def federated(name):
+    model = problems.make_keras_model()
+    batches = [[[batch["x"].numpy(), batch["y"].numpy()] for batch in data] for data in CLIENTS]
+    return {
+        **CASES[name],
+        "weights": model.get_weights(),
+        "clients": batches,
+        "client_rate": 0.1,
+        "rounds": ROUNDS,
+    }
+
 
 @pytest.fixture(scope="module")
 def plain():
-    """What plain torch makes of every case, and its own lists of public names."""
+    """torch's own lists of public names, and what plain torch makes of every case and process."""
 
     def as_lists(value):
         return value.tolist() if isinstance(value, np.ndarray) else value
 
     run = subprocess.run(
         [TORCH, str(pathlib.Path(__file__).with_name("torch_plain.py"))],
-        input=json.dumps(list(CASES.values()), default=as_lists),
+        input=json.dumps([*CASES.values(), *map(federated, FEDERATED)], default=as_lists),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    return found["lists"], dict(zip(CASES, found["weights"]))
+    weights = found["weights"]
+    return found["lists"], dict(zip(CASES, weights)), dict(zip(FEDERATED, weights[len(CASES) :]))
 
 
 def make(name):
@@ -300,22 +318,30 @@ def test_state_in_an_attribute_is_refused(own_package):
         optimizer.initialize([tf.TensorSpec([2])])
 
 
-@needs_torch
-def test_it_steps_on_the_server_of_a_resident_process(tmp_path):
-    def build(server):
-        clients = tff.learning.optimizers.build_sgdm(0.1)
-        process = tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, clients, server)
-        return tff_optim.ResidentProcess(process, server_device="CPU:0")
+def fed_avg(server):
+    clients = tff.learning.optimizers.build_sgdm(0.1)
+    return tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, clients, server)
 
-    found = []
-    for server in (make("SGD"), tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(0.1))):
-        with build(server) as process:
-            state = process.initialize()
-            for _ in range(2):
-                state = process.next(state, problems.make_clients(2)).state
-            found.append([np.asarray(w) for w in process.get_model_weights(state).trainable])
-    assert np.isfinite(found[0][0]).all()
-    assert not np.allclose(found[0][0], found[1][0])
+
+@needs_torch
+@pytest.mark.parametrize("place", ["server_device", "device"])
+@pytest.mark.parametrize("name", FEDERATED)
+def test_it_steps_on_the_server_of_a_resident_process_as_plain_torch_does(name, place, plain):
+    with tff_optim.ResidentProcess(fed_avg(make(name)), **{place: "CPU:0"}) as process:
+        state = process.initialize()
+        for _ in range(ROUNDS):
+            state = process.next(state, CLIENTS).state
+        found = process.get_model_weights(state).trainable
+    for a, b in zip(found, plain[2][name], strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5, atol=2e-5)
+
+
+@needs_torch
+def test_a_resident_process_in_the_worker_refuses_it_when_it_is_built():
+    with pytest.raises(
+        ValueError, match=r"`server_device` must be given .* `build_keras_optimizer`"
+    ):
+        tff_optim.ResidentProcess(fed_avg(make("SGD")))
 
 
 @needs_torch
@@ -336,7 +362,7 @@ def test_on_clients_it_names_the_way_out():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (["LBFGS"], {"lr": 0.1}, ValueError, "not be LBFGS: it calls the loss several times"),
+        (["LBFGS"], {"lr": 0.1}, ValueError, "alone; found LBFGS: it calls the loss several times"),
         (["SparseAdam"], {"lr": 0.1}, ValueError, "takes sparse gradients"),
         (
             ["SGD"],

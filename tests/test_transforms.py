@@ -291,7 +291,7 @@ def test_hparams_round_trip_and_reject_bad_values():
     assert (partly["beta_1"], partly["epsilon"]) == (np.float32(0.25), state["epsilon"])
     assert partly["beta_1"].dtype == np.float32
     with pytest.raises(
-        ValueError, match="`hparams` of `Adam` may hold beta_1, epsilon; found beta_2"
+        ValueError, match="`hparams` of `Adam` must hold some of beta_1, epsilon; found beta_2"
     ):
         adam.set_hparams(state, {"beta_2": 0.25})
     with pytest.raises(ValueError, match="`hparams` of `Adam` must be a mapping"):
@@ -475,8 +475,11 @@ def test_hyperparameters_of_a_process_are_completed_from_some_of_them():
     assert found["finalizer"]["count"].dtype == np.int32
     assert found["aggregator"] == ()
     for given, message in (
-        ({"client": {}}, r"`hparams` may hold client_work, .*; found \['client'\]"),
-        ({"client_work": {"rate": 1}}, "`hparams` at 'client_work' may hold learning_rate, mom"),
+        ({"client": {}}, r"`hparams` must hold some of client_work, .*; found \['client'\]"),
+        (
+            {"client_work": {"rate": 1}},
+            "`hparams` at 'client_work' must hold some of learning_rate, mom",
+        ),
         ({"client_work": 0.1}, "`hparams` at 'client_work' must be a mapping; found 0.1"),
         ({"client_work": {"momentum": [0.1]}}, "at 'client_work/momentum' must be a number"),
         ({"client_work": {"momentum": "x"}}, "at 'client_work/momentum' must be a number"),

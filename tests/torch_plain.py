@@ -18,6 +18,23 @@ def public(module, base):
     )
 
 
+def average_update(case, weights):
+    """What clients take from a linear model, averaged by their numbers of examples."""
+    total, updates = 0, [torch.zeros_like(w) for w in weights]
+    for batches in case["clients"]:
+        local = [w.detach().clone().requires_grad_() for w in weights]
+        optimizer = torch.optim.SGD(local, lr=case["client_rate"])
+        count = sum(len(x) for x, _ in batches)
+        for x, y in batches:
+            optimizer.zero_grad()
+            torch.mean((torch.tensor(x) @ local[0] + local[1] - torch.tensor(y)) ** 2).backward()
+            optimizer.step()
+        total += count
+        for update, old, new in zip(updates, weights, local):
+            update += count * (old.detach() - new.detach())
+    return [update / total for update in updates]
+
+
 def train(case):
     torch.manual_seed(0)
     weights = [
@@ -30,11 +47,10 @@ def train(case):
     if case["scheduler"]:
         name, given = case["scheduler"]
         scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **given)
-    for number, gradients in enumerate(case["steps"]):
+    federated = (average_update(case, weights) for _ in range(case.get("rounds", 0)))
+    for gradients in federated if "clients" in case else case["steps"]:
         for weight, gradient in zip(weights, gradients):
-            weight.grad = None if gradient is None else torch.tensor(gradient, dtype=weight.dtype)
-        if number in case.get("rates", {}):
-            optimizer.param_groups[0]["lr"] = case["rates"][number]
+            weight.grad = torch.as_tensor(gradient, dtype=weight.dtype)
         optimizer.step()
         if scheduler:
             scheduler.step()

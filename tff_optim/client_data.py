@@ -17,22 +17,22 @@ def check_client_data(data: Any, data_type: tff.Type, client: Any) -> None:
     dtypes TFF converts by itself. No data is read.
 
     Example:
-        >>> element = tff.TensorType(np.float32, [None, 2])
-        >>> data = tf.data.Dataset.from_tensor_slices(np.ones([4, 2], np.float32))
-        >>> check_client_data(data.batch(2), tff.SequenceType(element), "ann")
-        >>> check_client_data(data, tff.SequenceType(element), "ann")
-        Traceback (most recent call last):
-          ...
-        TypeError: The data of client 'ann' must be elements of float32[?,2]; found float32[2]. The
-        element has 1 dimension and not 2: batch it, `dataset.batch(32)`.
+      >>> element = tff.TensorType(np.float32, [None, 2])
+      >>> data = tf.data.Dataset.from_tensor_slices(np.ones([4, 2], np.float32))
+      >>> check_client_data(data.batch(2), tff.SequenceType(element), "ann")
+      >>> check_client_data(data, tff.SequenceType(element), "ann")
+      Traceback (most recent call last):
+        ...
+      TypeError: The data of client 'ann' must be elements of float32[?,2]; found float32[2]. The
+      element has 1 dimension and not 2: batch it, `dataset.batch(32)`.
 
     Args:
-        data: A `tf.data.Dataset`, or a list of batches.
-        data_type: What the process takes of one client; only a `tff.SequenceType` is checked.
-        client: The client's id or position, for the message.
+      data: A `tf.data.Dataset`, or a list of batches.
+      data_type: What the process takes of one client; only a `tff.SequenceType` is checked.
+      client: The client's id or position, for the message.
 
     Raises:
-        TypeError: The data differs; the message names the client, what was found, what to do.
+      TypeError: The data differs; the message names the client, what was found, what to do.
     """
     if not isinstance(data_type, tff.SequenceType):
         return

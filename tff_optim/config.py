@@ -1,26 +1,23 @@
 """Optimizers as JSON, and back from it."""
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import attrs
 
 from tff_optim import (
+    backend_configs,
     declearn_configs,
-    devices,
     entries,
-    keras_arguments,
     keras_objects,
-    keras_step,
-    patterns,
-    registry,
+    pipeline_config,
 )
 from tff_optim.entries import Entry
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
-from tff_optim.pipeline import PipelineOptimizer, build_optimizer
-from tff_optim.projections import Projection
-
-_PACKAGE = __name__.partition(".")[0]
+from tff_optim.optax_optimizer import OptaxOptimizer
+from tff_optim.pipeline import PipelineOptimizer
+from tff_optim.torch_optimizer import TorchOptimizer
 
 
 @attrs.frozen
@@ -48,15 +45,18 @@ def get_config(optimizer: Any) -> dict[str, Any]:
     """Describes an optimizer in JSON.
 
     Args:
-      optimizer: What `tff_optim.build_optimizer` or `tff_optim.build_keras_optimizer` returned.
+      optimizer: What a `build_` function of `tff_optim` returned.
 
     Returns:
       A dictionary of plain Python types, from which `from_config` builds an equal optimizer. Each
-      regularizer and transform is an entry `[name, arguments]`.
+      regularizer and transform is an entry `[name, arguments]`. An optimizer of optax is written if
+      it was built of a public factory of optax (`optax.adam`, not `optax.adam(0.1)`) and of plain
+      arguments; one of torch without the path of its Python, which is a matter of the machine.
 
     Raises:
       TypeError: If `optimizer` is not of this package.
-      ValueError: If it holds something that cannot be named or written, such as a function.
+      ValueError: If it holds something that cannot be named or written, such as a function or a
+        ready optax transformation. The message says what to give instead.
 
     Example:
       >>> import tff_optim
@@ -74,7 +74,12 @@ def get_config(optimizer: Any) -> dict[str, Any]:
     )
 
 
-def from_config(config: Any, *, trusted_packages: Collection[str] = ()) -> Any:
+def from_config(
+    config: Any,
+    *,
+    trusted_packages: Collection[str] = (),
+    torch_python: str | os.PathLike | None = None,
+) -> Any:
     """Builds the optimizer that a configuration describes.
 
     A configuration is what `get_config` writes, or shorter:
@@ -84,16 +89,22 @@ def from_config(config: Any, *, trusted_packages: Collection[str] = ()) -> Any:
     - `{"kind": "pipeline", "learning_rate": ...}`, where `regularizers`, `transforms` and `projection`
       have entries `name` and `[name, some arguments]`: `list_regularizers` and `list_transforms` say
       which names. What is left out has its default.
+    - `{"kind": "optax", "transformation": "adamw", "arguments": {...}}`: a public factory of optax, or
+      of `optax.contrib` as `"contrib.prodigy"`. An argument is a plain value.
+    - `{"kind": "torch", "optimizer": "Adam", "arguments": {...}}`, with `"lr_scheduler": [name,
+      arguments]` if there is one: see `build_torch_optimizer`.
     - An `Optimizer` configuration of declearn (`lrate`, `w_decay`, `regularizers`, `modules`); see
       `tff_optim.declearn_configs`.
 
-    Only classes of Keras, of this package and of `trusted_packages` are built, and nothing is
-    imported: import the packages of your own classes first. Regular expressions are matched in
-    bounded time (`tff_optim.patterns`).
+    Only classes of Keras, of this package and of `trusted_packages` are built, and nothing but optax
+    is imported: import the packages of your own classes first. Only the process of torch, which
+    starts when the optimizer is used, imports trusted packages. A configuration cannot say which
+    Python that is. Regular expressions are matched in bounded time (`tff_optim.patterns`).
 
     Args:
       config: A configuration, as JSON text, or the path of a JSON file. It is not changed.
       trusted_packages: Names of top-level packages whose classes may be built too.
+      torch_python: The `python` of `build_torch_optimizer`, for an optimizer of torch.
 
     Returns:
       The optimizer.
@@ -123,10 +134,13 @@ def from_config(config: Any, *, trusted_packages: Collection[str] = ()) -> Any:
         raise TypeError(
             f"`trusted_packages` must be a collection of names; found {trusted_packages!r}."
         )
-    return _optimizer(entries.read(config, trusted_packages))
+    return from_entry(
+        attrs.evolve(entries.read(config, trusted_packages), torch_python=torch_python)
+    )
 
 
-def _optimizer(entry: Entry) -> Any:
+def from_entry(entry: Entry) -> Any:
+    """The optimizer that an entry describes; see `from_config`."""
     value = entry.value
     if isinstance(value, str | list) or keras_objects.is_described(entry):
         keras = keras_objects.from_json(entry, keras_objects.OPTIMIZER)
@@ -146,186 +160,28 @@ def _optimizer(entry: Entry) -> Any:
     return kind.from_json(entry.fields({"kind", *kind.names}, kind.required))
 
 
-def _value_to_json(value: Any, name: str) -> Any:
-    if isinstance(value, tuple(kind.cls for kind in KINDS)):
-        return get_config(value)
-    return keras_objects.to_json(value, name)
-
-
-# ------------------------------------------------------------------------------- Keras optimizers
-
-
-def _keras_to_json(optimizer: KerasOptimizer) -> dict[str, Any]:
-    keras = optimizer.keras_optimizer
-    _value_to_json(optimizer.learning_rate, "learning_rate")  # raises for a tensor of a computation
-    excluded = keras_step.excluded_patterns(keras)
-    for pattern in excluded:
-        patterns.check(pattern)
-    return {
-        "optimizer": keras_objects.object_to_json(keras),
-        # Set by a method and missing from Keras' own configuration.
-        "exclude_from_weight_decay": excluded,
-        "weight_names": None if optimizer.weight_names is None else [*optimizer.weight_names],
-        "device": optimizer.device,
-    }
-
-
-def _keras_from_json(fields: Mapping[str, Entry]) -> KerasOptimizer:
-    keras = keras_objects.from_json(fields["optimizer"], keras_objects.OPTIMIZER)
-    if "exclude_from_weight_decay" in fields:
-        excluded = fields["exclude_from_weight_decay"]
-        for i, pattern in enumerate(excluded.strings()):
-            excluded.at(i).build(patterns.check, pattern)
-        if excluded.value:
-            keras.exclude_from_weight_decay(var_names=excluded.strings())
-    names = fields.get("weight_names")
-    return fields["optimizer"].build(
-        build_keras_optimizer,
-        keras,
-        weight_names=None if names is None or names.value is None else names.strings(),
-        device=_device(fields),
-    )
-
-
-def _device(fields: Mapping[str, Entry]) -> str | None:
-    if "device" not in fields:
-        return None
-    device = fields["device"]
-    return None if device.value is None else device.build(devices.select_device, device.value)
-
-
-# --------------------------------------------------------------------------------------- pipelines
-
-
-def _pipeline_to_json(optimizer: PipelineOptimizer) -> dict[str, Any]:
-    pipeline = optimizer.pipeline
-    return {
-        "learning_rate": _value_to_json(pipeline.learning_rate, "learning_rate"),
-        "regularizers": [_part_to_json(part) for part in pipeline.regularizers],
-        "transforms": [_part_to_json(part) for part in pipeline.transforms],
-        "weight_decay": _value_to_json(pipeline.weight_decay, "weight_decay"),
-        "projection": [_projection_to_json(p) for p in pipeline.projection],
-        "device": pipeline.device,
-        "jit_compile": pipeline.jit_compile,
-    }
-
-
-def _part_to_json(part: Any) -> list[Any]:
-    cls = type(part)
-    name = registry.name_of(cls)
-    if attrs.has(cls):
-        arguments = {f.alias: getattr(part, f.name) for f in attrs.fields(cls) if f.init}
-    elif hasattr(part, "get_config"):
-        arguments = part.get_config()
-    else:
-        raise ValueError(
-            f"`{name}` must be an attrs class or have a `get_config` method to be written to a "
-            "configuration; found neither."
-        )
-    return [name, {key: _value_to_json(value, f"{name}.{key}") for key, value in arguments.items()}]
-
-
-def _projection_to_json(projection: Projection) -> dict[str, Any]:
-    where, function = projection.where, projection.function
-    if where is not None and not isinstance(where, str):
-        raise ValueError(
-            "`where` of `Projection` must be a regular expression or None to be written to a "
-            f"configuration; found {where!r}."
-        )
-    if where is not None:
-        patterns.check(where)
-    is_keras = keras_objects.is_keras_object(function)
-    written = keras_objects.object_to_json(function) if is_keras else _part_to_json(function)
-    return {"function": written, "where": where}
-
-
-def _pipeline_from_json(fields: Mapping[str, Entry]) -> PipelineOptimizer:
-    given: dict[str, Any] = {"device": _device(fields)}
-    for name in ("learning_rate", "weight_decay"):
-        if name in fields:
-            given[name] = keras_objects.rate_from_json(fields[name])
-    for name, known in (
-        ("regularizers", registry.list_regularizers()),
-        ("transforms", registry.list_transforms()),
-    ):
-        if name in fields:
-            given[name] = [_part(entry, known) for entry in fields[name].items()]
-    if "projection" in fields:
-        given["projection"] = [_projection(entry) for entry in fields["projection"].items()]
-    if "jit_compile" in fields:
-        given["jit_compile"] = fields["jit_compile"].value
-    return attrs.evolve(fields["kind"], path="").build(build_optimizer, **given)
-
-
-def _part(entry: Entry, known: Mapping[str, type]) -> Any:
-    """A part by name: `Name` or `["Name", {arguments}]`; those of Keras in its long form too."""
-    pair = isinstance(entry.value, list) and len(entry.value) == 2
-    name = entry.at(0) if pair else entry
-    if not isinstance(name.value, str):
-        kinds = [k for k in keras_objects.KINDS if set(k.classes.values()) & set(known.values())]
-        if kinds and keras_objects.is_described(entry):
-            return keras_objects.from_json(entry, *kinds)
-        entry.refuse("be like 'Name' or ['Name', {...}]", TypeError)
-    if name.value not in known:
-        name.refuse(
-            f"be a name that is known here{entries.suggestion(name.value, known)}: `tff_optim.list_"
-            "transforms()`, `list_regularizers()` and `list_projections()` say which. Import the "
-            "package that registers it, if it is not built in"
-        )
-    cls: Any = known[name.value]
-    if keras_arguments.of_keras(cls):
-        return keras_objects.from_json(entry, keras_objects.REGULARIZER, keras_objects.CONSTRAINT)
-    package = keras_arguments.package_of(cls)
-    if package not in {_PACKAGE, *entry.trusted}:
-        name.refuse(
-            f"be of a package in `trusted_packages` {sorted(entry.trusted)}, not of {package!r}"
-        )
-    return entry.build(
-        cls, **_arguments(cls, entry.at(1) if pair else attrs.evolve(entry, value={}))
-    )
-
-
-def _arguments(cls: Any, entry: Entry) -> dict[str, Any]:
-    if not attrs.has(cls):
-        return keras_objects.arguments_from_json(cls, entry)
-    fields = {f.alias: f for f in attrs.fields(cls) if f.init}
-    required = [alias for alias, f in fields.items() if f.default is attrs.NOTHING]
-    arguments = {}
-    for name, part in entry.fields(fields, required).items():
-        read = fields[name].metadata.get(entries.READER, keras_objects.value_from_json)
-        is_optimizer = isinstance(part.value, dict) and "kind" in part.value
-        arguments[name] = _optimizer(part) if is_optimizer else read(part)
-    return arguments
-
-
-def _projection(entry: Entry) -> Projection:
-    where = None
-    function = entry
-    if isinstance(entry.value, dict) and not keras_objects.is_described(entry):
-        fields = entry.fields({"function", "where"}, {"function"})
-        function = fields["function"]
-        if "where" in fields and fields["where"].value is not None:
-            where = fields["where"].value
-            if not isinstance(where, str):
-                fields["where"].refuse("be a regular expression or None", TypeError)
-            fields["where"].build(patterns.check, where)
-    return entry.build(Projection, _part(function, registry.list_projections()), where)
-
-
 KINDS = (
     OptimizerKind(
         name="keras",
         cls=KerasOptimizer,
-        to_json=_keras_to_json,
-        from_json=_keras_from_json,
+        to_json=backend_configs.keras_to_json,
+        from_json=backend_configs.keras_from_json,
         names=("optimizer", "exclude_from_weight_decay", "weight_names", "device"),
         required=("optimizer",),
     ),
     OptimizerKind(
+        name="optax",
+        cls=OptaxOptimizer,
+        to_json=backend_configs.optax_to_json,
+        from_json=backend_configs.optax_from_json,
+        names=("transformation", "arguments", "weight_names", "device"),
+        required=("transformation",),
+    ),
+    OptimizerKind(
         name="pipeline",
         cls=PipelineOptimizer,
-        to_json=_pipeline_to_json,
-        from_json=_pipeline_from_json,
+        to_json=pipeline_config.to_json,
+        from_json=pipeline_config.from_json,
         names=(
             "learning_rate",
             "regularizers",
@@ -336,5 +192,13 @@ KINDS = (
             "jit_compile",
         ),
         required=("learning_rate",),
+    ),
+    OptimizerKind(
+        name="torch",
+        cls=TorchOptimizer,
+        to_json=backend_configs.torch_to_json,
+        from_json=backend_configs.torch_from_json,
+        names=("optimizer", "arguments", "lr_scheduler"),
+        required=("optimizer",),
     ),
 )

@@ -44,7 +44,7 @@ class DevicePolicy:
     def __attrs_post_init__(self) -> None:
         if self.gpu is None and self.index is not None:
             raise ValueError(
-                f"`index` needs `gpu` to be True or False; found index={self.index}, gpu=None."
+                f"`index` must be None where `gpu` is; found {self.index}. Give `gpu` True or False."
             )
 
 
@@ -124,8 +124,8 @@ def select_device(device: str | DevicePolicy | None = None) -> str | None:
     if not 0 <= index < len(there):
         names = ", ".join(d.name for d in tf.config.list_logical_devices())
         raise ValueError(
-            f"`device` asks for /{kind}:{index}, but TensorFlow in this process sees only {names}. "
-            "Choose one of those, or leave `device` out."
+            f"`device` must be one that TensorFlow sees in this process, {names}; found "
+            f"/{kind}:{index}. Choose one of those, or leave `device` out."
         )
     return f"/{kind}:{index}"
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import attrs
 import numpy as np
 
+from tff_optim.devices import select_device
 from tff_optim.messages import at, shorten, shown
 
 # In the metadata of an attrs field: the function from an entry to the value of the field.
@@ -30,12 +31,14 @@ class Entry:
       path: Keys and positions from the top, joined by slashes.
       trusted: The top-level packages whose classes may be built, besides Keras and this one.
       name: The argument that it was given as.
+      torch_python: The Python that runs optimizers of torch, which no entry may name.
     """
 
     value: Any
     path: str = ""
     trusted: frozenset[str] = frozenset()
     name: str = "config"
+    torch_python: Any = None
 
     @property
     def place(self) -> str:
@@ -46,6 +49,11 @@ class Entry:
         """The entry under a key or position; None if there is none."""
         value = self.value.get(key) if isinstance(self.value, Mapping) else self.value[int(key)]
         return attrs.evolve(self, value=value, path=self.path_of(key))
+
+    @property
+    def whole(self) -> "Entry":
+        """The mapping that holds this entry, for messages about all of it."""
+        return attrs.evolve(self, path=self.path.rpartition("/")[0])
 
     def path_of(self, key: str | int) -> str:
         """Where the entry under a key or position stands."""
@@ -97,6 +105,14 @@ def suggestion(name: str, known: Collection[str]) -> str:
     by_case = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=0.75)
     return f" (did you mean {by_case[close[0]]!r}?)" if close else ""
+
+
+def device(fields: Mapping[str, Entry]) -> str | None:
+    """The device of an optimizer with such entries."""
+    entry = fields.get("device")
+    if entry is None or entry.value is None:
+        return None
+    return entry.build(select_device, entry.value)
 
 
 def read(config: Any, trusted: Collection[str] = (), name: str = "config") -> Entry:

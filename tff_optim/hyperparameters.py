@@ -180,7 +180,7 @@ def complete(known: Any, given: Any, path: str = "") -> Any:
             raise TypeError(f"{where} must be a mapping; found {shown(given)}.")
         if unknown := [name for name in given if name not in known]:
             raise ValueError(
-                f"{where} may hold {', '.join(known) or 'nothing'}; found {shown(unknown)}."
+                f"{where} must hold some of {', '.join(known) or 'nothing'}; found {shown(unknown)}."
             )
         return collections.OrderedDict(
             (
@@ -215,7 +215,7 @@ def check_names(hparams: Any, known: Mapping[str, Any], owner: str) -> None:
         )
     if unknown := [name for name in hparams if name not in known]:
         raise ValueError(
-            f"`hparams` of `{owner}` may hold {', '.join(known) or 'nothing'}; found "
+            f"`hparams` of `{owner}` must hold some of {', '.join(known) or 'nothing'}; found "
             f"{', '.join(map(str, unknown))}. What else there is, is fixed when it is built."
         )
 

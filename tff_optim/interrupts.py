@@ -16,7 +16,7 @@ def let_workers_end() -> None:
     it for its own workers.
 
     Example:
-        >>> let_workers_end()
+      >>> let_workers_end()
     """
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored and threading.current_thread() is threading.main_thread():

@@ -212,8 +212,8 @@ def _check_rates(schedule: Any) -> None:
                 rate = float(schedule(tf.constant(step, tf.int64)))
             except (TypeError, ValueError, tf.errors.OpError) as error:
                 raise ValueError(
-                    f"The schedule `{name}` must give a rate at every step; at step {step} it fails: "
-                    f"{shown(str(error))}."
+                    f"The schedule `{name}` must give a rate at every step; found that it fails at "
+                    f"step {step}: {shown(str(error))}."
                 ) from error
             if not math.isfinite(rate) or rate < 0:
                 raise ValueError(

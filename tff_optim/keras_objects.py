@@ -343,12 +343,13 @@ def resolve(optimizer: Any) -> Any:
     if isinstance(optimizer, tf.keras.optimizers.legacy.Optimizer):
         name = type(optimizer).__name__
         raise ValueError(
-            f"`optimizer` is the legacy Keras optimizer {name}, whose step cannot be run as a pure "
-            f"function{_instead_of(name)}."
+            f"`optimizer` must be a Keras optimizer that can be run as a pure function; found the "
+            f"legacy {name}{_instead_of(name)}."
         )
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         raise TypeError(
-            f"`optimizer` is a TFF optimizer already ({type(optimizer).__name__}); use it as it is."
+            "`optimizer` must be a Keras optimizer; found the TFF optimizer "
+            f"{type(optimizer).__name__}. Use it as it is."
         )
     if callable(optimizer):
         made = optimizer()

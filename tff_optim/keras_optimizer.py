@@ -17,6 +17,7 @@ from tff_optim import (
     keras_objects,
     keras_step,
     leaves,
+    tracing,
 )
 from tff_optim.devices import DevicePolicy, device_scope, select_device
 from tff_optim.tracing import call_traced, eager_world
@@ -66,7 +67,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
                 (keras_optimizer, tuple(excluded), device, weight_names, learning_rate)
             )
         # Made once: a function made in every call would be traced and compiled in every call.
-        self._compiled = tf.function(self._build_and_step, jit_compile=True)
+        self._compiled = tracing.function(self._build_and_step, jit_compile=True)
 
     @property
     def keras_optimizer(self) -> Any:
@@ -257,8 +258,8 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
             return tuple(weight.name for weight in weights)
         if all(part.isdigit() for name in names for part in name.split("/")):
             raise ValueError(
-                "`exclude_from_weight_decay` selects weights by name, but these weights have none. "
-                "Pass `weight_names=[v.name for v in model.trainable_variables]` to "
+                "`exclude_from_weight_decay` must have weights with names to select from; found "
+                "weights without. Pass `weight_names=[v.name for v in model.trainable_variables]` to "
                 "`build_keras_optimizer`."
             )
         return tuple(names)
@@ -398,8 +399,9 @@ def build_keras_optimizer(
             if not inside_computation:
                 raise
             raise ValueError(
-                "`optimizer` could not be made inside a TFF computation. If it uses a tensor of that "
-                "computation as its learning rate, pass it as `learning_rate` instead."
+                "`optimizer` must be one that can be made inside a TFF computation; found "
+                f"{error}. If it uses a tensor of that computation as its learning rate, pass it as "
+                "`learning_rate` instead."
             ) from error
         if learning_rate is not None or keras_step.has_rate_variable(made):
             keras_step.own_learning_rate(made, None if traced else learning_rate)

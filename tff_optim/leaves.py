@@ -154,7 +154,7 @@ def check_keys(found: Any, expected: list[str], name: str) -> None:
     if set(found) != set(expected):
         missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
         raise ValueError(
-            f"`{name}` must have the entries {expected}: missing {missing}, unknown {unknown}. "
+            f"`{name}` must have the entries {expected}; found missing {missing}, unknown {unknown}. "
             "It may come from another optimizer."
         )
 

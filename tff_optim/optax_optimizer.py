@@ -12,7 +12,7 @@ import tensorflow_federated as tff
 
 from tff_optim import comparison, hyperparameters, leaves
 from tff_optim.devices import DevicePolicy, device_scope, select_device
-from tff_optim.hyperparameters import FINITE, NON_NEGATIVE, POSITIVE, STEP, UNIT, Interval
+from tff_optim.hyperparameters import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, STEP, UNIT, Interval
 from tff_optim.intervals import to_float
 from tff_optim.messages import shown
 from tff_optim.tracing import call_traced
@@ -23,7 +23,8 @@ _OWNER = "build_optax_optimizer"
 
 # What optax's own factories take; a name means the same in each.
 _INTERVALS: Mapping[str, Interval] = {
-    **dict.fromkeys(("b1", "b2", "decay", "rho", "momentum", "slow_step_size"), UNIT),
+    **dict.fromkeys(("b1", "b2"), FRACTION),  # 1 makes NaN of a mean without bias
+    **dict.fromkeys(("decay", "rho", "momentum", "slow_step_size"), UNIT),
     **dict.fromkeys(("eps", "eps_root", "epsilon", "min_norm", "min_scale"), NON_NEGATIVE),
     **dict.fromkeys(("weight_decay", "weight_decay_rate", "noise_multiplier"), NON_NEGATIVE),
     **dict.fromkeys(("initial_accumulator_value", "initial_scale", "eta"), NON_NEGATIVE),
@@ -65,6 +66,24 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         """The names of the weights."""
         return self._weight_names
 
+    @property
+    def transformation_or_factory(self) -> Any:
+        """What it was built of."""
+        return self._transformation_or_factory
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The factory's arguments; those at their defaults that are no hparams are left out."""
+        if not self._arguments:
+            return dict(self._numbers)
+        known = inspect.signature(self._transformation_or_factory).parameters
+        fixed = {
+            name: value
+            for name, value in self._arguments.items()
+            if name not in known or value is not known[name].default
+        }
+        return {**fixed, **self._numbers}
+
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, OptaxOptimizer) and self._key == other._key
 
@@ -73,6 +92,7 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
 
     def __repr__(self) -> str:
         made = self._transformation_or_factory
+        made = getattr(made, "func", made)  # `optax.nadam` is a partial
         name = getattr(made, "__name__", type(made).__name__)
         return f"OptaxOptimizer({name}, {dict(self._numbers)}, device={self.device!r})"
 
@@ -126,7 +146,7 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
                 return specs
             except ValueError as error:
                 problem = error
-        if self._numbers:
+        if self._numbers or _has_injected(self._transformation_or_factory):
             raise ValueError(
                 "`transformation_or_factory` must take one weight alone too, for TFF's client work "
                 f"asks for its hparams by one; found that it does not: {problem} Give masks and "
@@ -224,6 +244,12 @@ def _step(program: Any, given: Sequence[int], state: Any, weights: Any, gradient
     return new_state, values
 
 
+def _has_injected(made: Any) -> bool:
+    """Whether `optax.inject_hyperparams` made a transformation, whose numbers are in its state."""
+    init = getattr(made, "init", None)
+    return getattr(init, "__qualname__", "").startswith("inject_hyperparams.")
+
+
 def _check_state(state: Any, program: Any) -> None:
     steps = [STEP] if program.from_weights else []
     leaves.check_keys(state, [*program.numbers, *program.injected, *steps, _SLOTS], "state")
@@ -234,8 +260,14 @@ def _check_state(state: Any, program: Any) -> None:
 def _interval(transformation_or_factory: Any, name: str) -> Interval:
     if name == _LR:
         return NON_NEGATIVE
-    module = getattr(transformation_or_factory, "__module__", None) or ""
-    return _INTERVALS.get(name, FINITE) if module.startswith("optax.") else FINITE
+    made = getattr(transformation_or_factory, "func", transformation_or_factory)
+    if not str(getattr(made, "__module__", "")).startswith("optax.") or name not in _INTERVALS:
+        return FINITE
+    parameter = inspect.signature(made).parameters.get(name)
+    default = None if parameter is None else parameter.default
+    # `optax.scale_by_sm3` has a `b2` of 1, which stands for no decay there.
+    is_unlike = isinstance(default, float) and default not in _INTERVALS[name]
+    return FINITE if is_unlike else _INTERVALS[name]
 
 
 def _make(transformation_or_factory: Any, arguments: Mapping[str, Any]) -> Any:
@@ -250,7 +282,7 @@ def _make(transformation_or_factory: Any, arguments: Mapping[str, Any]) -> Any:
     if not isinstance(made, optax.GradientTransformation):
         raise TypeError(
             "`transformation_or_factory` must be an optax.GradientTransformation or a callable that "
-            f"returns one; it returned {shown(made)}."
+            f"returns one; found that it returned {shown(made)}."
         )
     return made
 

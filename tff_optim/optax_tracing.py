@@ -170,10 +170,11 @@ def _failure(error: Exception, method: str) -> ValueError:
         names = ", ".join(_QUOTED.findall(text)) or text
         return ValueError(
             "`transformation_or_factory` must do with gradients, state and weights, which are all "
-            f"that TFF hands to an optimizer; its `{method}` needs the extra arguments: {names}."
+            f"that TFF hands to an optimizer; found that its `{method}` needs the extra arguments: "
+            f"{names}."
         )
     return ValueError(
-        f"`transformation_or_factory` failed in its `{method}` for these weights: "
+        f"`transformation_or_factory` must run on these weights; found that its `{method}` fails: "
         f"{type(error).__name__}: {text}"
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import devices, hyperparameters, leaves, projections
+from tff_optim import devices, hyperparameters, leaves, projections, tracing
 from tff_optim.pipeline_parts import Pipeline, as_parts
 from tff_optim.transforms.interface import GradientTransform
 
@@ -30,7 +30,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         # cannot tell their configuration.
         self._hash = hash(pipeline)
         # Made once: a function made in every call would be traced and compiled in every call.
-        self._compiled = tf.function(self._changes, jit_compile=True, autograph=False)
+        self._compiled = tracing.function(self._changes, jit_compile=True, autograph=False)
 
     @property
     def pipeline(self) -> Pipeline:

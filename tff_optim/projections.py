@@ -88,7 +88,8 @@ class Projection:
             projected = tf.convert_to_tensor(self.function(tensor))
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
-                f"{where} failed for shape {tensor.shape}, dtype {tensor.dtype.name}: {error} "
+                f"{where} must be a function of such tensors; found that it fails for shape "
+                f"{tensor.shape}, dtype {tensor.dtype.name}: {error} "
                 "Select fitting tensors with `tff_optim.projections.Projection(..., where=...)`; "
                 "some Keras constraints work for float32 only."
             ) from error

@@ -113,7 +113,7 @@ def name_of(cls: type) -> str:
             if known is cls:
                 return name
     raise ValueError(
-        f"`optimizer` has a part of {cls.__module__}.{cls.__qualname__}, which a configuration "
-        "cannot name. Decorate transforms with `tff_optim.register_transform`; subclass "
-        "tf.keras.constraints.Constraint for a projection."
+        "`optimizer` must have parts that a configuration can name; found one of "
+        f"{cls.__module__}.{cls.__qualname__}. Decorate transforms with "
+        "`tff_optim.register_transform`; subclass tf.keras.constraints.Constraint for a projection."
     )

@@ -95,15 +95,16 @@ class VariableCell:
         del unused  # `use_locking`, `name` and `read_value` have no meaning for a tensor.
         if current_graph() is not self._graph:
             raise ValueError(
-                f"The optimizer assigns the variable {self._shared_name!r} inside `tf.cond`, "
-                "`tf.while_loop` or a `tf.function` of its own. In a pure step that value cannot "
-                "leave the branch or loop: compute it there and assign it outside, or use `tf.where`."
+                f"`update_step` must assign variables directly; found that it assigns "
+                f"{self._shared_name!r} inside `tf.cond`, `tf.while_loop` or a `tf.function` of its "
+                "own. In a pure step that value cannot leave the branch or loop: compute it there and "
+                "assign it outside, or use `tf.where`."
             )
         value = tf.convert_to_tensor(value, self.dtype)
         if not value.shape.is_compatible_with(self.shape):
             raise ValueError(
-                f"The optimizer assigns a value of shape {value.shape} to the variable "
-                f"{self._shared_name!r} of shape {self.shape}; a state cannot change its shape."
+                f"`update_step` must keep the shapes of variables; found that it assigns a value of "
+                f"shape {value.shape} to {self._shared_name!r} of shape {self.shape}."
             )
         self._value = value
         return self
@@ -119,8 +120,8 @@ class VariableCell:
     def _scatter(self, scatter: Callable[..., tf.Tensor], slices: Any) -> "VariableCell":
         if not isinstance(slices, tf.IndexedSlices):
             raise TypeError(
-                f"A scatter on the variable {self._shared_name!r} takes `tf.IndexedSlices`; found "
-                f"{type(slices).__name__}."
+                f"A scatter on the variable {self._shared_name!r} must be given `tf.IndexedSlices`; "
+                f"found {type(slices).__name__}."
             )
         values = tf.convert_to_tensor(slices.values, self.dtype)
         return self.assign(scatter(self._value, tf.expand_dims(slices.indices, -1), values))

@@ -26,7 +26,7 @@ _SLOTS = "slots"
 _GROUP_RATE = "group/lr"
 _OWNER = "build_torch_optimizer"
 # What TensorFlow tells of an operation that it cannot run is its name.
-_NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
+NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
 
 # Public names of torch that cannot run from gradients alone, and why.
 REFUSED = {
@@ -54,6 +54,11 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         self._key = comparison.key((python, json.dumps(recipe, sort_keys=True)))
         self._processes: dict[Any, TorchProcess] = {}
         self._callbacks: dict[Any, Callable[..., Any]] = {}
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What torch builds: `optimizer`, `arguments`, `scheduler`, and the packages `trusted`."""
+        return self._recipe
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, TorchOptimizer) and self._key == other._key
@@ -88,8 +93,9 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             # TFF's client work asks for hparams by one scalar weight.
             raise ValueError(
-                "A torch optimizer steps on the server, in the Python process; found that a client's "
-                "work is built of it. Use `build_keras_optimizer` or `build_optax_optimizer` there."
+                "`optimizer` must be one of Keras or optax on clients, since one of torch steps on the "
+                "server, in the Python process; found that a client's work is built of it. Use "
+                "`build_keras_optimizer` or `build_optax_optimizer` there."
             )
         leaves.check_specs(specs, floating=True)
         process = self._process(specs)
@@ -189,7 +195,7 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
             values = callback(*(np.asarray(value) for value in inputs))
             return [tf.convert_to_tensor(value) for value in values]
         specs = [leaves.spec_of(value) for value in like]
-        outputs = tf.numpy_function(callback, inputs, [spec.dtype for spec in specs], name=_NODE)
+        outputs = tf.numpy_function(callback, inputs, [spec.dtype for spec in specs], name=NODE)
         for output, spec in zip(outputs, specs):
             output.set_shape(spec.shape)
         return list(outputs)
@@ -280,14 +286,21 @@ def _check_name(
             f"`{argument}` must be the name of a class of {where}, or its full name in a trusted "
             f"package; found {shown(name)}. torch is not imported here, so that names do."
         )
+    if not all(part.isidentifier() and part[0] != "_" for part in name.split(".")):
+        raise ValueError(
+            f"`{argument}` must be a public name, with dots between; found {shown(name)}."
+        )
     if name.rpartition(".")[2] in refused:
         short = name.rpartition(".")[2]
-        raise ValueError(f"`{argument}` must not be {short}: {refused[short]}.")
+        raise ValueError(
+            f"`{argument}` must be an optimizer or scheduler that runs from gradients alone; found "
+            f"{short}: {refused[short]}."
+        )
     package = name.partition(".")[0]
     if "." in name and package not in trusted:
         raise ValueError(
             f"`{argument}` must be a class of {where} or of a package in `trusted_packages` "
-            f"{sorted(trusted)}; found {name!r}."
+            f"{sorted(trusted)}; found {shown(name)}."
         )
 
 
@@ -378,10 +391,12 @@ def build_torch_optimizer(
         where = "torch.optim.lr_scheduler"
         _check_name("lr_scheduler", name, where, trusted, REFUSED_SCHEDULERS)
         scheduler = [name, _check_arguments("lr_scheduler", given)]
+    named = [optimizer] if lr_scheduler is None else [optimizer, lr_scheduler[0]]
     recipe = {
         "optimizer": optimizer,
         "arguments": arguments,
         "scheduler": scheduler,
-        "trusted": trusted,
+        # No more than is needed, so that equal optimizers are equal whatever else was trusted.
+        "trusted": sorted({name.partition(".")[0] for name in named if "." in name}),
     }
     return TorchOptimizer(_find_python(python), recipe)

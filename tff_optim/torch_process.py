@@ -79,7 +79,8 @@ class _Child:
             raise ValueError(reply["refused"])
         if "failed" in reply:
             raise ValueError(
-                f"`optimizer` failed in the Python process of torch: {reply['failed']}"
+                "`optimizer` must run in the Python process of torch; found that it fails: "
+                f"{reply['failed']}"
             )
         return reply
 

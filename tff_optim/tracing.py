@@ -1,6 +1,7 @@
 """Traces functions that run Keras code, in TFF's computations as under eager execution."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,16 @@ def scratch_graph() -> Iterator[tf.Graph]:
     graph = tf.__internal__.FuncGraph("scratch")
     with eager_world(), graph.as_default():
         yield graph
+
+
+def function(body: Callable[..., Any], **options: Any) -> Any:
+    """`tf.function(body, **options)`, for code of which many functions are made.
+
+    TensorFlow counts tracings by the place in the source and warns of retracing where it has seen
+    many. A function for each process, each traced once, would be such a place. A partial has no place:
+    it is counted for itself, and warned of if it is traced again and again.
+    """
+    return tf.function(functools.partial(body), **options)
 
 
 def call_traced(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,9 +1,11 @@
-"""One Adam step: Keras' and optax' as pure TFF optimizers against their rivals.
+"""One Adam step: Keras', optax' and torch's as pure TFF optimizers, and their rivals.
 
-Prints the median milliseconds of one step, and in brackets the time of ours divided by the rival's:
-below 1 we are faster. All contenders take turns in one process on the same numbers. A call takes
-several steps in one graph, as TFF does on a client; with --steps-per-call 1 the price of handing
-hundreds of tensors from Python to TensorFlow, which Keras' variables do not pay, is in it too.
+Prints the median milliseconds of one step, and in brackets that time divided by what TFF's own
+`build_adam` takes: below 1 is faster. All contenders take turns in one process on the same numbers. A
+call takes several steps in one graph, as TFF does on a client; with --steps-per-call 1 the price of
+handing hundreds of tensors from Python to TensorFlow, which Keras' variables do not pay, is in it too.
+torch takes part if TORCH_PYTHON is the Python of an environment with torch (`make test-torch` makes
+one), in a process of its own, as always.
 """
 
 import argparse
@@ -16,11 +18,12 @@ import numpy as np
 import optax
 import tensorflow as tf
 import tensorflow_federated as tff
-from timing import time_side_by_side
+from timing import table, time_side_by_side
 
 import tff_optim
 
 RATE = 0.001
+YARDSTICK = "TFF, build_adam"
 
 
 def make_tensors(parameters: int, count: int, seed: int) -> list[np.ndarray]:
@@ -40,6 +43,7 @@ def tff_steps(optimizer, weights, gradients, steps, **options):
 
     state = optimizer.initialize([tf.TensorSpec(w.shape, w.dtype) for w in weights])
     kept = [tf.nest.map_structure(tf.constant, state), [tf.constant(w) for w in weights]]
+    call = call.get_concrete_function(*kept)  # traced here, not in the first call
 
     def run():
         kept[:] = call(*kept)
@@ -105,16 +109,21 @@ def declearn_steps(weights, gradients, steps):
 
 def contenders(parameters: int, count: int, steps: int):
     problem = make_tensors(parameters, count, 0), make_tensors(parameters, count, 1), steps
-    ours = tff_optim.build_keras_optimizer(lambda: tf.keras.optimizers.Adam(RATE))
-    optax_s = tff_optim.build_optax_optimizer(optax.adam, learning_rate=RATE, eps=1e-7)
+    keras = tff_optim.build_keras_optimizer(lambda: tf.keras.optimizers.Adam(RATE))
+    from_optax = tff_optim.build_optax_optimizer(optax.adam, learning_rate=RATE, eps=1e-7)
     runs = {
-        "ours": tff_steps(ours, *problem),
-        "ours, XLA": tff_steps(ours, *problem, jit_compile=True),
-        "ours, optax": tff_steps(optax_s, *problem),
+        YARDSTICK: tff_steps(tff.learning.optimizers.build_adam(RATE), *problem),
+        "ours, Keras": tff_steps(keras, *problem),
+        "ours, Keras, XLA": tff_steps(keras, *problem, jit_compile=True),
+        "ours, optax": tff_steps(from_optax, *problem),
+    }
+    if python := os.environ.get("TORCH_PYTHON"):
+        torch = tff_optim.build_torch_optimizer("Adam", lr=RATE, eps=1e-7, python=python)
+        runs["ours, torch"] = tff_steps(torch, *problem)
+    runs |= {
         "Keras": keras_steps(tf.keras.optimizers.Adam(RATE), *problem),
         "Keras legacy, fused": keras_steps(tf.keras.optimizers.legacy.Adam(RATE), *problem),
-        "TFF build_adam": tff_steps(tff.learning.optimizers.build_adam(RATE), *problem),
-        "optax, donated": optax_steps(*problem),
+        "optax, XLA, donated": optax_steps(*problem),
     }
     try:
         runs["declearn"] = declearn_steps(*problem)
@@ -128,21 +137,19 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--tensors", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--steps-per-call", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     steps = arguments.steps_per_call
+    headers, rows = ["Adam of"], {}
     for parameters in arguments.parameters:
         for count in arguments.tensors:
             runs = contenders(parameters, count, steps)
-            if (parameters, count) == (arguments.parameters[0], arguments.tensors[0]):
-                print("| parameters | tensors |", " | ".join(runs), "|", flush=True)
-                print("|" + "---|" * (len(runs) + 2), flush=True)
             seconds = time_side_by_side(runs, rounds=arguments.rounds, warm_up=2)
-            cells = [
-                f"{value * 1e3 / steps:.2f} ({seconds['ours'] / value:.2f})"
-                for value in seconds.values()
-            ]
-            print(f"| {parameters:.0e} | {count} |", " | ".join(cells), "|", flush=True)
+            headers.append(f"{parameters:.0e} in {count}")
+            for name, value in seconds.items():
+                ratio = value / seconds[YARDSTICK]
+                rows.setdefault(name, [name]).append(f"{value * 1e3 / steps:.2f} ({ratio:.2f})")
+    print(table(headers, list(rows.values())))
     tff.test.set_no_default_context()
 
 

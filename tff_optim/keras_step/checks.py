@@ -122,9 +122,10 @@ def check_closed(optimizer: Any, initial: Mapping[int, np.ndarray]) -> None:
         return  # what is wrong is told by the first step, with the weights that it happens to
     if any(tensor.dtype == tf.resource for tensor, _ in graph.captures):
         raise ValueError(
-            f"A step of {type(optimizer).__name__} uses a `tf.Variable` that is not an attribute of "
-            "the optimizer, nor in a list, tuple or dictionary that is one: a schedule's, for "
-            "example. It would be read as it is at the moment, not as state."
+            f"`optimizer` of class {type(optimizer).__name__} must hold its variables in attributes, "
+            "or in lists, tuples or dictionaries that are; found that a step uses another "
+            "`tf.Variable`: a schedule's, for example. It would be read as it is at the moment, not "
+            "as state."
         )
 
 
@@ -139,8 +140,9 @@ def check_supported(optimizer: Any) -> Any:
     ]
     if overridden:
         raise ValueError(
-            f"`optimizer` of class {name} overrides {', '.join(overridden)}, which a pure step does "
-            "not call. Keras' extension points are `build`, `update_step` and `get_config`."
+            f"`optimizer` of class {name} must leave Keras' own what a pure step does not call; found "
+            f"that it overrides {', '.join(overridden)}. Keras' extension points "
+            "are `build`, `update_step` and `get_config`."
         )
     replaced = [key for key in vars(optimizer) if callable(getattr(_Keras, key, None))]
     if replaced:
@@ -160,8 +162,8 @@ def check_supported(optimizer: Any) -> Any:
         )
     if getattr(optimizer, "_exclude_from_weight_decay", None):
         raise ValueError(
-            "`optimizer` excludes weights from decay by `var_list`. The weights of a TFF process are "
-            "tensors, not those variables: exclude by `var_names`, and pass `weight_names` if they "
-            "have no names."
+            "`optimizer` must exclude weights from decay by `var_names`; found `var_list`. The weights "
+            "of a TFF process are tensors, not those variables. Pass `weight_names` if they have no "
+            "names."
         )
     return optimizer

@@ -77,7 +77,7 @@ def own_learning_rate(optimizer: Any, value: Any) -> None:
     """Gives a copied optimizer a rate of its own: this value, or the one that it has if None."""
     if not has_rate_variable(optimizer):
         raise ValueError(
-            "`learning_rate` cannot replace the schedule of `optimizer`; found "
+            "`learning_rate` must be None for an `optimizer` with a schedule; found "
             f"{value}. Make the optimizer with a number as its rate."
         )
     shared = optimizer._learning_rate
@@ -95,8 +95,8 @@ def read_variables(optimizer: Any) -> dict[int, np.ndarray]:
         with tf.init_scope():
             if tf.is_symbolic_tensor(variable.handle):
                 raise ValueError(
-                    "`optimizer` was made inside a `tf.Graph` or a TFF computation, where its "
-                    "variables have no values. Pass a callable that makes it, such as its class."
+                    "`optimizer` must have variables with values; found that it was made inside a "
+                    "`tf.Graph` or a TFF computation. Pass a callable that makes it, such as its class."
                 )
             values[id(variable)] = variable.numpy()
         return variable
@@ -128,9 +128,9 @@ def build(
         del next_creator  # no variable is made
         if current_graph() is not graph:
             raise ValueError(
-                f"`build` makes the variable {arguments.get('name')!r} in a `tf.init_scope` or a "
-                "`tf.function` of its own, where a pure optimizer cannot replace it by state. Make "
-                "it without, with `add_variable`."
+                "`build` must make its variables directly; found that it makes "
+                f"{arguments.get('name')!r} in a `tf.init_scope` or a `tf.function` of its own, where "
+                "a pure optimizer cannot replace it by state. Make it without, with `add_variable`."
             )
         value = arguments["initial_value"]
         value = value() if callable(value) else value

@@ -45,7 +45,8 @@ def prepare_gradients(optimizer: Any, gradients: Sequence[Any]) -> list[Any]:
 def _refuse_new_variable(next_creator: Any, **arguments: Any) -> None:
     del next_creator
     raise ValueError(
-        f"`update_step` creates the variable {arguments.get('name')!r}. Create every variable in "
+        "`update_step` must do with the variables that `build` makes; found that it creates "
+        f"{arguments.get('name')!r}. Create every variable in "
         "`build`: a step of a pure optimizer can only change state that `initialize` has made."
     )
 
@@ -82,9 +83,9 @@ def _check_unchanged(optimizer: Any, before: Mapping[str, Any]) -> None:
     for name, now in _attributes(optimizer).items():
         if name not in before or before[name] != now:
             raise ValueError(
-                f"`update_step` of {type(optimizer).__name__} changes the Python attribute "
-                f"`{name}`. That state is lost when the step runs in a graph: keep it in a variable "
-                "made by `add_variable` in `build`."
+                f"`update_step` of {type(optimizer).__name__} must keep its state in variables; "
+                f"found that it changes the Python attribute `{name}`, which is lost when the step "
+                "runs in a graph. Make a variable by `add_variable` in `build`."
             )
 
 

@@ -44,38 +44,38 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
     are the same.
 
     Example:
-        >>> import tempfile
-        >>> import tensorflow as tf
-        >>> model = tff.learning.models.functional_model_from_keras(
-        ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
-        ...     tf.keras.losses.MeanSquaredError(),
-        ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-        ... )
-        >>> process = tff.learning.algorithms.build_weighted_fed_avg(
-        ...     model, tff.learning.optimizers.build_sgdm(0.1)
-        ... )
-        >>> clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
-        >>> with ResidentProcess(process) as resident:
-        ...     checkpoints = ResidentCheckpoints(resident, tempfile.mkdtemp())
-        ...     state, last_round = checkpoints.resume()
-        ...     for round_number in range(last_round + 1, 4):
-        ...         state, metrics = resident.next(state, clients)
-        ...         checkpoints.save_now(state, round_number)
-        ...     _, last_round = checkpoints.resume()
-        >>> last_round
-        3
+      >>> import tempfile
+      >>> import tensorflow as tf
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> process = tff.learning.algorithms.build_weighted_fed_avg(
+      ...     model, tff.learning.optimizers.build_sgdm(0.1)
+      ... )
+      >>> clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
+      >>> with ResidentProcess(process) as resident:
+      ...     checkpoints = ResidentCheckpoints(resident, tempfile.mkdtemp())
+      ...     state, last_round = checkpoints.resume()
+      ...     for round_number in range(last_round + 1, 4):
+      ...         state, metrics = resident.next(state, clients)
+      ...         checkpoints.save_now(state, round_number)
+      ...     _, last_round = checkpoints.resume()
+      >>> last_round
+      3
 
     or as the `program_state_manager` of `tff.simulation.run_training_process`, which resumes
     by itself.
 
     Args:
-        process: The process whose states are saved.
-        directory: Where; made if it is not there.
-        keep: How many of the newest versions are kept; None for all.
+      process: The process whose states are saved.
+      directory: Where; made if it is not there.
+      keep: How many of the newest versions are kept; None for all.
 
     Raises:
-        TypeError: `process` is not a `ResidentProcess`.
-        ValueError: `keep` is not a positive integer or None, or `directory` is empty.
+      TypeError: `process` is not a `ResidentProcess`.
+      ValueError: `keep` is not a positive integer or None, or `directory` is empty.
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         """Saves a state, and removes versions that are too old.
 
         Args:
-            state: A state of the process, resident or plain.
-            version: A whole number above those saved before, such as the round's.
+          state: A state of the process, resident or plain.
+          version: A whole number above those saved before, such as the round's.
 
         Raises:
-            TypeError: `state` is not a state of the process, or `version` no whole number.
-            ValueError: `version` is not above the newest.
-            tff.program.ProgramStateExistsError: The version is there already.
-            CheckpointError: Another run saves to the directory; or the version could not be
-                written, for example because the disk is full.
+          TypeError: `state` is not a state of the process, or `version` no whole number.
+          ValueError: `version` is not above the newest.
+          tff.program.ProgramStateExistsError: The version is there already.
+          CheckpointError: Another run saves to the directory; or the version could not be
+            written, for example because the disk is full.
         """
         version = check_version(version)
         source = self._process._source(state)
@@ -144,11 +144,11 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         """Loads a version to where the process runs.
 
         Returns:
-            A state with references as leaves.
+          A state with references as leaves.
 
         Raises:
-            tff.program.ProgramStateNotFoundError: There is no such version.
-            CheckpointError: It is damaged, or belongs to another process.
+          tff.program.ProgramStateNotFoundError: There is no such version.
+          CheckpointError: It is damaged, or belongs to another process.
         """
         version = check_version(version)
         self._process._check_open()
@@ -171,16 +171,16 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         """Loads the newest version that is whole, or starts anew where nothing was saved.
 
         Args:
-            go_back: Whether a damaged version is left out, with a warning that names it, and the
-                newest whole one before it is loaded. The next save renames those left out to
-                `damaged_version_N_...`.
+          go_back: Whether a damaged version is left out, with a warning that names it, and the
+            newest whole one before it is loaded. The next save renames those left out to
+            `damaged_version_N_...`.
 
         Returns:
-            A state and its version; the initial state and 0 where nothing was saved.
+          A state and its version; the initial state and 0 where nothing was saved.
 
         Raises:
-            CheckpointError: The newest version is damaged and `go_back` is False; no version is
-                whole; or they belong to another process.
+          CheckpointError: The newest version is damaged and `go_back` is False; no version is
+            whole; or they belong to another process.
         """
         damaged: dict[int, str] = {}
         odd = [f"{name} is not numbered" for name in self._directory.odd_names()]

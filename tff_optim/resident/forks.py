@@ -44,8 +44,8 @@ def check_owner(what: str, owner: int) -> None:
     """Raises a `ForkedError` where a forked child uses what belongs to its parent.
 
     Args:
-        what: How the message calls it.
-        owner: The id of the process that it belongs to.
+      what: How the message calls it.
+      owner: The id of the process that it belongs to.
     """
     if os.getpid() != owner:
         raise ForkedError(

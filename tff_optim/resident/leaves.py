@@ -14,8 +14,8 @@ class Leaf:
     """One tensor (or sequence) of a type.
 
     Attributes:
-        name: Its path, such as `global_model_weights/trainable/0`.
-        type: Its TFF type.
+      name: Its path, such as `global_model_weights/trainable/0`.
+      type: Its TFF type.
     """
 
     name: str
@@ -58,12 +58,12 @@ def flatten(value: object, type_spec: tff.Type, name: str = "state") -> list[Any
     """Lists what `value` holds at the leaves of `type_spec`.
 
     Args:
-        value: A structure.
-        type_spec: The type that it should have.
-        name: The argument that it was given as, for messages.
+      value: A structure.
+      type_spec: The type that it should have.
+      name: The argument that it was given as, for messages.
 
     Raises:
-        TypeError: `value` has another structure than `type_spec`.
+      TypeError: `value` has another structure than `type_spec`.
     """
     return list(_walk_value(value, type_spec, "", name))
 
@@ -137,12 +137,12 @@ def as_arrays(value: object, type_spec: tff.Type, name: str = "state") -> list[A
     """Lists the leaves of a plain value as NumPy arrays, after checking them.
 
     Args:
-        value: A structure.
-        type_spec: The type that it must have.
-        name: The argument that it was given as, for messages.
+      value: A structure.
+      type_spec: The type that it must have.
+      name: The argument that it was given as, for messages.
 
     Raises:
-        TypeError: A leaf has another dtype or shape than its type says.
+      TypeError: A leaf has another dtype or shape than its type says.
     """
     arrays = []
     for leaf, item in zip(leaves_of(type_spec), flatten(value, type_spec, name), strict=True):
@@ -169,7 +169,7 @@ def check_same(found: Sequence[Leaf], wanted: Sequence[Leaf]) -> None:
     """Checks that a state that lives somewhere has the tensors that a process's state has.
 
     Raises:
-        TypeError: It has others.
+      TypeError: It has others.
     """
     for here, there in zip(found, wanted, strict=True):
         if here.name != there.name or not there.type.is_assignable_from(here.type):

@@ -28,13 +28,13 @@ class RoundParts:
     returns, `A` an aggregate, `R` the result of the aggregation, `M` the metrics.
 
     Attributes:
-        prepare: `S -> C`.
-        zero: `( -> A)`, the aggregate of no clients.
-        work: `<D, C> -> <U, ...>`, a client's work on its data; the rest is empty.
-        accumulate: `<A, U> -> A`, an aggregate with one more update.
-        merge: `<A, A> -> A`.
-        report: `A -> R`.
-        update: `<S, <R, ...>> -> <S, M>`; the rest is empty.
+      prepare: `S -> C`.
+      zero: `( -> A)`, the aggregate of no clients.
+      work: `<D, C> -> <U, ...>`, a client's work on its data; the rest is empty.
+      accumulate: `<A, U> -> A`, an aggregate with one more update.
+      merge: `<A, A> -> A`.
+      report: `A -> R`.
+      update: `<S, <R, ...>> -> <S, M>`; the rest is empty.
     """
 
     prepare: Any
@@ -74,8 +74,8 @@ def cut(next_computation: Any) -> RoundParts:
     It takes seconds, and is done once for each.
 
     Raises:
-        NoMapReduceFormError: One aggregation depends on the result of another, or the process has
-            no MapReduce form.
+      NoMapReduceFormError: One aggregation depends on the result of another, or the process has
+        no MapReduce form.
     """
     if next_computation not in _cuts:
         _cuts[next_computation] = _cut(next_computation)

@@ -15,6 +15,7 @@ from tff_optim.resident.in_worker.cohort import WorkerCohort
 from tff_optim.resident.in_worker.place import WorkerPlace
 from tff_optim.resident.in_worker.workers import Workers
 from tff_optim.resident.place import Place
+from tff_optim.torch_optimizer import NODE
 
 
 @attrs.frozen
@@ -57,8 +58,8 @@ class Settings:
             )
         if self.compile_step is not None and self.device is None and self.server_device is None:
             raise ValueError(
-                "`compile_step` needs `device` or `server_device`; found neither. TFF's worker has "
-                "no XLA."
+                "`compile_step` must be None without `device` or `server_device`; found "
+                f"{self.compile_step!r}. TFF's worker has no XLA."
             )
 
 
@@ -66,7 +67,7 @@ def build_place(process: tff.learning.templates.LearningProcess, settings: Setti
     """Builds the place for a process.
 
     Raises:
-        ValueError: There is no such device, or the process cannot be split as asked.
+      ValueError: There is no such device, or the process cannot be split as asked.
     """
     number = settings.clients_per_step
     workers = Workers(
@@ -76,6 +77,7 @@ def build_place(process: tff.learning.templates.LearningProcess, settings: Setti
         hold_states=settings.server_device is None,
     )
     if settings.device is None and settings.server_device is None:
+        _refuse_torch(process)
         return WorkerPlace(process, workers, number)
     parts = parts_lib.cut(process.next)
     if settings.device is not None:
@@ -86,6 +88,16 @@ def build_place(process: tff.learning.templates.LearningProcess, settings: Setti
     merge = as_function(ImportedComputation(parts.merge, server_device))
     there = WorkerCohort(parts, workers, number, merge)
     return DevicePlace(process, parts, server_device, there.add_up, settings.compile_step, workers)
+
+
+def _refuse_torch(process: tff.learning.templates.LearningProcess) -> None:
+    """Raises if a step of torch is in a process that TFF's worker is to run."""
+    if NODE.encode() in tff.framework.serialize_computation(process.next).SerializeToString():
+        raise ValueError(
+            "`server_device` must be given for a process with an optimizer of torch, which runs in "
+            "the Python process; found None. Give `server_device='CPU:0'`, or build the process with "
+            "`build_keras_optimizer` or `build_optax_optimizer`."
+        )
 
 
 def _select(name: str, device: Any) -> str | None:
@@ -115,6 +127,6 @@ def _check_workers(workers: int | Sequence[str] | None) -> list[str | None]:
             raise ValueError(f"`workers` must name each worker once; found {workers!r}.")
         return list(workers)
     raise ValueError(
-        "`workers` must be None, a positive number of local workers, or a list of 'host:port', "
+        "`workers` must be None, a positive number of local workers, or a list of 'host:port'; "
         f"found {workers!r}."
     )

@@ -30,48 +30,48 @@ class ResidentProcess:
     worker.
 
     Example:
-        >>> import tensorflow as tf
-        >>> model = tff.learning.models.functional_model_from_keras(
-        ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
-        ...     tf.keras.losses.MeanSquaredError(),
-        ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-        ... )
-        >>> process = tff.learning.algorithms.build_weighted_fed_avg(
-        ...     model, tff.learning.optimizers.build_sgdm(0.1)
-        ... )
-        >>> clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
-        >>> with ResidentProcess(process) as resident:
-        ...     state = resident.initialize()
-        ...     for _ in range(3):
-        ...         state, metrics = resident.next(state, clients)
-        ...     weights = resident.get_model_weights(state)
-        >>> [w.shape for w in weights.trainable]
-        [(2, 1), (1,)]
+      >>> import tensorflow as tf
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> process = tff.learning.algorithms.build_weighted_fed_avg(
+      ...     model, tff.learning.optimizers.build_sgdm(0.1)
+      ... )
+      >>> clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
+      >>> with ResidentProcess(process) as resident:
+      ...     state = resident.initialize()
+      ...     for _ in range(3):
+      ...         state, metrics = resident.next(state, clients)
+      ...     weights = resident.get_model_weights(state)
+      >>> [w.shape for w in weights.trainable]
+      [(2, 1), (1,)]
 
     Args:
-        process: The learning process.
-        device: A device of the Python process for all of it, such as `'GPU:0'` or `'CPU:0'`, or a
-            `DevicePolicy`: no worker is started, the state lives in variables on the device.
-        server_device: The same for the state and the server's half of a round alone; clients run
-            in workers.
-        workers: None or 1 for one local worker, N for N local workers, or a list of
-            `'host:port'` of running TFF workers. States live in the first one; every worker
-            takes an equal share of each cohort.
-        clients_per_step: The largest number of clients that a place runs at once, which
-            bounds its memory; None for eight times the number of this machine's cores in a
-            worker, and twice that number in the Python process. It makes no difference to the
-            numbers.
-        compile_step: Whether XLA compiles the server's step on a device; None for states of 4 MB
-            and more in large tensors, where XLA can.
-        heartbeat: Seconds between two looks at a worker while it computes, and the time it
-            has to answer before it counts as lost.
-        start_timeout: Seconds that a worker has to start.
+      process: The learning process.
+      device: A device of the Python process for all of it, such as `'GPU:0'` or `'CPU:0'`, or a
+        `DevicePolicy`: no worker is started, the state lives in variables on the device.
+      server_device: The same for the state and the server's half of a round alone; clients run
+        in workers.
+      workers: None or 1 for one local worker, N for N local workers, or a list of
+        `'host:port'` of running TFF workers. States live in the first one; every worker
+        takes an equal share of each cohort.
+      clients_per_step: The largest number of clients that a place runs at once, which
+        bounds its memory; None for eight times the number of this machine's cores in a
+        worker, and twice that number in the Python process. It makes no difference to the
+        numbers.
+      compile_step: Whether XLA compiles the server's step on a device; None for states of 4 MB
+        and more in large tensors, where XLA can.
+      heartbeat: Seconds between two looks at a worker while it computes, and the time it
+        has to answer before it counts as lost.
+      start_timeout: Seconds that a worker has to start.
 
     Raises:
-        TypeError: `process` is not a learning process.
-        ValueError: An argument is out of range, there is no such device, or the process cannot be
-            split as asked.
-        WorkerStartError: A worker does not start or answer; raised at the first call.
+      TypeError: `process` is not a learning process.
+      ValueError: An argument is out of range, there is no such device, or the process cannot be
+        split as asked.
+      WorkerStartError: A worker does not start or answer; raised at the first call.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ResidentProcess:
         """Computes the initial state.
 
         Returns:
-            A state with references as leaves.
+          A state with references as leaves.
         """
         self._check_open()
         return self._place.initialize().references()
@@ -132,17 +132,17 @@ class ResidentProcess:
         """Runs one round.
 
         Args:
-            state: A state of this process, or a plain state of the wrapped one.
-            client_data: One dataset, or list of batches, for each client.
+          state: A state of this process, or a plain state of the wrapped one.
+          client_data: One dataset, or list of batches, for each client.
 
         Returns:
-            A `tff.learning.templates.LearningProcessOutput` with the new state, whose leaves
-            are references, and the plain metrics.
+          A `tff.learning.templates.LearningProcessOutput` with the new state, whose leaves
+          are references, and the plain metrics.
 
         Raises:
-            TypeError: An argument is not what the wrapped process takes; of data, the message
-                names the client by its position.
-            WorkerLostError: The worker that held the state is gone.
+          TypeError: An argument is not what the wrapped process takes; of data, the message
+            names the client by its position.
+          WorkerLostError: The worker that held the state is gone.
         """
         if not isinstance(client_data, list | tuple):
             raise TypeError(
@@ -176,13 +176,13 @@ class ResidentProcess:
         """Returns a state with other hyperparameters.
 
         Args:
-            state: A state.
-            hparams: Some of what `get_hparams` returns, as Python or NumPy numbers of any width;
-                what is left out stays as it is.
+          state: A state.
+          hparams: Some of what `get_hparams` returns, as Python or NumPy numbers of any width;
+            what is left out stays as it is.
 
         Raises:
-            TypeError: A value is not a number.
-            ValueError: A name is unknown, or a number is not finite.
+          TypeError: A value is not a number.
+          ValueError: A name is unknown, or a number is not finite.
         """
         hparams = hyperparameters.complete(self.get_hparams(state), hparams)
         return self._set("hparams", self._process.set_hparams, state, hparams)
@@ -197,7 +197,7 @@ class ResidentProcess:
         """Takes a plain state of the wrapped process to where this one runs.
 
         Raises:
-            TypeError: It is not a state of the wrapped process.
+          TypeError: It is not a state of the wrapped process.
         """
         return self._place.take_in(self._source(plain_state)).references()
 

@@ -21,7 +21,7 @@ class Held(abc.ABC):
     """A value that lives in a worker or on a device; it goes when nobody refers to it any more.
 
     Args:
-        type_spec: Its type, without placement.
+      type_spec: Its type, without placement.
     """
 
     def __init__(self, type_spec: tff.Type, names: list[leaves.Leaf]):

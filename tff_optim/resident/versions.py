@@ -29,8 +29,8 @@ def check_version(version: object) -> int:
     """Returns a version as a Python integer.
 
     Raises:
-        TypeError: It is not a whole number.
-        ValueError: It is negative, or above 2**63 - 1.
+      TypeError: It is not a whole number.
+      ValueError: It is negative, or above 2**63 - 1.
     """
     try:
         if isinstance(version, bool):
@@ -53,8 +53,8 @@ class VersionDirectory:
     this directory: it is refused, and the first goes on.
 
     Args:
-        path: The directory; made, for its owner alone, if it is not there.
-        keep: How many of the newest versions are kept; None for all.
+      path: The directory; made, for its owner alone, if it is not there.
+      keep: How many of the newest versions are kept; None for all.
     """
 
     def __init__(self, path: str, keep: int | None):
@@ -92,13 +92,13 @@ class VersionDirectory:
         """Gives an empty directory, which becomes the version when the block ends well.
 
         Args:
-            version: Its number.
-            damaged: Versions that do not count; they are renamed if they are not below this one.
+          version: Its number.
+          damaged: Versions that do not count; they are renamed if they are not below this one.
 
         Raises:
-            tff.program.ProgramStateExistsError: The version is there already.
-            ValueError: It is below the newest one.
-            CheckpointError: Another run saves there.
+          tff.program.ProgramStateExistsError: The version is there already.
+          ValueError: It is below the newest one.
+          CheckpointError: Another run saves there.
         """
         with self._lock() as alone:
             newest = max((v for v in self.versions() if v not in damaged), default=-1)

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim import tracing
 from tff_optim.resident import leaves
 from tff_optim.resident.in_process.imported import ImportedComputation
 from tff_optim.resident.parts import RoundParts
@@ -16,9 +17,9 @@ class Cohort:
     """Trains clients side by side, and adds up what they return in their order.
 
     Args:
-        parts: The round.
-        device: Where the clients' operations go; None to leave it to TensorFlow.
-        at_once: How many clients one function trains.
+      parts: The round.
+      device: Where the clients' operations go; None to leave it to TensorFlow.
+      at_once: How many clients one function trains.
     """
 
     def __init__(self, parts: RoundParts, device: str | None, at_once: int):
@@ -35,11 +36,9 @@ class Cohort:
         num_parameters = len(accumulate.parameter)
         zero_variables = zero.make_variables()
 
-        @tf.function(autograph=False)
         def begin() -> list[Any]:
             return zero([], zero_variables)
 
-        @tf.function(autograph=False, reduce_retracing=True)
         def add(total: list[Any], context: list[Any], clients: list[list[Any]]) -> list[Any]:
             updates = [
                 work([*data, *context], lanes[i][0])[: num_parameters - len(total)]
@@ -49,15 +48,15 @@ class Cohort:
                 total = accumulate([*total, *update], lanes[i][1])
             return total
 
-        self._begin = begin
-        self._add = add
+        self._begin = tracing.function(begin, autograph=False)
+        self._add = tracing.function(add, autograph=False, reduce_retracing=True)
 
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
         """Returns the leaves of the aggregate of a cohort.
 
         Args:
-            context: The leaves of what the clients are sent.
-            client_data: What each client has.
+          context: The leaves of what the clients are sent.
+          client_data: What each client has.
         """
         total = self._begin()
         kept: list[tf.data.Dataset] = []
@@ -79,12 +78,12 @@ def client_tensors(data: Any, data_type: tff.Type, kept: list[tf.data.Dataset]) 
     """Lists the tensors of a client's data, data sets as variants.
 
     Args:
-        data: A data set, list of batches, or structure of them.
-        data_type: Its type.
-        kept: Takes up the data sets: a variant does not keep Python's functions in its pipeline.
+      data: A data set, list of batches, or structure of them.
+      data_type: Its type.
+      kept: Takes up the data sets: a variant does not keep Python's functions in its pipeline.
 
     Raises:
-        TypeError: It is not what the process takes.
+      TypeError: It is not what the process takes.
     """
     return [
         _tensor(value, leaf, kept)

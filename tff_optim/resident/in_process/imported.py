@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim import tracing
 from tff_optim.devices import device_scope
 from tff_optim.resident import leaves, parts
 from tff_optim.resident.in_process import loops
@@ -27,13 +28,13 @@ class ImportedComputation:
     Sequences are passed as the variants of their data sets.
 
     Args:
-        computation: A computation without placements.
-        device: Where operations go that the computation itself does not place; None to leave it
-            to TensorFlow.
+      computation: A computation without placements.
+      device: Where operations go that the computation itself does not place; None to leave it
+        to TensorFlow.
 
     Raises:
-        ValueError: The computation keeps something between its operations that is not a variable,
-            such as a lookup table.
+      ValueError: The computation keeps something between its operations that is not a variable,
+        such as a lookup table.
     """
 
     def __init__(self, computation: Any, device: str | None = None, noinline: bool = False):
@@ -78,7 +79,7 @@ class ImportedComputation:
 
         # Not taken into the function that calls it: there Grappler would go through it once for
         # each client that the function trains.
-        self._function = tf.function(
+        self._function = tracing.function(
             call,
             input_signature=signature,
             autograph=False,
@@ -109,11 +110,10 @@ def as_function(computation: ImportedComputation) -> Any:
     """Makes a function of a computation, for one call at a time."""
     variables = computation.make_variables()
 
-    @tf.function(autograph=False)
     def call(arguments: list[Any]) -> list[Any]:
         return computation([tf.convert_to_tensor(x) for x in arguments], variables)
 
-    return call
+    return tracing.function(call, autograph=False)
 
 
 def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:
@@ -174,8 +174,8 @@ def _as_function_body(
     """Turns a session's graph into the body of a function.
 
     Returns:
-        The nodes of the variables, and the graph without them and without the inputs. What uses
-        a variable waits for the initialisation, as a session's second call would.
+      The nodes of the variables, and the graph without them and without the inputs. What uses
+      a variable waits for the initialisation, as a session's second call would.
     """
     nodes = {node.name: node for node in graph.node}
     first = _ancestors(nodes, [initializer])
@@ -188,8 +188,8 @@ def _as_function_body(
             variables.append(node)
         elif _keeps_a_resource(node):
             raise ValueError(
-                f"`device` and `server_device` need a process whose TensorFlow graphs keep nothing "
-                f"but variables; found the operation {node.op} ({name}). Run the process in TFF's "
+                "`process` must keep nothing but variables in its graphs to run on a `device` or "
+                f"`server_device`; found the operation {node.op} ({name}). Run the process in TFF's "
                 "worker: leave the argument out."
             )
     handles = {node.name for node in variables}

@@ -24,12 +24,12 @@ class DevicePlace(Place):
     """A process whose state and server step are on a device of the Python process.
 
     Args:
-        process: The learning process.
-        parts: Its round.
-        device: The device, or None to leave the placement to TensorFlow.
-        add_up: What trains the clients.
-        compile_step: Whether XLA compiles the server's step; None where it pays.
-        workers: Where `add_up` trains them, if not here.
+      process: The learning process.
+      parts: Its round.
+      device: The device, or None to leave the placement to TensorFlow.
+      add_up: What trains the clients.
+      compile_step: Whether XLA compiles the server's step; None where it pays.
+      workers: Where `add_up` trains them, if not here.
     """
 
     def __init__(

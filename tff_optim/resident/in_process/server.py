@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tff_optim import tracing
 from tff_optim.devices import device_scope
 from tff_optim.resident import leaves
 from tff_optim.resident.in_process.imported import ImportedComputation
@@ -20,11 +21,11 @@ class ServerStep:
     """`<S, A> -> <S, M>`, the aggregation's report and the update of the state.
 
     Args:
-        parts: The round.
-        sets: Where states are.
-        device: Where the operations go; None to leave it to TensorFlow.
-        compiled: Whether XLA compiles the step; None where the state is large, in
-            few tensors, and XLA can.
+      parts: The round.
+      sets: Where states are.
+      device: Where the operations go; None to leave it to TensorFlow.
+      compiled: Whether XLA compiles the step; None where the state is large, in
+        few tensors, and XLA can.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class ServerStep:
                 variable.assign(value)
             return output[num_state:]
 
-        self._plain = tf.function(step, autograph=False)
-        self._xla = tf.function(step, autograph=False, jit_compile=True)
+        self._plain = tracing.function(step, autograph=False)
+        self._xla = tracing.function(step, autograph=False, jit_compile=True)
 
     def __call__(self, held: OnDevice, total: list[Any]) -> tuple[OnDevice, list[Any]]:
         """Takes a step; the old state stays what it was."""

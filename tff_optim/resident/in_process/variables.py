@@ -21,11 +21,11 @@ class VariableSets:
     turn: nothing is allocated in a round, and nothing copied.
 
     Args:
-        type_spec: The type, of tensors alone.
-        device: Where the variables are; None to leave it to TensorFlow.
+      type_spec: The type, of tensors alone.
+      device: Where the variables are; None to leave it to TensorFlow.
 
     Raises:
-        ValueError: The type has something else than tensors in it.
+      ValueError: The type has something else than tensors in it.
     """
 
     def __init__(self, type_spec: tff.Type, device: str | None):
@@ -34,8 +34,9 @@ class VariableSets:
         odd = [leaf.name for leaf in self.leaves if not leaf.is_tensor]
         if odd:
             raise ValueError(
-                "`device` and `server_device` need a process with a state of tensors alone; found "
-                f"something else at {odd}. Run the process in TFF's worker: leave the argument out."
+                "`process` must have a state of tensors alone to run on a `device` or `server_device`; "
+                f"found something else at {odd}. Run the process in TFF's "
+                "worker: leave the argument out."
             )
         self._device = device
         self._free: list[list[tf.Variable]] = []

@@ -14,10 +14,10 @@ class WorkerCohort:
     """Trains each worker's share of a cohort there, and merges what comes back.
 
     Args:
-        parts: The round.
-        workers: Where the clients are trained.
-        clients_per_step: The largest number of clients that a worker runs at once, or None.
-        merge: `<A, A> -> A` on the leaves of two aggregates, where the server is.
+      parts: The round.
+      workers: Where the clients are trained.
+      clients_per_step: The largest number of clients that a worker runs at once, or None.
+      merge: `<A, A> -> A` on the leaves of two aggregates, where the server is.
     """
 
     def __init__(

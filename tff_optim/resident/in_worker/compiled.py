@@ -17,15 +17,15 @@ class MapReduceRound:
     """`next` of a process, cut at its broadcast and at its aggregation.
 
     Attributes:
-        prepare: `S -> C`, what the clients are sent.
-        zero: `( -> A)`, the aggregate of no clients.
-        work: `<D, C> -> U`, a client's work on its data.
-        accumulate: `<A, U> -> A`, an aggregate with one more update.
-        merge: `<A, A> -> A`.
-        settle: `A -> A`, the same value without a trace of where it comes from.
-        finish: `<S, A> -> <S, M>`.
-        context: What moves `C`.
-        aggregate: What moves `A`.
+      prepare: `S -> C`, what the clients are sent.
+      zero: `( -> A)`, the aggregate of no clients.
+      work: `<D, C> -> U`, a client's work on its data.
+      accumulate: `<A, U> -> A`, an aggregate with one more update.
+      merge: `<A, A> -> A`.
+      settle: `A -> A`, the same value without a trace of where it comes from.
+      finish: `<S, A> -> <S, M>`.
+      context: What moves `C`.
+      aggregate: What moves `A`.
     """
 
     prepare: Any
@@ -95,7 +95,7 @@ def split(client_data: Sequence[Any], num_workers: int) -> list[Sequence[Any]]:
     """Deals a cohort out to workers in equal shares, in order.
 
     Returns:
-        One share for each worker that has any client; one empty share of no clients.
+      One share for each worker that has any client; one empty share of no clients.
     """
     used = max(min(num_workers, len(client_data)), 1)
     bounds = [len(client_data) * i // used for i in range(used + 1)]

@@ -60,12 +60,12 @@ class Carrier:
     """The compiled computations that move values of one type.
 
     Attributes:
-        type: `T`, the type without its placement.
-        leaves: Its leaves.
-        placed: Whether its values are placed at the server: `T@SERVER` instead of `T`, and so on.
-        fence: `T -> int32`, whose result is there once the value is.
-        save: `<T, str> -> int32`; None where checkpoints cannot hold `T`.
-        load: `str -> T`; likewise.
+      type: `T`, the type without its placement.
+      leaves: Its leaves.
+      placed: Whether its values are placed at the server: `T@SERVER` instead of `T`, and so on.
+      fence: `T -> int32`, whose result is there once the value is.
+      save: `<T, str> -> int32`; None where checkpoints cannot hold `T`.
+      load: `str -> T`; likewise.
     """
 
     type: tff.Type
@@ -217,7 +217,7 @@ async def look_for_files(executor: Executor) -> None:
     """Finds out whether a worker sees this machine's files, and is the one we started.
 
     Raises:
-        WorkerStartError: Another worker answers at the local worker's port.
+      WorkerStartError: Another worker answers at the local worker's port.
     """
     host = executor.host
     if host.shares_files is not None:
@@ -230,8 +230,8 @@ async def look_for_files(executor: Executor) -> None:
         # A local worker runs in its directory: a relative path tells it from any other.
         path = worker_lib.TOKEN_FILE if is_local else os.path.join(directory, worker_lib.TOKEN_FILE)
         host.shares_files = await _read_file(executor, path) == token
-    except Exception as e:
-        if host_lib.is_cut(e):
+    except Exception as error:
+        if host_lib.is_cut(error):
             raise
         host.shares_files = False  # TensorFlow found no such file there
     if is_local and not host.shares_files:
@@ -273,10 +273,10 @@ async def fetch(
     """Brings a value to Python, as the list of its leaves.
 
     Args:
-        carrier: What moves values of its type.
-        executor: Where it is.
-        value: Its handle.
-        files: Whether it crosses in a file or in a message; None to choose by its size.
+      carrier: What moves values of its type.
+      executor: Where it is.
+      value: Its handle.
+      files: Whether it crosses in a file or in a message; None to choose by its size.
     """
     if by_file(carrier, executor.host) if files is None else files:
         with unless_full(executor.host), Exchange(executor.host) as prefix:

@@ -46,7 +46,7 @@ def through_cuts(attempt: Callable[[], _T], patience: float) -> _T:
     """Repeats what a cut connection has broken off.
 
     Raises:
-        WorkerLostError: It was cut off again and again for `patience` seconds.
+      WorkerLostError: It was cut off again and again for `patience` seconds.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -178,9 +178,9 @@ class Host:
     """A worker, the executors in it, and the state of the connection to it.
 
     Args:
-        worker: The worker.
-        heartbeat: Seconds between two looks at the worker while a call runs, and the time it
-            has to answer.
+      worker: The worker.
+      heartbeat: Seconds between two looks at the worker while a call runs, and the time it
+        has to answer.
     """
 
     def __init__(self, worker: worker_lib.Worker, heartbeat: float):
@@ -232,8 +232,8 @@ class Host:
         """Waits for work that `start` began.
 
         Raises:
-            WorkerLostError: The worker ended or does not answer any more.
-            ConnectionCutError: The connection was cut, but the worker is still there.
+          WorkerLostError: The worker ended or does not answer any more.
+          ConnectionCutError: The connection was cut, but the worker is still there.
         """
         try:
             while not call.done.wait(self._heartbeat):
@@ -251,7 +251,7 @@ class Host:
         """Runs work on this worker and waits for it; repeats it where the connection was cut.
 
         Raises:
-            WorkerLostError: The worker ended or does not answer any more.
+          WorkerLostError: The worker ended or does not answer any more.
         """
         return through_cuts(lambda: self.finish(self.start(work)), self._heartbeat)
 
@@ -312,8 +312,8 @@ class Call(threading.Thread, Generic[_T]):
         assert self._work is not None
         try:
             self.result = asyncio.run(_await(self._work))
-        except Exception as e:
-            self.error = e
+        except Exception as error:
+            self.error = error
         finally:
             self._work = None  # or the values it used would live on with the call
             self.done.set()

@@ -20,9 +20,9 @@ class WorkerPlace(Place):
     """A process in TFF's workers.
 
     Args:
-        process: The learning process.
-        workers: Where it runs; states live in the first one.
-        clients_per_step: The largest number of clients that a worker runs at once, or None.
+      process: The learning process.
+      workers: Where it runs; states live in the first one.
+      clients_per_step: The largest number of clients that a worker runs at once, or None.
     """
 
     def __init__(

@@ -13,9 +13,9 @@ class Resident(Held):
     """A value in a worker; dropping the last reference to it frees its memory there.
 
     Args:
-        carrier: What moves values of its type.
-        executor: The executor that holds it.
-        value: TFF's handle of it.
+      carrier: What moves values of its type.
+      executor: The executor that holds it.
+      value: TFF's handle of it.
     """
 
     def __init__(self, carrier: handover.Carrier, executor: Executor, value: Any):
@@ -55,7 +55,7 @@ class Resident(Held):
         """Brings the value to Python for good, before its worker is left.
 
         Returns:
-            Whether the worker gave it within some seconds.
+          Whether the worker gave it within some seconds.
         """
         call = self.executor.host.start(
             lambda: handover.fetch(self.carrier, self.executor, self.value)

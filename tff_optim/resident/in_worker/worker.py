@@ -107,9 +107,9 @@ class _Watched:
     """A process that sees this one end, and the directory that it removes then.
 
     Args:
-        command: What to start, with the reading end of a pipe as its input.
-        directory: A directory.
-        streams: Where the process's output goes.
+      command: What to start, with the reading end of a pipe as its input.
+      directory: A directory.
+      streams: Where the process's output goes.
     """
 
     def __init__(self, command: list[str], directory: str, **streams: Any):
@@ -144,8 +144,8 @@ class LocalWorker:
     """A worker process on this machine that ends when this object is closed, or Python is.
 
     Args:
-        start_timeout: Seconds until a worker that is not ready is given up.
-        command: The program to start; `--port=N` is appended.
+      start_timeout: Seconds until a worker that is not ready is given up.
+      command: The program to start; `--port=N` is appended.
     """
 
     def __init__(self, start_timeout: float = 60.0, command: tuple[str, ...] = ()):
@@ -233,8 +233,8 @@ class RemoteWorker:
     """The connection to a worker that runs elsewhere; closing it leaves the worker running.
 
     Args:
-        target: `'host:port'` of a running `worker_binary`.
-        start_timeout: Seconds until a worker that does not answer is given up.
+      target: `'host:port'` of a running `worker_binary`.
+      start_timeout: Seconds until a worker that does not answer is given up.
     """
 
     def __init__(self, target: str, start_timeout: float = 60.0):

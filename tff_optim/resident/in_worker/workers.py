@@ -19,10 +19,10 @@ class Workers:
     """The workers of a process, started when they are first needed, and again when one is lost.
 
     Args:
-        targets: For each worker its `'host:port'`, or None for one to be started here.
-        heartbeat: Seconds between two looks at a worker while it computes.
-        start_timeout: Seconds that a worker has to start.
-        hold_states: Whether the first one holds states: then losing it is an error.
+      targets: For each worker its `'host:port'`, or None for one to be started here.
+      heartbeat: Seconds between two looks at a worker while it computes.
+      start_timeout: Seconds that a worker has to start.
+      hold_states: Whether the first one holds states: then losing it is an error.
     """
 
     def __init__(

@@ -1,0 +1,77 @@
+"""One dialect in the package: "`argument` must be RULE; found VALUE. What to do." """
+
+import ast
+import itertools
+import pathlib
+
+import pytest
+
+import tff_optim
+
+HOME = pathlib.Path(tff_optim.__file__).parent
+OTHER_ROOMS = ("simulation", "doctor")
+FILES = [p for p in sorted(HOME.rglob("*.py")) if not {p.parent.name, p.stem} & {*OTHER_ROOMS}]
+# What is said of no argument.
+OTHERS = (
+    "it is not an object",  # words for a `CheckpointError`
+    "its checksum does not match",
+    "the keys {} occur twice",
+    "A `ResidentProcess` cannot be copied or pickled",
+    "A hyper-parameter that may change between steps has no truth value",
+)
+SECTIONS = ("Args:", "Returns:", "Raises:", "Attributes:")
+
+
+def text_of(node):
+    """A literal text with `{}` for what is put into it; None if there is none."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            getattr(part, "value", None) if isinstance(part, ast.Constant) else "{}"
+            for part in node.values
+        )
+    return None
+
+
+def refusals(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            text = text_of(node.exc.args[0])
+            is_refusal = ast.unparse(node.exc.func) in ("ValueError", "TypeError")
+            # What begins with a name of the program is put together elsewhere.
+            if is_refusal and text is not None and not text.startswith("{}"):
+                yield node.lineno, text
+
+
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOME)))
+def test_a_refusal_says_what_must_be_and_what_was_found(path):
+    for line, text in refusals(parsed(path)):
+        if text.startswith(OTHERS):
+            continue
+        rule, _, found = text.partition("; found")
+        assert " must " in rule, f"line {line}: {text}"
+        assert found, f"line {line}: {text}"
+        assert text.rstrip().endswith((".", "}", "?")), f"line {line}: {text}"
+
+
+def test_the_guard_above_is_not_empty():
+    assert sum(1 for path in FILES for _ in refusals(parsed(path))) > 100
+    assert {text for path in FILES for _, text in refusals(parsed(path)) if text.startswith(OTHERS)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOME)))
+def test_names_of_errors_and_indentation_of_docstrings_are_the_same_everywhere(path):
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ExceptHandler) and node.name:
+            assert len(node.name) > 1, f"line {node.lineno}"
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            lines = (ast.get_docstring(node) or "").splitlines()
+            for heading, first in itertools.pairwise(lines):
+                if heading in SECTIONS:
+                    assert first.startswith("  "), first
+                    assert first[2] != " ", f"two spaces below {heading} in {path}: {first}"
