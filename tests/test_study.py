@@ -1,5 +1,6 @@
 """The study's runner keeps what it has, and its page says what its CSV holds."""
 
+import argparse
 import csv
 import pathlib
 import sys
@@ -33,12 +34,18 @@ def test_the_page_holds_the_tables_of_the_csv(study):
     worst = {rule: min(c.difference for c in cells.values()) for rule, cells in compared.items()}
     gains = [c.difference for cell, c in compared["jury"].items() if cell[3] == "random labels"]
     top = " ".join((ROOT / "README.md").read_text().split())
-    assert f"of which {len(curves)} settings have been run" in top
-    assert f"costs up to {-worst['KL near']:.1f} points" in top
-    assert f"gained {min(gains):.1f} to {max(gains):.1f} points where labels were bad" in top
-    assert worst["jury"] > -0.1  # nothing that one can measure
     runs = sum(len(seeds) for by_rule in curves.values() for seeds in by_rule.values())
-    assert f"{len(curves)} of 72 cells, {runs} of 2,880 runs" in page
+    for claim in (
+        f"of {runs:,} runs in {len(curves)} settings",
+        f"costs at most {-worst['jury']:.1f} points",
+        f"gains {min(gains):.1f} to {max(gains):.1f} points where labels are random",
+        f"costs up to {-worst['KL near']:.1f} points",
+    ):
+        assert claim in top
+    # That its worst cell lies within two standard errors of nothing.
+    lost = min(compared["jury"].values(), key=lambda c: c.difference)
+    assert lost.difference + 2.0 * lost.error > 0.0
+    assert f"{len(curves)} of 72 cells, {runs:,} of 2,880 runs" in page
 
 
 def test_late_accuracies_are_those_of_the_curves(study):
@@ -50,6 +57,31 @@ def test_late_accuracies_are_those_of_the_curves(study):
         curve = [float(x) for x in row["accuracies"].split()]
         assert len(curve) == run.ROUNDS
         np.testing.assert_allclose(float(row["late_accuracy"]), np.mean(curve[-10:]), atol=1e-4)
+
+
+def test_rules_that_are_not_ours_run_at_the_rate_that_was_best_on_other_seeds(study):
+    report, run, _ = study
+    found = report.mean_by_rate(STUDY / "tuning.csv")
+    assert {rule for _, _, rule in found} == {"FedAvg", *run.TUNED}
+    for key, by_rate in found.items():
+        assert set(by_rate) == {str(rate) for rate in run.TUNING_RATES}
+        best = float(max(by_rate, key=by_rate.get))
+        if key[2] in run.TUNED:
+            assert run.RATES.get(key, run.CLIENT_RATE) == best
+    assert not {cell.seed for cell in run.plan()} & set(run.TUNING_SEEDS)
+    assert report.rates(STUDY / "tuning.csv") in (STUDY / "README.md").read_text()
+    with (STUDY / "results.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["task"], row["server"], row["rule"]
+            assert float(row["client_rate"]) == run.RATES.get(key, run.CLIENT_RATE)
+
+
+def test_parts_share_the_plan_between_them(study):
+    _, run, _ = study
+    assert run.part_of("2/3") == (2, 3)
+    for text in ("0/2", "3/2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="a part must be"):
+            run.part_of(text)
 
 
 def test_the_plan_has_every_cell_once_with_five_seeds(study):
@@ -65,10 +97,10 @@ def test_the_plan_has_every_cell_once_with_five_seeds(study):
 def test_a_run_that_was_cut_off_is_run_again(study, tmp_path):
     _, run, _ = study
     path = tmp_path / "results.csv"
-    row = "digits,sgd,0.05,none,1000,FedAvg,0.9,1.0,0.87.0,0.9 0.9"
+    row = "digits,sgd,0.05,none,1000,FedAvg,0.3,0.9,1.0,0.87.0,0.9 0.9"
     path.write_text(",".join(run.COLUMNS) + f"\n{row}\ndigits,sgd,0.05,none,1000,jur")
     cell = run.Cell("digits", "sgd", 0.05, "none", 1000)
-    assert run.done_before(path) == {(*(str(x) for x in cell), "FedAvg")}
+    assert run.done_before(path) == {(*(str(x) for x in cell), "FedAvg", "0.3")}
     assert path.read_text().endswith(row + "\n")
 
 

@@ -20,6 +20,7 @@ HERE = pathlib.Path(__file__).parent
 PLAIN = "FedAvg"
 LATE = 10
 TARGET = 0.9
+DRAWN = ("none", "random labels", "times -1")  # in curves, with SGD on the server
 CELL = ("task", "server", "concentration", "corruption")
 
 
@@ -167,36 +168,70 @@ def speed(curves: Curves) -> str:
     return "\n".join(lines)
 
 
+def mean_by_rate(path: pathlib.Path) -> dict[Key, dict[str, float]]:
+    """Mean late accuracy of a task, a server's optimizer and a rule, by the clients' rate."""
+    found: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["task"], row["server"], row["rule"]
+            found[key][row["client_rate"]].append(float(row["late_accuracy"]))
+    return {
+        key: {rate: float(np.mean(accuracies)) for rate, accuracies in rates.items()}
+        for key, rates in found.items()
+    }
+
+
+def rates(path: pathlib.Path) -> str:
+    """A row per task, server and rule: late accuracy at each rate of the clients, in points."""
+    found = mean_by_rate(path)
+    names = sorted(next(iter(found.values())), key=float)
+    lines = [
+        "| setting | rule | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for (task, server, rule), by_rate in found.items():
+        row = " | ".join(f"{100.0 * by_rate[name]:.1f}" for name in names)
+        lines.append(f"| {task}, {server} | {rule} | {row} |")
+    return "\n".join(lines)
+
+
 def draw_heat_map(curves: Curves, path: pathlib.Path) -> None:
-    """Differences to FedAvg: a row per rule, a column per cell."""
+    """Differences to FedAvg: a panel per task, a row per cell, a column per rule."""
     compared = compare(curves)
     rules = [rule for rule in compared if rule != PLAIN]
-    cells = sorted(curves, key=lambda cell: (cell[0], cell[1], cell[3] != "none", cell[3], cell[2]))
-    table = np.full((len(rules), len(cells)), np.nan)
-    for i, rule in enumerate(rules):
-        for j, cell in enumerate(cells):
-            if cell in compared[rule]:
-                table[i, j] = compared[rule][cell].difference
-    figure, axes = plt.subplots(
-        figsize=(2.5 + 0.62 * len(cells), 2.6 + 0.42 * len(rules)), layout="constrained"
+    by_task: dict[str, list[Key]] = defaultdict(list)
+    for cell in sorted(curves, key=lambda c: (c[3] != "none", c[3], c[1] == "adam", float(c[2]))):
+        by_task[cell[0]].append(cell)
+    rows = max(map(len, by_task.values()))
+    figure, panels = plt.subplots(
+        1, len(by_task), figsize=(13.0, 2.2 + 0.26 * rows), layout="constrained", squeeze=False
     )
-    image = axes.imshow(table, cmap="RdBu", vmin=-10.0, vmax=10.0, aspect="auto")
-    for (i, j), value in np.ndenumerate(table):
-        if np.isfinite(value):
-            color = "white" if abs(value) > 6.0 else "black"
-            axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=color)
-    names = [f"{c[0]}, {c[3]}, {c[2]}" + (", Adam" if c[1] == "adam" else "") for c in cells]
-    axes.set_xticks(range(len(cells)), names, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rules)), rules)
-    axes.set_title("Late test accuracy against FedAvg, points")
-    figure.colorbar(image, ax=axes, extend="both", label="points")
-    figure.savefig(path, dpi=130)
+    for axes, (task, cells) in zip(panels[0], sorted(by_task.items()), strict=True):
+        table = np.full((len(cells), len(rules)), np.nan)
+        for i, cell in enumerate(cells):
+            for j, rule in enumerate(rules):
+                if cell in compared[rule]:
+                    table[i, j] = compared[rule][cell].difference
+        image = axes.imshow(table, cmap="RdBu", vmin=-10.0, vmax=10.0, aspect="auto")
+        for (i, j), value in np.ndenumerate(table):
+            if np.isfinite(value):
+                color = "white" if abs(value) > 6.0 else "black"
+                axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=color)
+        names = [f"{c[3]}, {c[2]}" + (", Adam" if c[1] == "adam" else "") for c in cells]
+        axes.set_yticks(range(len(cells)), names, fontsize=8)
+        axes.set_xticks(range(len(rules)), rules, rotation=40, ha="left", fontsize=9)
+        axes.xaxis.tick_top()
+        axes.set_title(task)
+    figure.suptitle("Late test accuracy against FedAvg, in points, by what is wrong and the split")
+    figure.colorbar(image, ax=panels, extend="both", label="points", shrink=0.5)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def draw_curves(curves: Curves, path: pathlib.Path, shown: tuple[str, ...]) -> None:
     """Test accuracy over rounds: mean over seeds, with a band from the least to the largest."""
-    cells = sorted(curves, key=lambda cell: (cell[0], cell[1], cell[3], cell[2]))
+    drawn = [c for c in curves if c[1] == "sgd" and c[2] in ("0.05", "0.5") and c[3] in DRAWN]
+    cells = sorted(drawn, key=lambda cell: (cell[0], DRAWN.index(cell[3]), cell[2]))
     columns = min(4, len(cells))
     rows = -(-len(cells) // columns)
     figure, grid = plt.subplots(
@@ -233,6 +268,7 @@ def main() -> None:
     print(f"{len(curves)} cells that every rule has run, {runs} runs\n")
     for part in (summary, by_cell, speed):
         print(part(curves), "\n")
+    print(rates(HERE / "tuning.csv"), "\n")
     options.pictures.mkdir(parents=True, exist_ok=True)
     draw_heat_map(curves, options.pictures / "regret.png")
     draw_curves(

@@ -1,8 +1,10 @@
 """Runs the study of rules that are safe to use: rows of a CSV, one for each run, which it goes on from.
 
-python examples/study/run.py            all of the plan
-python examples/study/run.py --quick    a first look: two settings, two seeds
-python examples/study/report.py         tables and pictures of what is there
+python examples/study/run.py               all of the plan
+python examples/study/run.py --part 1/2    every other setting, beside another process with --part 2/2
+python examples/study/run.py --quick       a first look: four settings, two seeds
+python examples/study/run.py --tune        the runs that the client rates below were chosen by
+python examples/study/report.py            tables and pictures of what is there
 """
 
 import argparse
@@ -28,9 +30,11 @@ from aggregators import rules, scores, weighting
 HERE = pathlib.Path(__file__).parent
 ROUNDS = 50
 PER_ROUND = 10
-CLIENT_RATE = 0.3
+CLIENT_RATE = 0.3  # of FedAvg and of the rules of ours
 SERVER_ADAM_RATE = 0.03
 SEEDS = (1000, 1001, 1002, 1003, 1004)
+TUNING_SEEDS = (2000, 2001)
+TUNING_RATES = (0.1, 0.3, 1.0)
 SPLITS = (0.05, 0.5, 0.1, 5.0)
 COLUMNS = (
     "task",
@@ -39,6 +43,7 @@ COLUMNS = (
     "corruption",
     "seed",
     "rule",
+    "client_rate",
     "late_accuracy",
     "seconds",
     "tff",
@@ -56,6 +61,15 @@ RULES: dict[str, Any] = {
     "KL near": lambda: rules.adaptive_mean(scores.kl_divergence, weighting.softmax()),
     "loss near": lambda: rules.adaptive_mean("loss", weighting.softmax()),
     "TFF robust": None,
+}
+TUNED = ("KL near", "loss near", "TFF robust")
+# Client rates other than CLIENT_RATE at which these rules did best in tuning.csv.
+RATES = {
+    ("topics", "sgd", "KL near"): 1.0,
+    ("topics", "adam", "KL near"): 1.0,
+    ("topics", "sgd", "loss near"): 1.0,
+    ("topics", "adam", "loss near"): 0.1,
+    ("topics", "adam", "TFF robust"): 0.1,
 }
 
 
@@ -93,14 +107,27 @@ def quick_plan() -> list[Cell]:
     return [Cell("digits", "sgd", split, kind, seed) for seed, split, kind in product]
 
 
-def build_process(task: str, server: str, rule: str) -> tff_optim.ResidentProcess:
+def tuning_plan() -> list[Cell]:
+    """The settings in which client rates are compared, with seeds that the study does not use."""
+    product = itertools.product(
+        ("digits", "topics"), ("sgd", "adam"), SPLITS[:2], ("none", "random labels"), TUNING_SEEDS
+    )
+    return [Cell(*names) for names in product]
+
+
+def build_process(
+    task: str, server: str, rule: str, client_rate: float = CLIENT_RATE
+) -> tff_optim.ResidentProcess:
     """One process for a task, a server's optimizer and a rule, run where its rounds are fastest."""
-    return tff_optim.ResidentProcess(_plain_process(task, server, rule), device="CPU:0")
+    plain = _plain_process(task, server, rule, client_rate)
+    return tff_optim.ResidentProcess(plain, device="CPU:0", clients_per_step=PER_ROUND)
 
 
-def _plain_process(task: str, server: str, rule: str) -> tff.learning.templates.LearningProcess:
+def _plain_process(
+    task: str, server: str, rule: str, client_rate: float
+) -> tff.learning.templates.LearningProcess:
     model = tasks.make_model(tasks.load(task))
-    client = tasks.FlaggedSGD(CLIENT_RATE)
+    client = tasks.FlaggedSGD(client_rate)
     if server == "adam":
         optimizer = tff.learning.optimizers.build_adam(SERVER_ADAM_RATE)
     else:
@@ -138,46 +165,72 @@ def done_before(path: pathlib.Path) -> set[tuple[str, ...]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
-    return {tuple(row[name] for name in COLUMNS[:6]) for row in csv.DictReader(whole.splitlines())}
+    return {tuple(row[name] for name in COLUMNS[:7]) for row in csv.DictReader(whole.splitlines())}
+
+
+def planned(options: argparse.Namespace) -> list[tuple[Cell, str, float]]:
+    """The runs that were asked for: a setting, a rule and the clients' learning rate."""
+    if options.tune:
+        rules_and_rates = list(itertools.product(("FedAvg", *TUNED), TUNING_RATES))
+        return [(cell, *pair) for cell in tuning_plan() for pair in rules_and_rates]
+    cells = quick_plan() if options.quick else plan()
+    return [
+        (cell, rule, RATES.get((cell.task, cell.server, rule), CLIENT_RATE))
+        for cell in cells
+        for rule in RULES
+    ]
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Reads `1/2`."""
+    part, parts = (int(x) for x in text.split("/"))
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"a part must be 1/n to n/n; found {text}")
+    return part, parts
 
 
 def main() -> None:
     """Runs what is not in the CSV yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a first look")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a first look")
+    which.add_argument("--tune", action="store_true", help="client rates, on other seeds")
+    parser.add_argument("--part", type=part_of, default=(1, 1), help="1/2: every other setting")
     parser.add_argument("--output", type=pathlib.Path, help="the CSV")
     parser.add_argument("--minutes", type=float, default=np.inf, help="no run starts after these")
     options = parser.parse_args()
-    path = options.output or HERE / ("quick.csv" if options.quick else "results.csv")
+    name = "quick.csv" if options.quick else "tuning.csv" if options.tune else "results.csv"
+    path = options.output or HERE / name
     done, began = done_before(path), time.monotonic()
-    cells = quick_plan() if options.quick else plan()
+    part, parts = options.part
+    runs = planned(options)
+    mine = set(list(dict.fromkeys(cell for cell, _, _ in runs))[part - 1 :: parts])
     todo = [
-        (cell, rule)
-        for cell in cells
-        for rule in RULES
-        if (*(str(x) for x in cell), rule) not in done
+        (cell, rule, rate)
+        for cell, rule, rate in runs
+        if cell in mine and (*(str(x) for x in cell), rule, str(rate)) not in done
     ]
     tff.backends.native.set_sync_local_cpp_execution_context()
-    processes: dict[tuple[str, str, str], Any] = {}
+    processes: dict[tuple[str, str, str, float], Any] = {}
     data: tuple[Any, Any] = (None, None)
     try:
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if not file.tell():
                 writer.writeheader()
-            for cell, rule in tqdm.tqdm(todo, unit="run"):
+            for cell, rule, rate in tqdm.tqdm(todo, unit="run"):
                 if time.monotonic() - began > 60.0 * options.minutes:
                     break
                 if data[0] != cell:
                     task = tasks.load(cell.task)
                     made = tasks.make_clients(task, cell.concentration, cell.corruption, cell.seed)
                     data = cell, made
-                key = (cell.task, cell.server, rule)
+                key = (cell.task, cell.server, rule, rate)
                 if key not in processes:
                     processes[key] = build_process(*key)
                 start = time.monotonic()
                 found = run(processes[key], cell, data[1])
-                row = OrderedDict(cell._asdict(), rule=rule)
+                row = OrderedDict(cell._asdict(), rule=rule, client_rate=rate)
                 row.update(
                     late_accuracy=f"{np.mean(found[-10:]):.5f}",
                     seconds=f"{time.monotonic() - start:.1f}",
@@ -185,7 +238,7 @@ def main() -> None:
                     accuracies=" ".join(f"{accuracy:.4f}" for accuracy in found),
                 )
                 writer.writerow(row)
-                file.flush()
+                file.flush()  # one write: two parts may add to one file
     finally:
         tff.test.set_no_default_context()  # ends the worker
 
