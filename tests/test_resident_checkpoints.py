@@ -356,6 +356,26 @@ def test_resume_goes_back_to_a_whole_version_and_on_from_there(resident, tmp_pat
     assert sorted(os.listdir(tmp_path)) == [".lock", "version_x"]
 
 
+def test_no_bit_of_an_index_ends_in_an_error_of_another_kind(resident, tmp_path):
+    checkpoints = ResidentCheckpoints(resident, tmp_path)
+    checkpoints.save_now(resident.restore(plain_run()[1][0]), 1)
+    path = tmp_path / "version_1" / "state.index"
+    whole, kinds = path.read_bytes(), {}
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            tf.train.load_checkpoint(str(path.with_suffix("")))
+        except Exception as error:
+            kinds.setdefault(type(error), []).append(bytes(flipped))
+    assert len(kinds) > 1  # TensorFlow has several for it
+    for damaged in kinds.values():
+        path.write_bytes(damaged[0])
+        with pytest.raises(CheckpointError, match=r"Version 1 in .* cannot be read"):
+            checkpoints.load_now(1)
+
+
 def test_tffs_loop_goes_back_too(resident, tmp_path):
     checkpoints = ResidentCheckpoints(resident, tmp_path)
     assert asyncio.run(checkpoints.load_latest(None)) == (None, 0)

@@ -250,9 +250,12 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
 
     def _read_back(self, path: str) -> None:
         """Reads all of what was written; only then it is a version."""
-        reader = tf.train.load_checkpoint(os.path.join(path, _STATE))
-        for name in reader.get_variable_to_shape_map():
-            reader.get_tensor(name)  # it compares the checksum
+        try:
+            reader = tf.train.load_checkpoint(os.path.join(path, _STATE))
+            for name in reader.get_variable_to_shape_map():
+                reader.get_tensor(name)  # it compares the checksum
+        except leaves.READ_ERRORS as error:
+            raise OSError(f"what was written cannot be read back: {_reason(error)}") from error
         for name in os.listdir(path):
             if name in (_MADE_BY, *_STATE_FILES):
                 os.chmod(os.path.join(path, name), 0o600)
@@ -280,7 +283,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             reader = tf.train.load_checkpoint(prefix)
             shapes = reader.get_variable_to_shape_map()
             dtypes = reader.get_variable_to_dtype_map()
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        except leaves.READ_ERRORS as error:
             raise _DamagedError(f"{what} cannot be read: {_reason(error)}") from error
         wanted = {leaf.name: leaf for leaf in self._leaves}
         found = set(shapes) - {leaves.MARK}

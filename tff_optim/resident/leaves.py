@@ -8,6 +8,9 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+# What TensorFlow's reader raises for a checkpoint that is damaged: the byte decides which.
+READ_ERRORS = (tf.errors.OpError, ValueError, IndexError, RuntimeError)
+
 
 @attrs.frozen
 class Leaf:
