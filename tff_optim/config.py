@@ -61,7 +61,7 @@ def get_config(optimizer: Any) -> dict[str, Any]:
     Example:
       >>> import tff_optim
       >>> momentum = tff_optim.transforms.Momentum(0.5)
-      >>> config = get_config(build_optimizer(0.1, transforms=[momentum]))
+      >>> config = get_config(tff_optim.build_optimizer(0.1, transforms=[momentum]))
       >>> config["transforms"]
       [['Momentum', {'beta': 0.5, 'nesterov': False}]]
     """

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from tff_optim import comparison, hyperparameters, keras_arguments, keras_objects, leaves, patterns
 
+__all__ = ["Ball", "Box", "Projection", "Simplex"]
+
 
 def _check_where(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
     del instance, attribute  # There is only one.

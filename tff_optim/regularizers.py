@@ -9,6 +9,9 @@ import tensorflow as tf
 from tff_optim import comparison, entries, hyperparameters, keras_arguments, keras_objects, leaves
 from tff_optim.transforms.interface import GradientTransform
 
+__all__ = ["FedProx", "Penalty"]
+
+
 _STARTED = "started"
 _REFERENCE = "reference"
 

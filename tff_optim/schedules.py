@@ -13,6 +13,8 @@ import tensorflow as tf
 from tff_optim.intervals import NON_NEGATIVE, POSITIVE, Interval, checked_number
 from tff_optim.messages import shown
 
+__all__ = ["CosineRestarts", "InverseScaling", "Triangular", "Warmup"]
+
 
 class _Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
     """A schedule that holds its arguments and computes in float32."""
