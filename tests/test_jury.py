@@ -63,6 +63,20 @@ def test_equals_its_twin_over_twenty_rounds_of_good_and_bad_clients(name):
     assert memory["norm"] > 1.2  # the state went somewhere
 
 
+def test_the_listing_shows_the_weights_that_the_mean_was_made_with():
+    case = CASES["jury"]
+    cohorts = contracts.rounds(case, seed=14, sizes=(2,) * 8)
+    for clients, _ in cohorts:
+        clients[0]["delta"] = [30.0 * x for x in clients[0]["delta"]]  # shrunk
+        clients[0]["loss"] = np.float32(3.0)
+    for output, (clients, _) in zip(contracts.run(case, cohorts), cohorts, strict=True):
+        used = contracts.flat(output.measurements)["sample_weights"]  # of one layer
+        assert used[0] < 0.2 * used[1]
+        for position, tensor in enumerate(output.result):
+            mean = sum(w * c["delta"][position] for w, c in zip(used, clients, strict=True))
+            np.testing.assert_allclose(tensor, mean, rtol=1e-4, atol=1e-5)
+
+
 def mse(weights, x, y):
     return np.mean((np.float64(x) @ weights[0] + weights[1] - y) ** 2)
 
