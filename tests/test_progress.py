@@ -1,9 +1,14 @@
 """The bar on a real terminal: where each run is, its main metrics, one line for each run at once."""
 
+import contextlib
+import fcntl
 import os
 import pty
 import re
+import struct
 import sys
+import termios
+import threading
 
 import pytest
 import tensorflow_federated as tff
@@ -20,12 +25,23 @@ def process():
 def shown_on_a_terminal(monkeypatch, **options):
     """What a run writes to a pseudo-terminal in the place of stderr."""
     ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb", buffering=0) as screen:
-        with monkeypatch.context() as context:
-            context.setattr(sys, "stderr", terminal)
-            simulation.run(clients=make_clients(), clients_per_round=2, rounds=3, **options)
-        terminal.flush()
-        return screen.read(1 << 16).decode()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    written = bytearray()
+    reader = threading.Thread(target=read_all, args=(ours, written))
+    reader.start()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as context:
+        context.setattr(sys, "stderr", terminal)
+        simulation.run(clients=make_clients(), clients_per_round=2, rounds=3, **options)
+    reader.join(timeout=30)
+    os.close(ours)
+    return written.decode()
+
+
+def read_all(descriptor, written):
+    """Reads until the other end is closed, which is an error on a terminal."""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(descriptor, 4096):
+            written += chunk
 
 
 def test_the_bar_shows_round_time_left_and_main_metrics(process, monkeypatch):
