@@ -348,7 +348,7 @@ def resolve(optimizer: Any) -> Any:
         )
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         raise TypeError(
-            "`optimizer` must be a Keras optimizer; found the TFF optimizer "
+            "`optimizer` must be a Keras optimizer; found one of TFF already, "
             f"{type(optimizer).__name__}. Use it as it is."
         )
     if callable(optimizer):

@@ -263,7 +263,8 @@ def _interval(transformation_or_factory: Any, name: str) -> Interval:
     made = getattr(transformation_or_factory, "func", transformation_or_factory)
     if not str(getattr(made, "__module__", "")).startswith("optax.") or name not in _INTERVALS:
         return FINITE
-    parameter = inspect.signature(made).parameters.get(name)
+    # Numbers of a ready transformation are those that `optax.inject_hyperparams` keeps.
+    parameter = inspect.signature(made).parameters.get(name) if callable(made) else None
     default = None if parameter is None else parameter.default
     # `optax.scale_by_sm3` has a `b2` of 1, which stands for no decay there.
     is_unlike = isinstance(default, float) and default not in _INTERVALS[name]
