@@ -244,8 +244,12 @@ def run_plain(
     case: Case, weights: list[np.ndarray], steps: list[list[np.ndarray]]
 ) -> list[np.ndarray]:
     """Plain optax, under jax' 64 bits if a weight has them."""
-    with enable_x64(any(w.dtype == np.float64 for w in weights)):
+    wide = any(w.dtype == np.float64 for w in weights)
+    with enable_x64(wide):
         init, update = case.compiled_plain
+        if wide:  # some compute constants when they are built
+            transformation = case.plain()
+            init, update = transformation.init, jax.jit(transformation.update)
         params = [jnp.asarray(w) for w in weights]
         state = init(params)
         for gradients in steps:
