@@ -209,13 +209,13 @@ def endings(count, seed):
             for number in range(count):
                 case = cases[number % len(cases)]
                 print(*case, file=runner.stdin, flush=True)
-                answer, error, in_time = within(60, runner.stdout.readline)
+                answer, error, in_time = within(150, runner.stdout.readline)
                 if not in_time or not answer or not answer.startswith("worker"):
                     yield f"{case}", f"hung: {answer!r} {error!r}"
                     break
                 pid, directory, child, _ = answer.split()[1:]
-                _, _, in_time = within(30, runner.stdout.readline)
-                deadline = time.monotonic() + 20
+                _, _, in_time = within(120, runner.stdout.readline)
+                deadline = time.monotonic() + 60
                 while time.monotonic() < deadline and (
                     os.path.exists(directory) or (int(pid) and is_running(int(pid)))
                 ):
@@ -250,7 +250,7 @@ def _in_child(function):
             os._exit(code)
     os.close(writing)
     with open(reading) as pipe:
-        text, _, in_time = within(20, pipe.read)
+        text, _, in_time = within(90, pipe.read)
     if not in_time:
         os.kill(child, signal.SIGKILL)
         text = "hung"
