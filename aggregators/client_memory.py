@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import attrs
 import tensorflow as tf
 
+from aggregators.checks import only_if
+
 Tensors = Sequence[tf.Tensor]
 State = OrderedDict[str, Any]
 
@@ -139,15 +141,12 @@ def load(path: tf.Tensor, fresh: State) -> State:
             "; found",
             found,
         ]
-        with tf.control_dependencies(
-            [tf.raw_ops.Assert(condition=tf.equal(found, expected), data=message)]
-        ):
-            tensors = tf.raw_ops.RestoreV2(
-                prefix=tf.identity(path),
-                tensor_names=[name for name, _ in named],
-                shape_and_slices=[""] * len(named),
-                dtypes=[x.dtype for _, x in named],
-            )
+        tensors = tf.raw_ops.RestoreV2(
+            prefix=only_if(tf.equal(found, expected), message, path),
+            tensor_names=[name for name, _ in named],
+            shape_and_slices=[""] * len(named),
+            dtypes=[x.dtype for _, x in named],
+        )
         return [tf.ensure_shape(x, y.shape) for x, (_, y) in zip(tensors, named, strict=True)]
 
     tensors = tf.cond(tf.equal(path, ""), lambda: [tf.identity(x) for _, x in named], read)

@@ -8,6 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators import client_memory
+from aggregators.checks import only_if
 
 
 def input_type(data_type: Any) -> Any:
@@ -38,11 +39,7 @@ class Place(NamedTuple):
             theirs,
             ". Go back with `ClientStates.restore(round)`, or load the other server state.",
         ]
-        # The bare operation: TensorFlow's function around it builds a branch for the message.
-        with tf.control_dependencies(
-            [tf.raw_ops.Assert(condition=tf.equal(ours, theirs), data=message)]
-        ):
-            path = tf.identity(self.client["load"])
+        path = only_if(tf.equal(ours, theirs), message, self.client["load"])
         return client_memory.load(path, fresh)
 
     def save(self, state: client_memory.State) -> tf.Operation:

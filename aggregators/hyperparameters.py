@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import attrs
 import tensorflow as tf
 
+from aggregators.checks import only_if
+
 Schedule: TypeAlias = tf.keras.optimizers.schedules.LearningRateSchedule
 Number: TypeAlias = float | Schedule
 
@@ -95,7 +97,7 @@ def hparam(
     found = Hparam(value, least, most, above, below)
     if found.is_scheduled:
         with tf.init_scope():
-            first = float(value(0))
+            first = float(found.at(tf.constant(0)))  # as a rule's state asks it
         if not found.holds(first):
             raise ValueError(
                 f"`{argument}` must be {found.range}; found a schedule that starts at {first:g}."
@@ -148,6 +150,4 @@ def _checked(
     for name, one in hparams.items():
         holds &= one.holds(state[name])
         message += [f"`{name}` must be {one.range}; {verb}", state[name]]
-    # The bare operation: TensorFlow's function around it builds a branch for the message.
-    with tf.control_dependencies([tf.raw_ops.Assert(condition=holds, data=message)]):
-        return tf.nest.map_structure(tf.identity, state)
+    return only_if(holds, message, state)

@@ -290,6 +290,12 @@ def test_a_schedule_that_leaves_the_range_of_its_number_ends_the_round_that_woul
     steps = tf.keras.optimizers.schedules.PiecewiseConstantDecay
     with pytest.raises(ValueError, match=r"`temperature` must be .*; found a schedule that starts"):
         aggregators.build_fed_kl(twin.functional_model(), SGD, temperature=steps([2], [-1.0, 1.0]))
+
+    class OfTensors(tf.keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return tf.cast(step, tf.float32) + tf.cast(step.dtype.is_integer, tf.float32)
+
+    aggregators.build_fed_kl(twin.functional_model(), SGD, temperature=OfTensors())
     ends = steps([0, 1], [2.0, 1.0, -1.0])
     model, data = twin.functional_model(), twin.datasets(DATA)
     work = tff.learning.templates.build_functional_model_delta_client_work(

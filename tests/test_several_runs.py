@@ -251,5 +251,9 @@ def test_states_that_are_missing_are_named(scaffold, tmp_path):
         run_scaffold(scaffold, 3, tmp_path)
     with pytest.raises(TypeError, match="`client_states` must be a function or None; found 3"):
         simulation.run(scaffold, [3], rounds=1, clients_per_round=1, client_states=3)
+    with pytest.raises(ValueError, match=r"`client_states` must be None unless .*\['process'\]"):
+        simulation.run(
+            build_process(), make_clients(), rounds=1, clients_per_round=1, client_states=dict
+        )
     with pytest.raises(ValueError, match="`runs_at_once` must be a whole number of at least 1"):
         simulation.run(scaffold, [3], rounds=1, clients_per_round=1, runs_at_once=0)

@@ -10,7 +10,7 @@ import tensorflow_federated as tff
 
 from tff_optim.messages import shown
 from tff_optim.resident import ResidentProcess
-from tff_optim.simulation import cohorts, interrupts
+from tff_optim.simulation import cohorts, interrupts, stores
 from tff_optim.simulation.history import History, Table, join
 from tff_optim.simulation.threads import side_by_side
 from tff_optim.simulation.training import Plan, train
@@ -120,6 +120,7 @@ def run(
         client_states=client_states,
     )
     processes, seeds = _processes(process), _seeds(seed)
+    _check_states_are_kept(client_states, processes)
     if runs_at_once is None:
         runs_at_once = max(len(os.sched_getaffinity(0)) // 2, 1)
     cohorts.check_whole("runs_at_once", runs_at_once, 1)
@@ -217,6 +218,18 @@ def _lanes(processes: dict[str, Any], seeds: list[int]) -> list[list[tuple[str, 
         key = id(one) if isinstance(one, ResidentProcess) else (name, seed)
         lanes.setdefault(key, []).append((name, seed))
     return list(lanes.values())
+
+
+def _check_states_are_kept(client_states: Any, processes: dict[str, Any]) -> None:
+    """Raises `ValueError` if it can be told that no process has a use for clients' states."""
+    made = [one for one in processes.values() if hasattr(one, "next")]
+    if client_states is None or len(made) < len(processes):
+        return  # what a function of the seed makes is not known yet
+    if not any(stores.data_of_client(_data_type(one))[1] for one in made):
+        raise ValueError(
+            "`client_states` must be None unless the clients of a process keep a state; found "
+            f"{shown(client_states)} for {sorted(processes)}. Leave it out."
+        )
 
 
 @contextlib.contextmanager
