@@ -46,9 +46,12 @@ class Finished(NamedTuple):
     optimizer_state: Any
 
 
-def _same(gradients: Tensors, weights: Tensors, context: Context) -> Tensors:
-    del weights, context
-    return gradients
+Correction = Callable[[Tensors, Tensors], Tensors]
+
+
+def _same(context: Context) -> Correction:
+    del context
+    return lambda gradients, weights: gradients
 
 
 def _fresh(optimizer_state: Any, context: Context) -> Any:
@@ -68,7 +71,8 @@ class ClientMemory:
         sequences of them: what a client has that never took part.
       finish: `(context, finished) -> (state, sent)`: its state for the next round, and flat tensors for
         the rule, found under `sent` in `ClientUpdate.measured`.
-      correct: `(gradients, weights, context) -> gradients`, in every step, before the optimizer.
+      correction: `context -> (gradients, weights) -> gradients`: called once, before training; what it
+        returns is called in every step, before the optimizer.
       start: `(optimizer state, context) -> optimizer state`. Hyperparameters stay those of the process.
       mean_gradient: Whether `finish` looks at `mean_gradient`: an addition per step.
       initial_gradient: Whether it looks at `initial_gradient`: one more pass over the client's data.
@@ -85,24 +89,29 @@ class ClientMemory:
 
     initial_state: Callable[[Tensors, Any], State]
     finish: Callable[[Context, Finished], tuple[State, Tensors]]
-    correct: Callable[[Tensors, Tensors, Context], Tensors] = _same
+    correction: Callable[[Context], Correction] = _same
     start: Callable[[Any, Context], Any] = _fresh
     mean_gradient: bool = False
     initial_gradient: bool = False
 
 
-def correct(
-    memory: ClientMemory | None, gradients: Sequence[Any], weights: Tensors, context: Any
-) -> Any:
-    """The corrected gradients; None stays None, for a weight that the loss does not see."""
+def correction(
+    memory: ClientMemory | None, context: Any
+) -> Callable[[Sequence[Any], Tensors], Any]:
+    """What corrects gradients; None stays None, for a weight that the loss does not see."""
     if memory is None:
-        return gradients
-    dense = densify(gradients, weights)
-    corrected = memory.correct(dense, [tf.convert_to_tensor(w) for w in weights], context)
-    return tuple(
-        None if before is None else after
-        for before, after in zip(gradients, corrected, strict=True)
-    )
+        return lambda gradients, weights: gradients
+    given = memory.correction(context)
+
+    def correct(gradients: Sequence[Any], weights: Tensors) -> Any:
+        dense = densify(gradients, weights)
+        corrected = given(dense, [tf.convert_to_tensor(w) for w in weights])
+        return tuple(
+            None if before is None else after
+            for before, after in zip(gradients, corrected, strict=True)
+        )
+
+    return correct
 
 
 def densify(gradients: Sequence[Any], weights: Tensors) -> list[tf.Tensor]:

@@ -44,9 +44,9 @@ class Task:
             return fresh
         return self.optimizer.set_hparams(self.memory.start(fresh, context), hparams)
 
-    def correct(self, gradients: Any, trainable: Any, context: Any) -> Any:
-        """The gradients as the optimizer takes them."""
-        return client_memory.correct(self.memory, gradients, trainable, context)
+    def correction(self, context: Any) -> Callable[[Any, Any], Any]:
+        """What makes of `(gradients, weights)` the gradients that the optimizer takes."""
+        return client_memory.correction(self.memory, context)
 
     def finish(self, context: Any, done: Finished) -> Any:
         """What the client keeps and sends; empty without a memory."""

@@ -92,12 +92,13 @@ def build_functional_training(model: tff.learning.models.FunctionalModel, task: 
                 trainable, metrics, batch, counts, (*given.moment, steps)
             )
             seen = add_gradients(seen, gradients, trainable)
-            gradients = task.correct(gradients, trainable, context)
+            gradients = correct(gradients, trainable)
             optimizer_state, trainable = task.optimizer.next(optimizer_state, trainable, gradients)
             sums = add_loss(sums, loss if task.loss_at == "training" else None, examples)
             return trainable, optimizer_state, metrics, sums, counts, seen, steps + 1
 
         fresh = model.initialize_metrics_state()
+        correct = task.correction(context)
         wanted = memory is not None and memory.mean_gradient
         state = (
             initial,

@@ -74,11 +74,11 @@ def build_variable_training(
         gradients = tape.gradient(output.loss, trainable)
         return add_slope(sums, gradients, trainable, examples_in(output))
 
-    def step(given: Given, state: Any, batch: Any) -> Any:
+    def step(given: Given, correct: Any, state: Any, batch: Any) -> Any:
         optimizer_state, sums, counts, seen, steps = state
         gradients, loss, examples, counts = gradient(batch, counts, (*given.moment, steps))
         seen = add_gradients(seen, gradients, trainable)
-        gradients = task.correct(gradients, trainable, given.context)
+        gradients = correct(gradients, trainable)
         optimizer_state, updated = task.optimizer.next(optimizer_state, trainable, gradients)
         assign(updated)
         sums = add_loss(sums, loss if task.loss_at == "training" else None, examples)
@@ -107,7 +107,7 @@ def build_variable_training(
         wanted = memory is not None and memory.mean_gradient
         seen = no_gradients(trainable) if wanted else ()
         state = (start, no_loss(), no_counts(task.clipping), seen, tf.constant(0))
-        state = fold(task.loop, dataset, state, _with_given(step, given))
+        state = fold(task.loop, dataset, state, _with(step, given, task.correction(context)))
         end, sums, counts, seen, steps = state
         trained = tuple(variable.read_value() for variable in trainable)
         done = Finished(trained, steps, mean_gradient(seen, steps), initial_gradient, end)
@@ -130,5 +130,5 @@ def build_variable_training(
 # A function made while AutoGraph looks on is not converted once more in a dataset's reduction, and
 # then Python's own control flow in a model would not be either.
 @tf.autograph.experimental.do_not_convert
-def _with_given(step: Callable[[Given, Any, Any], Any], given: Given) -> Callable[[Any, Any], Any]:
-    return lambda state, batch: step(given, state, batch)
+def _with(step: Callable[..., Any], given: Given, correct: Any) -> Callable[[Any, Any], Any]:
+    return lambda state, batch: step(given, correct, state, batch)

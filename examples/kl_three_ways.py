@@ -18,7 +18,7 @@ from aggregators import rules, scores, weighting
 KL, SOFTMAX = scores.kl_divergence, weighting.softmax(temperature=0.5)
 RULE = rules.adaptive_mean(KL, SOFTMAX, layers="model", sample_size=6)  # one weight per client
 MODEL = tff.learning.models.functional_model_from_keras(
-    tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(3,))]),
+    tf.keras.Sequential([tf.keras.layers.Dense(1, kernel_initializer="zeros", input_shape=(3,))]),
     tf.keras.losses.MeanSquaredError(),
     (tf.TensorSpec([None, 3]), tf.TensorSpec([None, 1])),
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -31,6 +32,12 @@ def tff_runtime():
     tff.backends.native.set_sync_local_cpp_execution_context()
     yield
     tff.test.set_no_default_context()
+
+
+@pytest.fixture(autouse=True)
+def initial_weights():
+    """The same in each run: Keras draws the seeds of its initializers from Python's `random`."""
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from aggregators.client_memory import ClientMemory, Context, Finished
+from aggregators.client_memory import ClientMemory, Context, Correction, Finished
 from aggregators.hyperparameters import Number, hparam
 from aggregators.rule import Rule
 from aggregators.rules.plain import plain_mean
@@ -60,13 +60,16 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
         del optimizer_state
         return OrderedDict(gradient=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
 
-    def correct(gradients: Any, weights: Any, context: Context) -> Any:
-        return [
-            g - own + tf.cast(context.shared["alpha"], g.dtype) * (w - start)
-            for g, own, w, start in zip(
-                gradients, context.state["gradient"], weights, context.weights, strict=True
-            )
-        ]
+    def correction(context: Context) -> Correction:
+        def correct(gradients: Any, weights: Any) -> Any:
+            return [
+                g - own + tf.cast(context.shared["alpha"], g.dtype) * (w - start)
+                for g, own, w, start in zip(
+                    gradients, context.state["gradient"], weights, context.weights, strict=True
+                )
+            ]
+
+        return correct
 
     def finish(context: Context, done: Finished) -> Any:
         new = tuple(
@@ -88,7 +91,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
         moved = tuple(u + h / of(h) for u, h in zip(update, drift, strict=True))
         return OrderedDict(drift=drift), moved
 
-    memory = ClientMemory(initial_state, finish, correct)
+    memory = ClientMemory(initial_state, finish, correction)
     return add_sum(
         attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
         of=lambda update: update.delta,

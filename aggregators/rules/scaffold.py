@@ -6,7 +6,7 @@ from typing import Any, Literal
 import attrs
 import tensorflow as tf
 
-from aggregators.client_memory import ClientMemory, Context, Finished
+from aggregators.client_memory import ClientMemory, Context, Correction, Finished
 from aggregators.rule import Rule
 from aggregators.rules.plain import plain_mean
 from aggregators.rules.remembering import add_sum, check_base, check_num_clients
@@ -67,10 +67,10 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         del optimizer_state  # the variate has the shapes of the weights
         return OrderedDict(control=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
 
-    def correct(gradients: Any, weights: Any, context: Context) -> Any:
-        del weights
+    def correction(context: Context) -> Correction:
         both = zip(context.shared["control"], context.state["control"], strict=True)
-        return [g + (c - own) for g, (c, own) in zip(gradients, both, strict=True)]
+        added = [c - own for c, own in both]
+        return lambda gradients, weights: [g + x for g, x in zip(gradients, added, strict=True)]
 
     def finish(context: Context, done: Finished) -> Any:
         new = tuple(done.mean_gradient if option == "II" else done.initial_gradient)
@@ -87,7 +87,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     memory = ClientMemory(
         initial_state,
         finish,
-        correct,
+        correction,
         mean_gradient=option == "II",
         initial_gradient=option == "I",
     )
