@@ -82,7 +82,7 @@ def test_three_ways_of_kl_weighting_agree(example):
     for weights in by_way[1:]:
         np.testing.assert_allclose(weights, by_way[0], rtol=1e-5)
     # The first round is plain averaging; after it the client that has the truth upside down loses.
-    assert shares[2][-1] < 0.3 * shares[0][-1]
+    assert shares[2][-1] < 0.5 * shares[0][-1]
 
 
 def test_a_gate_of_yours_opens_and_shuts(example):
