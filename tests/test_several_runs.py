@@ -74,6 +74,30 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(process, tmp_
     assert (tmp_path / "other" / "made" / "seed_4" / "rounds.csv").exists()
 
 
+def test_clients_made_by_a_function_are_those_of_the_seed(process, tmp_path):
+    made = {3: make_clients(), 4: dict(list(make_clients().items())[:4])}
+    asked = []
+
+    def make(seed):
+        asked.append(seed)
+        return made[seed]
+
+    arguments = {"rounds": 2, "clients_per_round": 3, "evaluate": evaluate}
+    both = simulation.run(
+        {"one": process, "two": process}, make, seed=[3, 4], directory=tmp_path, **arguments
+    )
+    assert asked == [3, 4]  # once each, whatever the number of processes
+    for seed, clients in made.items():
+        alone = simulation.run({"two": process}, clients, seed=seed, **arguments)
+        assert str(numbers(both.only("two", seed))) == str(numbers(alone))
+    with pytest.raises(ValueError, match="at most the number of clients, 4; found 5"):
+        simulation.run(process, make, seed=[3, 4], rounds=1, clients_per_round=5)
+    with pytest.raises(ValueError, match=r"'clients': 6.* none; found one with .*'clients': 4"):
+        simulation.run(
+            {"two": process}, made[3], seed=[4], rounds=3, clients_per_round=3, directory=tmp_path
+        )
+
+
 def test_rounds_of_two_runs_are_under_way_at_once(process):
     meeting = threading.Barrier(2, timeout=60)  # breaks if one comes alone
     wrapped = Wrapped(process, meeting.wait)

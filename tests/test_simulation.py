@@ -350,6 +350,7 @@ def test_any_iterative_process_runs_and_evaluate_gets_its_state():
         ({"evaluate": lambda w: 3}, TypeError, "`evaluate` must return a mapping"),
         ({"stop": 3}, TypeError, "`stop` must be a function or None; found 3"),
         ({"clients": 3}, TypeError, "`clients` must be a mapping .*found 3"),
+        ({"clients": lambda seed: 3}, TypeError, "a function from a seed to one of these; found 3"),
         ({"clients": []}, ValueError, "`clients` must hold at least one client"),
         ({"process": 3}, TypeError, "`process` must be a learning process.*found 3"),
         ({"process": {}}, ValueError, "at least one process"),

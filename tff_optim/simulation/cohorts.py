@@ -26,8 +26,9 @@ def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], An
         ids, get = list(range(len(clients))), clients.__getitem__
     else:
         raise TypeError(
-            "`clients` must be a mapping from ids to data, a list of data, or a "
-            f"`tff.simulation.datasets.ClientData`; found {shown(clients)}."
+            "`clients` must be a mapping from ids to data, a list of data, a "
+            "`tff.simulation.datasets.ClientData`, or a function from a seed to one of these; found "
+            f"{shown(clients)}."
         )
     if not ids:
         raise ValueError("`clients` must hold at least one client; found none.")

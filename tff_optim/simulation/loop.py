@@ -72,7 +72,8 @@ def run(
             has a `close`.
         clients: A mapping from ids to data, a list of data (ids are positions), or a
             `tff.simulation.datasets.ClientData`. Data are a `tf.data.Dataset` of batches, or a
-            list of them.
+            list of them. A function in its place is called once with each seed, before training,
+            and returns one of these, so that clients may differ too.
         rounds: Rounds of training, those before a resume included.
         clients_per_round: Clients drawn for each round, uniformly and without replacement.
         seed: Of the draws, or several.
@@ -104,12 +105,13 @@ def run(
             takes; the message names the client.
         ValueError: A number is out of range, or `directory` holds another run.
     """
-    ids, _ = cohorts.clients_by_id(clients)
-    cohorts.check_size(clients_per_round, len(ids))
+    processes, seeds = _processes(process), _seeds(seed)
+    by_seed = {number: clients(number) if callable(clients) else clients for number in seeds}
+    for some in by_seed.values():
+        cohorts.check_size(clients_per_round, len(cohorts.clients_by_id(some)[0]))
     plan = Plan(
         rounds=rounds,
         clients_per_round=clients_per_round,
-        clients=len(ids),
         evaluate=evaluate,
         rounds_per_evaluation=rounds_per_evaluation,
         rounds_per_checkpoint=rounds_per_checkpoint,
@@ -119,7 +121,6 @@ def run(
         managers=tuple(managers),
         client_states=client_states,
     )
-    processes, seeds = _processes(process), _seeds(seed)
     _check_states_are_kept(client_states, processes)
     if runs_at_once is None:
         runs_at_once = max(len(os.sched_getaffinity(0)) // 2, 1)
@@ -133,7 +134,7 @@ def run(
         if folder is not None and several:
             folder = os.path.join(folder, name, f"seed_{number}")
         with _built(processes[name], number, name, plan) as one:
-            drawn = cohorts.Cohorts(clients, clients_per_round, number, _data_type(one))
+            drawn = cohorts.Cohorts(by_seed[number], clients_per_round, number, _data_type(one))
             return [train(one, drawn, plan, folder, interrupt, name, number)]
 
     lanes = _lanes(processes, seeds)

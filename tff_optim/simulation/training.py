@@ -36,11 +36,10 @@ def _at_least(least: int) -> Callable[[Any, attrs.Attribute, Any], None]:
 
 @attrs.frozen
 class Plan:
-    """The arguments that all runs of a call share; see `run`. `clients` is their number."""
+    """The arguments that all runs of a call share; see `run`."""
 
     rounds: int = attrs.field(validator=_at_least(0))
     clients_per_round: int
-    clients: int
     evaluate: Callable[[Any], Mapping[str, Any]] | None = attrs.field(validator=_function)
     rounds_per_evaluation: int = attrs.field(validator=_at_least(1))
     rounds_per_checkpoint: int = attrs.field(validator=_at_least(1))
@@ -87,7 +86,7 @@ class _Run:
         self._interrupt, self._run = interrupt, (name, seed)
         self._checkpoints, saved = None, None
         if folder is not None:
-            _check_folder(folder, plan, seed)
+            _check_folder(folder, plan, seed, len(cohorts.ids))
             self._checkpoints = _checkpoints(process, os.path.join(folder, "checkpoints"))
             versions = wait(self._checkpoints.get_versions())
             saved = max(versions) if versions else None
@@ -251,10 +250,10 @@ def _checkpoints(process: Any, folder: str) -> Any:
     return tff.program.FileProgramStateManager(folder, keep_total=2, keep_first=False)
 
 
-def _check_folder(folder: str, plan: Plan, seed: int) -> None:
+def _check_folder(folder: str, plan: Plan, seed: int, clients: int) -> None:
     """Writes down what makes a run the same run, or compares it with what is there."""
     path = os.path.join(folder, "arguments.json")
-    given = {"seed": seed, "clients_per_round": plan.clients_per_round, "clients": plan.clients}
+    given = {"seed": seed, "clients_per_round": plan.clients_per_round, "clients": clients}
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         with open(path + ".unfinished", "w") as file:
