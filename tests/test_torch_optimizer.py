@@ -20,7 +20,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_optim
-from tff_optim import build_torch_optimizer, torch_optimizer
+from tff_optim import build_torch_optimizer, torch_arguments
 
 TORCH = os.environ.get("TORCH_PYTHON")
 needs_torch = pytest.mark.skipif(TORCH is None, reason="needs torch's environment: make test-torch")
@@ -154,21 +154,21 @@ def test_it_equals_torch_bit_for_bit_and_resumes_from_a_file(name, plain, tmp_pa
 @needs_torch
 def test_every_public_name_of_torch_is_run_or_refused(plain):
     names = plain[0]
-    assert set(names["optimizers"]) == {*OPTIMIZERS, *torch_optimizer.REFUSED}
+    assert set(names["optimizers"]) == {*OPTIMIZERS, *torch_arguments.REFUSED}
     # `LRScheduler` itself, and names that torch keeps for older code, are not schedulers to name.
-    assert set(names["schedulers"]) == {*SCHEDULERS, *torch_optimizer.REFUSED_SCHEDULERS}
+    assert set(names["schedulers"]) == {*SCHEDULERS, *torch_arguments.REFUSED_SCHEDULERS}
 
 
 def table():
     """What runs and what does not, and why: `tff_optim/README.md` holds it."""
     rows = ["| torch | runs |", "| --- | --- |"]
-    refused = {**torch_optimizer.REFUSED, **torch_optimizer.REFUSED_SCHEDULERS}
+    refused = {**torch_arguments.REFUSED, **torch_arguments.REFUSED_SCHEDULERS}
     runs = {name: "yes" for name in (*OPTIMIZERS, *SCHEDULERS)}
     runs |= {name: "yes, for matrices" for name in MATRICES_ONLY}
     runs |= {name: f"no: {reason}" for name, reason in refused.items()}
     for names in (
-        {*OPTIMIZERS, *torch_optimizer.REFUSED},
-        {*SCHEDULERS, *refused} - {*torch_optimizer.REFUSED},
+        {*OPTIMIZERS, *torch_arguments.REFUSED},
+        {*SCHEDULERS, *refused} - {*torch_arguments.REFUSED},
     ):
         rows += [f"| `{name}` | {runs[name]} |" for name in sorted(names)]
     return "\n".join(rows)

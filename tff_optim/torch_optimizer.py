@@ -1,12 +1,8 @@
 """Any torch optimizer as a TFF optimizer for the server, in a Python process of its own."""
 
 import collections
-import importlib.metadata
-import importlib.util
 import json
 import os
-import shutil
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import comparison, hyperparameters, leaves
+from tff_optim import comparison, hyperparameters, leaves, torch_arguments
 from tff_optim.hyperparameters import NON_NEGATIVE
 from tff_optim.intervals import to_float
 from tff_optim.messages import shown
@@ -27,19 +23,6 @@ _GROUP_RATE = "group/lr"
 _OWNER = "build_torch_optimizer"
 # What TensorFlow tells of an operation that it cannot run is its name.
 NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
-
-# Public names of torch that cannot run from gradients alone, and why.
-REFUSED = {
-    "LBFGS": "it calls the loss several times in a step, and a server has no loss",
-    "SparseAdam": "it takes sparse gradients, and the update of a server is dense",
-}
-REFUSED_SCHEDULERS = {
-    "ReduceLROnPlateau": "it follows a metric, which no TFF optimizer is given",
-    "LambdaLR": "it is made of a function, which cannot be handed to another process",
-    "MultiplicativeLR": "it is made of a function, which cannot be handed to another process",
-    "SequentialLR": "it is made of other schedulers",
-    "ChainedScheduler": "it is made of other schedulers",
-}
 
 
 class TorchOptimizer(tff.learning.optimizers.Optimizer):
@@ -250,77 +233,6 @@ def _number(name: str, numbers: Mapping[str, Any], dtype: np.dtype) -> np.ndarra
     return new
 
 
-def _find_python(python: str | os.PathLike | None) -> str:
-    """The Python that runs torch, after checking what can be told without starting it."""
-    if python is not None:
-        found = shutil.which(os.fspath(python))
-        if found is None:
-            raise ValueError(
-                f"`python` must be a Python that can be run; found {os.fspath(python)!r}. Give the "
-                "path of `bin/python` in an environment with torch."
-            )
-        return found
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError(
-            "`python` must be the Python of an environment with torch; found None, and no torch "
-            "beside TensorFlow Federated. Make one: `python3 -m venv torch-env`, "
-            "`torch-env/bin/pip install torch`; then give `python='torch-env/bin/python'`."
-        )
-    version = importlib.metadata.version("typing_extensions")
-    newer = tuple(int(part) for part in version.split(".")[:2]) >= (4, 6)
-    if newer and os.environ.get("WRAPT_DISABLE_EXTENSIONS") not in ("1", "true"):
-        raise ValueError(
-            "`python` must be given where torch has brought typing_extensions 4.6 or newer; found "
-            f"None and {version}, with which TensorFlow 2.14 fails to write a SavedModel, and "
-            "tff.program.FileProgramStateManager a state. Give torch an environment of its own, or "
-            "set WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
-        )
-    return sys.executable
-
-
-def _check_name(
-    argument: str, name: Any, where: str, trusted: Collection[str], refused: Mapping[str, str]
-) -> None:
-    if not isinstance(name, str):
-        raise TypeError(
-            f"`{argument}` must be the name of a class of {where}, or its full name in a trusted "
-            f"package; found {shown(name)}. torch is not imported here, so that names do."
-        )
-    if not all(part.isidentifier() and part[0] != "_" for part in name.split(".")):
-        raise ValueError(
-            f"`{argument}` must be a public name, with dots between; found {shown(name)}."
-        )
-    if name.rpartition(".")[2] in refused:
-        short = name.rpartition(".")[2]
-        raise ValueError(
-            f"`{argument}` must be an optimizer or scheduler that runs from gradients alone; found "
-            f"{short}: {refused[short]}."
-        )
-    package = name.partition(".")[0]
-    if "." in name and package not in trusted:
-        raise ValueError(
-            f"`{argument}` must be a class of {where} or of a package in `trusted_packages` "
-            f"{sorted(trusted)}; found {shown(name)}."
-        )
-
-
-def _check_arguments(argument: str, given: Any) -> dict[str, Any]:
-    """Arguments as JSON holds them; NumPy numbers become Python's, tuples lists."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"`{argument}` must be a mapping of arguments; found {shown(given)}.")
-    arguments = {}
-    for name, value in given.items():
-        value = value.item() if isinstance(value, np.generic) else value
-        try:
-            arguments[name] = json.loads(json.dumps(value))
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"`{name}` of `{argument}` must be a number, a text, True, False, None or a list of "
-                f"such, to be handed to another process; found {shown(value)}."
-            ) from error
-    return arguments
-
-
 def build_torch_optimizer(
     optimizer: str,
     *,
@@ -375,8 +287,10 @@ def build_torch_optimizer(
             f"`trusted_packages` must be a collection of names; found {trusted_packages!r}."
         )
     trusted = sorted(trusted_packages)
-    _check_name("optimizer", optimizer, "torch.optim", trusted, REFUSED)
-    arguments = _check_arguments("kwargs", kwargs)
+    torch_arguments.check_name(
+        "optimizer", optimizer, "torch.optim", trusted, torch_arguments.REFUSED
+    )
+    arguments = torch_arguments.check_arguments("kwargs", kwargs)
     if "lr" in arguments:
         rate = to_float(arguments["lr"])
         arguments["lr"] = hyperparameters.checked_number(_OWNER, "lr", rate, NON_NEGATIVE)
@@ -389,8 +303,10 @@ def build_torch_optimizer(
             )
         name, given = lr_scheduler
         where = "torch.optim.lr_scheduler"
-        _check_name("lr_scheduler", name, where, trusted, REFUSED_SCHEDULERS)
-        scheduler = [name, _check_arguments("lr_scheduler", given)]
+        torch_arguments.check_name(
+            "lr_scheduler", name, where, trusted, torch_arguments.REFUSED_SCHEDULERS
+        )
+        scheduler = [name, torch_arguments.check_arguments("lr_scheduler", given)]
     named = [optimizer] if lr_scheduler is None else [optimizer, lr_scheduler[0]]
     recipe = {
         "optimizer": optimizer,
@@ -399,4 +315,4 @@ def build_torch_optimizer(
         # No more than is needed, so that equal optimizers are equal whatever else was trusted.
         "trusted": sorted({name.partition(".")[0] for name in named if "." in name}),
     }
-    return TorchOptimizer(_find_python(python), recipe)
+    return TorchOptimizer(torch_arguments.find_python(python), recipe)
