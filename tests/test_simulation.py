@@ -274,8 +274,14 @@ def test_several_processes_and_seeds_in_one_call(process, tmp_path):
     one = history.only("KL", 4)
     assert one.clients["client"].tolist() != history.only("KL", 3).clients["client"].tolist()
     assert one.rounds[0].items() >= {"process": "KL", "seed": 4, "round": 1}.items()
-    with pytest.raises(ValueError, match="`state` is that of a single run"):
+    with pytest.raises(ValueError, match="`state` must be that of a single run; found runs"):
         _ = history.state
+    with pytest.raises(KeyError, match=r"`process` and `seed` must be those of a run; found .*7"):
+        history.only("KL", 7)
+    with pytest.raises(KeyError, match="`key` must be a column of the table; found 'lost'"):
+        _ = history.rounds["lost"]
+    with pytest.raises(KeyError, match=r"`values` must name columns of the table; found .*lost"):
+        history.rounds.where(lost=1)
 
 
 def test_a_stop_is_kept_over_a_resume(process, tmp_path):

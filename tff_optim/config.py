@@ -160,6 +160,13 @@ def from_entry(entry: Entry) -> Any:
     return kind.from_json(entry.fields({"kind", *kind.names}, kind.required))
 
 
+def _write(value: Any, name: str) -> Any:
+    """A value of a part of a pipeline, which may be an optimizer, in plain Python types."""
+    if isinstance(value, tuple(kind.cls for kind in KINDS)):
+        return get_config(value)
+    return keras_objects.to_json(value, name)
+
+
 KINDS = (
     OptimizerKind(
         name="keras",
@@ -180,8 +187,8 @@ KINDS = (
     OptimizerKind(
         name="pipeline",
         cls=PipelineOptimizer,
-        to_json=pipeline_config.to_json,
-        from_json=pipeline_config.from_json,
+        to_json=lambda optimizer: pipeline_config.to_json(optimizer, _write),
+        from_json=lambda fields: pipeline_config.from_json(fields, from_entry),
         names=(
             "learning_rate",
             "regularizers",

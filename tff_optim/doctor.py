@@ -40,9 +40,9 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: What.
-        status: "ok", "warning" or "error".
-        text: What was found, in a sentence, and what to do about it.
+      name: What.
+      status: "ok", "warning" or "error".
+      text: What was found, in a sentence, and what to do about it.
     """
 
     name: str

@@ -1,33 +1,38 @@
 """Pipelines as entries of a configuration, and back from them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 
-from tff_optim import config, entries, keras_arguments, keras_objects, patterns, registry
+from tff_optim import entries, keras_arguments, keras_objects, patterns, registry
 from tff_optim.entries import Entry
 from tff_optim.pipeline import PipelineOptimizer, build_optimizer
 from tff_optim.projections import Projection
 
+# From a value, and its name for messages, to plain Python types.
+Write = Callable[[Any, str], Any]
+# From an entry that describes an optimizer of any kind to that optimizer.
+ReadOptimizer = Callable[[Entry], Any]
+
 _PACKAGE = __name__.partition(".")[0]
 
 
-def to_json(optimizer: PipelineOptimizer) -> dict[str, Any]:
-    """The entries of a pipeline."""
+def to_json(optimizer: PipelineOptimizer, write: Write) -> dict[str, Any]:
+    """The entries of a pipeline; `write` writes the arguments of its parts, optimizers among them."""
     pipeline = optimizer.pipeline
     return {
-        "learning_rate": _value_to_json(pipeline.learning_rate, "learning_rate"),
-        "regularizers": [_part_to_json(part) for part in pipeline.regularizers],
-        "transforms": [_part_to_json(part) for part in pipeline.transforms],
-        "weight_decay": _value_to_json(pipeline.weight_decay, "weight_decay"),
-        "projection": [_projection_to_json(p) for p in pipeline.projection],
+        "learning_rate": write(pipeline.learning_rate, "learning_rate"),
+        "regularizers": [_part_to_json(part, write) for part in pipeline.regularizers],
+        "transforms": [_part_to_json(part, write) for part in pipeline.transforms],
+        "weight_decay": write(pipeline.weight_decay, "weight_decay"),
+        "projection": [_projection_to_json(p, write) for p in pipeline.projection],
         "device": pipeline.device,
         "jit_compile": pipeline.jit_compile,
     }
 
 
-def _part_to_json(part: Any) -> list[Any]:
+def _part_to_json(part: Any, write: Write) -> list[Any]:
     cls = type(part)
     name = registry.name_of(cls)
     if attrs.has(cls):
@@ -39,16 +44,10 @@ def _part_to_json(part: Any) -> list[Any]:
             f"`{name}` must be an attrs class or have a `get_config` method to be written to a "
             "configuration; found neither."
         )
-    return [name, {key: _value_to_json(value, f"{name}.{key}") for key, value in arguments.items()}]
+    return [name, {key: write(value, f"{name}.{key}") for key, value in arguments.items()}]
 
 
-def _value_to_json(value: Any, name: str) -> Any:
-    if isinstance(value, tuple(kind.cls for kind in config.KINDS)):
-        return config.get_config(value)
-    return keras_objects.to_json(value, name)
-
-
-def _projection_to_json(projection: Projection) -> dict[str, Any]:
+def _projection_to_json(projection: Projection, write: Write) -> dict[str, Any]:
     where, function = projection.where, projection.function
     if where is not None and not isinstance(where, str):
         raise ValueError(
@@ -58,12 +57,12 @@ def _projection_to_json(projection: Projection) -> dict[str, Any]:
     if where is not None:
         patterns.check(where)
     is_keras = keras_objects.is_keras_object(function)
-    written = keras_objects.object_to_json(function) if is_keras else _part_to_json(function)
+    written = write(function, "projection") if is_keras else _part_to_json(function, write)
     return {"function": written, "where": where}
 
 
-def from_json(fields: Mapping[str, Entry]) -> PipelineOptimizer:
-    """The pipeline of such entries."""
+def from_json(fields: Mapping[str, Entry], read_optimizer: ReadOptimizer) -> PipelineOptimizer:
+    """The pipeline of such entries; `read_optimizer` builds the optimizers in its parts."""
     given: dict[str, Any] = {"device": entries.device(fields)}
     for name in ("learning_rate", "weight_decay"):
         if name in fields:
@@ -73,15 +72,17 @@ def from_json(fields: Mapping[str, Entry]) -> PipelineOptimizer:
         ("transforms", registry.list_transforms()),
     ):
         if name in fields:
-            given[name] = [_part(entry, known) for entry in fields[name].items()]
+            given[name] = [_part(entry, known, read_optimizer) for entry in fields[name].items()]
     if "projection" in fields:
-        given["projection"] = [_projection(entry) for entry in fields["projection"].items()]
+        given["projection"] = [
+            _projection(entry, read_optimizer) for entry in fields["projection"].items()
+        ]
     if "jit_compile" in fields:
         given["jit_compile"] = fields["jit_compile"].value
     return fields["kind"].whole.build(build_optimizer, **given)
 
 
-def _part(entry: Entry, known: Mapping[str, type]) -> Any:
+def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer) -> Any:
     """A part by name: `Name` or `["Name", {arguments}]`; those of Keras in its long form too."""
     pair = isinstance(entry.value, list) and len(entry.value) == 2
     name = entry.at(0) if pair else entry
@@ -104,12 +105,11 @@ def _part(entry: Entry, known: Mapping[str, type]) -> Any:
         name.refuse(
             f"be of a package in `trusted_packages` {sorted(entry.trusted)}, not of {package!r}"
         )
-    return entry.build(
-        cls, **_arguments(cls, entry.at(1) if pair else attrs.evolve(entry, value={}))
-    )
+    given = entry.at(1) if pair else attrs.evolve(entry, value={})
+    return entry.build(cls, **_arguments(cls, given, read_optimizer))
 
 
-def _arguments(cls: Any, entry: Entry) -> dict[str, Any]:
+def _arguments(cls: Any, entry: Entry, read_optimizer: ReadOptimizer) -> dict[str, Any]:
     if not attrs.has(cls):
         return keras_objects.arguments_from_json(cls, entry)
     fields = {f.alias: f for f in attrs.fields(cls) if f.init}
@@ -118,11 +118,11 @@ def _arguments(cls: Any, entry: Entry) -> dict[str, Any]:
     for name, part in entry.fields(fields, required).items():
         read = fields[name].metadata.get(entries.READER, keras_objects.value_from_json)
         is_optimizer = isinstance(part.value, dict) and "kind" in part.value
-        arguments[name] = config.from_entry(part) if is_optimizer else read(part)
+        arguments[name] = read_optimizer(part) if is_optimizer else read(part)
     return arguments
 
 
-def _projection(entry: Entry) -> Projection:
+def _projection(entry: Entry, read_optimizer: ReadOptimizer) -> Projection:
     where = None
     function = entry
     if isinstance(entry.value, dict) and not keras_objects.is_described(entry):
@@ -133,4 +133,5 @@ def _projection(entry: Entry) -> Projection:
             if not isinstance(where, str):
                 fields["where"].refuse("be a regular expression or None", TypeError)
             fields["where"].build(patterns.check, where)
-    return entry.build(Projection, _part(function, registry.list_projections()), where)
+    part = _part(function, registry.list_projections(), read_optimizer)
+    return entry.build(Projection, part, where)

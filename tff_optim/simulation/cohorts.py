@@ -14,8 +14,8 @@ def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], An
     """The ids of clients, and the data of one of them.
 
     Raises:
-        TypeError: `clients` is not one of the three forms.
-        ValueError: There is no client.
+      TypeError: `clients` is not one of the three forms.
+      ValueError: There is no client.
     """
     get: Any
     if isinstance(clients, tff.simulation.datasets.ClientData):
@@ -39,14 +39,14 @@ class Cohorts:
     """Draws the clients of a round by its number alone, so that a resumed run draws the same.
 
     Args:
-        clients: See `clients_by_id`.
-        size: How many take part in a round.
-        seed: Of `tff.simulation.build_uniform_sampling_fn`.
-        data_type: What the process takes of one client.
+      clients: See `clients_by_id`.
+      size: How many take part in a round.
+      seed: Of `tff.simulation.build_uniform_sampling_fn`.
+      data_type: What the process takes of one client.
 
     Attributes:
-        ids: Of all clients.
-        keeps_states: Whether clients keep a state, whose place is handed over with their data.
+      ids: Of all clients.
+      keeps_states: Whether clients keep a state, whose place is handed over with their data.
     """
 
     def __init__(self, clients: Any, size: int, seed: int, data_type: tff.Type):

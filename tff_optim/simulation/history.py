@@ -15,18 +15,18 @@ class Table(Sequence):
     `pandas.DataFrame(list(table))`.
 
     Example:
-        >>> table = Table([{"round": 1, "loss": 0.5}, {"round": 2, "loss": 0.25, "new": 1}])
-        >>> table
-        round  loss  new
-            1   0.5
-            2  0.25    1
-        >>> table["loss"].tolist(), table["new"].tolist()
-        ([0.5, 0.25], [nan, 1.0])
-        >>> table.where(round=2)[0]
-        {'round': 2, 'loss': 0.25, 'new': 1}
+      >>> table = Table([{"round": 1, "loss": 0.5}, {"round": 2, "loss": 0.25, "new": 1}])
+      >>> table
+      round  loss  new
+          1   0.5
+          2  0.25    1
+      >>> table["loss"].tolist(), table["new"].tolist()
+      ([0.5, 0.25], [nan, 1.0])
+      >>> table.where(round=2)[0]
+      {'round': 2, 'loss': 0.25, 'new': 1}
 
     Args:
-        records: Mappings from names to values.
+      records: Mappings from names to values.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]] = ()):
@@ -41,7 +41,10 @@ class Table(Sequence):
         """The records that have these values."""
         missing = set(values) - set(self.columns)
         if missing and self._records:
-            raise KeyError(f"No column {sorted(missing)}; there are {self.columns}.")
+            raise KeyError(
+                f"`values` must name columns of the table; found {sorted(missing)}. There are "
+                f"{self.columns}."
+            )
         return Table([r for r in self if all(r.get(name) == v for name, v in values.items())])
 
     def to_pandas(self) -> Any:
@@ -62,7 +65,9 @@ class Table(Sequence):
         if not isinstance(key, str):
             return self._records[key]
         if key not in self.columns:
-            raise KeyError(f"No column {key!r}; there are {self.columns}.")
+            raise KeyError(
+                f"`key` must be a column of the table; found {key!r}. There are {self.columns}."
+            )
         return np.array([record.get(key, math.nan) for record in self._records])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -104,12 +109,12 @@ class History:
     """What one or several runs have shown.
 
     Attributes:
-        rounds: A record for each round, with `process`, `seed` and `round`, the flat metrics, and
-            what `evaluate` gave, under `evaluation/`. Round 0 is the model before training.
-        clients: A record for each client of each round, with its id as `client`, and what the rule
-            shows of single clients (see `client_records`).
-        states: The last state by `(process, seed)`.
-        ended: How each run ended, by `(process, seed)`: "finished", "stopped" or "interrupted".
+      rounds: A record for each round, with `process`, `seed` and `round`, the flat metrics, and
+        what `evaluate` gave, under `evaluation/`. Round 0 is the model before training.
+      clients: A record for each client of each round, with its id as `client`, and what the rule
+        shows of single clients (see `client_records`).
+      states: The last state by `(process, seed)`.
+      ended: How each run ended, by `(process, seed)`: "finished", "stopped" or "interrupted".
     """
 
     rounds: Table
@@ -122,7 +127,7 @@ class History:
         """The last state of a single run."""
         if len(self.states) != 1:
             raise ValueError(
-                "`state` is that of a single run; found runs "
+                "`state` must be that of a single run; found runs "
                 f"{list(self.states)}. Choose one of `states`."
             )
         (state,) = self.states.values()
@@ -132,7 +137,10 @@ class History:
         """The history of one run among several."""
         run = (process, seed)
         if run not in self.ended:
-            raise KeyError(f"No run {run!r}; there are {list(self.ended)}.")
+            raise KeyError(
+                f"`process` and `seed` must be those of a run; found {run!r}. There are "
+                f"{list(self.ended)}."
+            )
         return History(
             rounds=self.rounds.where(process=process, seed=seed),
             clients=self.clients.where(process=process, seed=seed),

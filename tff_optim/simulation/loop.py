@@ -48,62 +48,62 @@ def run(
     new worker starts by itself.)
 
     Example:
-        >>> import tensorflow as tf
-        >>> model = tff.learning.models.functional_model_from_keras(
-        ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
-        ...     tf.keras.losses.MeanSquaredError(),
-        ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-        ... )
-        >>> process = tff.learning.algorithms.build_weighted_fed_avg(
-        ...     model, tff.learning.optimizers.build_sgdm(0.1)
-        ... )
-        >>> data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))
-        >>> clients = {"ann": data, "bob": data, "eve": data}
-        >>> history = run(process, clients, rounds=3, clients_per_round=2)
-        >>> history.rounds["round"].tolist(), len(history.clients)
-        ([1, 2, 3], 6)
-        >>> history.rounds["finalizer/update_non_finite"].tolist()
-        [0, 0, 0]
+      >>> import tensorflow as tf
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> process = tff.learning.algorithms.build_weighted_fed_avg(
+      ...     model, tff.learning.optimizers.build_sgdm(0.1)
+      ... )
+      >>> data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))
+      >>> clients = {"ann": data, "bob": data, "eve": data}
+      >>> history = run(process, clients, rounds=3, clients_per_round=2)
+      >>> history.rounds["round"].tolist(), len(history.clients)
+      ([1, 2, 3], 6)
+      >>> history.rounds["finalizer/update_non_finite"].tolist()
+      [0, 0, 0]
 
     Args:
-        process: A `tff.learning.templates.LearningProcess` or `ResidentProcess`, or a mapping from
-            names to such. A function in its place is called with the seed and returns one, so
-            that models may start differently too; what it returns is closed after its run if it
-            has a `close`.
-        clients: A mapping from ids to data, a list of data (ids are positions), or a
-            `tff.simulation.datasets.ClientData`. Data are a `tf.data.Dataset` of batches, or a
-            list of them. A function in its place is called once with each seed, before training,
-            and returns one of these, so that clients may differ too.
-        rounds: Rounds of training, those before a resume included.
-        clients_per_round: Clients drawn for each round, uniformly and without replacement.
-        seed: Of the draws, or several.
-        evaluate: Called with the model weights, returns numbers by name.
-        rounds_per_evaluation: How often; also before the first round.
-        directory: Where to keep files. With several runs each has a folder of its own,
-            `NAME/seed_N`.
-        rounds_per_checkpoint: How often the state is saved; also at the end. For a small model a
-            checkpoint of plain TFF takes longer than a round.
-        resume: Whether to go on with what `directory` holds.
-        progress: Whether to show a bar on a terminal or in a notebook.
-        stop: Called after each round with the rounds so far; true ends the run. See `no_better`.
-        managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round.
-        client_states: `aggregators.ClientStates`, for processes whose clients keep a state
-            (`build_scaffold`): each run has a store of its own, in its folder or in memory. It is
-            kept for `rounds_per_checkpoint` rounds back, so that a resumed run finds the states of
-            its round.
-        runs_at_once: How many runs go on side by side, each in a thread, with the same numbers as
-            one after the other. None is one run for each two cores. What you have written
-            (functions that build or evaluate, data, `stop`, managers) is called by one run at a
-            time, and one `ResidentProcess` trains one run at a time: give a function of the seed
-            that makes one.
+      process: A `tff.learning.templates.LearningProcess` or `ResidentProcess`, or a mapping from
+        names to such. A function in its place is called with the seed and returns one, so
+        that models may start differently too; what it returns is closed after its run if it
+        has a `close`.
+      clients: A mapping from ids to data, a list of data (ids are positions), or a
+        `tff.simulation.datasets.ClientData`. Data are a `tf.data.Dataset` of batches, or a
+        list of them. A function in its place is called once with each seed, before training,
+        and returns one of these, so that clients may differ too.
+      rounds: Rounds of training, those before a resume included.
+      clients_per_round: Clients drawn for each round, uniformly and without replacement.
+      seed: Of the draws, or several.
+      evaluate: Called with the model weights, returns numbers by name.
+      rounds_per_evaluation: How often; also before the first round.
+      directory: Where to keep files. With several runs each has a folder of its own,
+        `NAME/seed_N`.
+      rounds_per_checkpoint: How often the state is saved; also at the end. For a small model a
+        checkpoint of plain TFF takes longer than a round.
+      resume: Whether to go on with what `directory` holds.
+      progress: Whether to show a bar on a terminal or in a notebook.
+      stop: Called after each round with the rounds so far; true ends the run. See `no_better`.
+      managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round.
+      client_states: `aggregators.ClientStates`, for processes whose clients keep a state
+        (`build_scaffold`): each run has a store of its own, in its folder or in memory. It is
+        kept for `rounds_per_checkpoint` rounds back, so that a resumed run finds the states of
+        its round.
+      runs_at_once: How many runs go on side by side, each in a thread, with the same numbers as
+        one after the other. None is one run for each two cores. What you have written
+        (functions that build or evaluate, data, `stop`, managers) is called by one run at a
+        time, and one `ResidentProcess` trains one run at a time: give a function of the seed
+        that makes one.
 
     Returns:
-        A `History`.
+      A `History`.
 
     Raises:
-        TypeError: An argument is of the wrong type, or a client's data is not what the process
-            takes; the message names the client.
-        ValueError: A number is out of range, or `directory` holds another run.
+      TypeError: An argument is of the wrong type, or a client's data is not what the process
+        takes; the message names the client.
+      ValueError: A number is out of range, or `directory` holds another run.
     """
     processes, seeds = _processes(process), _seeds(seed)
     by_seed = {number: clients(number) if callable(clients) else clients for number in seeds}
@@ -153,19 +153,19 @@ def no_better(name: str, rounds: int, *, larger_is_better: bool = False) -> Call
     """Ends a run whose metric has had no new best value for a number of rounds.
 
     Example:
-        >>> stop = no_better("evaluation/loss", rounds=2)
-        >>> losses = [0.5, 0.4, 0.45, 0.41]
-        >>> records = [{"round": i, "evaluation/loss": loss} for i, loss in enumerate(losses)]
-        >>> [stop(Table(records[:n])) for n in (1, 2, 3, 4)]
-        [False, False, False, True]
+      >>> stop = no_better("evaluation/loss", rounds=2)
+      >>> losses = [0.5, 0.4, 0.45, 0.41]
+      >>> records = [{"round": i, "evaluation/loss": loss} for i, loss in enumerate(losses)]
+      >>> [stop(Table(records[:n])) for n in (1, 2, 3, 4)]
+      [False, False, False, True]
 
     Args:
-        name: Of the metric. Rounds without it, or where it is not finite, are no new best.
-        rounds: How many rounds may pass.
-        larger_is_better: As for an accuracy.
+      name: Of the metric. Rounds without it, or where it is not finite, are no new best.
+      rounds: How many rounds may pass.
+      larger_is_better: As for an accuracy.
 
     Returns:
-        A function for `stop` of `run`.
+      A function for `stop` of `run`.
     """
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"`rounds` must be a whole number of at least 1; found {shown(rounds)}.")
@@ -243,8 +243,8 @@ def _built(made: Any, seed: int, name: str, plan: Plan) -> Iterator[Any]:
         one = made(seed)
     if not hasattr(one, "next") or not hasattr(one, "initialize"):
         raise TypeError(
-            f"`process` must be a function that returns a learning process; {name!r} returned "
-            f"{shown(one)}."
+            "`process` must be a function that returns a learning process; found that "
+            f"{name!r} returned {shown(one)}."
         )
     try:
         yield one

@@ -19,14 +19,14 @@ def flatten(metrics: Any) -> dict[str, Any]:
     clients is left to `client_records`.
 
     Example:
-        >>> flatten({"train": {"loss": np.float32(0.5), "by_class": np.array([1, 2])}})
-        {'train/loss': 0.5, 'train/by_class/0': 1, 'train/by_class/1': 2}
+      >>> flatten({"train": {"loss": np.float32(0.5), "by_class": np.array([1, 2])}})
+      {'train/loss': 0.5, 'train/by_class/0': 1, 'train/by_class/1': 2}
 
     Args:
-        metrics: Nested mappings, sequences and attrs objects of numbers, arrays and texts.
+      metrics: Nested mappings, sequences and attrs objects of numbers, arrays and texts.
 
     Returns:
-        Python's bools, ints, floats and texts by name.
+      Python's bools, ints, floats and texts by name.
     """
     found: dict[str, Any] = {}
     for path, value in _leaves(metrics, clients=False):
@@ -50,16 +50,16 @@ def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
     the layers' names.
 
     Example:
-        >>> sample = {"sample_clients": 1, "sample_weights": {"dense": np.array([0.7, 0.0])}}
-        >>> client_records({"aggregator": sample}, ["ann", "bob"])
-        [{'client': 'ann', 'aggregator/weights/dense': 0.7}, {'client': 'bob'}]
+      >>> sample = {"sample_clients": 1, "sample_weights": {"dense": np.array([0.7, 0.0])}}
+      >>> client_records({"aggregator": sample}, ["ann", "bob"])
+      [{'client': 'ann', 'aggregator/weights/dense': 0.7}, {'client': 'bob'}]
 
     Args:
-        metrics: As `flatten` takes it.
-        cohort: The ids of the round's clients, in the order of their data.
+      metrics: As `flatten` takes it.
+      cohort: The ids of the round's clients, in the order of their data.
 
     Returns:
-        One record for each client of the cohort.
+      One record for each client of the cohort.
     """
     records: list[dict[str, Any]] = [{"client": client} for client in cohort]
     filled = {p[:-1]: int(v) for p, v in _leaves(metrics, clients=True) if p[-1] == _FILLED}

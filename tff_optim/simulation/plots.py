@@ -16,21 +16,21 @@ def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
     """Draws a metric over the rounds: for each process the mean of its seeds, and their range.
 
     Example:
-        >>> rounds = Table([
-        ...     {"process": "FedAvg", "seed": s, "round": r, "loss": 1 / r + s / 10}
-        ...     for s in (0, 1) for r in (1, 2, 3)
-        ... ])
-        >>> axes = learning_curves(History(rounds, Table(), {}, {}), "loss")
-        >>> axes.get_ylabel(), [text.get_text() for text in axes.get_legend().get_texts()]
-        ('loss', ['FedAvg (2 seeds)'])
+      >>> rounds = Table([
+      ...     {"process": "FedAvg", "seed": s, "round": r, "loss": 1 / r + s / 10}
+      ...     for s in (0, 1) for r in (1, 2, 3)
+      ... ])
+      >>> axes = learning_curves(History(rounds, Table(), {}, {}), "loss")
+      >>> axes.get_ylabel(), [text.get_text() for text in axes.get_legend().get_texts()]
+      ('loss', ['FedAvg (2 seeds)'])
 
     Args:
-        history: What `run` returned.
-        metric: A column of `history.rounds`.
-        axes: Matplotlib axes to draw on; None for new ones.
+      history: What `run` returned.
+      metric: A column of `history.rounds`.
+      axes: Matplotlib axes to draw on; None for new ones.
 
     Returns:
-        The axes.
+      The axes.
     """
     axes = _axes(axes)
     records = _with(history.rounds, metric, "metric")
@@ -61,13 +61,13 @@ def score_heatmap(
     """Draws a number per layer as a map of layers and rounds, dark where it is small.
 
     Args:
-        history: Of a single run; choose one with `only`.
-        metric: A metric per layer, such as `aggregator/score_mean`, whose columns are
-            `METRIC/LAYER`; or a column.
-        axes: Matplotlib axes to draw on; None for new ones.
+      history: Of a single run; choose one with `only`.
+      metric: A metric per layer, such as `aggregator/score_mean`, whose columns are
+        `METRIC/LAYER`; or a column.
+      axes: Matplotlib axes to draw on; None for new ones.
 
     Returns:
-        The axes.
+      The axes.
     """
     import matplotlib.colors
 
@@ -102,13 +102,13 @@ def client_weights(
     """Draws the share of each client, by id, in the result of each round; white where not drawn.
 
     Args:
-        history: Of a single run; choose one with `only`. The rule needs a `sample_size`.
-        metric: A column of `history.clients`, or the start of one per layer: then the mean over
-            layers is drawn.
-        axes: Matplotlib axes to draw on; None for new ones.
+      history: Of a single run; choose one with `only`. The rule needs a `sample_size`.
+      metric: A column of `history.clients`, or the start of one per layer: then the mean over
+        layers is drawn.
+      axes: Matplotlib axes to draw on; None for new ones.
 
     Returns:
-        The axes.
+      The axes.
     """
     _check_single(history)
     columns = [c for c in history.clients.columns if c == metric or c.startswith(metric + "/")]

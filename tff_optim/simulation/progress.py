@@ -14,10 +14,10 @@ class ProgressBar(tff.program.ReleaseManager):
     """Shows rounds, time left and main metrics on a terminal or in a notebook, and nothing elsewhere.
 
     Args:
-        name: Of the run.
-        rounds: How many rounds it has.
-        done: How many of them are done already.
-        visible: False for no bar at all.
+      name: Of the run.
+      rounds: How many rounds it has.
+      done: How many of them are done already.
+      visible: False for no bar at all.
     """
 
     def __init__(self, name: str, rounds: int, done: int, visible: bool):

@@ -17,8 +17,8 @@ class RecordFile(tff.program.ReleaseManager):
     are dropped.
 
     Args:
-        path: The file, made at the first release; None to keep the records in memory alone.
-        last_round: Rows of later rounds are dropped; None drops all.
+      path: The file, made at the first release; None to keep the records in memory alone.
+      last_round: Rows of later rounds are dropped; None drops all.
     """
 
     def __init__(self, path: str | None, last_round: int | None = None):

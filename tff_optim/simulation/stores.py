@@ -26,14 +26,14 @@ def opened(
     """A run's store, brought to the round of the server's state.
 
     Args:
-        factory: Such as `aggregators.ClientStates`.
-        ids: Of all clients.
-        folder: The run's; None for a store in memory.
-        keep: How many rounds lie between two checkpoints.
-        done: The round of the server's state.
+      factory: Such as `aggregators.ClientStates`.
+      ids: Of all clients.
+      folder: The run's; None for a store in memory.
+      keep: How many rounds lie between two checkpoints.
+      done: The round of the server's state.
 
     Raises:
-        ValueError: The store does not reach back, or up, to that round.
+      ValueError: The store does not reach back, or up, to that round.
     """
     path = None if folder is None else os.path.join(folder, _FOLDER)
     store = factory([str(client) for client in ids], path, keep=keep)
@@ -44,8 +44,8 @@ def opened(
             except ValueError as error:
                 raise ValueError(
                     f"`directory` must hold clients' states of round {done}, which the server's state "
-                    f"has; found those of round {store.round} in {path}, kept for {keep} rounds. Take "
-                    f"another directory. ({error})"
+                    f"has; found those of round {store.round} in {path}, kept for {keep} rounds "
+                    f"({error}). Take another directory."
                 ) from error
         yield store
     finally:

@@ -37,12 +37,12 @@ def side_by_side(
     """Calls functions in threads, some at once; where one fails, the others end after their rounds.
 
     Args:
-        lanes: The functions.
-        at_once: How many threads.
-        interrupt: Set when one has failed.
+      lanes: The functions.
+      at_once: How many threads.
+      interrupt: Set when one has failed.
 
     Returns:
-        What they returned, in their order.
+      What they returned, in their order.
     """
     pool = concurrent.futures.ThreadPoolExecutor(at_once, thread_name_prefix="run")
     try:
