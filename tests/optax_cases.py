@@ -33,6 +33,9 @@ class Case:
       couples: One weight's gradient has a say in another's step.
       narrow: Its initial state has 32 bits even for weights of 64.
       positive: Plain optax gives NaN for negative gradients.
+      by_position: It is made of a list, with something for each weight.
+      others: What to set numbers to, where another 60 percent of them would change no step: a bound
+        that is not met, a sign that does not turn.
     """
 
     made: Any
@@ -40,18 +43,26 @@ class Case:
     couples: bool = False
     narrow: bool = False
     positive: bool = False
+    by_position: bool = False
+    others: Mapping[str, float] = attrs.field(factory=dict)
 
     def ours(self, **arguments: Any) -> Any:
         return tff_optim.build_optax_optimizer(self.made, **{**self.arguments, **arguments})
 
-    def plain(self) -> optax.GradientTransformation:
+    def plain(self, **arguments: Any) -> optax.GradientTransformation:
         made = self.made
-        return made if isinstance(made, optax.GradientTransformation) else made(**self.arguments)
+        if isinstance(made, optax.GradientTransformation):
+            return _with_injected(made, arguments)
+        return made(**{**self.arguments, **arguments})
+
+    def named(self) -> Any:
+        """The optimizer, with names for two weights unless it knows them by position."""
+        return self.ours(weight_names=None if self.by_position else ["first", "second"])
 
     @functools.cached_property
     def shared(self) -> Any:
         """One optimizer for all laws, which jax need not trace for each of them."""
-        return self.ours()
+        return self.named()
 
     @functools.cached_property
     def step(self) -> Any:
@@ -65,9 +76,19 @@ class Case:
         return transformation.init, jax.jit(transformation.update)
 
 
+def _with_injected(made: optax.GradientTransformation, numbers: Mapping[str, float]) -> Any:
+    """A transformation of `optax.inject_hyperparams` with some of its numbers set."""
+
+    def init(params: Any) -> Any:
+        state = made.init(params)
+        return state._replace(hyperparams={**state.hyperparams, **numbers}) if numbers else state
+
+    return optax.GradientTransformation(init, made.update)
+
+
 def case(made: Callable[..., Any], **arguments: Any) -> Case:
-    flags = {n: arguments.pop(n) for n in ("couples", "narrow", "positive") if n in arguments}
-    return Case(made, arguments, **flags)
+    flags = ("couples", "narrow", "positive", "by_position", "others")
+    return Case(made, arguments, **{n: arguments.pop(n) for n in flags if n in arguments})
 
 
 def ready(transformation: optax.GradientTransformation, **flags: Any) -> Case:
@@ -77,6 +98,10 @@ def ready(transformation: optax.GradientTransformation, **flags: Any) -> Case:
 _contrib = optax.contrib
 _decay = optax.exponential_decay(0.1, 2, 0.5)
 _descend = optax.sgd(0.05, momentum=0.5)
+# Of steps that start at 0.05 and grow or shrink.
+_BOUNDS = {"min_step_size": 0.04, "max_step_size": 0.055}
+# Radam divides by the squares from the threshold on: in the fifth step, or never.
+_LATE = {"threshold": 5.5, "eps": 1.0}
 
 
 def _halve(gradients: Any, params: Any) -> Any:
@@ -93,7 +118,7 @@ RUNS: dict[str, Case] = {
     "adamax": case(optax.adamax, **RATE, b1=0.8),
     "adamaxw": case(optax.adamaxw, **RATE, weight_decay=0.1),
     "adamw": case(optax.adamw, learning_rate=_decay, weight_decay=0.1, nesterov=True),
-    "adaptive_grad_clip": case(optax.adaptive_grad_clip, clipping=0.1),
+    "adaptive_grad_clip": case(optax.adaptive_grad_clip, clipping=0.1, others={"eps": 3.0}),
     "add_decayed_weights": case(optax.add_decayed_weights, weight_decay=0.1),
     "add_noise": case(optax.add_noise, eta=0.1, gamma=0.5, seed=3, couples=True),
     "amsgrad": case(optax.amsgrad, **RATE, b1=0.8),
@@ -106,7 +131,7 @@ RUNS: dict[str, Case] = {
     "clip_by_global_norm": case(optax.clip_by_global_norm, max_norm=0.5, couples=True),
     "ema": case(optax.ema, decay=0.7),
     "flatten": ready(optax.flatten(optax.adam(0.05)), couples=True),
-    "fromage": case(optax.fromage, learning_rate=0.05),
+    "fromage": case(optax.fromage, learning_rate=0.05, others={"min_norm": 5.0}),
     "identity": case(optax.identity),
     "inject_hyperparams": ready(optax.inject_hyperparams(optax.adam)(**RATE, b1=0.8)),
     "inject_stateful_hyperparams": ready(
@@ -115,11 +140,11 @@ RUNS: dict[str, Case] = {
     "keep_params_nonnegative": case(optax.keep_params_nonnegative),
     "lamb": case(optax.lamb, **RATE, weight_decay=0.1),
     "lars": case(optax.lars, learning_rate=0.5, weight_decay=0.1, momentum=0.5),
-    "lion": case(optax.lion, learning_rate=0.02, b1=0.8),
-    "masked": ready(optax.masked(_descend, [True, False])),
+    "lion": case(optax.lion, learning_rate=0.02, b1=0.8, others={"b1": 0.99}),
+    "masked": ready(optax.masked(_descend, [True, False]), by_position=True),
     "maybe_update": case(optax.maybe_update, inner=_descend, should_update_fn=lambda s: s % 2 == 0),
     "multi_transform": ready(
-        optax.multi_transform({"a": _descend, "b": optax.adam(0.05)}, ["a", "b"])
+        optax.multi_transform({"a": _descend, "b": optax.adam(0.05)}, ["a", "b"]), by_position=True
     ),
     "MultiSteps": case(optax.MultiSteps, opt=_descend, every_k_schedule=2),
     "nadam": case(optax.nadam, **RATE, b1=0.8),
@@ -128,9 +153,9 @@ RUNS: dict[str, Case] = {
     "noisy_sgd": case(optax.noisy_sgd, **RATE, eta=0.1, seed=3, couples=True),
     "novograd": case(optax.novograd, **RATE, weight_decay=0.1),
     "optimistic_gradient_descent": case(optax.optimistic_gradient_descent, **RATE, alpha=0.5),
-    "radam": case(optax.radam, **RATE, b1=0.8, threshold=5.5),
+    "radam": case(optax.radam, **RATE, b1=0.8, b2=0.9, threshold=4.5, others=_LATE),
     "rmsprop": case(optax.rmsprop, **RATE, decay=0.8, centered=True, momentum=0.5),
-    "rprop": case(optax.rprop, learning_rate=0.05, eta_plus=1.5),
+    "rprop": case(optax.rprop, learning_rate=0.05, eta_plus=1.5, others=_BOUNDS),
     "scale": case(optax.scale, step_size=-0.1),
     "scale_by_adadelta": case(optax.scale_by_adadelta, rho=0.8),
     "scale_by_adam": case(optax.scale_by_adam, b1=0.8, b2=0.97),
@@ -142,14 +167,14 @@ RUNS: dict[str, Case] = {
     ),
     "scale_by_factored_rms": case(optax.scale_by_factored_rms, min_dim_size_to_factor=2),
     "scale_by_learning_rate": case(optax.scale_by_learning_rate, **RATE),
-    "scale_by_lion": case(optax.scale_by_lion, b1=0.8),
+    "scale_by_lion": case(optax.scale_by_lion, b1=0.8, others={"b1": 0.99}),
     "scale_by_novograd": case(optax.scale_by_novograd, b1=0.8),
     "scale_by_optimistic_gradient": case(optax.scale_by_optimistic_gradient, alpha=0.5),
     "scale_by_param_block_norm": case(optax.scale_by_param_block_norm, min_scale=5.0),
     "scale_by_param_block_rms": case(optax.scale_by_param_block_rms, min_scale=5.0),
-    "scale_by_radam": case(optax.scale_by_radam, b1=0.8),
+    "scale_by_radam": case(optax.scale_by_radam, b1=0.8, b2=0.9, threshold=4.5, others=_LATE),
     "scale_by_rms": case(optax.scale_by_rms, decay=0.8),
-    "scale_by_rprop": case(optax.scale_by_rprop, learning_rate=0.05),
+    "scale_by_rprop": case(optax.scale_by_rprop, learning_rate=0.05, others=_BOUNDS),
     "scale_by_rss": case(optax.scale_by_rss, initial_accumulator_value=0.3),
     "scale_by_schedule": case(optax.scale_by_schedule, step_size_fn=lambda step: -0.1 / (step + 1)),
     "scale_by_sm3": case(optax.scale_by_sm3, b1=0.8),
@@ -172,7 +197,12 @@ RUNS: dict[str, Case] = {
     ),
     "contrib.normalize": case(_contrib.normalize, couples=True),
     "contrib.prodigy": case(
-        _contrib.prodigy, estim_lr0=1e-3, weight_decay=0.1, couples=True, narrow=True
+        _contrib.prodigy,
+        estim_lr0=1e-3,
+        weight_decay=0.1,
+        couples=True,
+        narrow=True,
+        others={"estim_lr_coef": 50.0, "weight_decay": 5.0},
     ),
     "contrib.sam": ready(_contrib.sam(_descend, optax.sgd(0.05)), couples=True),
     "contrib.split_real_and_imaginary": ready(_contrib.split_real_and_imaginary(optax.adam(0.05))),
@@ -241,15 +271,15 @@ def _returns(value: Any) -> Any:
 
 
 def run_plain(
-    case: Case, weights: list[np.ndarray], steps: list[list[np.ndarray]]
+    case: Case, weights: list[np.ndarray], steps: list[list[np.ndarray]], **numbers: float
 ) -> list[np.ndarray]:
-    """Plain optax, under jax' 64 bits if a weight has them."""
+    """Plain optax, built with these numbers, under jax' 64 bits if a weight has them."""
     wide = any(w.dtype == np.float64 for w in weights)
     with enable_x64(wide):
         init, update = case.compiled_plain
-        if wide:  # some compute constants when they are built
-            transformation = case.plain()
-            init, update = transformation.init, jax.jit(transformation.update)
+        if wide or numbers:  # some compute constants when they are built
+            transformation = case.plain(**numbers)
+            init, update = transformation.init, transformation.update
         params = [jnp.asarray(w) for w in weights]
         state = init(params)
         for gradients in steps:
