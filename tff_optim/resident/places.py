@@ -82,7 +82,7 @@ def build_place(process: tff.learning.templates.LearningProcess, settings: Setti
     parts = parts_lib.cut(process.next)
     if settings.device is not None:
         device = _select("device", settings.device)
-        clients = local.Cohort(parts, device, number or local.default_clients_per_step())
+        clients = local.Cohort(parts, device, number)
         return DevicePlace(process, parts, device, clients.add_up, settings.compile_step)
     server_device = _select("server_device", settings.server_device)
     merge = as_function(ImportedComputation(parts.merge, server_device))

@@ -19,10 +19,11 @@ class Cohort:
     Args:
       parts: The round.
       device: Where the clients' operations go; None to leave it to TensorFlow.
-      at_once: How many clients one function trains.
+      at_once: How many clients one function trains; None for about two to a core, such that the
+        first cohort falls into equal groups where it can.
     """
 
-    def __init__(self, parts: RoundParts, device: str | None, at_once: int):
+    def __init__(self, parts: RoundParts, device: str | None, at_once: int | None):
         work = ImportedComputation(parts.work, device)
         accumulate = ImportedComputation(parts.accumulate, device)
         zero = ImportedComputation(parts.zero, device)
@@ -30,9 +31,9 @@ class Cohort:
         self._data_type = data_type
         self._at_once = at_once
         # Each client of a function has variables of its own: nothing is shared between them.
-        lanes = [
-            (work.make_variables(), accumulate.make_variables()) for _ in range(max(at_once, 1))
-        ]
+        lanes: list[Any] = []
+        self._make_lane = lambda: lanes.append((work.make_variables(), accumulate.make_variables()))
+        self._lanes = lanes
         num_parameters = len(accumulate.parameter)
         zero_variables = zero.make_variables()
 
@@ -61,17 +62,36 @@ class Cohort:
         total = self._begin()
         kept: list[tf.data.Dataset] = []
         waiting = [client_tensors(data, self._data_type, kept) for data in client_data]
+        if self._at_once is None:
+            self._at_once = size_of_groups(len(waiting), 2 * (os.cpu_count() or 1))
+        while len(self._lanes) < self._at_once:
+            self._make_lane()
         while waiting:
-            # Two functions are traced at most, whatever the size of a cohort.
+            # Two functions are traced at most, whatever the size of a cohort: of a group, and of
+            # one client. Each costs a second where the model's graph is large.
             number = self._at_once if len(waiting) >= self._at_once else 1
             total = self._add(total, context, waiting[:number])
             del waiting[:number]
         return total
 
 
-def default_clients_per_step() -> int:
-    """Enough clients at once to keep the processor cores of this machine busy."""
-    return 2 * (os.cpu_count() or 1)
+def size_of_groups(number: int, about: int) -> int:
+    """Chooses the size of the groups in which a cohort is trained.
+
+    Args:
+      number: Clients in the cohort.
+      about: The size that is wanted.
+
+    Returns:
+      The size nearest to it, by ratio, in which groups are equal; `about` if none is within a
+      factor of two.
+
+    Example:
+      >>> [size_of_groups(number, 4) for number in (100, 10, 7, 11, 1)]
+      [4, 5, 7, 4, 4]
+    """
+    equal = [size for size in range((about + 1) // 2, 2 * about + 1) if number % size == 0]
+    return min(equal, key=lambda size: max(size / about, about / size), default=about)
 
 
 def client_tensors(data: Any, data_type: tff.Type, kept: list[tf.data.Dataset]) -> list[Any]:

@@ -20,6 +20,8 @@ from tff_optim.resident import leaves, parts
 from tff_optim.resident.in_process import loops
 
 _names = itertools.count()
+# A function that is called in a graph is optimised with the graph: once, not again at each call.
+_UNCHANGED = parts.no_grappler().SerializeToString()
 
 
 class ImportedComputation:
@@ -103,7 +105,18 @@ class ImportedComputation:
 
     def __call__(self, arguments: Sequence[Any], variables: Sequence[tf.Variable]) -> list[Any]:
         """Calls it on the leaves of a `T`; returns those of a `U`."""
-        return list(self._function(*arguments, *(v.handle for v in variables)))
+        if not self.result:
+            return []
+        specs = [spec_of(leaf) for leaf in self.result]
+        results = tf.raw_ops.StatefulPartitionedCall(
+            args=[*arguments, *(v.handle for v in variables)],
+            Tout=[spec.dtype for spec in specs],
+            f=self._function.get_concrete_function(),
+            config_proto=_UNCHANGED,
+        )
+        for result, spec in zip(results, specs, strict=True):
+            result.set_shape(spec.shape)
+        return list(results)
 
 
 def as_function(computation: ImportedComputation) -> Any:
