@@ -15,7 +15,7 @@ import tensorflow as tf
 import tff_optim
 from tff_optim import (
     keras_arguments,
-    keras_objects,
+    keras_classes,
     projections,
     regularizers,
     schedules,
@@ -142,7 +142,7 @@ def test_none_is_taken_where_keras_takes_it(cls, name):
 
 
 def test_every_argument_of_every_keras_class_is_known():
-    for kind in keras_objects.KINDS:
+    for kind in keras_classes.KINDS:
         assert len(kind.classes) >= 4
         for cls in kind.classes.values():
             if keras_arguments.of_keras(cls):

@@ -60,7 +60,7 @@ def keras_to_json(optimizer: KerasOptimizer) -> dict[str, Any]:
 
 def keras_from_json(fields: Mapping[str, Entry]) -> KerasOptimizer:
     """The optimizer of such entries."""
-    keras = keras_objects.from_json(fields["optimizer"], keras_objects.OPTIMIZER)
+    keras = keras_objects.optimizer_from_json(fields["optimizer"])
     if "exclude_from_weight_decay" in fields:
         excluded = fields["exclude_from_weight_decay"]
         for i, pattern in enumerate(excluded.strings()):

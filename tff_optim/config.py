@@ -143,8 +143,7 @@ def from_entry(entry: Entry) -> Any:
     """The optimizer that an entry describes; see `from_config`."""
     value = entry.value
     if isinstance(value, str | list) or keras_objects.is_described(entry):
-        keras = keras_objects.from_json(entry, keras_objects.OPTIMIZER)
-        return entry.build(build_keras_optimizer, keras)
+        return entry.build(build_keras_optimizer, keras_objects.optimizer_from_json(entry))
     if isinstance(value, dict) and "lrate" in value:
         return declearn_configs.from_json(entry)
     if not isinstance(value, dict) or "kind" not in value:

@@ -2,14 +2,11 @@
 
 Keras' own `deserialize` imports whatever module a configuration names, cannot read back AdamW, Lion
 and Adafactor, and changes its input. This writes the same entries (`module`, `class_name`, `config`)
-and builds classes of Keras and of trusted packages only. A class is looked up in what its module holds
-already: nothing is imported, and no code of a module runs to find it.
+and builds classes of Keras and of trusted packages only (`keras_classes.py`).
 """
 
 import inspect
 import math
-import sys
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,71 +15,25 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import comparison, entries, keras_arguments, schedules
-from tff_optim.entries import Entry, suggestion
+from tff_optim import comparison, entries, keras_arguments
+from tff_optim.entries import Entry
+from tff_optim.keras_classes import (
+    KINDS,
+    OPTIMIZER,
+    REGULARIZER,
+    SCHEDULE,
+    Kind,
+    class_of,
+    class_of_keras,
+    instead_of,
+    nouns,
+)
 from tff_optim.messages import shown
 
 # Arguments that a schedule is given as, in short forms too.
 _RATES = ("learning_rate", "then")
-_PACKAGE = __name__.partition(".")[0]
 # What every Keras optimizer writes and its constructor takes through `**kwargs`.
 _LEGACY_FLAG = "is_legacy_optimizer"
-
-
-@attrs.frozen
-class Kind:
-    """A kind of Keras object.
-
-    Attributes:
-      noun: What it is called in messages.
-      base: Its base class.
-      module: The name of Keras' public module of this kind.
-      public: That module.
-      more: This package's module of further classes of this kind.
-    """
-
-    noun: str
-    base: type
-    module: str
-    public: types.ModuleType
-    more: types.ModuleType | None = None
-
-    @property
-    def classes(self) -> dict[str, type]:
-        """The classes of this kind by name; neither aliases nor the base class."""
-        return {
-            name: cls
-            for module in (self.more, self.public)
-            if module is not None
-            for name, cls in vars(module).items()
-            if isinstance(cls, type)
-            and issubclass(cls, self.base)
-            and cls is not self.base
-            and cls.__name__ == name
-            and not name.startswith("_")
-        }
-
-
-OPTIMIZER = Kind(
-    "a Keras optimizer", tf.keras.optimizers.Optimizer, "keras.optimizers", tf.keras.optimizers
-)
-SCHEDULE = Kind(
-    "a learning-rate schedule",
-    tf.keras.optimizers.schedules.LearningRateSchedule,
-    "keras.optimizers.schedules",
-    tf.keras.optimizers.schedules,
-    schedules,
-)
-REGULARIZER = Kind(
-    "a Keras regularizer",
-    tf.keras.regularizers.Regularizer,
-    "keras.regularizers",
-    tf.keras.regularizers,
-)
-CONSTRAINT = Kind(
-    "a Keras constraint", tf.keras.constraints.Constraint, "keras.constraints", tf.keras.constraints
-)
-KINDS = (OPTIMIZER, SCHEDULE, REGULARIZER, CONSTRAINT)
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -172,93 +123,21 @@ def from_json(entry: Entry, *kinds: Kind) -> Any:
     """
     empty = attrs.evolve(entry, value={})
     if isinstance(entry.value, str):
-        cls, arguments = _class_of_keras(entry, kinds), empty
+        cls, arguments = class_of_keras(entry, kinds), empty
     elif isinstance(entry.value, list) and len(entry.value) == 2:
-        cls, arguments = _class_of_keras(entry.at(0), kinds), entry.at(1)
+        cls, arguments = class_of_keras(entry.at(0), kinds), entry.at(1)
     elif is_described(entry):
         parts = entry.fields(
             {"module", "class_name", "config", "registered_name"}, required={"class_name"}
         )
-        cls, arguments = _class_of(entry, kinds), parts.get("config", empty)
+        cls, arguments = class_of(entry, kinds), parts.get("config", empty)
     else:
         entry.refuse(
-            f"be {_nouns(kinds)}: a name, [name, arguments], or a mapping with `class_name` and "
+            f"be {nouns(kinds)}: a name, [name, arguments], or a mapping with `class_name` and "
             "`config`",
             ValueError if isinstance(entry.value, dict) else TypeError,
         )
     return entry.build(_build, cls, arguments_from_json(cls, arguments), kinds)
-
-
-def _nouns(kinds: Sequence[Kind]) -> str:
-    return " or ".join(kind.noun for kind in kinds)
-
-
-def _class_of(entry: Entry, kinds: Sequence[Kind]) -> type:
-    name, module, registered = (
-        entry.at(key) for key in ("class_name", "module", "registered_name")
-    )
-    for part in (module, registered):
-        if part.value is not None and not isinstance(part.value, str):
-            part.refuse("be a string", TypeError)
-    root = "keras" if module.value is None else module.value.partition(".")[0]
-    if root in ("keras", "tensorflow", "tf"):
-        if "legacy" in (module.value or ""):
-            module.refuse(f"not be that of a legacy optimizer{_instead_of(name.value)}")
-        cls = _class_of_keras(name, kinds)
-        homes = {kind.module for kind in kinds if issubclass(cls, kind.base)}
-        homes |= {f"{home}.experimental" for home in homes}
-        public = {f"{prefix}{home}" for prefix in ("", "tensorflow.", "tf.") for home in homes}
-        if module.value not in {None, cls.__module__, *public}:
-            module.refuse(f"be {min(homes)!r}, which holds {cls.__name__}")
-    elif root not in {*entry.trusted, _PACKAGE}:
-        module.refuse(f"be of Keras or of a package in `trusted_packages` {sorted(entry.trusted)}")
-    else:
-        cls = _held_class(name, module, kinds)
-    known = (None, cls.__name__, tf.keras.saving.get_registered_name(cls))
-    if registered.value not in known:
-        registered.refuse(f"be the registered name of {cls.__name__}, or left out")
-    return cls
-
-
-def _class_of_keras(name: Entry, kinds: Sequence[Kind]) -> type:
-    """A class of Keras by its name, which for optimizers may be in any case, as in Keras."""
-    if not isinstance(name.value, str):
-        name.refuse(f"be the name of {_nouns(kinds)}", TypeError)
-    known = {key: cls for kind in kinds for key, cls in kind.classes.items()}
-    found = known.get(name.value)
-    if found is None and OPTIMIZER in kinds:
-        found = {key.lower(): cls for key, cls in OPTIMIZER.classes.items()}.get(name.value.lower())
-    if found is None:
-        name.refuse(f"be the name of {_nouns(kinds)}{suggestion(name.value, known)}")
-    return found
-
-
-def _held_class(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
-    """The class that a module of a trusted package holds, found without running code of it."""
-    if not isinstance(name.value, str):
-        name.refuse("be the name of a class", TypeError)
-    found = sys.modules.get(str(module.value))
-    if not issubclass(type(found), types.ModuleType):
-        module.refuse("be imported already, since nothing is imported for a configuration")
-    # Not `getattr`, nor even `vars`: a module that loads lazily would import and run something.
-    held: Any = object.__getattribute__(found, "__dict__")
-    cls: Any = None
-    for part in name.value.split("."):
-        cls = held.get(part)
-        if not isinstance(cls, type):  # through classes only, not through other modules
-            name.refuse(f"be the name of a class that {module.value!r} holds")
-        held = vars(cls)
-    bases = tuple(kind.base for kind in kinds)
-    if cls in bases or not issubclass(cls, bases):
-        name.refuse(f"be the class of {_nouns(kinds)}")
-    if keras_arguments.package_of(cls) not in {*name.trusted, "keras", _PACKAGE}:
-        name.refuse(
-            f"be of Keras or of a package in `trusted_packages` {sorted(name.trusted)}, not of "
-            f"{cls.__module__!r}"
-        )
-    if cls.__qualname__ != name.value:
-        name.refuse(f"be the name that the class has itself, {cls.__qualname__!r}")
-    return cls
 
 
 def arguments_from_json(cls: Any, entry: Entry) -> dict[str, Any]:
@@ -319,19 +198,13 @@ def _build(cls: Any, arguments: dict[str, Any], kinds: Sequence[Kind]) -> Any:
     built = cls.from_config(arguments)
     if not isinstance(built, tuple(kind.base for kind in kinds)):
         raise TypeError(
-            f"`from_config` of `{cls.__name__}` must return {_nouns(kinds)}; found {shown(built)}."
+            f"`from_config` of `{cls.__name__}` must return {nouns(kinds)}; found {shown(built)}."
         )
     keras_arguments.check_object(built)
     return built
 
 
 # ------------------------------------------------------------------- what an argument may stand for
-
-
-def _instead_of(name: Any) -> str:
-    """What to use instead of a legacy optimizer, where there is such a thing."""
-    known = isinstance(name, str) and name in OPTIMIZER.classes
-    return f"; use `tf.keras.optimizers.{name}` instead" if known else ""
 
 
 def resolve(optimizer: Any) -> Any:
@@ -344,7 +217,7 @@ def resolve(optimizer: Any) -> Any:
         name = type(optimizer).__name__
         raise ValueError(
             f"`optimizer` must be a Keras optimizer that can be run as a pure function; found the "
-            f"legacy {name}{_instead_of(name)}."
+            f"legacy {name}{instead_of(name)}."
         )
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         raise TypeError(

@@ -174,7 +174,10 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         if not values:
             return state, weights
         template = keras_step.build_template(self.keras_optimizer, self._initial, values, names)
-        _check_state(state, template, self._state_keys())
+        leaves.check_keys(state, self._state_keys(), "state")
+        leaves.check_slots(
+            state, {n: tf.TensorSpec(cell.shape, cell.dtype) for n, cell in template.slots.items()}
+        )
         labels = self._labels(given_weights, names)
         keras_step.exclude(template, labels)
         given = [i for i, gradient in enumerate(flat_gradients) if gradient is not None]
@@ -222,11 +225,10 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
                 names = [cell.name for cell in template.weights]
                 fresh = keras_step.build(self.keras_optimizer, self._initial, values, names)
                 first = tf.equal(state[_ITERATIONS], 0)
-                for name, key in zip(template.slots, slots):
-                    if name in template.from_weights:
-                        slots[key] = tf.where(first, fresh.slots[name].value(), slots[key])
-            for cell, value in zip(template.slots.values(), slots.values()):
-                cell.bind(value)
+                for name in template.from_weights:
+                    slots[name] = tf.where(first, fresh.slots[name].value(), slots[name])
+            for name, cell in template.slots.items():
+                cell.bind(slots[name])
 
             keras_step.run_step(template, [template.weights[i] for i in given], gradients)
 
@@ -235,7 +237,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
             if rate is not None:
                 new_state[_LR] = rate
             new_state[_SLOTS] = collections.OrderedDict(
-                (key, cell.value()) for key, cell in zip(slots, template.slots.values())
+                (name, template.slots[name].value()) for name in slots
             )
             return new_state, [cell.value() for cell in template.weights]
 
@@ -300,33 +302,6 @@ def _rebuild(
     if excluded:
         keras.exclude_from_weight_decay(var_names=excluded)
     return build_keras_optimizer(keras, device=device, weight_names=weight_names)
-
-
-def _check_state(state: Any, template: keras_step.Copy, keys: list[str]) -> None:
-    if not isinstance(state, Mapping) or list(state) != keys:
-        what = list(state) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(
-            f"`state` must hold {keys}, as `initialize` returns it; found {what}. Was it "
-            "made by another optimizer?"
-        )
-    slots = state[_SLOTS]
-    expected = {name: (cell.dtype.name, cell.shape) for name, cell in template.slots.items()}
-    found = {
-        name: (tf.as_dtype(value.dtype).name, tf.TensorShape(value.shape))
-        for name, value in slots.items()
-    }
-    for (name, want), (other, have) in zip(expected.items(), found.items()):
-        if name != other or want[0] != have[0] or not want[1].is_compatible_with(have[1]):
-            raise ValueError(
-                f"`state` must hold the slot {name!r} of {want[0]}{want[1]} for these weights; found "
-                f"{other!r} of {have[0]}{have[1]}. Was it made for other weights or by another "
-                "optimizer?"
-            )
-    if len(expected) != len(found):
-        raise ValueError(
-            f"`state` must hold the slots {list(expected)} for these weights; found {list(found)}. "
-            "Was it made for other weights or by another optimizer?"
-        )
 
 
 def build_keras_optimizer(

@@ -159,6 +159,19 @@ def check_keys(found: Any, expected: list[str], name: str) -> None:
         )
 
 
+def check_slots(state: Mapping[str, Any], expected: Mapping[str, tf.TensorSpec]) -> None:
+    """Raises `ValueError` unless `slots` of a state are those that the weights need, by name."""
+    name = "slots` of `state"
+    check_keys(state["slots"], list(expected), name)
+    for path, spec in expected.items():
+        found = spec_of(state["slots"][path])
+        if not found.is_compatible_with(spec):
+            raise ValueError(
+                f"{at(name, path)} must be {_describe(spec)} for these weights; found "
+                f"{_describe(found)}. It may come from another model."
+            )
+
+
 def map_leaves(
     function: Callable[..., tuple[tf.Tensor, ...]],
     gradients: Any,

@@ -244,8 +244,7 @@ def _has_injected(made: Any) -> bool:
 def _check_state(state: Any, program: Any) -> None:
     steps = [STEP] if program.from_weights else []
     leaves.check_keys(state, [*program.numbers, *program.injected, *steps, _SLOTS], "state")
-    slots = collections.OrderedDict(program.slots)
-    leaves.check_like(state[_SLOTS], slots, f"{_SLOTS}` of `state", "what these weights need")
+    leaves.check_slots(state, program.slots)
 
 
 def build_optax_optimizer(

@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from tff_optim import entries, keras_arguments, keras_objects, patterns, registry
+from tff_optim import entries, keras_arguments, keras_classes, keras_objects, patterns, registry
 from tff_optim.entries import Entry
 from tff_optim.pipeline import PipelineOptimizer, build_optimizer
 from tff_optim.projections import Projection
@@ -87,7 +87,7 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
     pair = isinstance(entry.value, list) and len(entry.value) == 2
     name = entry.at(0) if pair else entry
     if not isinstance(name.value, str):
-        kinds = [k for k in keras_objects.KINDS if set(k.classes.values()) & set(known.values())]
+        kinds = [k for k in keras_classes.KINDS if set(k.classes.values()) & set(known.values())]
         if kinds and keras_objects.is_described(entry):
             return keras_objects.from_json(entry, *kinds)
         entry.refuse("be like 'Name' or ['Name', {...}]", TypeError)
@@ -99,7 +99,7 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
         )
     cls: Any = known[name.value]
     if keras_arguments.of_keras(cls):
-        return keras_objects.from_json(entry, keras_objects.REGULARIZER, keras_objects.CONSTRAINT)
+        return keras_objects.from_json(entry, keras_classes.REGULARIZER, keras_classes.CONSTRAINT)
     package = keras_arguments.package_of(cls)
     if package not in {_PACKAGE, *entry.trusted}:
         name.refuse(

@@ -5,7 +5,7 @@ from typing import Any
 
 from tff_optim import projections, regularizers, transforms
 from tff_optim.keras_arguments import package_of
-from tff_optim.keras_objects import CONSTRAINT, REGULARIZER
+from tff_optim.keras_classes import CONSTRAINT, REGULARIZER
 from tff_optim.transforms.interface import GradientTransform
 
 _PACKAGE = __name__.partition(".")[0]

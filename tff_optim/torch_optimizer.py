@@ -142,8 +142,7 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         entries = self._entries(process, weights)
         rate = [] if self._recipe["scheduler"] else [_LR]
         leaves.check_keys(state, [*rate, _STARTED, _SLOTS], "state")
-        specs = collections.OrderedDict((path, spec) for path, (spec, _) in entries.items())
-        leaves.check_like(state[_SLOTS], specs, f"{_SLOTS}` of `state", "what these weights need")
+        leaves.check_slots(state, {path: spec for path, (spec, _) in entries.items()})
         given = tuple(i for i, gradient in enumerate(flat_gradients) if gradient is not None)
         inputs = [
             *(state[name] for name in rate),
