@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -16,6 +17,8 @@ import tensorflow as tf
 
 _FORMAT = 1
 _MEMORY = "/dev/shm"
+_TABLE = "states.sqlite"
+_STATE = re.compile(r"\d+-\d+-[0-9a-f]{12}(\.|$)")  # client's number, round, token of the cohort
 
 
 class ClientStates:
@@ -72,8 +75,8 @@ class ClientStates:
 
         Raises:
           TypeError: If an id is no string.
-          ValueError: If an argument is out of its range, or the store is of other clients, or was
-            written by another version.
+          ValueError: If an argument is out of its range, or the store is of other clients, was written
+            by another version, or is damaged, or the directory has other files and no store.
           RuntimeError: If another process, or another `ClientStates`, has it open.
         """
         ids = list(client_ids)
@@ -94,6 +97,12 @@ class ClientStates:
             path = tempfile.mkdtemp(prefix="client-states-", dir=where)
         self._path = os.path.abspath(path)
         os.makedirs(self._path, exist_ok=True)
+        others = set(os.listdir(self._path)) - {"lock"}
+        if others and _TABLE not in others:
+            raise ValueError(
+                f"`path` must be a directory of its own; found {_few(others)} in {self._path}, and no "
+                "store. Take another, such as a new one below it."
+            )
         self._lock = open(os.path.join(self._path, "lock"), "w")  # noqa: SIM115  # held until `close`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,8 +113,14 @@ class ClientStates:
                 "other `ClientStates`, or take another directory."
             ) from error
         try:
-            self._table = sqlite3.connect(os.path.join(self._path, "states.sqlite"))
+            self._table = sqlite3.connect(os.path.join(self._path, _TABLE))
             self._open(sorted(ids))
+        except sqlite3.DatabaseError as error:
+            self._lock.close()
+            raise ValueError(
+                f"`path` must hold a store of client states; found a {_TABLE} in {self._path} that "
+                f"cannot be read: {error}. Take another directory, or bring a copy of it back."
+            ) from error
         except BaseException:
             self._lock.close()
             raise
@@ -156,14 +171,25 @@ class ClientStates:
         )
 
     def get(self, client_id: str) -> OrderedDict[str, np.ndarray] | None:
-        """A client's state, its tensors by name, such as `control/0`; None if it has none."""
+        """A client's state, its tensors by name, such as `control/0`; None if it has none.
+
+        Raises:
+          ValueError: If the id is unknown.
+          RuntimeError: If its file is damaged.
+        """
         self._check_ids([client_id])
         path = self._file(client_id)
         if not path:
             return None
-        reader = tf.train.load_checkpoint(path)
-        names = sorted(set(reader.get_variable_to_shape_map()) - {"signature"})
-        return OrderedDict((name, reader.get_tensor(name)) for name in names)
+        try:
+            reader = tf.train.load_checkpoint(path)
+            names = sorted(set(reader.get_variable_to_shape_map()) - {"signature"})
+            return OrderedDict((name, reader.get_tensor(name)) for name in names)
+        except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
+            raise RuntimeError(
+                f"The state of client {client_id!r} must be readable; found {path}: {error} Go back "
+                "by `restore` to a round in which it was whole, or bring a copy of it back."
+            ) from error
 
     @contextlib.contextmanager
     def cohort(
@@ -298,9 +324,8 @@ class ClientStates:
     def _drop_orphans(self) -> None:
         """Deletes what no client's state is in: of failed rounds, and what was replaced."""
         used = {file for (file,) in self._table.execute("SELECT file FROM states")}
-        used |= {"lock", "states"}
         for name in os.listdir(self._path):
-            if name.split(".")[0] not in used:
+            if _STATE.match(name) and name.split(".")[0] not in used:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(self._path, name))
 

@@ -94,9 +94,9 @@ def test_a_round_that_fails_leaves_every_state_as_it_was(tmp_path):
 def test_files_of_a_crash_are_cleared(tmp_path):
     with ClientStates(SIZES, str(tmp_path)) as states:
         play(states, PROCESS.initialize(), ["a"])
-    (tmp_path / "0-2-abc.index").write_text("half a round")
+    (tmp_path / "0-2-0123456789ab.index").write_text("half a round")
     with ClientStates(SIZES, str(tmp_path)) as states:
-        assert not (tmp_path / "0-2-abc.index").exists()
+        assert not (tmp_path / "0-2-0123456789ab.index").exists()
         assert kept(states, "a") == (1, 3)
 
 
@@ -160,9 +160,42 @@ def test_stores_of_others(tmp_path):
     ClientStates(SIZES, str(tmp_path)).close()
     with pytest.raises(ValueError, match=r"`client_ids` must be those of the store .* 'x'"):
         ClientStates([*SIZES, "x"], str(tmp_path))
+    with pytest.raises(ValueError, match=r"found none that it does not have, and without 'a'"):
+        ClientStates([one for one in SIZES if one != "a"], str(tmp_path))
     with sqlite3.connect(tmp_path / "states.sqlite") as table:
         table.execute("UPDATE store SET format = 7")
     with pytest.raises(ValueError, match=r"format 1; found format 7 .* another version"):
+        ClientStates(SIZES, str(tmp_path))
+
+
+def test_files_of_yours_stay(tmp_path):
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"`path` must be a directory of its own; found 'results"):
+        ClientStates(SIZES, str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+    store = tmp_path / "store"
+    with ClientStates(SIZES, str(store)) as states:
+        (store / "notes.txt").write_text("mine")
+        play(states, PROCESS.initialize(), ["a"])
+    ClientStates(SIZES, str(store)).close()
+    assert (store / "notes.txt").read_text() == "mine"
+
+
+def test_damage_is_told(tmp_path):
+    with ClientStates(SIZES, str(tmp_path)) as states:
+        play(states, PROCESS.initialize(), ["a"])
+        (data,) = tmp_path.glob("*.data-00000-of-00001")
+        data.write_bytes(data.read_bytes()[:3])
+        with pytest.raises(
+            RuntimeError, match=r"The state of client 'a' must be readable; found /"
+        ):
+            states.get("a")
+    (tmp_path / "states.sqlite").write_bytes(b"no table" * 1000)
+    with pytest.raises(
+        ValueError, match=r"`path` must hold a store of client states; found a states"
+    ):
+        ClientStates(SIZES, str(tmp_path))
+    with pytest.raises(ValueError, match=r"`path` must hold a store"):  # and it is not left locked
         ClientStates(SIZES, str(tmp_path))
 
 
