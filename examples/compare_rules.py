@@ -11,10 +11,6 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into a file, with or without a screen
-
 import matplotlib.pyplot as plt
 import numpy as np
 import sklearn.datasets
@@ -60,6 +56,7 @@ def make_data(clients: int = 20, random_labels: int = 4):
 
 def main(rounds: str = "25", seeds: str = "3", directory: str = "output/compare"):
     """Trains, draws and returns the history."""
+    plt.switch_backend("Agg")  # draws into a file, with or without a screen
     clients, images, labels = make_data()
     sgd = tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(0.1))
     adam = tff_optim.build_keras_optimizer(tf.keras.optimizers.Adam(0.01))
@@ -67,6 +64,7 @@ def main(rounds: str = "25", seeds: str = "3", directory: str = "output/compare"
         "FedAvg": tff.learning.algorithms.build_weighted_fed_avg(model_fn, sgd, adam),
         "KL": aggregators.build_fed_kl(model_fn, sgd, adam, sample_size=8),
     }
+    tf.keras.utils.set_random_seed(0)
     model = build_keras_model()  # after the processes: TFF builds models in graphs
 
     def evaluate(weights):
@@ -80,6 +78,7 @@ def main(rounds: str = "25", seeds: str = "3", directory: str = "output/compare"
         clients_per_round=8,
         seed=list(range(int(seeds))),
         evaluate=evaluate,
+        initial_weights=lambda seed: build_keras_model(),  # of all processes
         directory=directory,
     )
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")

@@ -32,6 +32,7 @@ BAD = {
         r"lacks \['y'\] and has \['z'\] besides",
     ),
     "list of examples": ([collections.OrderedDict(x=X[0], y=Y[0])], "1 dimension and not 2"),
+    "a pair of arrays": ((X, Y), r"'x', 'y'\] together; the first is one array of shape \(4, 2\)"),
     "no data set": (7, "found int, 7. Give a `tf.data.Dataset`"),
 }
 ELEMENT = tff.to_type(

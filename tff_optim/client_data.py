@@ -65,6 +65,12 @@ def _difference(wanted: dict, found: dict, dtypes: bool) -> str | None:
     """The first difference of two mappings from paths to (shape, dtype), and what to do."""
     if len(wanted) == len(found) and all(p.isdigit() for path in found for p in path):
         found = dict(zip(wanted, found.values(), strict=True))  # a tuple where names are wanted
+    if found.keys() == {()} and () not in wanted:
+        (shape, _), names = found[()], [_at(path) for path in wanted]
+        return (
+            f"A batch must hold {names} together; the first is one array of shape {shape}: make a "
+            "`tf.data.Dataset.from_tensor_slices(...).batch(32)` of the arrays."
+        )
     missing = [_at(path) for path in wanted if path not in found]
     besides = [_at(path) for path in found if path not in wanted]
     if missing or besides:

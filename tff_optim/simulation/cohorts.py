@@ -1,5 +1,6 @@
 """Who takes part in a round, and the data of those clients."""
 
+import numbers
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -81,6 +82,12 @@ def check_size(clients_per_round: Any, clients: int) -> None:
             f"`clients_per_round` must be at most the number of clients, {clients}; found "
             f"{clients_per_round}."
         )
+
+
+def whole(value: Any) -> Any:
+    """A whole number as Python's, NumPy's too; anything else as it is."""
+    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return int(value) if is_number else value
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

@@ -1,17 +1,25 @@
 """History: what a run has shown, as tables of records."""
 
+import itertools
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 
+from tff_optim.simulation.progress import main_metrics
+
+_KEYS = ("process", "seed", "round", "client")  # which record it is
+_ENDS = 20  # records that are printed at each end of a long table
+
 
 class Table(Sequence):
     """Records with named values; a record may lack some.
 
-    It prints as a table, also in a notebook, and becomes a pandas `DataFrame` by `to_pandas`, or by
+    It prints as a table, also in a notebook: a wide one in blocks that fit the terminal, a long one
+    with its first and last 20 records. `to_pandas` makes a `DataFrame` of it, or
     `pandas.DataFrame(list(table))`.
 
     Example:
@@ -22,6 +30,10 @@ class Table(Sequence):
           2  0.25    1
       >>> table["loss"].tolist(), table["new"].tolist()
       ([0.5, 0.25], [nan, 1.0])
+      >>> table[["new", "round"]]
+      new  round
+               1
+        1      2
       >>> table.where(round=2)[0]
       {'round': 2, 'loss': 0.25, 'new': 1}
 
@@ -59,9 +71,16 @@ class Table(Sequence):
         return len(self._records)
 
     def __getitem__(self, key: Any) -> Any:
-        """A record by position, records by a slice, or a column as an array by its name."""
+        """A record by position, records by a slice, a column as an array by its name, or several.
+
+        Several columns, by a list of names, are a table.
+        """
         if isinstance(key, slice):
             return Table(self._records[key])
+        if isinstance(key, list):
+            for name in key:
+                self[name]  # raises where it is missing
+            return Table([{n: record.get(n, "") for n in key} for record in self._records])
         if not isinstance(key, str):
             return self._records[key]
         if key not in self.columns:
@@ -81,9 +100,9 @@ class Table(Sequence):
     def __repr__(self) -> str:
         rows = [self.columns, *self._texts()]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join(
-            "  ".join(text.rjust(width) for text, width in zip(row, widths)).rstrip()
-            for row in rows
+        return "\n\n".join(
+            "\n".join("  ".join(row[i].rjust(widths[i]) for i in block).rstrip() for row in rows)
+            for block in _blocks(self.columns, widths)
         )
 
     def _repr_html_(self) -> str:
@@ -97,16 +116,35 @@ class Table(Sequence):
 
     def _texts(self) -> list[list[str]]:
         columns = self.columns
-        return [[_text(record.get(name, "")) for name in columns] for record in self._records]
+
+        def texts(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+            return [[_text(record.get(name, "")) for name in columns] for record in records]
+
+        if len(self) <= 2 * _ENDS + 1:
+            return texts(self._records)
+        left_out = ["..." for _ in columns]
+        return [*texts(self._records[:_ENDS]), left_out, *texts(self._records[-_ENDS:])]
+
+
+def _blocks(columns: list[str], widths: list[int]) -> list[list[int]]:
+    """Positions of columns that go on one line, each block with those that say which record it is."""
+    line = shutil.get_terminal_size((120, 24)).columns
+    keys = list(itertools.takewhile(lambda i: columns[i] in _KEYS, range(len(columns))))
+    blocks = [list(keys)]
+    for i in range(len(keys), len(columns)):
+        if len(blocks[-1]) > len(keys) and sum(widths[j] + 2 for j in [*blocks[-1], i]) - 2 > line:
+            blocks.append(list(keys))
+        blocks[-1].append(i)
+    return blocks
 
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class History:
-    """What one or several runs have shown.
+    """What one or several runs have shown; prints how each run ended, with its last main metrics.
 
     Attributes:
       rounds: A record for each round, with `process`, `seed` and `round`, the flat metrics, and
@@ -119,8 +157,26 @@ class History:
 
     rounds: Table
     clients: Table
-    states: dict[tuple[str, int], Any] = attrs.field(repr=False)
+    states: dict[tuple[str, int], Any]
     ended: dict[tuple[str, int], str]
+
+    def __repr__(self) -> str:
+        return repr(self._ends())
+
+    def _repr_html_(self) -> str:
+        return self._ends()._repr_html_()
+
+    def _ends(self) -> Table:
+        """How each run ended, and the last value of each of its main metrics."""
+        ends = []
+        for (process, seed), how in self.ended.items():
+            mine = [r for r in self.rounds if (r["process"], r["seed"]) == (process, seed)]
+            done = max((record["round"] for record in mine), default=0)
+            end = {"process": process, "seed": seed, "round": done, "ended": how}
+            for record in mine:
+                end.update(main_metrics(record))
+            ends.append(end)
+        return Table(ends)
 
     @property
     def state(self) -> Any:

@@ -3,14 +3,14 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_federated as tff
 
 from tff_optim.messages import shown
 from tff_optim.resident import ResidentProcess
-from tff_optim.simulation import cohorts, interrupts, stores
+from tff_optim.simulation import cohorts, interrupts, starts, stores
 from tff_optim.simulation.history import History, Table, join
 from tff_optim.simulation.threads import side_by_side
 from tff_optim.simulation.training import Plan, train
@@ -34,6 +34,7 @@ def run(
     stop: Callable[[Table], bool] | None = None,
     managers: Sequence[tff.program.ReleaseManager] = (),
     client_states: Callable[..., Any] | None = None,
+    initial_weights: Any = None,
     runs_at_once: int | None = None,
 ) -> History:
     """Trains one or several processes, with one or several seeds, some of them side by side.
@@ -91,6 +92,11 @@ def run(
         (`build_scaffold`): each run has a store of its own, in its folder or in memory. It is
         kept for `rounds_per_checkpoint` rounds back, so that a resumed run finds the states of
         its round.
+      initial_weights: Where all runs start: `tff.learning.models.ModelWeights`, a Keras model
+        whose weights are taken, or a function that is called once with each seed and returns
+        one of these. None leaves it to the processes: each draws its initial weights when it
+        is built, so that they are the same for all seeds and others for each process, unless
+        the layers' initializers have a seed; a warning says so.
       runs_at_once: How many runs go on side by side, each in a thread, with the same numbers as
         one after the other. None is one run for each two cores. What you have written
         (functions that build or evaluate, data, `stop`, managers) is called by one run at a
@@ -106,6 +112,7 @@ def run(
       ValueError: A number is out of range, or `directory` holds another run.
     """
     processes, seeds = _processes(process), _seeds(seed)
+    clients_per_round = cohorts.whole(clients_per_round)
     by_seed = {number: clients(number) if callable(clients) else clients for number in seeds}
     for some in by_seed.values():
         cohorts.check_size(clients_per_round, len(cohorts.clients_by_id(some)[0]))
@@ -120,12 +127,16 @@ def run(
         stop=stop,
         managers=tuple(managers),
         client_states=client_states,
+        starts=starts.Starts(
+            {number: starts.initial_weights(initial_weights, number) for number in seeds},
+            compared=len(processes) > 1,
+        ),
     )
     _check_states_are_kept(client_states, processes)
-    if runs_at_once is None:
-        runs_at_once = max(len(os.sched_getaffinity(0)) // 2, 1)
-    cohorts.check_whole("runs_at_once", runs_at_once, 1)
-    several = isinstance(process, Mapping) or not isinstance(seed, int)
+    half = max(len(os.sched_getaffinity(0)) // 2, 1)
+    at_once: int = half if runs_at_once is None else cohorts.whole(runs_at_once)
+    cohorts.check_whole("runs_at_once", at_once, 1)
+    several = isinstance(process, Mapping) or not isinstance(cohorts.whole(seed), int)
 
     def train_one(name: str, number: int) -> list[History]:
         if interrupt.requested:
@@ -139,13 +150,13 @@ def run(
 
     lanes = _lanes(processes, seeds)
     with interrupts.let_rounds_end() as interrupt:
-        if runs_at_once == 1 or len(lanes) == 1:
+        if at_once == 1 or len(lanes) == 1:
             histories = [one for run in itertools.chain(*lanes) for one in train_one(*run)]
         else:
             calls = [
                 lambda lane=lane: [h for run in lane for h in train_one(*run)] for lane in lanes
             ]
-            histories = list(itertools.chain(*side_by_side(calls, runs_at_once, interrupt)))
+            histories = list(itertools.chain(*side_by_side(calls, at_once, interrupt)))
     return join(histories)
 
 
@@ -167,8 +178,7 @@ def no_better(name: str, rounds: int, *, larger_is_better: bool = False) -> Call
     Returns:
       A function for `stop` of `run`.
     """
-    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-        raise ValueError(f"`rounds` must be a whole number of at least 1; found {shown(rounds)}.")
+    cohorts.check_whole("rounds", cohorts.whole(rounds), 1)
     sign = 1.0 if larger_is_better else -1.0
 
     def stop(table: Table) -> bool:
@@ -201,7 +211,8 @@ def _processes(process: Any) -> dict[str, Any]:
 
 
 def _seeds(seed: int | Sequence[int]) -> list[int]:
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    given: Iterable[Any] = seed if isinstance(seed, Iterable) else [seed]
+    seeds = [cohorts.whole(one) for one in given]
     whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
         raise ValueError(

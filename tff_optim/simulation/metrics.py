@@ -27,19 +27,26 @@ def flatten(metrics: Any) -> dict[str, Any]:
 
     Returns:
       Python's bools, ints, floats and texts by name.
+
+    Raises:
+      ValueError: Two numbers have the same name.
     """
     found: dict[str, Any] = {}
-    for path, value in _leaves(metrics, clients=False):
-        name = "/".join(path)
-        if value.ndim == 0:
-            found[name] = _plain(value)
-        elif value.size > _LARGEST and value.dtype.kind in "biuf":
-            numbers = {"mean": value.mean(), "min": value.min(), "max": value.max()}
-            found.update({f"{name}/{kind}": _plain(n) for kind, n in numbers.items()})
-        else:
-            for index in np.ndindex(value.shape):
-                found["/".join([name, *map(str, index)])] = _plain(value[index])
+    for name, value in _named(metrics):
+        if name in found:
+            raise ValueError(f"`metrics` must have a name for each number; found {name!r} twice.")
+        found[name] = _plain(value)
     return found
+
+
+def check_names(flat: Mapping[str, Any], argument: str, taken: Sequence[str]) -> None:
+    """Raises `ValueError` if a metric has a name that is taken; "NAME/" takes all that start so."""
+    for name in flat:
+        if any(name == one or (one.endswith("/") and name.startswith(one)) for one in taken):
+            raise ValueError(
+                f"`{argument}` must not give a metric the name of a column that the loop writes; "
+                f"found {name!r}. Rename it."
+            )
 
 
 def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
@@ -71,6 +78,23 @@ def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
         for record, row in zip(records[: filled[path[:level]]], value):
             record[name] = _plain(row)
     return records
+
+
+def _named(metrics: Any) -> Iterator[tuple[str, Any]]:
+    """Single numbers by name."""
+    for path, value in _leaves(metrics, clients=False):
+        name = "/".join(path)
+        if value.ndim == 0:
+            yield name, value
+        elif value.size > _LARGEST and value.dtype.kind in "biuf":
+            yield from {
+                f"{name}/mean": value.mean(),
+                f"{name}/min": value.min(),
+                f"{name}/max": value.max(),
+            }.items()
+        else:
+            for index in np.ndindex(value.shape):
+                yield "/".join([name, *map(str, index)]), value[index]
 
 
 def _leaves(

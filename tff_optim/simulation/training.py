@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -15,13 +14,17 @@ import tensorflow_federated as tff
 
 from tff_optim.messages import shown
 from tff_optim.resident import ResidentCheckpoints, ResidentProcess
-from tff_optim.simulation import metrics, stores
-from tff_optim.simulation.cohorts import Cohorts, check_whole
+from tff_optim.simulation import metrics, same_run, stores
+from tff_optim.simulation.cohorts import Cohorts, check_whole, whole
 from tff_optim.simulation.history import History, Table
 from tff_optim.simulation.interrupts import Interrupt
 from tff_optim.simulation.progress import ProgressBar
 from tff_optim.simulation.records import RecordFile
+from tff_optim.simulation.starts import Starts
 from tff_optim.simulation.threads import on_a_loop, wait
+
+_FILES = ("rounds.csv", "clients.csv", "checkpoints", "tensorboard")
+_TIME = tff.simulation.TRAINING_TIME_KEY
 
 
 def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
@@ -38,16 +41,17 @@ def _at_least(least: int) -> Callable[[Any, attrs.Attribute, Any], None]:
 class Plan:
     """The arguments that all runs of a call share; see `run`."""
 
-    rounds: int = attrs.field(validator=_at_least(0))
-    clients_per_round: int
+    rounds: int = attrs.field(converter=whole, validator=_at_least(0))
+    clients_per_round: int = attrs.field(converter=whole, validator=_at_least(1))
     evaluate: Callable[[Any], Mapping[str, Any]] | None = attrs.field(validator=_function)
-    rounds_per_evaluation: int = attrs.field(validator=_at_least(1))
-    rounds_per_checkpoint: int = attrs.field(validator=_at_least(1))
+    rounds_per_evaluation: int = attrs.field(converter=whole, validator=_at_least(1))
+    rounds_per_checkpoint: int = attrs.field(converter=whole, validator=_at_least(1))
     resume: bool
     progress: bool
     stop: Callable[[Table], bool] | None = attrs.field(validator=_function)
     managers: tuple[tff.program.ReleaseManager, ...]
     client_states: Callable[..., Any] | None = attrs.field(validator=_function)
+    starts: Starts
     # Held by whatever the caller has written: one call at a time, however many runs there are.
     lock: threading.RLock = attrs.field(factory=threading.RLock)
 
@@ -84,9 +88,16 @@ class _Run:
     ):
         self._process, self._cohorts, self._plan, self._folder = process, cohorts, plan, folder
         self._interrupt, self._run = interrupt, (name, seed)
-        self._checkpoints, saved = None, None
+        self._checkpoints, self._initial, saved = None, None, None
         if folder is not None:
-            _check_folder(folder, plan, seed, len(cohorts.ids))
+            run = same_run.describe(
+                process,
+                self.initialize(),
+                seed=seed,
+                clients_per_round=plan.clients_per_round,
+                clients=len(cohorts.ids),
+            )
+            same_run.check(folder, run, resume=plan.resume, files=_FILES)
             self._checkpoints = _checkpoints(process, os.path.join(folder, "checkpoints"))
             versions = wait(self._checkpoints.get_versions())
             saved = max(versions) if versions else None
@@ -163,8 +174,10 @@ class _Run:
         )
 
     def initialize(self) -> Any:
-        """The initial state."""
-        return self._process.initialize()
+        """The initial state, made once."""
+        if self._initial is None:
+            self._initial = self._plan.starts.begin(self._process, *self._run)
+        return self._initial
 
     def next(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
         """A round, with flat metrics; clients' states count once it has ended."""
@@ -173,8 +186,10 @@ class _Run:
         with plain if self._store is None else self._store.cohort(ids, data) as cohort:
             state, found = _pair(self._process.next(state, cohort))
         self._of_clients = metrics.client_records(found, self._cohort)
-        self._next_state = state
-        return state, collections.OrderedDict(metrics.flatten(found))
+        self._next_state, self._initial = state, None
+        flat = metrics.flatten(found)
+        metrics.check_names(flat, "process", ("round", "process", "seed", _TIME, "evaluation/"))
+        return state, collections.OrderedDict(flat)
 
     def _draw(self, number: int) -> list[Any]:
         if self._state is not None:
@@ -201,7 +216,15 @@ class _Run:
             raise TypeError(
                 f"`evaluate` must return a mapping from names to numbers; found {shown(found)}."
             )
-        return metrics.flatten(found)
+        flat = metrics.flatten(found)
+        metrics.check_names(flat, "evaluate", (tff.simulation.EVALUATION_TIME_KEY,))
+        for name, value in flat.items():
+            if not isinstance(value, int | float | str):
+                raise TypeError(
+                    f"`evaluate` must return a mapping from names to numbers; found {shown(value)} "
+                    f"at {name!r}."
+                )
+        return flat
 
     async def _release(self, value: Mapping[str, Any], number: int) -> None:
         record = {k: v for k, v in value.items() if k != tff.simulation.ROUND_NUMBER_KEY}
@@ -248,27 +271,3 @@ def _checkpoints(process: Any, folder: str) -> Any:
     if isinstance(process, ResidentProcess):
         return ResidentCheckpoints(process, folder, keep=2)
     return tff.program.FileProgramStateManager(folder, keep_total=2, keep_first=False)
-
-
-def _check_folder(folder: str, plan: Plan, seed: int, clients: int) -> None:
-    """Writes down what makes a run the same run, or compares it with what is there."""
-    path = os.path.join(folder, "arguments.json")
-    given = {"seed": seed, "clients_per_round": plan.clients_per_round, "clients": clients}
-    if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
-        with open(path + ".unfinished", "w") as file:
-            json.dump(given, file)
-        os.replace(path + ".unfinished", path)
-        return
-    if not plan.resume:
-        raise ValueError(
-            f"`directory` must be a new one, since `resume` is False; found a run in {folder}. "
-            "Remove it, or name another."
-        )
-    with open(path) as file:
-        found = json.load(file)
-    if found != given:
-        raise ValueError(
-            f"`directory` must hold a run with {given}, or none; found one with {found} in "
-            f"{folder}. Name another."
-        )

@@ -1,0 +1,110 @@
+"""Where runs start: the same model weights for all of them, and a warning where they differ."""
+
+import hashlib
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import attrs
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim.messages import shown
+
+ModelWeights: TypeAlias = tff.learning.models.ModelWeights
+
+
+def initial_weights(given: Any, seed: int) -> ModelWeights | None:
+    """The weights that all runs of a seed start from, as arrays; None if each process has its own.
+
+    Args:
+      given: Model weights, a Keras model, or a function of the seed that returns one of these.
+      seed: Of the runs.
+
+    Raises:
+      TypeError: It is neither.
+    """
+    if given is None:
+        return None
+    found = given
+    if callable(given) and not isinstance(given, tf.keras.Model):
+        found = given(seed)
+    if isinstance(found, tf.keras.Model):
+        found = ModelWeights.from_model(found)
+    if not isinstance(found, tff.learning.models.ModelWeights):
+        raise TypeError(
+            "`initial_weights` must be a `tff.learning.models.ModelWeights`, a Keras model, or a "
+            f"function from a seed to one of these; found {shown(found)}."
+        )
+    return tf.nest.map_structure(np.array, found)
+
+
+@attrs.frozen
+class Starts:
+    """Puts runs to their initial weights, and compares those of several processes.
+
+    Attributes:
+      weights: By seed, those of `initial_weights`.
+      compared: Whether several processes are compared.
+    """
+
+    weights: dict[int, ModelWeights | None]
+    compared: bool
+    _seen: dict[Any, Any] = attrs.field(factory=dict, init=False)
+    _lock: Any = attrs.field(factory=threading.Lock, init=False)
+
+    def begin(self, process: Any, name: str, seed: int) -> Any:
+        """The initial state of a process, with the weights that all runs of the seed start from.
+
+        Raises:
+          ValueError: The weights do not fit the process.
+        """
+        state, given = process.initialize(), self.weights[seed]
+        read: Callable[[Any], Any] | None = getattr(process, "get_model_weights", None)
+        if read is None and given is None:
+            return state
+        if read is None:
+            raise ValueError(
+                f"`initial_weights` must be None for a process without model weights; found some "
+                f"for {name!r}."
+            )
+        if given is not None:
+            wanted = read(state)
+            if _kinds(given) != _kinds(wanted):
+                raise ValueError(
+                    f"`initial_weights` must be those of the model of {name!r}, {_kinds(wanted)}; "
+                    f"found {_kinds(given)}."
+                )
+            flat = tf.nest.flatten(given)
+            return process.set_model_weights(state, tf.nest.pack_sequence_as(wanted, flat))
+        if self.compared:
+            self._compare(read(state), name, seed)
+        return state
+
+    def _compare(self, weights: Any, name: str, seed: int) -> None:
+        """Warns once where two processes of one model start from different weights."""
+        digest = hashlib.sha256(b"".join(a.tobytes() for a in _arrays(weights))).hexdigest()
+        key = (seed, str(_kinds(weights)))
+        with self._lock:
+            first, before = self._seen.setdefault(key, (name, digest))
+            told = "told" in self._seen
+            if digest == before or told:
+                return
+            self._seen["told"] = True
+        warnings.warn(
+            f"`initial_weights` should be given where processes are compared; {first!r} and {name!r} "
+            "start from different weights, since each process draws its own when it is built. Pass "
+            "`initial_weights=lambda seed: build_keras_model()`, or give the layers' initializers a "
+            "seed.",
+            stacklevel=2,
+        )
+
+
+def _arrays(weights: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in tf.nest.flatten(weights)]
+
+
+def _kinds(weights: Any) -> list[str]:
+    return [f"{array.dtype}{list(array.shape)}" for array in _arrays(weights)]
