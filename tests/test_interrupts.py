@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import psutil
+
 _SCRIPT = """
 import os, signal
 import numpy as np
@@ -58,3 +60,44 @@ def test_the_tests_end(tmp_path):
         timeout=120,
     )
     assert "1 passed" in done.stdout, done.stdout
+
+
+_LEFT = """
+import sys
+import psutil
+import tensorflow as tf
+import tensorflow_federated as tff
+from tff_optim import simulation
+
+model = tff.learning.models.functional_model_from_keras(
+    tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+    tf.keras.losses.MeanSquaredError(),
+    (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+)
+process = tff.learning.algorithms.build_weighted_fed_avg(
+    model, tff.learning.optimizers.build_sgdm(0.1)
+)
+data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))
+simulation.run(process, [data], rounds=1, clients_per_round=1)
+print(*[child.pid for child in psutil.Process().children(recursive=True)])
+"""
+
+
+def test_the_worker_of_a_loop_ends_with_the_program(tmp_path):
+    (tmp_path / "program.py").write_text(_LEFT)
+    with open(tmp_path / "stderr", "w+") as stderr:
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "program.py")],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        stderr.seek(0)
+        said = stderr.read()
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == 0, said
+    assert workers
+    assert not any(psutil.pid_exists(pid) for pid in workers)
+    assert "Exception ignored" not in said

@@ -1,7 +1,11 @@
-"""Ctrl-C where it is ignored, and TFF's way of ending its worker by it."""
+"""TFF's way of ending its worker: where Ctrl-C is ignored, and where the program ends."""
 
+import atexit
+import functools
 import signal
 import threading
+
+import tensorflow_federated as tff
 
 
 def let_workers_end() -> None:
@@ -21,3 +25,23 @@ def let_workers_end() -> None:
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda number, frame: None)
+
+
+@functools.cache
+def end_worker_at_exit() -> None:
+    """Has the worker of TFF's default context ended with the program; TFF would leave it running.
+
+    TFF ends a worker when its context is collected, and fails at that where the interpreter is
+    half gone already ("'NoneType' object has no attribute 'Popen'"). `simulation.run` calls this. It
+    does nothing where SIGINT is ignored, for TFF would wait for such a worker without a limit; see
+    `let_workers_end`.
+
+    Example:
+      >>> end_worker_at_exit()
+    """
+    atexit.register(_drop_context)
+
+
+def _drop_context() -> None:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        tff.test.set_no_default_context()

@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow_federated as tff
 
+from tff_optim.interrupts import end_worker_at_exit
 from tff_optim.messages import shown
 from tff_optim.resident import ResidentProcess
 from tff_optim.simulation import cohorts, interrupts, starts, stores
@@ -46,7 +47,7 @@ def run(
 
     The first Ctrl-C lets the round end, saves it and returns the history; the second one raises
     `KeyboardInterrupt` at once. (A round is lost if Ctrl-C at the terminal has ended its worker; a
-    new worker starts by itself.)
+    new worker starts by itself.) TFF's own worker ends with the program.
 
     Example:
       >>> import tensorflow as tf
@@ -133,6 +134,7 @@ def run(
         ),
     )
     _check_states_are_kept(client_states, processes)
+    end_worker_at_exit()
     half = max(len(os.sched_getaffinity(0)) // 2, 1)
     at_once: int = half if runs_at_once is None else cohorts.whole(runs_at_once)
     cohorts.check_whole("runs_at_once", at_once, 1)
