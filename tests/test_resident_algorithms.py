@@ -1,0 +1,114 @@
+"""Every algorithm of TFF, and of this package, in the Python process, against plain TFF."""
+
+import problems
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from resident_cases import assert_close
+
+import aggregators
+from aggregators import rules
+from tff_optim import ResidentProcess
+
+LIBRARY = tff.learning.algorithms
+SGD = tff.learning.optimizers.build_sgdm(0.05, momentum=0.5)
+ADAM = tff.learning.optimizers.build_adam(0.1)
+
+
+def rate_of_round(number):
+    return tf.gather([0.1, 0.02, 0.05, 0.05], number)  # a round ahead, too
+
+
+def reconstruction_model_fn():
+    model = tf.keras.Sequential(
+        [
+            tf.keras.layers.InputLayer((3,)),
+            tf.keras.layers.Dense(2, kernel_initializer="ones", name="shared"),
+            tf.keras.layers.Dense(2, kernel_initializer="ones", name="own"),
+        ]
+    )
+    return tff.learning.models.ReconstructionModel.from_keras_model_and_layers(
+        keras_model=model,
+        global_layers=model.layers[:1],
+        local_layers=model.layers[1:],
+        input_spec=problems.INPUT_SPEC,
+    )
+
+
+RECONSTRUCTION = {
+    "loss_fn": tf.keras.losses.MeanSquaredError,
+    "metrics_fn": lambda: [tf.keras.metrics.MeanAbsoluteError()],
+    "reconstruction_optimizer_fn": SGD,
+    "dataset_split_fn": tff.learning.models.ReconstructionModel.build_dataset_split_fn(),
+}
+OF_TFF = {
+    "build_fed_eval": lambda f: f(problems.model_fn),
+    "build_fed_kmeans": lambda f: f(2, (3,), (1, 2)),
+    "build_fed_recon": lambda f: f(
+        reconstruction_model_fn,
+        server_optimizer_fn=ADAM,
+        client_optimizer_fn=SGD,
+        **RECONSTRUCTION,
+    ),
+    "build_fed_recon_eval": lambda f: f(reconstruction_model_fn, **RECONSTRUCTION),
+    "build_fed_sgd": lambda f: f(problems.model_fn, ADAM),
+    "build_mime_lite_with_optimizer_schedule": lambda f: f(
+        problems.model_fn, rate_of_round, SGD, ADAM
+    ),
+    "build_unweighted_fed_avg": lambda f: f(problems.model_fn, SGD, ADAM),
+    "build_unweighted_fed_prox": lambda f: f(problems.model_fn, 0.1, SGD, ADAM),
+    "build_unweighted_mime_lite": lambda f: f(problems.model_fn, SGD, ADAM),
+    "build_weighted_fed_avg": lambda f: f(problems.model_fn, SGD, ADAM),
+    "build_weighted_fed_avg_with_optimizer_schedule": lambda f: f(
+        problems.model_fn, rate_of_round, tff.learning.optimizers.build_sgdm, ADAM
+    ),
+    "build_weighted_fed_prox": lambda f: f(problems.model_fn, 0.1, SGD, ADAM),
+    "build_weighted_mime_lite": lambda f: f(problems.model_fn, SGD, ADAM),
+}
+OURS = {
+    "build_fed_att": lambda f: f(problems.model_fn, SGD),
+    "build_fed_avg": lambda f: f(problems.model_fn, SGD, ADAM, rule=rules.jury_mean()),
+    "build_fed_kl": lambda f: f(problems.model_fn, SGD, ADAM),
+    "build_fed_med": lambda f: f(problems.model_fn, SGD),
+    "build_fed_nova": lambda f: f(problems.model_fn, SGD, momentum=0.5),
+    "build_q_fed_avg": lambda f: f(problems.model_fn, SGD, q=1.0, learning_rate=0.05),
+}
+# What is no whole process, or is held against plain TFF elsewhere.
+NOT_HERE = {
+    "build_personalization_eval_computation",  # one computation without a state
+    "build_client_work",
+    "build_self_weighting_client_work",
+    "build_scaffold",  # tests/test_client_places.py
+}
+
+
+def clients_of(name):
+    clients = problems.make_clients()
+    if name == "build_fed_kmeans":
+        return [data.map(lambda batch: batch["x"]).unbatch() for data in clients]
+    return clients
+
+
+def run(process, name, rounds=3):
+    """The outputs of some rounds, states as plain values."""
+    materialize = getattr(process, "materialize", lambda state: state)
+    state, outputs = process.initialize(), []
+    for number in range(rounds):
+        state, metrics = process.next(state, clients_of(name)[: 2 + number % 2])
+        outputs.append((materialize(state), metrics))
+    return outputs
+
+
+def test_no_algorithm_is_left_out():
+    public = {name for module in (LIBRARY, aggregators) for name in dir(module)}
+    assert {*OF_TFF, *OURS, *NOT_HERE} == {name for name in public if name.startswith("build_")}
+
+
+@pytest.mark.parametrize("name", [*OF_TFF, *OURS])
+def test_rounds_are_those_of_plain_tff(name):
+    module, make = (LIBRARY, OF_TFF[name]) if name in OF_TFF else (aggregators, OURS[name])
+    process = make(getattr(module, name))
+    expected = run(process, name)
+    with ResidentProcess(process, device="CPU:1") as resident:
+        for ours, theirs in zip(run(resident, name), expected, strict=True):
+            assert_close(ours, theirs)
