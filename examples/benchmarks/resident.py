@@ -10,6 +10,8 @@ import asyncio
 import collections
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -298,6 +300,67 @@ def memory(table, scale):
             table.row("time of that first round, 200 clients", plain_seconds, seconds)
 
 
+def device_step(table, scale):
+    """Adam's step on a device: by XLA and without, against Keras on variables."""
+    size = int(1e7 * scale)
+    process = server_step_process(size)
+    data = [tf.data.Dataset.from_tensor_slices([0.25, 0.25])]
+    gradient = tf.fill([size], 0.5)
+
+    def in_keras(optimizer):
+        weights = tf.Variable(tf.ones([size]))
+
+        @tf.function
+        def run():
+            optimizer.apply_gradients([(gradient, weights)])
+
+        return run
+
+    def in_place(**options):
+        resident = ResidentProcess(process, device="CPU:0", **options)
+        state = [resident.initialize()]
+
+        def run():
+            state[:] = [resident.next(state[0], data).state]
+
+        return run
+
+    times = time_side_by_side(
+        {
+            "legacy Keras, fused": in_keras(tf.keras.optimizers.legacy.Adam(1e-3)),
+            "Keras": in_keras(tf.keras.optimizers.Adam(1e-3)),
+            "a `tf.function`": function_step(size),
+            "by XLA": in_place(),
+            "without XLA": in_place(compile_step=False),
+        },
+        rounds=15,
+    )
+    for name in list(times)[:3]:
+        table.row(
+            f"server step on a device, Adam, 1e7, against {name}", times[name], times["by XLA"]
+        )
+    table.row("the same, without XLA and with it", times["without XLA"], times["by XLA"])
+
+
+def memory_on_a_device(table, scale):
+    """The peak of a process of its own, for cohorts of two sizes."""
+    peaks = {}
+    for clients in (200, 400):
+        arguments = ["--peak-of", str(clients), "--scale", str(scale)]
+        found = subprocess.run(
+            [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
+        )
+        peaks[clients] = float(found.stdout.split()[-1])
+    table.row("peak memory on a device, 2e6, 200 / 400 clients", peaks[200], peaks[400], "GB")
+
+
+def one_round_on_a_device(clients, scale):
+    model_fn, client = dense_model(1000, int(2000 * scale) or 1)
+    with ResidentProcess(fed_avg(model_fn), device="CPU:0") as resident:
+        resident.next(resident.initialize(), [client(1, rows=1) for _ in range(clients)])
+    print(peak_gigabytes("self"))
+
+
 def server_device(table, scale):
     size = int(1e7 * scale)
     initial_weights = weights_of(size)
@@ -409,6 +472,8 @@ BENCHMARKS = (
     fed_avg_round,
     small_rounds,
     memory,
+    device_step,
+    memory_on_a_device,
     server_device,
     checkpoints,
     start_up,
@@ -420,8 +485,12 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="of the models' sizes")
     names = [benchmark.__name__ for benchmark in BENCHMARKS]
     parser.add_argument("--only", nargs="*", choices=names, default=names)
+    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     tff.test.set_no_default_context()
+    if arguments.peak_of:
+        one_round_on_a_device(arguments.peak_of, arguments.scale)
+        return
     table = Table()
     try:
         for benchmark in BENCHMARKS:
