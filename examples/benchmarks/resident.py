@@ -305,16 +305,15 @@ def device_step(table, scale):
     size = int(1e7 * scale)
     process = server_step_process(size)
     data = [tf.data.Dataset.from_tensor_slices([0.25, 0.25])]
-    gradient = tf.fill([size], 0.5)
 
     def in_keras(optimizer):
         weights = tf.Variable(tf.ones([size]))
 
         @tf.function
-        def run():
-            optimizer.apply_gradients([(gradient, weights)])
+        def step(x):
+            optimizer.apply_gradients([(tf.fill([size], x), weights)])
 
-        return run
+        return lambda: step(tf.constant(0.5))
 
     def in_place(**options):
         resident = ResidentProcess(process, device="CPU:0", **options)
