@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import re
 import sys
+import types
 
 import attrs
 import contracts
@@ -436,6 +437,27 @@ def _create_late(self, gradient, variable):
     variable.assign_sub(gradient + late)
 
 
+class Holding(SignDescent):
+    """Holds a variable in an object of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.held = types.SimpleNamespace(factor=tf.Variable(0.5))
+
+    def update_step(self, gradient, variable):
+        variable.assign_sub(self.held.factor * gradient)
+
+
+class FromVariable(K.schedules.LearningRateSchedule):
+    """A schedule that reads its rate from a variable."""
+
+    def __init__(self):
+        self.rate = tf.Variable(0.1)
+
+    def __call__(self, step):
+        return self.rate / (1.0 + tf.cast(step, tf.float32))
+
+
 def _build_lifted(self, var_list):
     with tf.init_scope():
         self.lifted = tf.Variable(0.0, name="lifted")
@@ -453,6 +475,8 @@ def _build_lifted(self, var_list):
         (lambda: Counting("dictionary"), "changes the Python attribute `dictionary`"),
         (_subclass(_create_late), "creates 'late'"),
         (_subclass(build=_build_lifted), "lifted.*init_scope"),
+        (Holding, r"variables in attributes, .*found that a step uses another `tf\.Variable`"),
+        (lambda: K.SGD(FromVariable()), r"uses another `tf\.Variable`: a schedule's"),
     ],
     ids=[
         "cond",
@@ -463,6 +487,8 @@ def _build_lifted(self, var_list):
         "dictionary",
         "late variable",
         "lifted variable",
+        "held variable",
+        "variable of a schedule",
     ],
 )
 def test_a_subclass_that_cannot_be_pure_is_refused_and_told_why(cls, message):

@@ -5,6 +5,7 @@ Those that need torch run under `make test-torch`, which sets TORCH_PYTHON.
 
 import asyncio
 import copy
+import gc
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_optim
-from tff_optim import build_torch_optimizer, torch_arguments
+from tff_optim import build_torch_optimizer, torch_arguments, torch_optimizer
 
 TORCH = os.environ.get("TORCH_PYTHON")
 needs_torch = pytest.mark.skipif(TORCH is None, reason="needs torch's environment: make test-torch")
@@ -269,6 +270,18 @@ class Forgetful(torch.optim.SGD):
     def step(self, closure=None):
         self.steps += 1
         super().step()
+
+
+class Halving(torch.optim.SGD):
+    """SGD that counts its steps as a whole number, by halves."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.param_groups[0]["count"] = 0
+
+    def step(self, closure=None):
+        self.param_groups[0]["count"] += 0.5
+        super().step()
 '''
 
 
@@ -310,12 +323,46 @@ def test_a_process_killed_in_mid_step_leaves_the_old_state_usable(own_package):
 
 
 @needs_torch
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "graph"])
+def test_what_a_step_returned_stays_when_the_next_is_taken(traced):
+    weights, steps = contracts.make_problem(steps=2)
+    optimizer = make("Adam")
+    step = tf.function(optimizer.next) if traced else optimizer.next
+    state = contracts.tensors(optimizer.initialize(contracts.specs_of(weights)))
+    first = step(state, contracts.tensors(weights), contracts.tensors(steps[0]))
+    kept = tf.nest.map_structure(np.array, first)
+    step(*first, contracts.tensors(steps[1]))
+    contracts.assert_equal(first, kept)
+
+
+@needs_torch
 def test_state_in_an_attribute_is_refused(own_package):
     optimizer = build_torch_optimizer(
         "own_torch.Forgetful", python=TORCH, trusted_packages=["own_torch"], lr=0.1
     )
     with pytest.raises(ValueError, match="changes the attribute 'steps'"):
         optimizer.initialize([tf.TensorSpec([2])])
+
+
+@needs_torch
+def test_a_whole_number_that_becomes_a_fraction_is_refused(own_package):
+    weights, steps = contracts.make_problem(steps=1)
+    optimizer = build_torch_optimizer(
+        "own_torch.Halving", python=TORCH, trusted_packages=["own_torch"], lr=0.1
+    )
+    state = optimizer.initialize(contracts.specs_of(weights))
+    with pytest.raises(ValueError, match=r"whole; found 0\.5 for 'group/count' of int64"):
+        optimizer.next(state, weights, steps[0])
+
+
+@needs_torch
+def test_the_process_of_torch_imports_trusted_packages_only(own_package):
+    trusted = build_torch_optimizer(
+        "own_torch.Halving", python=TORCH, trusted_packages=["own_torch"], lr=0.1
+    )
+    recipe = {**trusted.recipe, "trusted": []}
+    with pytest.raises(ValueError, match=r"`trusted_packages` \[\]; found 'own_torch.Halving'"):
+        torch_optimizer.TorchOptimizer(TORCH, recipe).initialize([tf.TensorSpec([2])])
 
 
 def fed_avg(server):
@@ -334,6 +381,41 @@ def test_it_steps_on_the_server_of_a_resident_process_as_plain_torch_does(name, 
         found = process.get_model_weights(state).trainable
     for a, b in zip(found, plain[2][name], strict=True):
         np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5, atol=2e-5)
+
+
+def defined(optimizer, weight):
+    """A step as TFF keeps it: the definition of a graph, with the names of its inputs and outputs."""
+    state = optimizer.initialize(contracts.specs_of([weight]))
+    with tf.Graph().as_default() as graph:
+        inputs = tf.nest.map_structure(
+            lambda leaf: tf.compat.v1.placeholder(tf.as_dtype(leaf.dtype), np.shape(leaf)),
+            (state, [weight], [weight]),
+        )
+        outputs = optimizer.next(*inputs)
+    names = [[tensor.name for tensor in tf.nest.flatten(x)] for x in (inputs, outputs)]
+    return state, graph.as_graph_def(), *names
+
+
+@needs_torch
+def test_a_step_outlives_the_optimizer_and_the_graph_that_it_was_traced_in():
+    weight, gradient = np.float32([1.0, -2.0]), np.float32([0.5, 0.25])
+    optimizer = make("Adam")
+    expected = optimizer.next(
+        optimizer.initialize(contracts.specs_of([weight])), [weight], [gradient]
+    )
+    steps = [defined(optimizer, weight) for _ in range(2)]
+    del optimizer
+    gc.collect()
+    for state, definition, inputs, outputs in steps:
+        values = [tf.constant(value) for value in tf.nest.flatten((state, [weight], [gradient]))]
+        found = tf.function(
+            lambda *values: tf.import_graph_def(
+                definition,
+                dict(zip(inputs, values)),
+                return_elements=outputs,  # noqa: B023
+            )
+        )(*values)
+        contracts.assert_equal(list(found), tf.nest.flatten(expected))
 
 
 @needs_torch

@@ -16,11 +16,21 @@ import collections
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import comparison, entries, keras_arguments, keras_objects, leaves
+from tff_optim import leaves
+from tff_optim.hparam_fields import (
+    constant,
+    field,
+    fields_of,
+    flag,
+    fraction,
+    has_schedule,
+    intervals,
+    non_negative,
+    positive,
+)
 from tff_optim.hparam_values import (
     STEP,
     Hparams,
@@ -41,9 +51,7 @@ from tff_optim.intervals import (
     UNIT,
     Interval,
     checked_number,
-    to_float,
 )
-from tff_optim.messages import shown
 
 __all__ = [
     "FINITE",
@@ -76,163 +84,6 @@ __all__ = [
     "set_hparams",
     "update",
 ]
-
-_MARK = "tff_optim_hyperparameter"
-
-
-# ------------------------------------------------------------------------------------- declarations
-
-
-def field(allowed: Interval, default: Any = attrs.NOTHING, *, traceable: bool = False) -> Any:
-    """Declares a numeric hyper-parameter of a frozen attrs class.
-
-    Args:
-      allowed: The allowed numbers.
-      default: The default value.
-      traceable: Whether a scalar tensor of the computation that is being traced is taken too. Its
-        value is checked where the computation runs.
-
-    Returns:
-      An attrs field that takes a number (an int or NumPy scalar becomes a float) or a Keras
-      schedule, compares schedules by their configuration, and raises `TypeError` or `ValueError`
-      for anything else. The number must be allowed as given and when rounded to float32.
-
-    Example:
-      >>> @attrs.frozen
-      ... class Scale:
-      ...     factor: float = field(POSITIVE, 1.0)
-      >>> Scale(np.int64(2))
-      Scale(factor=2.0)
-    """
-
-    def validate(owner: Any, attribute: attrs.Attribute, value: Any) -> None:
-        name = type(owner).__name__
-        if traceable and tf.is_symbolic_tensor(value):
-            check_scalar(name, attribute.name, value)
-        elif isinstance(value, Schedule):
-            keras_arguments.check_object(value)
-        else:
-            checked_number(name, attribute.name, value, allowed, " or a Keras schedule")
-
-    return attrs.field(
-        default=default,
-        converter=to_float,
-        validator=validate,
-        eq=comparison.key,
-        metadata={_MARK: allowed, entries.READER: keras_objects.rate_from_json},
-    )
-
-
-def constant(allowed: Interval, default: Any = attrs.NOTHING) -> Any:
-    """Declares a number that stays as it was given: no schedule, not in the state.
-
-    Example:
-      >>> @attrs.frozen
-      ... class Part:
-      ...     number: Any = constant(POSITIVE, 2)
-      >>> Part(), dict(initialize(Part()))
-      (Part(number=2.0), {})
-    """
-
-    def validate(owner: Any, attribute: attrs.Attribute, value: Any) -> None:
-        checked_number(type(owner).__name__, attribute.name, value, allowed)
-
-    return attrs.field(default=default, converter=to_float, validator=validate)
-
-
-def fraction(default: Any = attrs.NOTHING) -> Any:
-    """Declares a decay rate in [0, 1).
-
-    Example:
-      >>> @attrs.frozen
-      ... class Part:
-      ...     number: Any = fraction(0.5)
-      >>> Part(0.9)
-      Part(number=0.9)
-    """
-    return field(FRACTION, default)
-
-
-def positive(default: Any = attrs.NOTHING) -> Any:
-    """Declares a number greater than 0.
-
-    Example:
-      >>> @attrs.frozen
-      ... class Part:
-      ...     number: Any = positive()
-      >>> Part(1)
-      Part(number=1.0)
-    """
-    return field(POSITIVE, default)
-
-
-def non_negative(default: Any = attrs.NOTHING, *, traceable: bool = False) -> Any:
-    """Declares a number of at least 0.
-
-    Example:
-      >>> @attrs.frozen
-      ... class Part:
-      ...     number: Any = non_negative(0)
-      >>> Part()
-      Part(number=0.0)
-    """
-    return field(NON_NEGATIVE, default, traceable=traceable)
-
-
-def flag(default: bool) -> Any:
-    """Declares a Python bool that shapes the graph.
-
-    Example:
-      >>> @attrs.frozen
-      ... class Part:
-      ...     number: Any = flag(False)
-      >>> Part(True)
-      Part(number=True)
-    """
-
-    def validate(owner: Any, attribute: attrs.Attribute, value: Any) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(
-                f"`{attribute.name}` of `{type(owner).__name__}` must be True or False; "
-                f"found {shown(value)}."
-            )
-
-    return attrs.field(default=default, validator=validate)
-
-
-# ------------------------------------------------------------- what declared fields put into a state
-
-
-def _fields(part: Any) -> list[attrs.Attribute]:
-    if not attrs.has(type(part)):
-        return []
-    return [f for f in attrs.fields(type(part)) if _MARK in f.metadata]
-
-
-def intervals(part: Any) -> dict[str, Interval]:
-    """The hyper-parameters of `part` that were given as numbers, with what is allowed for each.
-
-    Example:
-      >>> from tff_optim import transforms
-      >>> {name: allowed.words for name, allowed in intervals(transforms.Momentum(0.5)).items()}
-      {'beta': 'a number in [0, 1)'}
-    """
-    return {
-        f.name: f.metadata[_MARK]
-        for f in _fields(part)
-        if not isinstance(getattr(part, f.name), Schedule)
-    }
-
-
-def has_schedule(part: Any) -> bool:
-    """Whether a hyper-parameter of `part` is a schedule.
-
-    Example:
-      >>> from tff_optim import transforms
-      >>> has_schedule(transforms.Momentum(0.5))
-      False
-    """
-    return len(intervals(part)) < len(_fields(part))
 
 
 def initialize(part: Any, counts_steps: bool = False) -> Hparams:
@@ -285,7 +136,7 @@ def current(part: Any, state: Mapping[str, Any]) -> dict[str, Any]:
       0.5
     """
     values = {}
-    for f in _fields(part):
+    for f in fields_of(part):
         given = getattr(part, f.name)
         if isinstance(given, Schedule):
             value = tf.convert_to_tensor(given(leaves.number(state[STEP], tf.int64)))

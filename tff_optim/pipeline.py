@@ -138,8 +138,9 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             new, changed = part.next(old, wide, direction)
             _check_result(name, changed, direction, new, old)
             new_state[_PARTS][name], direction = new, changed
+        # A weight without a gradient is handed back as it came, untouched by decay or projection.
         updated = [
-            self._update(path, w, d, rates, leaves.spec_of(old))
+            old if d is None else self._update(path, w, d, rates, leaves.spec_of(old))
             for (path, w), d, old in zip(
                 leaves.named_leaves(wide),
                 tf.nest.flatten(direction),
@@ -147,32 +148,23 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
                 strict=True,
             )
         ]
-        # A weight without a gradient is handed back as it came, untouched by decay or projection.
-        narrowed = [
-            old if d is None else tf.cast(new, old.dtype)
-            for old, new, d in zip(
-                tf.nest.flatten(weights), updated, tf.nest.flatten(gradients), strict=True
-            )
-        ]
-        return new_state, tf.nest.pack_sequence_as(weights, narrowed)
+        return new_state, tf.nest.pack_sequence_as(weights, updated)
 
     def _update(
         self,
         path: str,
         w: tf.Tensor,
-        direction: tf.Tensor | None,
+        direction: tf.Tensor,
         rates: Mapping[str, Any],
         spec: tf.TensorSpec,
     ) -> tf.Tensor:
-        if direction is None:
-            return w
         step = leaves.number(rates["learning_rate"], w.dtype) * direction
         if self.pipeline.decays:
             step += leaves.number(rates["weight_decay"], w.dtype) * w
         w -= step
         for projection in self.pipeline.projection:
             w = projection(path, w, spec)
-        return w
+        return tf.cast(w, spec.dtype)
 
     def get_hparams(self, state: Any) -> hyperparameters.Hparams:
         """The numbers that can be changed between rounds.

@@ -1,6 +1,8 @@
 """Any torch optimizer as a TFF optimizer for the server, in a Python process of its own."""
 
+import atexit
 import collections
+import functools
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import comparison, hyperparameters, leaves, torch_arguments
+from tff_optim import hyperparameters, leaves, torch_arguments
 from tff_optim.hyperparameters import NON_NEGATIVE
 from tff_optim.intervals import to_float
 from tff_optim.messages import shown
@@ -32,11 +34,8 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
     """
 
     def __init__(self, python: str, recipe: Mapping[str, Any]):
-        self._python = python
         self._recipe = recipe
-        self._key = comparison.key((python, json.dumps(recipe, sort_keys=True)))
-        self._processes: dict[Any, TorchProcess] = {}
-        self._callbacks: dict[Any, Callable[..., Any]] = {}
+        self._key = python, json.dumps(recipe, sort_keys=True)
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -53,9 +52,6 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         scheduler = self._recipe["scheduler"]
         then = f", lr_scheduler={scheduler!r}" if scheduler else ""
         return f"TorchOptimizer({self._recipe['optimizer']}, {self._recipe['arguments']}{then})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_processes": {}, "_callbacks": {}}  # started anew in a copy
 
     def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the state before the first step.
@@ -81,7 +77,7 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
                 "`build_keras_optimizer` or `build_optax_optimizer` there."
             )
         leaves.check_specs(specs, floating=True)
-        process = self._process(specs)
+        process = _process(self._layout(specs))
         state: collections.OrderedDict[str, Any] = collections.OrderedDict()
         if not self._recipe["scheduler"]:
             state[_LR] = np.float64(process.numbers[_GROUP_RATE])
@@ -92,12 +88,9 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         )
         return state
 
-    def _process(self, weights: Any) -> TorchProcess:
-        flat = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(weights)]
-        key = tuple(flat)
-        if key not in self._processes:
-            self._processes[key] = TorchProcess(self._python, self._recipe, flat)
-        return self._processes[key]
+    def _layout(self, weights: Any) -> "_Layout":
+        specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(weights))
+        return (*self._key, os.environ.get("PYTHONPATH"), specs)
 
     def _entries(
         self, process: TorchProcess, weights: Any
@@ -138,8 +131,8 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         flat, flat_gradients = tf.nest.flatten(weights), tf.nest.flatten(gradients)
         if not flat:
             return state, weights
-        process = self._process(weights)
-        entries = self._entries(process, weights)
+        layout = self._layout(weights)
+        entries = self._entries(_process(layout), weights)
         rate = [] if self._recipe["scheduler"] else [_LR]
         leaves.check_keys(state, [*rate, _STARTED, _SLOTS], "state")
         leaves.check_slots(state, {path: spec for path, (spec, _) in entries.items()})
@@ -151,41 +144,14 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
             *flat,
             *(flat_gradients[i] for i in given),
         ]
-        outputs = self._call(process, list(entries), given, inputs)
+        like = [*inputs[len(rate) : len(rate) + 1 + len(entries)], *flat]
+        outputs = _call(_callback(layout, list(entries), bool(rate), given), inputs, like)
         new_state = collections.OrderedDict(state)
         for name in rate:
             new_state[name] = tf.convert_to_tensor(state[name])
         new_state[_STARTED] = outputs[0]
         new_state[_SLOTS] = collections.OrderedDict(zip(entries, outputs[1:]))
         return new_state, tf.nest.pack_sequence_as(weights, outputs[1 + len(entries) :])
-
-    def _call(
-        self, process: TorchProcess, paths: list[str], given: tuple[int, ...], inputs: list[Any]
-    ) -> list[tf.Tensor]:
-        """Runs `_step` at once, or from the graph that is being traced."""
-        offset = 0 if self._recipe["scheduler"] else 1
-        like = [
-            *inputs[offset : offset + 1 + len(paths)],
-            *self._weights_of(process, inputs, given),
-        ]
-        key = (process, given)
-        if key not in self._callbacks:  # kept: TensorFlow forgets a callback that nothing refers to
-            has_rate = offset == 1
-            self._callbacks[key] = lambda *values: _step(process, paths, has_rate, given, values)
-        callback = self._callbacks[key]
-        if tf.executing_eagerly():
-            values = callback(*(np.asarray(value) for value in inputs))
-            return [tf.convert_to_tensor(value) for value in values]
-        specs = [leaves.spec_of(value) for value in like]
-        outputs = tf.numpy_function(callback, inputs, [spec.dtype for spec in specs], name=NODE)
-        for output, spec in zip(outputs, specs):
-            output.set_shape(spec.shape)
-        return list(outputs)
-
-    @staticmethod
-    def _weights_of(process: TorchProcess, inputs: list[Any], given: Sequence[int]) -> list[Any]:
-        end = len(inputs) - len(given)
-        return inputs[end - process.num_weights : end]
 
     def get_hparams(self, state: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the learning rate, unless a scheduler sets it."""
@@ -195,6 +161,43 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         """Returns the state with this learning rate; see `hyperparameters.update`."""
         intervals = dict.fromkeys(self.get_hparams(state), NON_NEGATIVE)
         return hyperparameters.update(state, hparams, intervals, _OWNER)
+
+
+# The Python of torch, the recipe as JSON, the search path of modules, and the weights.
+_Layout = tuple[str, str, str | None, tuple[tf.TensorSpec, ...]]
+
+
+# Few, since each holds memory for weights, gradients and slots. The state is not in it: one that is
+# needed again is made again.
+@functools.lru_cache(maxsize=4)
+def _process(layout: _Layout) -> TorchProcess:
+    python, recipe, _, specs = layout
+    return TorchProcess(python, json.loads(recipe), list(specs))
+
+
+atexit.register(_process.cache_clear)
+
+# What graphs call, for ever: TFF keeps the definition of a graph, in which a callback is a number, and
+# lets go of the optimizer and the graph that it was traced in. TensorFlow keeps neither.
+_callbacks: list[Callable[..., Any]] = []
+
+
+def _callback(
+    layout: _Layout, paths: Sequence[str], has_rate: bool, given: Sequence[int]
+) -> Callable[..., list[np.ndarray]]:
+    return lambda *values: _step(_process(layout), paths, has_rate, given, values)
+
+
+def _call(callback: Callable[..., Any], inputs: list[Any], like: list[Any]) -> list[tf.Tensor]:
+    """Runs a callback at once, or from the graph that is traced; it returns what is `like` these."""
+    if tf.executing_eagerly():
+        return [tf.convert_to_tensor(x) for x in callback(*(np.asarray(x) for x in inputs))]
+    _callbacks.append(callback)
+    specs = [leaves.spec_of(value) for value in like]
+    outputs = tf.numpy_function(callback, inputs, [spec.dtype for spec in specs], name=NODE)
+    for output, spec in zip(outputs, specs):
+        output.set_shape(spec.shape)
+    return list(outputs)
 
 
 def _step(
