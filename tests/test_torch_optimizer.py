@@ -5,6 +5,7 @@ Those that need torch run under `make test-torch`, which sets TORCH_PYTHON.
 
 import asyncio
 import copy
+import functools
 import gc
 import json
 import os
@@ -396,6 +397,10 @@ def defined(optimizer, weight):
     return state, graph.as_graph_def(), *names
 
 
+def run_defined(definition, inputs, outputs, *values):
+    return tf.import_graph_def(definition, dict(zip(inputs, values)), return_elements=outputs)
+
+
 @needs_torch
 def test_a_step_outlives_the_optimizer_and_the_graph_that_it_was_traced_in():
     weight, gradient = np.float32([1.0, -2.0]), np.float32([0.5, 0.25])
@@ -408,13 +413,7 @@ def test_a_step_outlives_the_optimizer_and_the_graph_that_it_was_traced_in():
     gc.collect()
     for state, definition, inputs, outputs in steps:
         values = [tf.constant(value) for value in tf.nest.flatten((state, [weight], [gradient]))]
-        found = tf.function(
-            lambda *values: tf.import_graph_def(
-                definition,
-                dict(zip(inputs, values)),
-                return_elements=outputs,  # noqa: B023
-            )
-        )(*values)
+        found = tf.function(functools.partial(run_defined, definition, inputs, outputs))(*values)
         contracts.assert_equal(list(found), tf.nest.flatten(expected))
 
 
