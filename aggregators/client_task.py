@@ -113,8 +113,28 @@ def initial_state(
     return optimizer.set_hparams(optimizer.initialize(specs), hparams)
 
 
-def fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
-    """Folds a dataset's batches into a state: `step(state, batch) -> state`."""
+def fold(
+    loop: Loop,
+    dataset: tf.data.Dataset,
+    state: Any,
+    step: Callable[[Any, Any], Any],
+    after: Any = (),
+) -> Any:
+    """Folds a dataset's batches into a state: `step(state, batch) -> state`.
+
+    Args:
+      loop: How.
+      dataset: The batches.
+      state: What is there before the first.
+      step: One batch.
+      after: Tensors of earlier folds of the dataset. A dataset that shuffles draws an order for each
+        iterator when it is made: made in no order of their own, they would get another in each run.
+    """
+    with tf.control_dependencies(tf.nest.flatten(after)):
+        return _fold(loop, dataset, state, step)
+
+
+def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
     if loop is Loop.DATASET_REDUCE:
         return dataset.reduce(state, step)
     # AutoGraph would make a `scan` and a `reduce` of a loop over the dataset itself, and have one over

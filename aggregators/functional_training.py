@@ -113,13 +113,15 @@ def build_functional_training(model: tff.learning.models.FunctionalModel, task: 
         trained, end, metrics, sums, counts, seen, steps = state
         initial_gradient = ()
         if memory is not None and memory.initial_gradient:
-            initial_gradient = mean_slope(fold(task.loop, dataset, no_slope(initial), slope))
+            slopes = fold(task.loop, dataset, no_slope(initial), slope, after=steps)
+            initial_gradient = mean_slope(slopes)
         before = sums
         if task.loss_at == "initial":
-            before = fold(task.loop, dataset, no_loss(), evaluate)
+            before = fold(task.loop, dataset, no_loss(), evaluate, after=(steps, initial_gradient))
         judged: Any = ()
         if given.models:
-            judged = fold(task.loop, dataset, (no_loss(),) * len(given.models), judge)
+            none = (no_loss(),) * len(given.models)
+            judged = fold(task.loop, dataset, none, judge, after=(steps, initial_gradient, before))
         done = Finished(trained, steps, mean_gradient(seen, steps), initial_gradient, end)
         return Trained(
             initial=initial,

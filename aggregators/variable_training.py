@@ -89,25 +89,29 @@ def build_variable_training(
         weights, dataset, context = given.weights, given.dataset, given.context
         tf.nest.map_structure(lambda variable, value: variable.assign(value), variables, weights)
         fresh = model.report_local_unfinalized_metrics()
-        before, errors = None, []
+        before: Any = ()
+        errors: list[tf.Tensor] = []
         for candidate in given.models:
             assign(candidate)
-            errors.append(mean_loss(fold(task.loop, dataset, no_loss(), judge)))
+            errors.append(mean_loss(fold(task.loop, dataset, no_loss(), judge, after=errors)))
         if given.models:
             assign(tf.nest.flatten(weights.trainable))
             model.reset_metrics()
         if task.loss_at == "initial":
-            before = fold(task.loop, dataset, no_loss(), evaluate)
+            before = fold(task.loop, dataset, no_loss(), evaluate, after=errors)
             model.reset_metrics()
         initial_gradient = ()
         if memory is not None and memory.initial_gradient:
-            initial_gradient = mean_slope(fold(task.loop, dataset, no_slope(trainable), slope))
+            slopes = fold(task.loop, dataset, no_slope(trainable), slope, after=(errors, before))
+            initial_gradient = mean_slope(slopes)
             model.reset_metrics()
         start = task.start(trainable, given.hparams, context)
         wanted = memory is not None and memory.mean_gradient
         seen = no_gradients(trainable) if wanted else ()
         state = (start, no_loss(), no_counts(task.clipping), seen, tf.constant(0))
-        state = fold(task.loop, dataset, state, _with(step, given, task.correction(context)))
+        training = _with(step, given, task.correction(context))
+        after = (errors, before, initial_gradient)
+        state = fold(task.loop, dataset, state, training, after=after)
         end, sums, counts, seen, steps = state
         trained = tuple(variable.read_value() for variable in trainable)
         done = Finished(trained, steps, mean_gradient(seen, steps), initial_gradient, end)

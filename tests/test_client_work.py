@@ -167,3 +167,50 @@ def test_models_with_pythons_control_flow_train_as_in_tffs_client_work(loop, los
                 rtol=1e-5,
             )
     assert found.measurements["train"] == expected.measurements["train"]
+
+
+def digest(process, state, clients):
+    if isinstance(clients[0], tf.data.Dataset):
+        output = process.next(state, clients)
+    else:
+        data, states = zip(*clients)
+        with aggregators.ClientStates(list(states)) as store, store.cohort(states, data) as cohort:
+            output = process.next(state, cohort)
+    weights = process.get_model_weights(output.state)
+    return b"".join(np.asarray(tensor).tobytes() for tensor in weights.trainable)
+
+
+@pytest.mark.parametrize("loop", tff.learning.LoopImplementation)
+@pytest.mark.parametrize("kind", ["jury", "initial loss", "memory"])
+@pytest.mark.parametrize("functional", [False, True])
+def test_all_passes_over_shuffled_data_come_in_one_order(functional, kind, loop):
+    """A data set that shuffles hands each iterator another order, so iterators come in one, too."""
+
+    def build_keras_model():
+        dense = tf.keras.layers.Dense(3, input_shape=(4,), kernel_initializer="ones")
+        return tf.keras.Sequential([dense])
+
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    spec = (tf.TensorSpec([None, 4]), tf.TensorSpec([None], tf.int32))
+    rng, clients = np.random.default_rng(0), []
+    for seed in range(4):
+        rows = np.float32(rng.normal(size=(200, 4))), np.int32(rng.integers(0, 3, 200))
+        data = tf.data.Dataset.from_tensor_slices(rows).shuffle(200, seed=seed).batch(4)
+        clients.append((data, str(seed)) if kind == "memory" else data)
+
+    def variable_model():
+        return tff.learning.models.from_keras_model(build_keras_model(), loss, spec)
+
+    model = variable_model
+    if functional:
+        model = tff.learning.models.functional_model_from_keras(build_keras_model, loss, spec)
+    sgd = tff.learning.optimizers.build_sgdm(0.5)
+    if kind == "memory":
+        process = aggregators.build_scaffold(
+            model, sgd, num_clients=4, option="I", loop_implementation=loop
+        )
+    else:
+        rule = rules.jury_mean() if kind == "jury" else rules.q_fed_avg(1.0, 0.5)
+        process = aggregators.build_fed_avg(model, sgd, rule=rule, loop_implementation=loop)
+    state = process.initialize()
+    assert len({digest(process, state, clients) for _ in range(6)}) == 1
