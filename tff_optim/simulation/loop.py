@@ -43,7 +43,8 @@ def run(
     Each run is a call of `tff.simulation.run_training_process`. With a `directory`, it keeps there
     `rounds.csv` and `clients.csv` (see `History`), `tensorboard/` with a curve for every number,
     and `checkpoints/`. The same call goes on where the last one was killed, with the numbers of an
-    undisturbed run: the clients of a round depend on the seed and the round's number alone.
+    undisturbed run: the clients of a round depend on the seed and the round's number alone. (Data that
+    shuffle need a seed; in the Python process `reshuffle_each_iteration=False` as well.)
 
     The first Ctrl-C lets the round end, saves it and returns the history; the second one raises
     `KeyboardInterrupt` at once. (A round is lost if Ctrl-C at the terminal has ended its worker; a
