@@ -76,6 +76,8 @@ class ClientMemory:
       start: `(optimizer state, context) -> optimizer state`. Hyperparameters stay those of the process.
       mean_gradient: Whether `finish` looks at `mean_gradient`: an addition per step.
       initial_gradient: Whether it looks at `initial_gradient`: one more pass over the client's data.
+      num_clients: How many clients the rule counts on; clients of a `ClientStates` for more or fewer
+        refuse to train. None if the rule need not know.
 
     Example: a client that counts its rounds
 
@@ -93,6 +95,7 @@ class ClientMemory:
     start: Callable[[Any, Context], Any] = _fresh
     mean_gradient: bool = False
     initial_gradient: bool = False
+    num_clients: int | None = None
 
 
 def correction(

@@ -26,7 +26,7 @@ class ClientStates:
 
     A round reads and writes the states of its cohort where its clients train, in the worker, as
     TensorFlow checkpoints: they never pass through Python, and memory is that of the clients at work.
-    What travels with a client's data is two paths and two numbers, so a cohort is the client data of
+    What travels with a client's data is two paths and three numbers, so a cohort is the client data of
     any `LearningProcess`, in TFF's runtimes, in sub-rounds, and on several workers that see the same
     files.
 
@@ -231,6 +231,7 @@ class ClientStates:
                         save=os.path.join(self._path, file),
                         round=np.int32(done),
                         number=np.int32(self._numbers[one]),
+                        clients=np.int32(len(self._numbers)),
                     ),
                 )
                 for one, file, its_data in zip(ids, files, data, strict=True)

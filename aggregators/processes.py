@@ -129,18 +129,19 @@ def build_fed_avg(
 
     state_type = initialize.type_signature.result.member
 
-    remembers = rule.needs.memory is not None
+    memory = rule.needs.memory
+    remembers = memory is not None
     data_type = client_places.input_type(types.data) if remembers else types.data
 
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, data_type)
     def on_client(hparams: Any, rule_state: Any, weights: Any, data: Any) -> Any:
         work = training.work(bound.layers)
         round_number = rule_state["round"]
-        if not remembers:
+        if memory is None:
             output = work(weights, data, hparams, rule_state, moment=(round_number,))
             part = bound.client(output.update, output.weight, rule_state)
             return part, output.metrics, output.counts
-        place = client_places.Place(data["client"], round_number)
+        place = client_places.Place(data["client"], round_number, memory.num_clients)
         moment = (round_number, data["client"]["number"])
         output = work(weights, data["data"], hparams, rule_state, place.load, moment)
         # The state is written where the client trains, and what it sends is there only after that.

@@ -362,6 +362,22 @@ def test_different_optima_are_reached_where_federated_averaging_provably_is_not(
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("there", [2, 4])
+@pytest.mark.parametrize("make", [rules.scaffold, rules.fed_dyn])
+def test_a_wrong_number_of_all_clients_is_told(make, there):
+    rule = make(3)
+    process = aggregators.build_fed_avg(twin.functional_model(), sgd(), rule=rule)
+    data = twin.datasets(twin.make_data((5, 5)))
+
+    def play(states):
+        with states.cohort(["a", "b"], data) as cohort:
+            process.next(process.initialize(), cohort)
+
+    message = f"`num_clients` must be .* found 3, and client states for.*{there}"
+    with ClientStates(list("abcd")[:there]) as states, pytest.raises(Exception, match=message):
+        play(states)
+
+
 def test_other_doors_and_bad_arguments():
     with pytest.raises(ValueError, match="`num_clients` must be a whole number"):
         rules.scaffold(0)

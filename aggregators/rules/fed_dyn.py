@@ -91,7 +91,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
         moved = tuple(u + h / of(h) for u, h in zip(update, drift, strict=True))
         return OrderedDict(drift=drift), moved
 
-    memory = ClientMemory(initial_state, finish, correction)
+    memory = ClientMemory(initial_state, finish, correction, num_clients=num_clients)
     return add_sum(
         attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
         of=lambda update: update.delta,

@@ -39,7 +39,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     clients: one more tensor per weight kept (`ClientStates`), and one sent.
 
     Args:
-      num_clients: `N`, at least 1.
+      num_clients: `N`, at least 1: as many as `ClientStates` is for, else clients refuse to train.
       option: `"I"` or `"II"`.
       rule: What is made of the deltas; `plain_mean()` if None.
 
@@ -90,6 +90,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         correction,
         mean_gradient=option == "II",
         initial_gradient=option == "I",
+        num_clients=num_clients,
     )
     return add_sum(
         attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
