@@ -3,13 +3,14 @@
 # make attack    every attack on configurations, checkpoints and workers, with a table
 # make test-torch  the tests of build_torch_optimizer, with torch in a folder of its own
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
+# make bench-rivals  rounds of other simulators beside ours, each in an environment of its own
 # make study     which rules are safe: 2880 runs, goes on where it was left; study-quick is a first look
 # make build     wheel and sdist
 # make lock      resolves requirements.lock anew
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example test test-torch attack bench study study-quick build lock clean
+.PHONY: example test test-torch attack bench bench-rivals study study-quick build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -17,6 +18,8 @@ PYTEST_ARGS ?= -n 2
 EXAMPLE_ARGS ?=
 ATTACK_ARGS ?=
 TORCH ?= torch==2.13.0
+RIVALS ?= torch fedjax flower
+RIVALS_ARGS ?=
 BENCHMARKS ?= keras_optimizer pipeline aggregation resident resident_places client_memory example_clipping
 
 example: .venv/installed
@@ -66,6 +69,15 @@ bench: .venv/installed .venv/rivals
 	  PYTHONPATH=.venv/rivals $(BIN)/python examples/benchmarks/$$benchmark.py; \
 	done
 
+# Other simulators need each other's versions as little as they need ours.
+.venv-rivals/%/installed: examples/benchmarks/rivals/%.txt
+	$(PYTHON) -m venv --clear .venv-rivals/$*
+	.venv-rivals/$*/bin/pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+bench-rivals: .venv/installed $(RIVALS:%=.venv-rivals/%/installed)
+	$(BIN)/python examples/benchmarks/rivals/report.py $(RIVALS_ARGS)
+
 study study-quick: .venv/installed
 	$(BIN)/python examples/study/run.py $(if $(filter study-quick,$@),--quick)
 	$(BIN)/python examples/study/report.py $(if $(filter study-quick,$@),--results examples/study/quick.csv --pictures output)
@@ -82,4 +94,4 @@ lock:
 	    --custom-compile-command 'make lock' --output-file requirements.lock --quiet
 
 clean:
-	rm -rf .venv .venv-lock .venv-torch build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lock .venv-rivals .venv-torch build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache

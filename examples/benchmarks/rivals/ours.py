@@ -1,0 +1,60 @@
+"""The same rounds here: `python ours.py plain|worker|device`. Plain TFF is the first of them."""
+
+import importlib.metadata
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import resident_places
+import tensorflow as tf
+import tensorflow_federated as tff
+from tasks import SERVER_RATES, main
+
+from tff_optim import ResidentProcess
+
+PLACES = {
+    "plain": "plain TFF",
+    "worker": "`ResidentProcess`, a worker",
+    "device": "`ResidentProcess`, `device='CPU:0'`",
+}
+PLACE = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+
+
+def simulate(task, clients, start, server, rounds, round_done):
+    del clients  # the same numbers, in data sets
+    clients = resident_places.cohort(resident_places.TASKS[task.name])
+    loop = None
+    if PLACE == "worker":  # as in `resident_places.py`
+        loop = tff.learning.LoopImplementation.DATASET_ITERATOR
+        clients = [client.with_options(resident_places.as_they_are()) for client in clients]
+    optimizer = {
+        "adam": tff.learning.optimizers.build_adam,
+        "sgd": tff.learning.optimizers.build_sgdm,
+    }[server](SERVER_RATES[server])
+    process = resident_places.fed_avg(resident_places.TASKS[task.name], loop, optimizer)
+    if PLACE == "plain":
+        tff.backends.native.set_sync_local_cpp_execution_context()
+    else:
+        process = ResidentProcess(process, device="CPU:0" if PLACE == "device" else None)
+    try:
+        weights = tff.learning.models.ModelWeights(start, ())
+        state = process.set_model_weights(process.initialize(), weights)
+        for _ in range(rounds):
+            state = process.next(state, clients).state
+            round_done()
+        found = process.get_model_weights(state).trainable
+        return [tf.convert_to_tensor(weight).numpy() for weight in found]
+    finally:
+        if PLACE != "plain":
+            process.close()
+        tff.test.set_no_default_context()
+
+
+if __name__ == "__main__":
+    if PLACE not in PLACES:
+        sys.exit(f"{__doc__}\nFound {PLACE!r}.")
+    package = "tensorflow-federated" if PLACE == "plain" else "tff-optim"
+    main(PLACES[PLACE], importlib.metadata.version(package), simulate)

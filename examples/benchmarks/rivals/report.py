@@ -1,0 +1,80 @@
+"""Runs the scripts here one after another, ours before and after, and prints one table.
+
+    make bench-rivals [RIVALS_ARGS="--rounds 7 --check"]
+
+`--check` compares instead how far each layer goes in two rounds, at the server Adam or SGD at rate
+1: with NumPy for tasks A and C, with torch by hand for B.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from timing import table
+
+ENVIRONMENTS = HERE.parent.parent.parent / ".venv-rivals"
+OURS = [(None, ["ours.py", place]) for place in ("plain", "worker", "device")]
+RIVALS = [
+    ("torch", ["torch_loop.py"]),
+    ("torch", ["pfl_research.py"]),
+    ("fedjax", ["fedjax_rounds.py"]),
+    ("flower", ["flower.py"]),
+]
+TRUTH = [(None, ["numpy_loop.py"])]
+
+
+def answers(environment, script, arguments):
+    python = ENVIRONMENTS / environment / "bin/python" if environment else sys.executable
+    command = [python, HERE / script[0], *script[1:], *arguments]
+    print(*script, *arguments, file=sys.stderr, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+    return found
+
+
+def compare(everything):
+    """Prints the largest relative difference to the truth of any layer of any task."""
+    truth = {}
+    for answer in everything:  # NumPy comes first, then torch by hand
+        truth.setdefault(answer["task"], answer)
+    rows = []
+    for answer in everything:
+        differences = [
+            max(abs(f / t - 1) for f, t in zip(answer[how], truth[answer["task"]][how]))
+            for how in ("sgd", "adam")
+        ]
+        rows.append([answer["name"], answer["task"], *[f"{d:.1e}" for d in differences]])
+    print(table(["simulator", "task", "SGD at the server", "Adam"], rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--tasks", nargs="*", default=["A", "B", "C"])
+    parser.add_argument("--rounds", default="7", help="after the first")
+    options = parser.parse_args()
+    arguments = ["--tasks", *options.tasks, "--rounds", options.rounds]
+    if options.check:
+        runs = [(*run, [*arguments, "--check"]) for run in TRUTH + RIVALS + OURS]
+        compare([answer for run in runs for answer in answers(*run)])
+        return
+    cells = collections.defaultdict(dict)
+    for position, part in enumerate([OURS, RIVALS, OURS]):
+        again = ", again" if position == 2 else ""
+        for environment, script in part:
+            for a in answers(environment, script, arguments):
+                row = f"{a['name']} {a['version']}{again}"
+                cells[row][a["task"]] = f"{a['later']:.3g} ({a['first']:.2g})"
+    rows = [[row, *[found.get(t, "failed") for t in options.tasks]] for row, found in cells.items()]
+    print(table(["seconds of a round", *options.tasks], rows))
+
+
+if __name__ == "__main__":
+    main()
