@@ -34,6 +34,7 @@ def answers(environment, script, arguments):
     print(*script, *arguments, file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    print(*found, sep="\n", file=sys.stderr, flush=True)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
     return found
@@ -74,6 +75,8 @@ def main():
                 cells[row][a["task"]] = f"{a['later']:.3g} ({a['first']:.2g})"
     rows = [[row, *[found.get(t, "failed") for t in options.tasks]] for row, found in cells.items()]
     print(table(["seconds of a round", *options.tasks], rows))
+    if any("failed" in row for row in rows):
+        sys.exit("A simulator failed: see above.")
 
 
 if __name__ == "__main__":
