@@ -26,16 +26,20 @@ RIVALS = [
     ("flower", ["flower.py"]),
 ]
 TRUTH = [(None, ["numpy_loop.py"])]
+FAILED: list[str] = []
 
 
 def answers(environment, script, arguments):
     python = ENVIRONMENTS / environment / "bin/python" if environment else sys.executable
+    if not pathlib.Path(python).exists():
+        sys.exit(f"{python} must be there: `make bench-rivals` makes it.")
     command = [python, HERE / script[0], *script[1:], *arguments]
     print(*script, *arguments, file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     print(*found, sep="\n", file=sys.stderr, flush=True)
     if done.returncode:
+        FAILED.append(" ".join(script))
         print(done.stderr[-2000:], file=sys.stderr)
     return found
 
@@ -75,9 +79,9 @@ def main():
                 cells[row][a["task"]] = f"{a['later']:.3g} ({a['first']:.2g})"
     rows = [[row, *[found.get(t, "failed") for t in options.tasks]] for row, found in cells.items()]
     print(table(["seconds of a round", *options.tasks], rows))
-    if any("failed" in row for row in rows):
-        sys.exit("A simulator failed: see above.")
 
 
 if __name__ == "__main__":
     main()
+    if FAILED:
+        sys.exit(f"Failed, see above: {', '.join(FAILED)}.")
