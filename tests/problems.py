@@ -29,6 +29,23 @@ def model_fn() -> tff.learning.models.VariableModel:
     )
 
 
+def reconstruction_model_fn() -> tff.learning.models.ReconstructionModel:
+    """Two linear layers, of which the second belongs to the client."""
+    model = tf.keras.Sequential(
+        [
+            tf.keras.layers.InputLayer((3,)),
+            tf.keras.layers.Dense(2, kernel_initializer="ones", name="shared"),
+            tf.keras.layers.Dense(2, kernel_initializer="ones", name="own"),
+        ]
+    )
+    return tff.learning.models.ReconstructionModel.from_keras_model_and_layers(
+        keras_model=model,
+        global_layers=model.layers[:1],
+        local_layers=model.layers[1:],
+        input_spec=INPUT_SPEC,
+    )
+
+
 def make_clients(count: int = 3, batches: int = 3, seed: int = 0) -> list[tf.data.Dataset]:
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=(3, 2))

@@ -69,23 +69,8 @@ def test_federated_averaging_equals_the_same_loop_in_eager_keras():
 
 
 def _build_fed_recon(optimizer):
-    def reconstruction_model_fn():
-        model = tf.keras.Sequential(
-            [
-                tf.keras.layers.InputLayer((3,)),
-                tf.keras.layers.Dense(2, kernel_initializer="ones", name="shared"),
-                tf.keras.layers.Dense(2, kernel_initializer="ones", name="own"),
-            ]
-        )
-        return tff.learning.models.ReconstructionModel.from_keras_model_and_layers(
-            keras_model=model,
-            global_layers=model.layers[:1],
-            local_layers=model.layers[1:],
-            input_spec=problems.INPUT_SPEC,
-        )
-
     return tff.learning.algorithms.build_fed_recon(
-        reconstruction_model_fn,
+        problems.reconstruction_model_fn,
         loss_fn=tf.keras.losses.MeanSquaredError,
         client_optimizer_fn=optimizer,
         reconstruction_optimizer_fn=optimizer,

@@ -19,22 +19,6 @@ def rate_of_round(number):
     return tf.gather([0.1, 0.02, 0.05, 0.05], number)  # a round ahead, too
 
 
-def reconstruction_model_fn():
-    model = tf.keras.Sequential(
-        [
-            tf.keras.layers.InputLayer((3,)),
-            tf.keras.layers.Dense(2, kernel_initializer="ones", name="shared"),
-            tf.keras.layers.Dense(2, kernel_initializer="ones", name="own"),
-        ]
-    )
-    return tff.learning.models.ReconstructionModel.from_keras_model_and_layers(
-        keras_model=model,
-        global_layers=model.layers[:1],
-        local_layers=model.layers[1:],
-        input_spec=problems.INPUT_SPEC,
-    )
-
-
 RECONSTRUCTION = {
     "loss_fn": tf.keras.losses.MeanSquaredError,
     "metrics_fn": lambda: [tf.keras.metrics.MeanAbsoluteError()],
@@ -45,12 +29,12 @@ OF_TFF = {
     "build_fed_eval": lambda f: f(problems.model_fn),
     "build_fed_kmeans": lambda f: f(2, (3,), (1, 2)),
     "build_fed_recon": lambda f: f(
-        reconstruction_model_fn,
+        problems.reconstruction_model_fn,
         server_optimizer_fn=ADAM,
         client_optimizer_fn=SGD,
         **RECONSTRUCTION,
     ),
-    "build_fed_recon_eval": lambda f: f(reconstruction_model_fn, **RECONSTRUCTION),
+    "build_fed_recon_eval": lambda f: f(problems.reconstruction_model_fn, **RECONSTRUCTION),
     "build_fed_sgd": lambda f: f(problems.model_fn, ADAM),
     "build_mime_lite_with_optimizer_schedule": lambda f: f(
         problems.model_fn, rate_of_round, SGD, ADAM

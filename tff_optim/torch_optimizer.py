@@ -145,7 +145,7 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
             *(flat_gradients[i] for i in given),
         ]
         like = [*inputs[len(rate) : len(rate) + 1 + len(entries)], *flat]
-        outputs = _call(_callback(layout, list(entries), bool(rate), given), inputs, like)
+        outputs = _call(_callback(layout, tuple(entries), bool(rate), given), inputs, like)
         new_state = collections.OrderedDict(state)
         for name in rate:
             new_state[name] = tf.convert_to_tensor(state[name])
@@ -177,13 +177,12 @@ def _process(layout: _Layout) -> TorchProcess:
 
 atexit.register(_process.cache_clear)
 
-# What graphs call, for ever: TFF keeps the definition of a graph, in which a callback is a number, and
-# lets go of the optimizer and the graph that it was traced in. TensorFlow keeps neither.
-_callbacks: list[Callable[..., Any]] = []
 
-
+# What graphs call, kept for ever: TFF keeps the definition of a graph, in which a callback is a number,
+# and lets go of the optimizer and the graph that it was traced in. TensorFlow keeps neither.
+@functools.cache
 def _callback(
-    layout: _Layout, paths: Sequence[str], has_rate: bool, given: Sequence[int]
+    layout: _Layout, paths: tuple[str, ...], has_rate: bool, given: tuple[int, ...]
 ) -> Callable[..., list[np.ndarray]]:
     return lambda *values: _step(_process(layout), paths, has_rate, given, values)
 
@@ -192,7 +191,6 @@ def _call(callback: Callable[..., Any], inputs: list[Any], like: list[Any]) -> l
     """Runs a callback at once, or from the graph that is traced; it returns what is `like` these."""
     if tf.executing_eagerly():
         return [tf.convert_to_tensor(x) for x in callback(*(np.asarray(x) for x in inputs))]
-    _callbacks.append(callback)
     specs = [leaves.spec_of(value) for value in like]
     outputs = tf.numpy_function(callback, inputs, [spec.dtype for spec in specs], name=NODE)
     for output, spec in zip(outputs, specs):

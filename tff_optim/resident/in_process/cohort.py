@@ -32,8 +32,8 @@ class Cohort:
         self._at_once = at_once
         # Each client of a function has variables of its own: nothing is shared between them.
         lanes: list[Any] = []
-        self._make_lane = lambda: lanes.append((work.make_variables(), accumulate.make_variables()))
         self._lanes = lanes
+        self._make_lane = lambda: (work.make_variables(), accumulate.make_variables())
         num_parameters = len(accumulate.parameter)
         zero_variables = zero.make_variables()
 
@@ -65,7 +65,7 @@ class Cohort:
         if self._at_once is None:
             self._at_once = size_of_groups(len(waiting), 2 * (os.cpu_count() or 1))
         while len(self._lanes) < self._at_once:
-            self._make_lane()
+            self._lanes.append(self._make_lane())
         while waiting:
             # Two functions are traced at most, whatever the size of a cohort: of a group, and of
             # one client. Each costs a second where the model's graph is large.
