@@ -5,10 +5,10 @@ import hashlib
 import json
 from typing import Any
 
-import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import parts
+from tff_optim.resident.graphs import node_of, tensor_names, unpack
 
 
 def fingerprint(next_computation: Any) -> str | None:
@@ -24,20 +24,12 @@ def fingerprint(next_computation: Any) -> str | None:
     except parts.NoMapReduceFormError:
         return None
     proto = tff.framework.serialize_computation(update).tensorflow
-    graph = tf.compat.v1.GraphDef()
-    proto.graph_def.Unpack(graph)
+    graph = unpack(proto)
     state = proto.result.struct.element[0]
     counts = _Counts(graph)
-    counts.add(graph.node, list(_tensor_names(state)))
+    counts.add(graph.node, list(tensor_names(state)))
     text = json.dumps(sorted(counts.found.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _tensor_names(binding: Any) -> list[str]:
-    kind = binding.WhichOneof("binding")
-    if kind == "tensor":
-        return [binding.tensor.tensor_name]
-    return [name for element in binding.struct.element for name in _tensor_names(element)]
 
 
 class _Counts:
@@ -53,7 +45,7 @@ class _Counts:
         seen: set[str] = set()
         ahead = list(tensors)
         while ahead:
-            name = ahead.pop().removeprefix("^").partition(":")[0]
+            name = node_of(ahead.pop())
             if name in seen or name not in by_name:
                 continue
             seen.add(name)

@@ -13,6 +13,8 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.resident.first_values import without_unread
+
 _SECURE = "federated_secure_"
 
 
@@ -108,7 +110,7 @@ def _cut(next_computation: Any) -> RoundParts:
     return RoundParts(
         prepare=form.prepare,
         zero=form.zero,
-        work=form.work,
+        work=without_unread(form.work),
         accumulate=form.accumulate,
         merge=form.merge,
         report=form.report,

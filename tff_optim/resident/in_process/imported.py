@@ -8,7 +8,7 @@ given variables of their own, and nothing else is shared between them.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -17,6 +17,7 @@ import tensorflow_federated as tff
 from tff_optim import tracing
 from tff_optim.devices import device_scope
 from tff_optim.resident import leaves, parts
+from tff_optim.resident.graphs import ancestors, node_of, tensor_names, unpack
 from tff_optim.resident.in_process import loops
 
 _names = itertools.count()
@@ -45,10 +46,9 @@ class ImportedComputation:
         self.result = leaves.leaves_of(computation.type_signature.result)
         self._device = device
         proto = _tensorflow_proto(computation)
-        graph = tf.compat.v1.GraphDef()
-        proto.graph_def.Unpack(graph)
-        inputs = list(_tensor_names(proto.parameter)) if parameter_type is not None else []
-        outputs = list(_tensor_names(proto.result))
+        graph = unpack(proto)
+        inputs = list(tensor_names(proto.parameter)) if parameter_type is not None else []
+        outputs = list(tensor_names(proto.result))
         self._variables, function_graph = _as_function_body(
             graph, inputs, outputs, proto.initialize_op
         )
@@ -146,39 +146,12 @@ def _tensorflow_proto(computation: Any) -> Any:
     return proto.tensorflow
 
 
-def _tensor_names(binding: Any) -> Iterable[str]:
-    """Lists the names of the tensors of a binding, in the order of its leaves."""
-    kind = binding.WhichOneof("binding")
-    if kind == "tensor":
-        yield binding.tensor.tensor_name
-    elif kind == "sequence":
-        yield binding.sequence.variant_tensor_name
-    elif kind == "struct":
-        for element in binding.struct.element:
-            yield from _tensor_names(element)
-
-
-def _node_of(tensor: str) -> str:
-    return tensor.removeprefix("^").partition(":")[0]
-
-
 def _canonical(tensor: str) -> str:
     return tensor if ":" in tensor or tensor.startswith("^") else f"{tensor}:0"
 
 
 def _mentioned(graph: tf.compat.v1.GraphDef) -> set[str]:
     return {_canonical(tensor) for node in graph.node for tensor in node.input}
-
-
-def _ancestors(nodes: dict[str, Any], names: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    ahead = [name for name in names if name]
-    while ahead:
-        name = ahead.pop()
-        if name not in found:
-            found.add(name)
-            ahead.extend(_node_of(tensor) for tensor in nodes[name].input)
-    return found
 
 
 def _as_function_body(
@@ -191,9 +164,9 @@ def _as_function_body(
       a variable waits for the initialisation, as a session's second call would.
     """
     nodes = {node.name: node for node in graph.node}
-    first = _ancestors(nodes, [initializer])
-    needed = first | _ancestors(nodes, map(_node_of, outputs))
-    fed = {_node_of(name) for name in inputs}
+    first = ancestors(nodes, [initializer])
+    needed = first | ancestors(nodes, map(node_of, outputs))
+    fed = {node_of(name) for name in inputs}
     variables = []
     for name in sorted(needed):
         node = nodes[name]
@@ -213,7 +186,7 @@ def _as_function_body(
         kept = result.node.add()
         kept.CopyFrom(node)
         _forget_colocation(kept)
-        uses_variable = any(_node_of(tensor) in handles for tensor in node.input)
+        uses_variable = any(node_of(tensor) in handles for tensor in node.input)
         if initializer and uses_variable and node.name not in first:
             kept.input.append(f"^{initializer}")
     result.library.CopyFrom(graph.library)
