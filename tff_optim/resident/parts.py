@@ -6,6 +6,7 @@ a worker they are called on handles; in the Python process they are functions. N
 clients' data goes in, and nothing but the metrics comes out.
 """
 
+import os
 import weakref
 from typing import Any
 
@@ -13,9 +14,11 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.resident import leaves
 from tff_optim.resident.first_values import without_unread
 
 _SECURE = "federated_secure_"
+_BYTES_AT_ONCE = 16 << 20
 
 
 class NoMapReduceFormError(ValueError):
@@ -56,6 +59,20 @@ class RoundParts:
     def aggregate_type(self) -> tff.Type:
         """`A`."""
         return self.zero.type_signature.result
+
+
+def clients_at_once(context_type: tff.Type, least: int, most: int) -> int:
+    """Chooses how many clients a place runs at once.
+
+    Args:
+      context_type: What a client is sent, and about what it returns.
+      least: How many to a processor core, however large that is.
+      most: How many to a core, however small: what has to be done for each step, and the wait for
+        its slowest client, are shared by more clients.
+    """
+    cores = os.cpu_count() or 1
+    fitting = _BYTES_AT_ONCE // max(leaves.num_bytes(context_type), 1)
+    return min(max(fitting, least * cores), most * cores)
 
 
 def no_grappler() -> tf.compat.v1.ConfigProto:

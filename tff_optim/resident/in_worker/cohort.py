@@ -29,7 +29,7 @@ class WorkerCohort:
     ):
         self._round = compiled.compile_round(parts)
         self._workers = workers
-        self._at_once = clients_per_step or rounds.default_clients_per_step()
+        self._at_once = clients_per_step or rounds.clients_at_once(self._round)
         self._merge = merge
 
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:

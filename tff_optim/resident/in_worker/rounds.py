@@ -1,25 +1,22 @@
 """One round on values that stay in the workers."""
 
 import contextlib
-import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow_federated as tff
 
+from tff_optim.resident import parts as parts_lib
 from tff_optim.resident.in_worker import compiled, handover
 from tff_optim.resident.in_worker.compiled import MapReduceRound
 from tff_optim.resident.in_worker.handover import Carrier
 from tff_optim.resident.in_worker.host import Executor, Host
 from tff_optim.resident.in_worker.values import Resident
 
-# So few that the worker need not wait long for a call, and so many that Python need not make many.
-_CLIENTS_PER_CALL = 4
 
-
-def default_clients_per_step() -> int:
-    """Enough clients at once to keep the processor cores of this machine busy."""
-    return 8 * (os.cpu_count() or 1)
+def clients_at_once(parts: MapReduceRound) -> int:
+    """Enough clients to keep the cores busy, few enough for what they return to be in memory."""
+    return parts_lib.clients_at_once(parts.context.type, least=8, most=64)
 
 
 def map_reduce_round(
@@ -136,8 +133,9 @@ async def _add_up(
             # A value in TFF's worker keeps what it was computed from; once it is there, what is
             # selected from it does not.
             total = await executor.call(parts.settle, total)
-        # The worker begins with the first clients while others are still being sent.
-        for group in _pieces(step, _CLIENTS_PER_CALL):
+        # The worker begins with the first clients while others are still being sent: with so few
+        # that it need not wait long for a call, and so many that Python need not make many.
+        for group in _pieces(step, max(4, clients_per_step // 8)):
             add = compiled.add_clients(*types, len(group))
             data = await executor.create(list(group), add.type_signature.parameter[1])
             total = await executor.call(add, total, data, context, *functions)
