@@ -6,6 +6,8 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
+from aggregators.user_code import as_written
+
 Models = Sequence[Sequence[tf.Tensor]]
 Error = Callable[[Any, Any], tf.Tensor]
 
@@ -77,7 +79,7 @@ def error_of_batch(
             "`error` must have labels to look at: a batch must be a mapping with `x` and `y`, or a "
             "pair; found neither. Take None for the model's own loss."
         )
-    found = tf.convert_to_tensor(error(predictions, labels))
+    found = tf.convert_to_tensor(as_written(error)(predictions, labels))
     if not found.dtype.is_floating:
         raise TypeError(f"`error` must return floating numbers; found {found.dtype.name}.")
     return found

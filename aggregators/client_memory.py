@@ -8,6 +8,7 @@ import attrs
 import tensorflow as tf
 
 from aggregators.checks import only_if
+from aggregators.user_code import as_written
 
 Tensors = Sequence[tf.Tensor]
 State = OrderedDict[str, Any]
@@ -104,7 +105,7 @@ def correction(
     """What corrects gradients; None stays None, for a weight that the loss does not see."""
     if memory is None:
         return lambda gradients, weights: gradients
-    given = memory.correction(context)
+    given = as_written(as_written(memory.correction)(context))
 
     def correct(gradients: Sequence[Any], weights: Tensors) -> Any:
         dense = densify(gradients, weights)

@@ -12,6 +12,7 @@ from aggregators.candidates import Error
 from aggregators.client_memory import ClientMemory, Finished
 from aggregators.example_clipping import ExampleClipping
 from aggregators.rule import LossAt
+from aggregators.user_code import as_written
 
 Loop: TypeAlias = tff.learning.LoopImplementation
 
@@ -42,7 +43,12 @@ class Task:
         fresh = initial_state(self.optimizer, trainable, hparams)
         if self.memory is None:
             return fresh
-        return self.optimizer.set_hparams(self.memory.start(fresh, context), hparams)
+        start = as_written(self.memory.start)(fresh, context)
+        return self.optimizer.set_hparams(start, hparams)
+
+    def next(self, state: Any, trainable: tuple[Any, ...], gradients: Any) -> tuple[Any, Any]:
+        """A step of the optimizer."""
+        return as_written(self.optimizer.next)(state, trainable, gradients)
 
     def correction(self, context: Any) -> Callable[[Any, Any], Any]:
         """What makes of `(gradients, weights)` the gradients that the optimizer takes."""
@@ -50,7 +56,7 @@ class Task:
 
     def finish(self, context: Any, done: Finished) -> Any:
         """What the client keeps and sends; empty without a memory."""
-        return () if self.memory is None else self.memory.finish(context, done)
+        return () if self.memory is None else as_written(self.memory.finish)(context, done)
 
 
 class Given(NamedTuple):
@@ -136,9 +142,7 @@ def fold(
 
 def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
     if loop is Loop.DATASET_REDUCE:
-        return dataset.reduce(state, step)
-    # AutoGraph would make a `scan` and a `reduce` of a loop over the dataset itself, and have one over
-    # its iterator ask in every step, once more, whether there is a batch.
+        return dataset.reduce(state, tf.autograph.experimental.do_not_convert(step))
     iterator = iter(dataset)
     _, state = tf.while_loop(
         lambda batch, state: batch.has_value(),

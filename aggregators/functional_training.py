@@ -22,16 +22,19 @@ from aggregators.training_sums import (
     no_loss,
     no_slope,
 )
+from aggregators.user_code import as_written
 
 
 def build_functional_training(model: tff.learning.models.FunctionalModel, task: Task) -> Training:
     """See `training.build_training`."""
     memory = task.memory
+    # TFF takes nothing but a `tf.function` as the two others of a functional model.
+    update_metrics = as_written(model.update_metrics_state)
 
     def split(batch: Any) -> tuple[Any, Any]:
         return (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
 
-    @tf.function
+    @tf.function(autograph=False)
     def train(given: Given) -> Trained:
         dataset, context = given.dataset, given.context
         initial, fixed = tuple(given.weights.trainable), tuple(given.weights.non_trainable)
@@ -58,7 +61,7 @@ def build_functional_training(model: tff.learning.models.FunctionalModel, task: 
                 output = model.predict_on_batch((trainable, fixed), x, training=True)
                 loss = model.loss(output=output, label=y)
             gradients = tape.gradient(loss, trainable)
-            metrics = model.update_metrics_state(
+            metrics = update_metrics(
                 metrics,
                 labels=y,
                 batch_output=tff.learning.models.BatchOutput(
@@ -93,11 +96,11 @@ def build_functional_training(model: tff.learning.models.FunctionalModel, task: 
             )
             seen = add_gradients(seen, gradients, trainable)
             gradients = correct(gradients, trainable)
-            optimizer_state, trainable = task.optimizer.next(optimizer_state, trainable, gradients)
+            optimizer_state, trainable = task.next(optimizer_state, trainable, gradients)
             sums = add_loss(sums, loss if task.loss_at == "training" else None, examples)
             return trainable, optimizer_state, metrics, sums, counts, seen, steps + 1
 
-        fresh = model.initialize_metrics_state()
+        fresh = as_written(model.initialize_metrics_state)()
         correct = task.correction(context)
         wanted = memory is not None and memory.mean_gradient
         state = (

@@ -1,5 +1,6 @@
 """The training of one client on a model that keeps its weights in variables."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from aggregators.training_sums import (
     no_loss,
     no_slope,
 )
+from aggregators.user_code import as_written
 
 
 def build_variable_training(
@@ -40,11 +42,11 @@ def build_variable_training(
         return tf.cast(examples, tf.int64)
 
     def evaluate(sums: Any, batch: Any) -> Any:
-        output = model.forward_pass(batch, training=False)
+        output = as_written(model.forward_pass)(batch, training=False)
         return add_loss(sums, output.loss, examples_in(output))
 
     def judge(sums: Any, batch: Any) -> Any:
-        output = model.forward_pass(batch, training=False)
+        output = as_written(model.forward_pass)(batch, training=False)
         found = error_of_batch(task.error, output.loss, output.predictions, labels_of(batch))
         return add_loss(sums, found, examples_in(output))
 
@@ -54,7 +56,7 @@ def build_variable_training(
 
     def differentiate(batch: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
-            output = model.forward_pass(batch, training=True)
+            output = as_written(model.forward_pass)(batch, training=True)
         return tape.gradient(output.loss, trainable), output
 
     def one(carried: Any, example: Any) -> Any:
@@ -70,7 +72,7 @@ def build_variable_training(
 
     def slope(sums: Any, batch: Any) -> Any:
         with tf.GradientTape() as tape:
-            output = model.forward_pass(batch, training=False)
+            output = as_written(model.forward_pass)(batch, training=False)
         gradients = tape.gradient(output.loss, trainable)
         return add_slope(sums, gradients, trainable, examples_in(output))
 
@@ -79,16 +81,16 @@ def build_variable_training(
         gradients, loss, examples, counts = gradient(batch, counts, (*given.moment, steps))
         seen = add_gradients(seen, gradients, trainable)
         gradients = correct(gradients, trainable)
-        optimizer_state, updated = task.optimizer.next(optimizer_state, trainable, gradients)
+        optimizer_state, updated = task.next(optimizer_state, trainable, gradients)
         assign(updated)
         sums = add_loss(sums, loss if task.loss_at == "training" else None, examples)
         return optimizer_state, sums, counts, seen, steps + 1
 
-    @tf.function
+    @tf.function(autograph=False)
     def train(given: Given) -> Trained:
         weights, dataset, context = given.weights, given.dataset, given.context
         tf.nest.map_structure(lambda variable, value: variable.assign(value), variables, weights)
-        fresh = model.report_local_unfinalized_metrics()
+        fresh = as_written(model.report_local_unfinalized_metrics)()
         before: Any = ()
         errors: list[tf.Tensor] = []
         for candidate in given.models:
@@ -96,20 +98,20 @@ def build_variable_training(
             errors.append(mean_loss(fold(task.loop, dataset, no_loss(), judge, after=errors)))
         if given.models:
             assign(tf.nest.flatten(weights.trainable))
-            model.reset_metrics()
+            as_written(model.reset_metrics)()
         if task.loss_at == "initial":
             before = fold(task.loop, dataset, no_loss(), evaluate, after=errors)
-            model.reset_metrics()
+            as_written(model.reset_metrics)()
         initial_gradient = ()
         if memory is not None and memory.initial_gradient:
             slopes = fold(task.loop, dataset, no_slope(trainable), slope, after=(errors, before))
             initial_gradient = mean_slope(slopes)
-            model.reset_metrics()
+            as_written(model.reset_metrics)()
         start = task.start(trainable, given.hparams, context)
         wanted = memory is not None and memory.mean_gradient
         seen = no_gradients(trainable) if wanted else ()
         state = (start, no_loss(), no_counts(task.clipping), seen, tf.constant(0))
-        training = _with(step, given, task.correction(context))
+        training = functools.partial(step, given, task.correction(context))
         after = (errors, before, initial_gradient)
         state = fold(task.loop, dataset, state, training, after=after)
         end, sums, counts, seen, steps = state
@@ -121,7 +123,7 @@ def build_variable_training(
             loss=mean_loss(before or sums) if task.loss_at else None,
             steps=steps,
             examples=sums[1],
-            metrics=model.report_local_unfinalized_metrics(),
+            metrics=as_written(model.report_local_unfinalized_metrics)(),
             fresh_metrics=fresh,
             counts=counts,
             errors=errors,
@@ -129,10 +131,3 @@ def build_variable_training(
         )
 
     return train
-
-
-# A function made while AutoGraph looks on is not converted once more in a dataset's reduction, and
-# then Python's own control flow in a model would not be either.
-@tf.autograph.experimental.do_not_convert
-def _with(step: Callable[..., Any], given: Given, correct: Any) -> Callable[[Any, Any], Any]:
-    return lambda state, batch: step(given, correct, state, batch)

@@ -169,6 +169,94 @@ def test_models_with_pythons_control_flow_train_as_in_tffs_client_work(loop, los
     assert found.measurements["train"] == expected.measurements["train"]
 
 
+class Halving(tff.learning.optimizers.Optimizer):
+    """An optimizer of somebody's own, with Python's `if`: large gradients are halved.
+
+    Args:
+      branch: `(halve, gradient) -> gradient`.
+    """
+
+    def __init__(self, branch):
+        self._branch = branch
+
+    def initialize(self, specs):
+        return collections.OrderedDict(learning_rate=0.1)
+
+    def next(self, state, weights, gradients):
+        moved = [self._branch(tf.norm(g) > 1.0, g) for g in gradients]
+        rate = tf.cast(state["learning_rate"], tf.float32)
+        updated = tuple(w - rate * g for w, g in zip(weights, moved, strict=True))
+        return state, updated
+
+    def get_hparams(self, state):
+        return state
+
+    def set_hparams(self, state, hparams):
+        return hparams
+
+
+def _halve_in_python(halve, x):
+    if halve:
+        x = 0.5 * x
+    return x
+
+
+def _halve_in_tensorflow(halve, x):
+    return tf.where(halve, 0.5 * x, x)
+
+
+def _functional_model(branch):
+    """A linear model whose predictions, loss and metrics branch on tensors."""
+
+    @tf.function
+    def predict(weights, x, training):
+        predictions = x @ weights[0][0]
+        return branch(tf.reduce_sum(predictions) > 0.0, predictions)
+
+    @tf.function
+    def loss(output, label, sample_weight=None):
+        found = tf.reduce_mean((output - label) ** 2)
+        return branch(found > 0.5, found)
+
+    def add_metrics(state, labels, batch_output, sample_weight=None):
+        loss = branch(batch_output.loss > 0.1, batch_output.loss)
+        return collections.OrderedDict(halved=state["halved"] + loss)
+
+    return tff.learning.models.FunctionalModel(
+        initial_weights=((np.ones([3, 2], np.float32),), ()),
+        predict_on_batch_fn=predict,
+        loss_fn=loss,
+        metrics_fns=(
+            lambda: collections.OrderedDict(halved=tf.constant(0.0)),
+            add_metrics,
+            lambda state: state,
+        ),
+        input_spec=INPUT_SPEC,
+    )
+
+
+@pytest.mark.parametrize("loop", tff.learning.LoopImplementation)
+def test_functional_models_and_optimizers_may_be_written_with_pythons_control_flow(loop):
+    found = []
+    for branch in (_halve_in_python, _halve_in_tensorflow):
+        work = aggregators.build_client_work(
+            _functional_model(branch),
+            Halving(branch),
+            Needs(loss="initial"),
+            loop_implementation=loop,
+        )
+        weights = [tff.learning.models.ModelWeights((np.ones([3, 2], np.float32),), ())] * len(DATA)
+        found.append(work.next(work.initialize(), weights, twin.datasets(DATA)))
+    metrics = [output.measurements["train"]["halved"] for output in found]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+    for ours, same in zip(found[0].result, found[1].result, strict=True):
+        np.testing.assert_allclose(ours.update.delta, same.update.delta, rtol=1e-6)
+        assert np.abs(same.update.delta).max() > 0.0
+        np.testing.assert_allclose(
+            ours.update.measured["initial_loss"], same.update.measured["initial_loss"], rtol=1e-6
+        )
+
+
 def digest(process, state, clients):
     if isinstance(clients[0], tf.data.Dataset):
         output = process.next(state, clients)

@@ -25,8 +25,8 @@ class Cohort:
     """
 
     def __init__(self, parts: RoundParts, device: str | None, at_once: int | None):
-        self._work = ImportedComputation(parts.work, device)
-        self._accumulate = ImportedComputation(parts.accumulate, device)
+        self._work = ImportedComputation(parts.work, device, several=True)
+        self._accumulate = ImportedComputation(parts.accumulate, device, several=True)
         zero = ImportedComputation(parts.zero, device)
         zero_variables = zero.make_variables()
         data_type, context_type = parts.work.type_signature.parameter

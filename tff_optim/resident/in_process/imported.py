@@ -21,7 +21,7 @@ from tff_optim.resident.graphs import ancestors, node_of, tensor_names, unpack
 from tff_optim.resident.in_process import loops
 
 _names = itertools.count()
-# A function that is called in a graph is optimised with the graph: once, not again at each call.
+# A function that is called in a graph several times is optimised once, not again at each call.
 _UNCHANGED = parts.no_grappler().SerializeToString()
 
 
@@ -34,13 +34,14 @@ class ImportedComputation:
       computation: A computation without placements.
       device: Where operations go that the computation itself does not place; None to leave it
         to TensorFlow.
+      several: Whether a function calls it several times.
 
     Raises:
       ValueError: The computation keeps something between its operations that is not a variable,
         such as a lookup table.
     """
 
-    def __init__(self, computation: Any, device: str | None = None, noinline: bool = False):
+    def __init__(self, computation: Any, device: str | None = None, several: bool = False):
         parameter_type = computation.type_signature.parameter
         self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
         self.result = leaves.leaves_of(computation.type_signature.result)
@@ -74,19 +75,10 @@ class ImportedComputation:
                     for name in outputs
                 ]
 
-        imported = tf.compat.v1.wrap_function(body, signature)
-
-        def call(*arguments: Any) -> list[Any]:
-            return imported(*arguments)
-
-        # Not taken into the function that calls it: there Grappler would go through it once for
-        # each client that the function trains.
-        self._function = tracing.function(
-            call,
-            input_signature=signature,
-            autograph=False,
-            experimental_attributes={"_noinline": True},
-        )
+        self._function = tf.compat.v1.wrap_function(body, signature)
+        if several:
+            self._function = _apart(self._function, signature)
+        self._several = several
 
     def make_variables(self) -> list[tf.Variable]:
         """Makes the variables that one call at a time may use."""
@@ -107,16 +99,36 @@ class ImportedComputation:
         """Calls it on the leaves of a `T`; returns those of a `U`."""
         if not self.result:
             return []
+        given = [*arguments, *(v.handle for v in variables)]
+        if not self._several:
+            return self._function(*given)
         specs = [spec_of(leaf) for leaf in self.result]
         results = tf.raw_ops.StatefulPartitionedCall(
-            args=[*arguments, *(v.handle for v in variables)],
+            args=given,
             Tout=[spec.dtype for spec in specs],
-            f=self._function.get_concrete_function(),
+            f=self._function,
             config_proto=_UNCHANGED,
         )
         for result, spec in zip(results, specs, strict=True):
             result.set_shape(spec.shape)
         return list(results)
+
+
+def _apart(function: Any, signature: list[tf.TensorSpec]) -> Any:
+    """Keeps a function out of those that call it.
+
+    There Grappler would go through it once for each client that the function trains.
+    """
+
+    def call(*arguments: Any) -> list[Any]:
+        return function(*arguments)
+
+    return tracing.function(
+        call,
+        input_signature=signature,
+        autograph=False,
+        experimental_attributes={"_noinline": True},
+    ).get_concrete_function()
 
 
 def as_function(computation: ImportedComputation) -> Any:

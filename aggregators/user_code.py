@@ -1,0 +1,28 @@
+"""Code of people who may have written control flow of tensors in Python."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+_autograph = tf.__internal__.autograph
+# Where this module is imported nothing forbids the conversion; in what surrounds the code it is off.
+_CONTEXT = _autograph.control_status_ctx()
+
+
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Converts the control flow of a function, and of all that it calls.
+
+    What surrounds it need not be converted, which takes seconds when a process is built first.
+
+    Args:
+      function: A function of a model, an optimizer or a rule.
+
+    Returns:
+      A function of the same arguments, in which `if tensor:` is an operation.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return _autograph.tf_convert(call, _CONTEXT)
