@@ -20,9 +20,12 @@ from resident_cases import (
     plain_run,
     process,
 )
+from tensorflow.core.framework import dataset_options_pb2
 
 from tff_optim import DevicePolicy, ResidentProcess
 from tff_optim.resident import ResidentCheckpoints
+from tff_optim.resident.in_process.cohort import ClientTensors
+from tff_optim.resident.parts import clients_at_once
 
 # Where a process may run; the first is the truth of the others.
 PLACES = {
@@ -385,3 +388,46 @@ def test_on_a_gpu(argument):
         ):
             if np.issubdtype(leaf.dtype, np.floating):
                 assert variable.device.endswith("GPU:0")
+
+
+@pytest.mark.parametrize(
+    ("cores", "parameters", "expected"),
+    [
+        (2, 10, 32),
+        (2, 1 << 20, 4),
+        (2, 1 << 18, 16),
+        (16, 10, 32),
+        (16, 1 << 20, 32),
+        (64, 10, 128),
+    ],
+)
+def test_more_clients_of_a_small_model_run_at_once(cores, parameters, expected, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    sent = tff.to_type([(np.float32, [parameters])])
+    assert clients_at_once(sent, least=2, most=32) == expected
+
+
+@pytest.mark.parametrize("autotune", [None, True, False])
+@pytest.mark.parametrize("optimised", [None, True, False])
+def test_pipelines_are_left_as_they_are_unless_their_options_say_otherwise(autotune, optimised):
+    given = tf.data.Options()
+    if autotune is not None:
+        given.autotune.enabled = autotune
+    if optimised is not None:
+        given.experimental_optimization.apply_default_optimizations = optimised
+    given.threading.private_threadpool_size = 3
+    dataset = tf.data.Dataset.range(4).batch(2).with_options(given)
+    (variant,) = ClientTensors(tff.SequenceType((np.int64, [None]))).of(dataset, [])
+    batches = tf.data.experimental.from_variant(variant, dataset.element_spec)
+    assert [batch.tolist() for batch in batches.as_numpy_iterator()] == [[0, 1], [2, 3]]
+    graph = tf.compat.v1.GraphDef.FromString(
+        tf.raw_ops.DatasetToGraphV2(input_dataset=variant).numpy()
+    )
+    found = dataset_options_pb2.Options()
+    # Those of the pipeline come first in the graph, and those that are set later win.
+    for node in graph.node:
+        if node.op == "OptionsDataset":
+            found.MergeFromString(node.attr["serialized_options"].s)
+    assert found.autotune_options.enabled is bool(autotune)
+    assert found.optimization_options.apply_default_optimizations is bool(optimised)
+    assert found.threading_options.private_threadpool_size == 3

@@ -67,12 +67,12 @@ def clients_at_once(context_type: tff.Type, least: int, most: int) -> int:
     Args:
       context_type: What a client is sent, and about what it returns.
       least: How many to a processor core, however large that is.
-      most: How many to a core, however small: what has to be done for each step, and the wait for
-        its slowest client, are shared by more clients.
+      most: How many of a small one: they share what has to be done for each step, and the wait for
+        its slowest client. No bound below what `least` asks for.
     """
-    cores = os.cpu_count() or 1
+    least *= os.cpu_count() or 1
     fitting = _BYTES_AT_ONCE // max(leaves.num_bytes(context_type), 1)
-    return min(max(fitting, least * cores), most * cores)
+    return min(max(fitting, least), max(most, least))
 
 
 def no_grappler() -> tf.compat.v1.ConfigProto:

@@ -60,8 +60,8 @@ class ResidentProcess:
       clients_per_step: The largest number of clients that a place runs at once, which
         bounds its memory; None for 8 times the number of this machine's cores in a worker,
         and about twice that number in the Python process, such that the first cohort falls
-        into equal groups where it can. Of models below 16 MB it is as many as take that much,
-        up to 64 and 8 times the number of cores. It makes no difference to the numbers.
+        into equal groups where it can. Of small models it is as many as make 16 MB, up to 128
+        in a worker and 32 in the Python process. It makes no difference to the numbers.
       compile_step: Whether XLA compiles the server's step on a device; None for states of 4 MB
         and more in large tensors, where XLA can.
       heartbeat: Seconds between two looks at a worker while it computes, and the time it

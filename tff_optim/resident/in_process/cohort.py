@@ -20,7 +20,7 @@ class Cohort:
     Args:
       parts: The round.
       device: Where the clients' operations go; None to leave it to TensorFlow.
-      at_once: How many clients one function trains; None for about two to a core, eight where the
+      at_once: How many clients one function trains; None for about two to a core, 32 where the
         model is small, such that the first cohort falls into equal groups where it can.
     """
 
@@ -33,7 +33,7 @@ class Cohort:
         self._data = ClientTensors(data_type)
         self._context = [spec_of(leaf) for leaf in leaves.leaves_of(context_type)]
         self._total = [spec_of(leaf) for leaf in zero.result]
-        self._about = parts_lib.clients_at_once(context_type, least=2, most=8)
+        self._about = parts_lib.clients_at_once(context_type, least=2, most=32)
         self._at_once = at_once
         self._groups: dict[int, Any] = {}
         self._begin = tracing.function(lambda: zero([], zero_variables), autograph=False)

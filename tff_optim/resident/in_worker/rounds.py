@@ -16,7 +16,7 @@ from tff_optim.resident.in_worker.values import Resident
 
 def clients_at_once(parts: MapReduceRound) -> int:
     """Enough clients to keep the cores busy, few enough for what they return to be in memory."""
-    return parts_lib.clients_at_once(parts.context.type, least=8, most=64)
+    return parts_lib.clients_at_once(parts.context.type, least=8, most=128)
 
 
 def map_reduce_round(
