@@ -120,6 +120,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         hparams = {} if rate is None else {_LR: rate}
         return f"KerasOptimizer({name}, {hparams | dict(self._numbers)}, device={self.device!r})"
 
+    @tf.autograph.experimental.do_not_convert
     def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the state before the first step.
 
@@ -152,6 +153,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
         state[_SLOTS] = call_traced(make_slots)
         return state
 
+    @tf.autograph.experimental.do_not_convert
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """Takes one step of the Keras optimizer.
 
