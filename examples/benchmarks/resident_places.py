@@ -104,7 +104,8 @@ def by_hand(task):
         for s, w in zip(start, weights, strict=True):
             w.assign(s)
         number = tf.constant(0.0)
-        for x, y in iter(data):  # over the data set itself TensorFlow prepares each client's loop anew
+        # Over the data set itself TensorFlow would prepare each client's loop anew.
+        for x, y in iter(data):
             with tf.GradientTape() as tape:
                 loss = LOSS(y, model(x, training=True))
             for w, g in zip(weights, tape.gradient(loss, weights), strict=True):
