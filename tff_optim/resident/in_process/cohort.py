@@ -35,6 +35,8 @@ class Cohort:
         self._total = [spec_of(leaf) for leaf in zero.result]
         self._about = parts_lib.clients_at_once(context_type, least=2, most=32)
         self._at_once = at_once
+        # Each client of a function has variables of its own: nothing is shared between them.
+        self._variables: list[Any] = []
         self._groups: dict[int, Any] = {}
         self._begin = tracing.function(lambda: zero([], zero_variables), autograph=False)
 
@@ -61,11 +63,11 @@ class Cohort:
     def _group(self, number: int) -> Any:
         """A function that adds the work of some clients to a total."""
         if number not in self._groups:
-            # Each client of a function has variables of its own: nothing is shared between them.
-            lanes = [
-                (self._work.make_variables(), self._accumulate.make_variables())
-                for _ in range(number)
-            ]
+            while len(self._variables) < number:
+                self._variables.append(
+                    (self._work.make_variables(), self._accumulate.make_variables())
+                )
+            lanes = self._variables[:number]
             num_updates = len(self._accumulate.parameter) - len(self._total)
 
             def add(total: list[Any], context: list[Any], clients: list[list[Any]]) -> list[Any]:
