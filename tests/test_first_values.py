@@ -6,7 +6,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident.first_values import without_unread
-from tff_optim.resident.graphs import unpack
+from tff_optim.resident.graphs import ancestors, unpack
 from tff_optim.resident.parts import no_grappler
 
 
@@ -123,13 +123,7 @@ def operations_at_first(computation):
     """What runs to give variables their first values."""
     proto = tff.framework.serialize_computation(computation).tensorflow
     nodes = {node.name: node for node in unpack(proto).node}
-    found, ahead = set(), [proto.initialize_op]
-    while ahead:
-        name = ahead.pop().removeprefix("^").partition(":")[0]
-        if name not in found:
-            found.add(name)
-            ahead.extend(nodes[name].input)
-    return [nodes[name].op for name in found]
+    return [nodes[name].op for name in ancestors(nodes, [proto.initialize_op])]
 
 
 def number_of_first_values(computation):

@@ -159,7 +159,7 @@ class ClientTensors:
         return tf.data.experimental.to_variant(kept[-1])
 
     def _check_elements(self, element_spec: Any, leaf: leaves.Leaf) -> None:
-        if leaf.name in self._accepted and self._accepted[leaf.name] == element_spec:
+        if self._accepted.get(leaf.name) == element_spec:
             return  # as that of the client before
         found = tff.types.tensorflow_to_type(element_spec)
         if not leaf.type.element.is_assignable_from(found):

@@ -99,7 +99,9 @@ class WorkerPlace(Place):
                 )
             shares = compiled.split(data, len(self._workers))
             hosts = [self._workers.host(i) for i in range(len(shares))]
-            at_once = self._clients_per_step or rounds.clients_at_once(parts)
+            at_once = self._clients_per_step or self._compile(
+                "clients at once", lambda: rounds.clients_at_once(parts)
+            )
             return rounds.map_reduce_round(parts, resident, shares, hosts, at_once)
 
         new_state, metrics = self._workers.run_round(attempt)
