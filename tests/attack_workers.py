@@ -22,8 +22,8 @@ from worker_faults import Proxy, after, directories_of, running_worker
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import ResidentCheckpoints, WorkerLostError
-from tff_optim.resident.in_worker import handover
-from tff_optim.resident.in_worker import worker as worker_lib
+from tff_optim.resident.clients.in_workers import handover
+from tff_optim.resident.clients.in_workers import worker as worker_lib
 
 # ------------------------------------------------------------------------------------- connections
 
@@ -132,7 +132,7 @@ def _gone(resident, state):
 _ENDING = """
 import os, signal, sys, threading, time
 import tensorflow_federated as tff
-from tff_optim.resident.in_worker.worker import LocalWorker, RemoteWorker
+from tff_optim.resident.clients.in_workers.worker import LocalWorker, RemoteWorker
 tff.test.set_no_default_context()
 
 def error():

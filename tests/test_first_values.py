@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.resident.first_values import without_unread
-from tff_optim.resident.graphs import ancestors, unpack
+from tff_optim.resident.graphs.first_values import without_unread
+from tff_optim.resident.graphs.nodes import ancestors, unpack
 from tff_optim.resident.parts import no_grappler
 
 

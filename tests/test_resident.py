@@ -26,8 +26,8 @@ from resident_cases import (
 import aggregators
 from tff_optim import ResidentProcess, build_keras_optimizer
 from tff_optim.resident import leaves
-from tff_optim.resident.in_worker import compiled, handover
-from tff_optim.resident.in_worker import host as host_lib
+from tff_optim.resident.clients.in_workers import compiled, handover
+from tff_optim.resident.clients.in_workers import connection as host_lib
 
 
 @pytest.fixture(scope="module")

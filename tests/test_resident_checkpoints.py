@@ -15,7 +15,7 @@ from resident_cases import assert_equal, cohorts, hosts_of, model_fn, plain_run,
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import CheckpointError, ResidentCheckpoints, maker
-from tff_optim.resident.in_worker import handover
+from tff_optim.resident.clients.in_workers import handover
 from tff_optim.resident.versions import VersionDirectory
 
 

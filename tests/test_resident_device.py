@@ -24,7 +24,7 @@ from tensorflow.core.framework import dataset_options_pb2
 
 from tff_optim import DevicePolicy, ResidentProcess
 from tff_optim.resident import ResidentCheckpoints
-from tff_optim.resident.in_process.cohort import ClientTensors
+from tff_optim.resident.clients.in_process.cohort import ClientTensors
 from tff_optim.resident.parts import clients_at_once
 
 # Where a process may run; the first is the truth of the others.

@@ -26,7 +26,7 @@ from worker_faults import Proxy, after, endless, running_worker
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import ResidentCheckpoints, WorkerLostError, WorkerStartError
-from tff_optim.resident.in_worker import worker as worker_lib
+from tff_optim.resident.clients.in_workers import worker as worker_lib
 
 
 def test_a_worker_killed_in_a_round_and_a_resumed_run(tmp_path):
@@ -235,7 +235,7 @@ def test_no_worker_outlives_python(tmp_path):
         textwrap.dedent(
             """
             import os, signal, sys
-            from tff_optim.resident.in_worker.worker import LocalWorker
+            from tff_optim.resident.clients.in_workers.worker import LocalWorker
 
             def error():
                 raise ValueError("an error nobody catches")

@@ -9,7 +9,7 @@ import tensorflow_federated as tff
 
 import tff_optim
 from tff_optim import tracing
-from tff_optim.resident.in_process import imported
+from tff_optim.resident.graphs import imported
 
 
 @pytest.fixture

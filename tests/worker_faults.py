@@ -9,7 +9,7 @@ import threading
 
 from resident_cases import children_of, cohorts, wait_until
 
-from tff_optim.resident.in_worker import worker as worker_lib
+from tff_optim.resident.clients.in_workers import worker as worker_lib
 
 
 def endless():

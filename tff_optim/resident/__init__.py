@@ -1,8 +1,8 @@
 """A learning process whose server state stays where it is computed."""
 
 from tff_optim.resident.checkpoints import ResidentCheckpoints
+from tff_optim.resident.clients.in_workers.worker import worker_binary
 from tff_optim.resident.errors import CheckpointError, WorkerLostError, WorkerStartError
-from tff_optim.resident.in_worker.worker import worker_binary
 from tff_optim.resident.process import ResidentProcess
 
 __all__ = [

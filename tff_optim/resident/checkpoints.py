@@ -11,8 +11,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import leaves, maker
+from tff_optim.resident.clients.in_workers.connection import is_cut
 from tff_optim.resident.errors import CheckpointError
-from tff_optim.resident.in_worker.host import is_cut
 from tff_optim.resident.process import ResidentProcess
 from tff_optim.resident.versions import VersionDirectory, check_version
 

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim.resident import parts
-from tff_optim.resident.graphs import node_of, tensor_names, unpack
+from tff_optim.resident.graphs.nodes import node_of, tensor_names, unpack
 
 
 def fingerprint(next_computation: Any) -> str | None:

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import leaves
-from tff_optim.resident.first_values import without_unread
+from tff_optim.resident.graphs.first_values import without_unread
 
 _SECURE = "federated_secure_"
 _BYTES_AT_ONCE = 16 << 20

@@ -4,7 +4,7 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
-from tff_optim.resident.references import Held
+from tff_optim.resident.state.references import Held
 
 # A state that is held somewhere, or the leaves of a plain one, checked.
 Source = Held | list[Any]

@@ -8,12 +8,12 @@ import tensorflow_federated as tff
 
 from tff_optim.devices import DevicePolicy, select_device
 from tff_optim.resident import parts as parts_lib
-from tff_optim.resident.in_process import cohort as local
-from tff_optim.resident.in_process.imported import ImportedComputation, as_function
+from tff_optim.resident.clients.in_process import cohort as local
+from tff_optim.resident.clients.in_workers.cohort import WorkerCohort
+from tff_optim.resident.clients.in_workers.workers import Workers
+from tff_optim.resident.graphs.imported import ImportedComputation, as_function
 from tff_optim.resident.in_process.place import DevicePlace
-from tff_optim.resident.in_worker.cohort import WorkerCohort
 from tff_optim.resident.in_worker.place import WorkerPlace
-from tff_optim.resident.in_worker.workers import Workers
 from tff_optim.resident.place import Place
 from tff_optim.torch_optimizer import NODE
 

@@ -9,8 +9,9 @@ import tensorflow_federated as tff
 from tff_optim import hyperparameters
 from tff_optim.client_data import check_client_data
 from tff_optim.devices import DevicePolicy
-from tff_optim.resident import forks, leaves, parts, places, references
+from tff_optim.resident import forks, leaves, parts, places
 from tff_optim.resident.place import Source
+from tff_optim.resident.state import references
 
 
 class ResidentProcess:

@@ -1,1 +1,1 @@
-"""Rounds as TensorFlow functions of the Python process, with the state in variables on a device."""
+"""Processes whose states live in the Python process."""

@@ -8,13 +8,13 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import leaves
-from tff_optim.resident.in_process.imported import ImportedComputation, as_function
-from tff_optim.resident.in_process.server import ServerStep
-from tff_optim.resident.in_process.variables import OnDevice, VariableSets, plain
-from tff_optim.resident.in_worker.workers import Workers
+from tff_optim.resident.clients.in_workers.workers import Workers
+from tff_optim.resident.graphs.imported import ImportedComputation, as_function
 from tff_optim.resident.parts import RoundParts, no_grappler
 from tff_optim.resident.place import Place, Source
-from tff_optim.resident.references import Held
+from tff_optim.resident.server import ServerStep
+from tff_optim.resident.state.references import Held
+from tff_optim.resident.state.variables import OnDevice, VariableSets, plain
 
 # Trains a cohort, wherever that is: the leaves of what clients are sent, and their data.
 AddUp = Callable[[list[Any], Sequence[Any]], list[Any]]

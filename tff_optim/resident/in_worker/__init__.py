@@ -1,1 +1,1 @@
-"""Values that live in TFF's workers, and rounds on them."""
+"""Processes whose states live in a worker."""

@@ -9,11 +9,12 @@ import tensorflow_federated as tff
 
 from tff_optim.resident import leaves
 from tff_optim.resident import parts as parts_lib
-from tff_optim.resident.in_worker import compiled, handover, rounds
+from tff_optim.resident.clients.in_workers import compiled, handover
+from tff_optim.resident.clients.in_workers.workers import Workers
+from tff_optim.resident.in_worker import rounds
 from tff_optim.resident.in_worker.values import Resident
-from tff_optim.resident.in_worker.workers import Workers
 from tff_optim.resident.place import Place, Source
-from tff_optim.resident.references import Held
+from tff_optim.resident.state.references import Held
 
 
 class WorkerPlace(Place):

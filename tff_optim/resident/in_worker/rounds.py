@@ -7,10 +7,10 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim.resident import parts as parts_lib
-from tff_optim.resident.in_worker import compiled, handover
-from tff_optim.resident.in_worker.compiled import MapReduceRound
-from tff_optim.resident.in_worker.handover import Carrier
-from tff_optim.resident.in_worker.host import Executor, Host
+from tff_optim.resident.clients.in_workers import compiled, handover
+from tff_optim.resident.clients.in_workers.compiled import MapReduceRound
+from tff_optim.resident.clients.in_workers.connection import Executor, Host
+from tff_optim.resident.clients.in_workers.handover import Carrier
 from tff_optim.resident.in_worker.values import Resident
 
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from tff_optim.resident.clients.in_workers import handover
+from tff_optim.resident.clients.in_workers.connection import Executor
 from tff_optim.resident.errors import WorkerLostError
 from tff_optim.resident.forks import ForkedError
-from tff_optim.resident.in_worker import handover
-from tff_optim.resident.in_worker.host import Executor
-from tff_optim.resident.references import CLOSED, Held
+from tff_optim.resident.state.references import CLOSED, Held
 
 
 class Resident(Held):

@@ -10,7 +10,7 @@ from tensorflow.core.framework import dataset_options_pb2
 from tff_optim import tracing
 from tff_optim.resident import leaves
 from tff_optim.resident import parts as parts_lib
-from tff_optim.resident.in_process.imported import ImportedComputation, spec_of
+from tff_optim.resident.graphs.imported import ImportedComputation, spec_of
 from tff_optim.resident.parts import RoundParts
 
 

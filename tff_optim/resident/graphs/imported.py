@@ -17,8 +17,8 @@ import tensorflow_federated as tff
 from tff_optim import tracing
 from tff_optim.devices import device_scope
 from tff_optim.resident import leaves, parts
-from tff_optim.resident.graphs import ancestors, node_of, tensor_names, unpack
-from tff_optim.resident.in_process import loops
+from tff_optim.resident.graphs import loops
+from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, unpack
 
 _names = itertools.count()
 # A function that is called in a graph several times is optimised once, not again at each call.

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from tff_optim.resident import forks
+from tff_optim.resident.clients.in_workers import handover
+from tff_optim.resident.clients.in_workers import worker as worker_lib
+from tff_optim.resident.clients.in_workers.connection import Host, through_cuts
 from tff_optim.resident.errors import WorkerLostError
-from tff_optim.resident.in_worker import handover
-from tff_optim.resident.in_worker import worker as worker_lib
-from tff_optim.resident.in_worker.host import Host, through_cuts
 
 _T = TypeVar("_T")
 

@@ -9,7 +9,7 @@ import attrs
 import tensorflow_federated as tff
 
 from tff_optim.resident import parts as parts_lib
-from tff_optim.resident.in_worker import handover
+from tff_optim.resident.clients.in_workers import handover
 
 
 @attrs.frozen(eq=False)

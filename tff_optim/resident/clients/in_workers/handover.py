@@ -21,9 +21,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import leaves
-from tff_optim.resident.in_worker import host as host_lib
-from tff_optim.resident.in_worker import worker as worker_lib
-from tff_optim.resident.in_worker.host import Executor, Host
+from tff_optim.resident.clients.in_workers import connection as host_lib
+from tff_optim.resident.clients.in_workers import worker as worker_lib
+from tff_optim.resident.clients.in_workers.connection import Executor, Host
 
 # Below, a gRPC message is as fast as a file.
 FILES_FROM_BYTES = 1 << 20

@@ -8,9 +8,9 @@ import tensorflow as tf
 from tff_optim import tracing
 from tff_optim.devices import device_scope
 from tff_optim.resident import leaves
-from tff_optim.resident.in_process.imported import ImportedComputation
-from tff_optim.resident.in_process.variables import OnDevice, VariableSets
+from tff_optim.resident.graphs.imported import ImportedComputation
 from tff_optim.resident.parts import RoundParts
+from tff_optim.resident.state.variables import OnDevice, VariableSets
 
 # Below, a step takes no longer than XLA's call; of many small tensors, compiling takes seconds.
 _COMPILED_FROM_BYTES = 4 << 20

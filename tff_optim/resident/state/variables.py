@@ -11,7 +11,7 @@ import tensorflow_federated as tff
 
 from tff_optim.devices import device_scope
 from tff_optim.resident import leaves
-from tff_optim.resident.references import CLOSED, Held
+from tff_optim.resident.state.references import CLOSED, Held
 
 
 class VariableSets:

@@ -21,8 +21,8 @@ import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
 from tff_optim.resident import forks
+from tff_optim.resident.clients.in_workers import worker as worker_lib
 from tff_optim.resident.errors import WorkerLostError
-from tff_optim.resident.in_worker import worker as worker_lib
 
 _T = TypeVar("_T")
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.resident.in_worker import compiled, rounds
-from tff_optim.resident.in_worker.workers import Workers
+from tff_optim.resident.clients.in_workers import compiled
+from tff_optim.resident.clients.in_workers.workers import Workers
+from tff_optim.resident.in_worker import rounds
 from tff_optim.resident.parts import RoundParts
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.resident.graphs import ancestors, node_of, tensor_names, unpack
+from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, unpack
 
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 

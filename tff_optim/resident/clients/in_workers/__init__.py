@@ -1,0 +1,1 @@
+"""Clients in workers of TFF, which hold nothing between two rounds."""

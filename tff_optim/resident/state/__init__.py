@@ -1,0 +1,1 @@
+"""States on a device of the Python process, and references to them."""
