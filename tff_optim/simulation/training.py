@@ -2,28 +2,24 @@
 
 import collections
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.messages import shown
-from tff_optim.resident import ResidentCheckpoints, ResidentProcess
 from tff_optim.simulation import metrics, same_run, stores
 from tff_optim.simulation.cohorts import Cohorts, check_whole, whole
+from tff_optim.simulation.folder import Folder
 from tff_optim.simulation.history import History, Table
 from tff_optim.simulation.interrupts import Interrupt
 from tff_optim.simulation.progress import ProgressBar
-from tff_optim.simulation.records import RecordFile
 from tff_optim.simulation.starts import Starts
-from tff_optim.simulation.threads import on_a_loop, wait
+from tff_optim.simulation.threads import on_a_loop
 
-_FILES = ("rounds.csv", "clients.csv", "checkpoints", "tensorboard")
 _TIME = tff.simulation.TRAINING_TIME_KEY
 
 
@@ -70,7 +66,12 @@ def train(
     seed: int,
 ) -> History:
     """Runs one process with one seed; see `run`."""
-    return on_a_loop(lambda: _Run(process, cohorts, plan, folder, interrupt, name, seed).history())
+
+    def on_this_loop() -> History:
+        with contextlib.closing(Folder(folder)) as where:
+            return _Run(process, cohorts, plan, where, interrupt, name, seed).history()
+
+    return on_a_loop(on_this_loop)
 
 
 class _Run:
@@ -81,15 +82,14 @@ class _Run:
         process: Any,
         cohorts: Cohorts,
         plan: Plan,
-        folder: str | None,
+        folder: Folder,
         interrupt: Interrupt,
         name: str,
         seed: int,
     ):
         self._process, self._cohorts, self._plan, self._folder = process, cohorts, plan, folder
-        self._interrupt, self._run = interrupt, (name, seed)
-        self._checkpoints, self._initial, saved = None, None, None
-        if folder is not None:
+        self._interrupt, self._run, self._initial = interrupt, (name, seed), None
+        if folder.path is not None:
             run = same_run.describe(
                 process,
                 self.initialize(),
@@ -97,20 +97,7 @@ class _Run:
                 clients_per_round=plan.clients_per_round,
                 clients=len(cohorts.ids),
             )
-            same_run.check(folder, run, resume=plan.resume, files=_FILES)
-            self._checkpoints = _checkpoints(process, os.path.join(folder, "checkpoints"))
-            versions = wait(self._checkpoints.get_versions())
-            saved = max(versions) if versions else None
-        path = (lambda file: None) if folder is None else (lambda file: os.path.join(folder, file))
-        self._rounds = RecordFile(path("rounds.csv"), saved)
-        self._clients = RecordFile(path("clients.csv"), saved)
-        by_name = {str(client): client for client in cohorts.ids}
-        for record in self._clients.records:  # a file holds ids as texts
-            record["client"] = by_name.get(record["client"], record["client"])
-        self._board = None
-        if folder is not None:
-            self._board = tf.summary.create_file_writer(path("tensorboard"))
-        self._saved = saved
+            folder.go_on(run, process, cohorts.ids, resume=plan.resume)
         self._store: Any = None  # of the states of clients
         self._state: Any = None  # after the last round of this call
         self._of_clients: list[dict[str, Any]] = []
@@ -123,21 +110,22 @@ class _Run:
             return self._train()
 
     def _open_store(self) -> contextlib.AbstractContextManager[Any]:
-        factory, folder = self._plan.client_states, self._folder
+        factory, folder = self._plan.client_states, self._folder.path
         if factory is None:
             raise ValueError(
                 "`client_states` must be given for a process whose clients keep a state; found None. "
                 "Pass `client_states=aggregators.ClientStates`."
             )
         keep = 1 if folder is None else self._plan.rounds_per_checkpoint
-        return stores.opened(factory, self._cohorts.ids, folder, keep, self._saved or 0)
+        return stores.opened(factory, self._cohorts.ids, folder, keep, self._folder.saved or 0)
 
     def _train(self) -> History:
         plan, run = self._plan, self._run
         ended, rounds = "finished", plan.rounds
-        if self._saved and self._is_enough():
-            ended, rounds = "stopped", self._saved
-        self._bar = ProgressBar(f"{run[0]}, seed {run[1]}", rounds, self._saved or 0, plan.progress)
+        saved = self._folder.saved or 0
+        if saved and self._is_enough():
+            ended, rounds = "stopped", saved
+        self._bar = ProgressBar(f"{run[0]}, seed {run[1]}", rounds, saved, plan.progress)
         try:
             self._state = tff.simulation.run_training_process(
                 self,
@@ -146,7 +134,7 @@ class _Run:
                 evaluation_fn=self._evaluate if plan.evaluate else None,
                 evaluation_selection_fn=lambda number: None,
                 rounds_per_evaluation=plan.rounds_per_evaluation,
-                program_state_manager=self._checkpoints,
+                program_state_manager=self._folder.checkpoints,
                 rounds_per_saving_program_state=plan.rounds_per_checkpoint,
                 metrics_managers=[_Release(self._release)],
             )
@@ -159,16 +147,11 @@ class _Run:
             print(f"The round that Ctrl-C met is lost: {shown(error)}", file=sys.stderr)
         finally:
             self._bar.close()
-            if self._board is not None:
-                self._board.close()
-        done = max((record["round"] for record in self._rounds.records), default=0)
-        if self._checkpoints is not None:
-            versions = wait(self._checkpoints.get_versions()) or []
-            if done not in versions:
-                wait(self._checkpoints.save(self._state, done))
+        done = max((record["round"] for record in self._folder.rounds), default=0)
+        self._folder.save(self._state, done)
         return History(
-            rounds=self._table(self._rounds),
-            clients=self._table(self._clients),
+            rounds=self._table(self._folder.rounds),
+            clients=self._table(self._folder.clients),
             states={run: self._state},
             ended={run: ended},
         )
@@ -203,7 +186,9 @@ class _Run:
 
     def _is_enough(self) -> bool:
         with self._plan.lock:
-            return self._plan.stop is not None and bool(self._plan.stop(self._table(self._rounds)))
+            return self._plan.stop is not None and bool(
+                self._plan.stop(self._table(self._folder.rounds))
+            )
 
     def _evaluate(self, state: Any, unused: Any) -> dict[str, Any]:
         del unused
@@ -228,14 +213,7 @@ class _Run:
 
     async def _release(self, value: Mapping[str, Any], number: int) -> None:
         record = {k: v for k, v in value.items() if k != tff.simulation.ROUND_NUMBER_KEY}
-        await self._clients.release(self._of_clients if number else [], number)
-        await self._rounds.release([record], number)
-        if self._board is not None:
-            with self._board.as_default(step=number):
-                for name, number_or_text in record.items():
-                    if not isinstance(number_or_text, str):
-                        tf.summary.scalar(name, number_or_text)
-            self._board.flush()
+        await self._folder.add(number, record, self._of_clients if number else [])
         with self._plan.lock:
             for manager in self._plan.managers:
                 await manager.release(record, number)
@@ -244,9 +222,9 @@ class _Run:
         if number:
             self._state = self._next_state
 
-    def _table(self, file: RecordFile) -> Table:
+    def _table(self, records: list[dict[str, Any]]) -> Table:
         process, seed = self._run
-        return Table([{"process": process, "seed": seed, **r} for r in file.records])
+        return Table([{"process": process, "seed": seed, **record} for record in records])
 
 
 @attrs.frozen
@@ -265,9 +243,3 @@ def _pair(output: Any) -> tuple[Any, Any]:
         return output.state, output.metrics
     state, found = output
     return state, found if isinstance(found, Mapping) else {"result": found}
-
-
-def _checkpoints(process: Any, folder: str) -> Any:
-    if isinstance(process, ResidentProcess):
-        return ResidentCheckpoints(process, folder, keep=2)
-    return tff.program.FileProgramStateManager(folder, keep_total=2, keep_first=False)
