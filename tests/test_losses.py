@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 from problems import INPUT_SPEC
 
 import aggregators
@@ -120,7 +121,7 @@ def test_plain_averaging_equals_tffs(name, loop):
         for build in (aggregators.build_fed_avg, tff.learning.algorithms.build_weighted_fed_avg)
     )
     (found, measured), (expected, their_metrics) = trained(ours), trained(theirs)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert_near(found[0], expected[0])
     assert measured["client_work"] == their_metrics["client_work"]
     assert measured["aggregator"]["clients"] == len(DATA)
 
