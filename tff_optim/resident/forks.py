@@ -1,9 +1,7 @@
 """What a forked child of this Python process must not keep, or use."""
 
 import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 
 
 class ForkedError(RuntimeError):
@@ -26,18 +24,9 @@ def close(fd: int) -> None:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def lock_file(path: str) -> Iterator[int]:
-    """Opens a file to be locked; the lock goes with this process, whatever it has forked."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    keep_here(fd)
-    try:
-        yield fd
-    finally:
-        if fd in _fds:  # a child that has just been forked may still have it open
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_UN)
-        close(fd)
+def is_kept(fd: int) -> bool:
+    """Whether this process still has what `keep_here` was told of; a forked child has not."""
+    return fd in _fds
 
 
 def check_owner(what: str, owner: int) -> None:

@@ -1,11 +1,9 @@
 """A directory of numbered versions: whole ones only, written by one run at a time."""
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
-import socket
 import stat
 import threading
 import uuid
@@ -14,7 +12,7 @@ from collections.abc import Collection, Iterator
 
 import tensorflow_federated as tff
 
-from tff_optim.resident import forks
+from tff_optim.resident import locks
 from tff_optim.resident.errors import CheckpointError
 
 _PREFIX = "version_"
@@ -160,26 +158,15 @@ class VersionDirectory:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
         """Keeps other writers away; gives False where the file system has no locks."""
-        with self._writing, forks.lock_file(os.path.join(self.path, _LOCK)) as fd:
+        with self._writing, contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                alone = stack.enter_context(locks.locked(os.path.join(self.path, _LOCK)))
+            except BlockingIOError as error:
                 raise CheckpointError(
-                    f"{_owner(fd)} is saving to {self.path} at this moment: it goes on, and "
+                    f"{error.strerror} is saving to {self.path} at this moment: it goes on, and "
                     "nothing of this run was written. Give each run a directory of its own."
                 ) from None
-            except OSError as error:
-                warnings.warn(
-                    f"{self.path} is on a file system without locks ({error.strerror}): make "
-                    "sure that no other run saves there.",
-                    stacklevel=2,
-                )
-                yield False
-                return
-            with contextlib.suppress(OSError):  # a full disk: the name is for messages alone
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"Process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            yield True
+            yield alone
 
     def _prune(self, damaged: Collection[int]) -> None:
         assert self._keep is not None
@@ -216,7 +203,3 @@ def _delete(path: str) -> None:
         shutil.rmtree(path)
     else:
         os.remove(path)
-
-
-def _owner(fd: int) -> str:
-    return os.pread(fd, 200, 0).decode(errors="replace") or "Another process"
