@@ -1,4 +1,4 @@
-"""Models that a rule has its clients score on their own data before they train."""
+"""Models that a rule has its clients score on their own data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,7 +32,8 @@ class Candidates:
     """Models that clients score, and by what.
 
     Each client scores every one of them on all of its data, with the model's own forward pass, not
-    in training mode: one such pass for each, before it trains.
+    in training mode: one such pass for each. It does so after it has trained, so that its training sees
+    the batches that plain averaging would have seen.
 
     Attributes:
       models: `(weights, state) -> models`: from the flat trainable weights of the server's model and

@@ -24,7 +24,7 @@ class Task:
     Attributes:
       optimizer: The client's optimizer.
       loss_at: `"training"`: the loss of each batch before its own step, free of cost. `"initial"`: the
-        loss of the weights that training starts from, one more pass over data. None: no loss.
+        loss of the weights that training starts from, one more forward pass. None: no loss.
       loop: `dataset.reduce` or a loop over the dataset's iterator.
       clipping: How each example's gradient is clipped; None takes the batch's as it is.
       error: What candidates are scored by; see `aggregators.candidates.Candidates`.
@@ -66,7 +66,7 @@ class Given(NamedTuple):
       weights: The model's weights.
       dataset: Its data.
       hparams: Its optimizer's hyperparameters.
-      models: Candidates for the trainable weights, which are scored before training.
+      models: Candidates for the trainable weights, to be scored.
       context: What it has of its own; None without a memory.
       moment: Where in a run it trains, for noise that a seed decides: int32, such as round and client.
     """
@@ -92,7 +92,7 @@ class Trained(NamedTuple):
       metrics: The model's unfinalized metrics.
       fresh_metrics: The same, of no example at all.
       counts: Of clipping, see `example_clipping.Clipped`; empty without.
-      errors: Of each model scored before training, float32: its mean error per example.
+      errors: Of each candidate, float32: its mean error per example.
       remembered: What `ClientMemory.finish` gives; empty without one.
     """
 

@@ -1,19 +1,27 @@
 """A client's training, with its loss and steps kept: TFF's own loops report neither per client."""
 
+import functools
+from collections import OrderedDict
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators.client_task import Task, Training
-from aggregators.functional_training import build_functional_training
-from aggregators.variable_training import build_variable_training
+from aggregators import training_sums as sums_of
+from aggregators.candidates import error_of_batch
+from aggregators.client_memory import Finished, densify
+from aggregators.client_task import Given, Task, Trained, Training, fold
+from aggregators.example_clipping import add_counts, clip_examples, no_counts
+from aggregators.model_adapters import Output, adapter_of
 
 
 def build_training(model_fn: Any, task: Task) -> Training:
     """Builds the training of one client: `Given -> Trained`.
 
-    One optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work` takes.
+    One optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work` takes. The
+    data set's first pass is the training's: a data set that shuffles gives each pass another order. A
+    second pass measures all that is not measured while the client trains: the loss and the gradient of
+    the weights that training started from, and the errors of candidates.
 
     Args:
       model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
@@ -23,9 +31,120 @@ def build_training(model_fn: Any, task: Task) -> Training:
     Returns:
       A function to be called while a graph is built.
     """
-    if isinstance(model_fn, tff.learning.models.FunctionalModel):
-        return build_functional_training(model_fn, task)
-    return build_variable_training(model_fn, task)
+    model = adapter_of(model_fn)
+    clipping, memory = task.clipping, task.memory
+    sums_gradients = memory is not None and memory.mean_gradient
+    wants_gradient = memory is not None and memory.initial_gradient
+    wants_loss = task.loss_at == "initial"
+
+    def differentiate(held: Any, batch: Any, *, training: bool) -> tuple[Any, Output]:
+        weights = model.trainable(held)
+        with tf.GradientTape() as tape:
+            tape.watch([w for w in weights if not isinstance(w, tf.Variable)])
+            output = model.forward(held, batch, training=training)
+        return tape.gradient(output.loss, weights), output
+
+    def gradient(held: Any, metrics: Any, batch: Any, moment: Any) -> Any:
+        """The gradient of a batch, its loss and examples, the metrics, and what clipping counted."""
+        if clipping is None:
+            gradients, output = differentiate(held, batch, training=True)
+            metrics = model.update_metrics(metrics, output)
+            return gradients, output.loss, output.examples, metrics, no_counts(None)
+
+        def one(metrics: Any, example: Any) -> Any:
+            gradients, output = differentiate(held, example, training=True)
+            return model.update_metrics(metrics, output), gradients, output.loss
+
+        weights = model.trainable(held)
+        found = clip_examples(clipping, batch, weights, one, metrics, moment=moment)
+        return found.gradients, found.loss, found.examples, found.carried, found.counts
+
+    def step(given: Given, correct: Any, state: Any, batch: Any) -> Any:
+        held, optimizer_state, metrics, sums, counts, seen, steps = state
+        moment = (*given.moment, steps)
+        gradients, loss, examples, metrics, found = gradient(held, metrics, batch, moment)
+        trainable = model.trainable(held)
+        if sums_gradients:
+            seen = sums_of.add_step(seen, tuple(densify(gradients, trainable)))
+        gradients = correct(gradients, trainable)
+        optimizer_state, updated = task.next(optimizer_state, trainable, gradients)
+        held = model.assign(held, updated)
+        losses = sums_of.loss_of_batch(loss) if task.loss_at == "training" else ()
+        sums = sums_of.add_batch(sums, losses, examples)
+        return held, optimizer_state, metrics, sums, add_counts(counts, found), seen, steps + 1
+
+    def measure(given: Given, held: Any, sums: Any, batch: Any) -> Any:
+        """One batch of the second pass."""
+        found: OrderedDict[str, Any] = OrderedDict(loss=(), gradient=(), errors=[])
+        examples: Any = None
+        initial = tuple(tf.nest.flatten(given.weights.trainable))
+        if wants_gradient or wants_loss:
+            if given.models:  # else no other weights have been there
+                held = model.assign(held, initial)
+            if wants_gradient:
+                gradients, output = differentiate(held, batch, training=False)
+                found["gradient"] = tuple(densify(gradients, initial))
+            else:
+                output = model.forward(held, batch, training=False)
+            if wants_loss:
+                found["loss"] = sums_of.loss_of_batch(output.loss)
+            examples = output.examples
+        for candidate in given.models:
+            output = model.forward(model.assign(held, candidate), batch, training=False)
+            errors = error_of_batch(task.error, output.loss, output.predictions, output.labels)
+            found["errors"].append(sums_of.loss_of_batch(errors))
+            examples = output.examples
+        found["errors"] = tuple(found["errors"])
+        return sums_of.add_batch(sums, found, examples)
+
+    @tf.function(autograph=False)
+    def train(given: Given) -> Trained:
+        initial = tuple(tf.nest.flatten(given.weights.trainable))
+        held = model.start(given.weights)
+        metrics = model.start_metrics()
+        fresh = model.report_metrics(metrics)
+        state = (
+            held,
+            task.start(model.trainable(held), given.hparams, given.context),
+            metrics,
+            sums_of.no_sum(sums_of.SCALAR if task.loss_at == "training" else ()),
+            no_counts(clipping),
+            sums_of.no_sum(initial) if sums_gradients else (),
+            tf.constant(0),
+        )
+        one = functools.partial(step, given, task.correction(given.context))
+        state = fold(task.loop, given.dataset, state, one)
+        held, end, metrics, sums, counts, seen, steps = state
+        trained = tuple(tf.identity(w) for w in model.trainable(held))
+        metrics = model.report_metrics(metrics)
+        losses, examples = sums_of.mean(sums), sums[1]
+
+        found = OrderedDict(
+            loss=sums_of.SCALAR if wants_loss else (),
+            gradient=initial if wants_gradient else (),
+            errors=(sums_of.SCALAR,) * len(given.models),
+        )
+        if tf.nest.flatten(found):
+            look = functools.partial(measure, given, model.start(given.weights))
+            looked = fold(task.loop, given.dataset, sums_of.no_sum(found), look, after=steps)
+            found = sums_of.mean(looked)
+
+        mean_gradient = sums_of.mean(seen) if sums_gradients else ()
+        done = Finished(trained, steps, mean_gradient, found["gradient"], end)
+        return Trained(
+            initial=initial,
+            trained=trained,
+            loss={"training": losses, "initial": found["loss"], None: None}[task.loss_at],
+            steps=steps,
+            examples=examples,
+            metrics=metrics,
+            fresh_metrics=fresh,
+            counts=counts,
+            errors=list(found["errors"]),
+            remembered=task.finish(given.context, done),
+        )
+
+    return train
 
 
 def check_model_fn(model_fn: Any) -> None:
