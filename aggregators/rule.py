@@ -63,9 +63,9 @@ class Needs:
         `training_loss`. `"initial"`: the loss of the weights that training starts from, one forward
         pass over the data more, found under `initial_loss`.
       steps: Whether the number of optimizer steps is needed, found under `steps`.
-      candidates: Models that clients score on their data, one forward pass for
-        each, found under `candidate_errors`, float32 of shape `[number]`; None if there are none.
-        They are made of the rule's state, so only `build_fed_avg` has them.
+      candidates: Models that clients score on their data, one forward pass for each, found under
+        `candidate_errors`, float32 of shape `[number]`; None if there are none. They are made of the
+        rule's state, so only `build_fed_avg` has them.
       memory: What clients keep from round to round, and do with it in training; what they then send is
         found under `sent`. Only `build_fed_avg` has clients that keep something.
 

@@ -11,6 +11,7 @@ import pytest
 import rule_contracts as contracts
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 from problems import INPUT_SPEC, model_fn
 
 import aggregators
@@ -121,11 +122,8 @@ def test_weights_and_metrics_are_tffs_whatever_is_measured(rule, kind, loop):
         with aggregators.ClientStates(NAMES) as states:
             rounds, (weights, metrics) = 1, trained(process, 1, states)
     expected, their_metrics = tffs(kind, loop, rounds)
-    for a, b in zip(weights, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
-    tf.nest.map_structure(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), metrics, their_metrics
-    )
+    assert_near(list(weights), list(expected))
+    assert_near(metrics, their_metrics)
 
 
 @pytest.mark.parametrize(("kind", "loop"), [WAYS[0], WAYS[3]])
@@ -138,8 +136,7 @@ def test_examples_that_nothing_clips_train_as_tffs(kind, loop):
         example_clipping=ExampleClipping(math.inf),
     )
     weights, _ = trained(process, 2)
-    for a, b in zip(weights, tffs(kind, loop, 2)[0], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_near(list(weights), list(tffs(kind, loop, 2)[0]), 1e-5)
 
 
 def test_the_initial_loss_is_that_of_all_initial_weights():
