@@ -1,7 +1,7 @@
 """Takes steps of a torch optimizer in a Python of its own; run as a script by `torch_process.py`.
 
-Imports torch and nothing of this package. Requests and replies are lines of JSON on the standard
-streams; tensors lie in memory that both processes see, one after the other, as `offsets` says.
+Imports torch and nothing of this package. Requests and replies are lines of JSON on a socket;
+tensors lie in memory that both processes see, one after the other, as `offsets` says.
 """
 
 import importlib
@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import socket
 import sys
 import warnings
 from typing import Any
@@ -121,6 +122,12 @@ class Recipe:
         found = _flatten(rest, "group")
         if scheduler:
             found += _flatten(scheduler.state_dict(), "scheduler")
+        for path, value in found:
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise RefusedError(
+                    "`optimizer` must keep whole numbers of at most 64 bits; found one of "
+                    f"{value.bit_length() + 1} bits at {path!r}. Give it as a float."
+                )
         return dict(found)
 
     def set_numbers(self, optimizer: Any, scheduler: Any, numbers: dict[str, Any]) -> None:
@@ -236,28 +243,33 @@ class Session:
 _MISSING = object()
 
 
-def main() -> None:
-    """Answers requests until there are no more."""
-    sys.path.pop(0)  # the folder of this file: its modules must not stand in for others'
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no reply
+def main(fd: int) -> None:
+    """Answers the requests that come on a socket until it is closed."""
+    here = os.path.dirname(os.path.realpath(__file__))
+    if sys.path and os.path.realpath(sys.path[0]) == here:
+        del sys.path[0]  # its modules must not stand in for others'
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result
     sessions: dict[int, Session] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        for number in request["closed"]:
-            sessions.pop(number, None)
-        try:
-            if request["do"] == "open":
-                sessions[request["session"]] = Session(request)
-                reply = sessions[request["session"]].description
-            else:
-                reply = sessions[request["session"]].step(request)
-        except RefusedError as error:
-            reply = {"refused": str(error)}
-        except Exception as error:  # of torch, or of the optimizer itself
-            reply = {"failed": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
+    with socket.socket(fileno=fd) as connection, connection.makefile("rw") as stream:
+        for line in stream:
+            stream.write(_answer(json.loads(line), sessions) + "\n")
+            stream.flush()
+
+
+def _answer(request: dict[str, Any], sessions: dict[int, Session]) -> str:
+    for number in request["closed"]:
+        sessions.pop(number, None)
+    number = request["session"]
+    try:
+        if request["do"] == "open":
+            sessions[number] = Session(request)
+            return json.dumps(sessions[number].description)
+        return json.dumps(sessions[number].step(request))
+    except RefusedError as error:
+        return json.dumps({"refused": str(error)})
+    except Exception as error:  # of torch, or of the optimizer itself
+        return json.dumps({"failed": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

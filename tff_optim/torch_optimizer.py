@@ -67,7 +67,7 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         Raises:
           ValueError: If a weight has no floating dtype or known shape, torch refuses the optimizer,
             or a client's work asks.
-          RuntimeError: If the Python process of torch cannot be started.
+          RuntimeError: If the Python process of torch does not start within the time limit.
         """
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             # TFF's client work asks for hparams by one scalar weight.
@@ -122,8 +122,9 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         Raises:
           ValueError: If structures, shapes or dtypes do not fit each other, no gradient is given, or
             torch fails.
-          RuntimeError: If the Python process of torch ends in the middle of the step. In a graph,
-            TensorFlow raises an error of its own with the same words.
+          RuntimeError: If the Python process of torch ends before it has taken the step, or does not
+            take it within the time limit. In a graph, TensorFlow raises an error of its own with the
+            same words.
         """
         weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
         gradients = leaves.read_gradients(gradients, weights)
@@ -217,6 +218,12 @@ def _step(
     if rate:
         by_path[_GROUP_RATE] = rate[0].item()
     result = process.step(weights, dict(zip(given, gradients)), tensors, started, by_path)
+    if rate and result.numbers.get(_GROUP_RATE) != by_path[_GROUP_RATE]:
+        raise ValueError(
+            "`optimizer` must leave its learning rate as it is; found that a step makes it "
+            f"{result.numbers.get(_GROUP_RATE)!r} of {by_path[_GROUP_RATE]!r}. Change the rate by an "
+            "`lr_scheduler`."
+        )
     new_numbers = [_number(name, result.numbers, old.dtype) for name, old in zip(names, numbers)]
     now = np.array([bool(s) or i in given for i, s in enumerate(started)])
     return [now, *result.slots, *new_numbers, *result.weights]
@@ -224,7 +231,10 @@ def _step(
 
 def _number(name: str, numbers: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     value = numbers.get(name)
-    new = None if value is None else np.asarray(value, dtype)
+    try:
+        new = np.asarray(value, dtype)
+    except (TypeError, ValueError, OverflowError):  # None, and what is no whole number
+        new = None
     if new is None or (new != value and value == value):
         raise ValueError(
             f"`optimizer` must keep its numbers what they are, whole numbers whole; found {value!r} "
@@ -252,10 +262,13 @@ def build_torch_optimizer(
     clients, use `build_keras_optimizer` or `build_optax_optimizer`.
 
     The state in: named tensors that torch would keep, the numbers of its parameter group and its
-    scheduler, and `started`, for torch makes the state of a weight with its first gradient. A step
-    returns a new state, or raises and leaves the old one as it was, even if the process of torch is
-    killed. The learning rate is the one hparam, unless a scheduler sets it; its other numbers are
-    fixed.
+    scheduler, and `started`, for torch makes the state of a weight with its first gradient. The
+    learning rate is the one hparam, unless a scheduler sets it; its other numbers are fixed.
+
+    A step is taken once, or raises and leaves the state as it was, even if the process of torch is
+    killed or stopped, several threads take steps, or this process is forked. torch has 300 seconds to
+    start, and as many for each step; the environment variable TFF_OPTIM_TORCH_TIMEOUT sets another
+    number.
 
     Args:
       optimizer: The name of a class of `torch.optim`, or the full name of a class of a trusted
