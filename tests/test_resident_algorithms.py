@@ -1,5 +1,7 @@
 """Every algorithm of TFF, and of this package, in the Python process, against plain TFF."""
 
+import functools
+
 import problems
 import pytest
 import tensorflow as tf
@@ -88,10 +90,15 @@ def test_no_algorithm_is_left_out():
     assert {*OF_TFF, *OURS, *NOT_HERE} == {name for name in public if name.startswith("build_")}
 
 
+@functools.cache
+def build(name):
+    module, make = (LIBRARY, OF_TFF[name]) if name in OF_TFF else (aggregators, OURS[name])
+    return make(getattr(module, name))
+
+
 @pytest.mark.parametrize("name", [*OF_TFF, *OURS])
 def test_rounds_are_those_of_plain_tff(name):
-    module, make = (LIBRARY, OF_TFF[name]) if name in OF_TFF else (aggregators, OURS[name])
-    process = make(getattr(module, name))
+    process = build(name)
     expected = run(process, name)
     with ResidentProcess(process, device="CPU:1") as resident:
         for ours, theirs in zip(run(resident, name), expected, strict=True):

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -238,8 +240,23 @@ def test_the_state_of_another_optimizer_with_the_same_names_is_refused(resident,
         assert r.state_type.is_equivalent_to(other.state_type)
         with pytest.raises(CheckpointError, match="computes a new state with other operations"):
             ResidentCheckpoints(other, tmp_path).resume()
-    made_by = tmp_path / "version_1" / "made_by.json"
-    assert "server_step" in made_by.read_text()
+        accepting = ResidentCheckpoints(other, tmp_path, accept_changes=True)
+        with pytest.warns(UserWarning, match="It is loaded, as `accept_changes` asks"):
+            assert accepting.resume()[1] == 1
+        # What another version has written may count other operations, or name fewer versions.
+        for change in ({"format": 1, "tff_optim": None}, {"tff_optim": "0.0.9"}):
+            rewrite_made_by(tmp_path / "version_1" / "made_by.json", change)
+            with pytest.warns(UserWarning, match="saved with .* by the same optimizer cannot be"):
+                assert ResidentCheckpoints(other, tmp_path).resume()[1] == 1
+
+
+def rewrite_made_by(path, change):
+    """Makes what made a version another one, None to leave a name out, with a checksum that fits."""
+    found = {**json.loads(path.read_text()), **change}
+    del found["checksum"]
+    found = {name: value for name, value in found.items() if value is not None}
+    checksum = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    path.write_text(json.dumps({**found, "checksum": checksum}))
 
 
 def test_what_made_a_state_is_its_servers_step():

@@ -19,7 +19,8 @@ from tff_optim.resident.versions import VersionDirectory, check_version
 _STATE = "state"
 _STATE_FILES = (f"{_STATE}.index", f"{_STATE}.data-00000-of-00001")
 _MADE_BY = "made_by.json"
-_FORMAT = 1
+_STEP = "server_step"
+_FORMAT = 2  # raised with each change of what `maker.fingerprint` counts
 
 
 class _DamagedError(CheckpointError):
@@ -72,6 +73,8 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
       process: The process whose states are saved.
       directory: Where; made if it is not there.
       keep: How many of the newest versions are kept; None for all.
+      accept_changes: Whether a state whose server took another kind of step is loaded all the same,
+        with a warning.
 
     Raises:
       TypeError: `process` is not a `ResidentProcess`.
@@ -79,7 +82,12 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
     """
 
     def __init__(
-        self, process: ResidentProcess, directory: str | os.PathLike[str], keep: int | None = 5
+        self,
+        process: ResidentProcess,
+        directory: str | os.PathLike[str],
+        keep: int | None = 5,
+        *,
+        accept_changes: bool = False,
     ):
         if not isinstance(process, ResidentProcess):
             raise TypeError(
@@ -97,7 +105,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
                 "`process` must have a state of tensors alone, which is what checkpoints hold; "
                 f"found something else at {odd}."
             )
-        self._process = process
+        self._process, self._accept_changes = process, accept_changes
         # The worker has a working directory of its own.
         self._directory = VersionDirectory(os.path.abspath(directory), keep)
         self._damaged: set[int] = set()
@@ -242,9 +250,8 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         if self._made_by is None:
             self._made_by = {
                 "format": _FORMAT,
-                "tensorflow": tf.__version__,
-                "tensorflow_federated": tff.__version__,
-                "server_step": maker.fingerprint(self._process.process.next),
+                **maker.versions(),
+                _STEP: maker.fingerprint(self._process.process.next),
             }
         return self._made_by
 
@@ -303,11 +310,13 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
 
     def _check_maker(self, what: str, found: dict[str, Any]) -> None:
         wanted = self._maker()
-        step = "server_step"
-        if found.get(step) == wanted[step]:
+        if found.get(_STEP) == wanted[_STEP]:
             return
-        others = [f"{name} {found.get(name)}" for name in wanted if found.get(name) != wanted[name]]
-        others = [other for other in others if not other.startswith(step)]
+        others = [
+            f"{name} {found.get(name, 'of an unknown version')}"
+            for name in wanted
+            if name != _STEP and found.get(name) != wanted[name]
+        ]
         if others:
             # The same optimizer may be made of other operations there.
             warnings.warn(
@@ -316,12 +325,18 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
                 stacklevel=4,
             )
             return
-        raise CheckpointError(
+        differs = (
             f"{what} was saved by another process: names and shapes are equal, but its server "
             "computes a new state with other operations, so that the numbers mean something else "
-            "(another server optimizer or aggregator). Build the process as it was; to take over "
-            "the model alone, read the file with `tf.train.load_checkpoint` and use "
-            "`set_model_weights`."
+            "(another server optimizer or aggregator)."
+        )
+        if self._accept_changes:
+            warnings.warn(f"{differs} It is loaded, as `accept_changes` asks.", stacklevel=4)
+            return
+        raise CheckpointError(
+            f"{differs} Build the process as it was, or load it all the same with "
+            "`accept_changes=True`. To take over the model alone, read the file with "
+            "`tf.train.load_checkpoint` and use `set_model_weights`."
         )
 
 
