@@ -6,16 +6,15 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
+from aggregators import checks
 from aggregators.user_code import as_written
 
 Models = Sequence[Sequence[tf.Tensor]]
 Error = Callable[[Any, Any], tf.Tensor]
 
 
-def _check_number(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute  # attrs passes them to every validator
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`number` must be a whole number of at least 1; found {value!r}.")
+def _number(value: Any) -> int:
+    return checks.whole("number", value, 1)
 
 
 def _check_error(instance: Any, attribute: Any, value: Any) -> None:
@@ -49,8 +48,10 @@ class Candidates:
       2
     """
 
-    models: Callable[[Sequence[tf.Tensor], Mapping[str, Any]], Models]
-    number: int = attrs.field(validator=_check_number)
+    models: Callable[[Sequence[tf.Tensor], Mapping[str, Any]], Models] = attrs.field(
+        validator=checks.validated(checks.function, "(weights, state)")
+    )
+    number: int = attrs.field(converter=_number)
     error: Error | None = attrs.field(default=None, validator=_check_error)
 
     def of(self, weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> Models:

@@ -1,11 +1,95 @@
-"""Checks of values that are known only where a graph is run."""
+"""Checks of arguments, and of values that are known only where a graph is run."""
 
-from collections.abc import Sequence
+import inspect
+import numbers
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
 _T = TypeVar("_T")
+
+
+def whole(argument: str, value: Any, least: int) -> int:
+    """The value, of Python or NumPy, as an `int`.
+
+    Raises:
+      ValueError: If it is no whole number of at least `least`; a bool is none.
+    """
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or value < least:
+        raise ValueError(
+            f"`{argument}` must be a whole number of at least {least}; found {value!r}."
+        )
+    return int(value)
+
+
+def flag(argument: str, value: Any) -> None:
+    """Raises `TypeError` for anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be True or False; found {value!r}.")
+
+
+def word(argument: str, value: Any, *words: str) -> None:
+    """Raises `ValueError` for anything but these words."""
+    if not isinstance(value, str) or value not in words:
+        *others, last = (f'"{one}"' for one in words)
+        raise ValueError(f"`{argument}` must be {', '.join(others)} or {last}; found {value!r}.")
+
+
+def function(argument: str, value: Any, form: str) -> None:
+    """Raises `TypeError` unless this can be called with the arguments in `form`, as `(a, b)`."""
+    if not callable(value):
+        raise TypeError(f"`{argument}` must be a function of {form}; found {value!r}.")
+    number = 0 if form == "()" else form.count(",") + 1
+    try:
+        inspect.signature(value).bind(*[None] * number)
+    except TypeError as error:
+        raise TypeError(
+            f"`{argument}` must be a function of {form}; found {value!r}, which takes others "
+            f"({error})."
+        ) from error
+    except ValueError:
+        pass  # a builtin that does not tell
+
+
+def instance(argument: str, value: Any, kind: type) -> None:
+    """Raises `TypeError` for a value of another class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{argument}` must be a `{kind.__name__}`; found {value!r}.")
+
+
+def validated(check: Callable[..., Any], *more: Any, optional: bool = False) -> Any:
+    """An attrs validator of one of the checks above, which is told the field's name.
+
+    Args:
+      check: The check.
+      *more: What it takes besides name and value.
+      optional: Whether None passes.
+    """
+
+    def validate(owner: Any, attribute: Any, value: Any) -> None:
+        del owner  # attrs passes it to every validator
+        if not (optional and value is None):
+            check(attribute.name, value, *more)
+
+    return validate
+
+
+def joined(argument: str, taken: Mapping[str, Any], more: Mapping[str, Any]) -> OrderedDict:
+    """The entries of two mappings, in their order.
+
+    Raises:
+      ValueError: If a name is in both; `argument` is what brought it.
+    """
+    both = [name for name in more if name in taken]
+    if both:
+        raise ValueError(
+            f"`{argument}` must not bring a name that something else in the rule's state has; "
+            f"found {both}. Give it another name."
+        )
+    return OrderedDict([*taken.items(), *more.items()])
 
 
 def only_if(condition: tf.Tensor, message: Sequence[Any], value: _T) -> _T:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import attrs
 import tensorflow as tf
 
+from aggregators import checks
 from aggregators.checks import only_if
 from aggregators.user_code import as_written
 
@@ -60,6 +61,10 @@ def _fresh(optimizer_state: Any, context: Context) -> Any:
     return optimizer_state
 
 
+def _optional_number(value: Any) -> int | None:
+    return None if value is None else checks.whole("num_clients", value, 1)
+
+
 @attrs.frozen
 class ClientMemory:
     """State that belongs to a client, as part of a rule's `Needs`.
@@ -90,13 +95,21 @@ class ClientMemory:
       False
     """
 
-    initial_state: Callable[[Tensors, Any], State]
-    finish: Callable[[Context, Finished], tuple[State, Tensors]]
-    correction: Callable[[Context], Correction] = _same
-    start: Callable[[Any, Context], Any] = _fresh
-    mean_gradient: bool = False
-    initial_gradient: bool = False
-    num_clients: int | None = None
+    initial_state: Callable[[Tensors, Any], State] = attrs.field(
+        validator=checks.validated(checks.function, "(weights, optimizer_state)")
+    )
+    finish: Callable[[Context, Finished], tuple[State, Tensors]] = attrs.field(
+        validator=checks.validated(checks.function, "(context, finished)")
+    )
+    correction: Callable[[Context], Correction] = attrs.field(
+        default=_same, validator=checks.validated(checks.function, "(context)")
+    )
+    start: Callable[[Any, Context], Any] = attrs.field(
+        default=_fresh, validator=checks.validated(checks.function, "(optimizer_state, context)")
+    )
+    mean_gradient: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
+    initial_gradient: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
+    num_clients: int | None = attrs.field(default=None, converter=_optional_number)
 
 
 def correction(

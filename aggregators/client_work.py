@@ -65,7 +65,6 @@ class ClientTraining:
 
     def __attrs_post_init__(self) -> None:
         check_model_fn(self.model_fn)
-        check_optimizer("client_optimizer", self.optimizer)
         for argument, kind in (
             ("client_weighting", tff.learning.ClientWeighting),
             ("loop_implementation", tff.learning.LoopImplementation),
@@ -231,6 +230,7 @@ def build_client_work(
             "`needs` must not have clients keep a state, which a client work has no place for; found "
             f"{needs.memory!r}. Build the whole process with `build_fed_avg(..., rule=rule)`."
         )
+    check_optimizer("optimizer", optimizer)
     training = ClientTraining(
         model_fn, optimizer, needs, client_weighting, metrics_aggregator, loop_implementation
     )

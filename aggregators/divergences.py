@@ -102,7 +102,7 @@ def of_layers(
         for tensor in layer:
             if not tensor.shape.is_fully_defined():
                 raise ValueError(
-                    "A divergence needs tensors of known shape; "
+                    "A divergence must have tensors of known shape; "
                     f"found {tensor.shape}. Set it with `tf.ensure_shape`."
                 )
     found = [tf.zeros([], tf.float64)] * len(servers)  # also that of layers without elements

@@ -1,5 +1,6 @@
 """Layers: which tensors of a model are weighed together, and what they are called."""
 
+import numbers
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -114,7 +115,7 @@ def resolve_layers(layers: Layers, names: Sequence[str]) -> OrderedDict[str, tup
     """
     number = len(names)
     if number < 1:
-        raise ValueError("A model needs at least one tensor to have layers; found none.")
+        raise ValueError("A model must have at least one tensor to make up layers; found none.")
     check_layers(layers)
     if layers == "tensor":
         return OrderedDict((name, (position,)) for position, name in enumerate(names))
@@ -124,7 +125,7 @@ def resolve_layers(layers: Layers, names: Sequence[str]) -> OrderedDict[str, tup
         owners = [name.rpartition("/")[0] for name in names]
         if not all(owners):
             raise ValueError(
-                '`layers="layer"` needs tensors whose names tell the layer, such as dense/kernel; '
+                '`layers="layer"` must meet tensors whose names tell the layer, such as dense/kernel; '
                 f"found {list(names)}. A functional model keeps no names: give groups of positions."
             )
         return OrderedDict(
@@ -160,6 +161,9 @@ def check_layers(layers: Layers) -> None:
     except TypeError:
         groups = [[]]
     positions = [position for group in groups for position in group]
-    sound = all(isinstance(position, int) and position >= 0 for position in positions)
+    sound = all(
+        isinstance(position, numbers.Integral) and not isinstance(position, bool) and position >= 0
+        for position in positions
+    )
     if not groups or not all(groups) or not sound or len(set(positions)) != len(positions):
         raise ValueError(f"{_WAYS}, none empty and none repeated; found {layers!r}.")

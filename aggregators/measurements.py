@@ -198,11 +198,3 @@ def measure(
         found["sample_scores"] = PerLayer(tf.cast(row_scores, tf.float32))
         found["sample_weights"] = PerLayer(tf.cast(used, tf.float32))
     return found
-
-
-def check_sample_size(sample_size: Any) -> None:
-    """Raises `ValueError` unless this is a whole number of clients."""
-    if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < 0:
-        raise ValueError(
-            f"`sample_size` must be a whole number of at least 0; found {sample_size!r}."
-        )

@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators import checks
 from aggregators.layers import names_in_type
 
 
@@ -27,7 +28,8 @@ def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
       `value`.
 
     Raises:
-      TypeError: If `value` is not placed.
+      TypeError: If `value` is not placed, or `message` is no text.
+      ValueError: If `summarize` is out of its range.
 
     Example:
       >>> import numpy as np
@@ -37,6 +39,8 @@ def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
       >>> str(mean.type_signature)
       '({float32}@CLIENTS -> float32@SERVER)'
     """
+    checks.instance("message", message, str)
+    summarize = checks.whole("summarize", summarize, -1)
     value = tff.to_value(value, None)
     if not isinstance(value.type_signature, tff.FederatedType):
         raise TypeError(

@@ -11,6 +11,8 @@ from typing import Any
 
 import dp_accounting
 
+from aggregators import checks
+
 __all__ = ["epsilon", "noise_multiplier_for"]
 
 
@@ -138,13 +140,11 @@ def _accountant(kind: str) -> dp_accounting.PrivacyAccountant:
 
 
 def _check_event(probability: Any, steps: Any, delta: Any, accountant: Any) -> None:
-    if accountant not in ("rdp", "pld"):
-        raise ValueError(f'`accountant` must be "rdp" or "pld"; found {accountant!r}.')
+    checks.word("accountant", accountant, "rdp", "pld")
     _check("delta", delta, 0.0, 1.0)
-    if probability != 1:
+    if isinstance(probability, bool) or probability != 1:
         _check("sampling_probability", probability, 0.0, 1.0, more=", or 1")
-    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 0:
-        raise ValueError(f"`steps` must be a whole number of at least 0; found {steps!r}.")
+    checks.whole("steps", steps, 0)
 
 
 def _check(

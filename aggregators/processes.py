@@ -31,8 +31,8 @@ _State = tff.learning.templates.LearningAlgorithmState
 
 def build_fed_avg(
     model_fn: Any,
-    client_optimizer: Optimizer,
-    server_optimizer: Optimizer | None = None,
+    client_optimizer_fn: Optimizer,
+    server_optimizer_fn: Optimizer | None = None,
     *,
     rule: Rule | None = None,
     client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
@@ -55,8 +55,8 @@ def build_fed_avg(
     Args:
       model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
         `tff.learning.models.FunctionalModel`.
-      client_optimizer: The clients' optimizer.
-      server_optimizer: The server's; SGD with learning rate 1 if None.
+      client_optimizer_fn: The clients' optimizer.
+      server_optimizer_fn: The server's; SGD with learning rate 1 if None.
       rule: From `aggregators.rules`, or your own. None is the mean by weights: the numbers of
         `tff.learning.algorithms.build_weighted_fed_avg`.
       client_weighting: The clients' weight: their number of examples, or 1. A client without
@@ -99,9 +99,10 @@ def build_fed_avg(
     if rule is None:
         rule = rules.plain_mean()
     check_rule(rule)
+    check_optimizer("client_optimizer_fn", client_optimizer_fn)
     training = ClientTraining(
         model_fn,
-        client_optimizer,
+        client_optimizer_fn,
         rule.needs,
         client_weighting,
         metrics_aggregator,
@@ -109,7 +110,7 @@ def build_fed_avg(
         example_clipping,
     )
     initial_weights, distributor, finalizer = _server_parts(
-        model_fn, server_optimizer, model_distributor
+        model_fn, server_optimizer_fn, model_distributor
     )
     types = training.types()
     bound = BoundRule(rule, types.weights.trainable, types.names)
@@ -321,7 +322,7 @@ def build_fed_med(
     *,
     score: ScoreLike = js_divergence,
     weighting: Weighting | None = None,
-    adaptive_when: Literal["not_fallen", "fallen"] | Gate = "not_fallen",
+    gate: Literal["not_fallen", "fallen"] | Gate = "not_fallen",
     min_decrease: hyperparameters.Number = 0.0,
     layers: Layers = "tensor",
     loss_at: LossAt = "training",
@@ -339,7 +340,7 @@ def build_fed_med(
       score: How far a client's model is from the server's: one of `aggregators.scores`, `"loss"`, or
         a function of yours.
       weighting: Of the adaptive mean; a softmax that prefers near clients if None.
-      adaptive_when: Its `gate`: `"not_fallen"` (the loss), `"fallen"`, or a function of a `Round` that
+      gate: `"not_fallen"` (the loss), `"fallen"`, or a function of a `Round` that
         returns a share or a bool.
       min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1.
       layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
@@ -371,7 +372,7 @@ def build_fed_med(
         score=score,
         layers=layers,
         loss_at=loss_at,
-        gate=adaptive_when,
+        gate=gate,
         min_decrease=min_decrease,
         sample_size=sample_size,
     )
@@ -475,8 +476,8 @@ def build_fed_nova(
 
 def build_scaffold(
     model_fn: Any,
-    client_optimizer: Optimizer,
-    server_optimizer: Optimizer | None = None,
+    client_optimizer_fn: Optimizer,
+    server_optimizer_fn: Optimizer | None = None,
     *,
     num_clients: int,
     option: Literal["I", "II"] = "II",
@@ -488,8 +489,8 @@ def build_scaffold(
 
     Args:
       model_fn: As for `build_fed_avg`.
-      client_optimizer: The clients' optimizer, any; it is given the corrected gradients.
-      server_optimizer: The server's; SGD with learning rate 1 if None.
+      client_optimizer_fn: The clients' optimizer, any; it is given the corrected gradients.
+      server_optimizer_fn: The server's; SGD with learning rate 1 if None.
       num_clients: How many clients there are, in all rounds together.
       option: As for `rules.scaffold`.
       rule: What is made of the clients' deltas; their mean if None.
@@ -523,8 +524,8 @@ def build_scaffold(
     """
     return build_fed_avg(
         model_fn,
-        client_optimizer,
-        server_optimizer,
+        client_optimizer_fn,
+        server_optimizer_fn,
         rule=rules.scaffold(num_clients, option=option, rule=rule),
         client_weighting=client_weighting,
         **options,
@@ -598,11 +599,13 @@ def compose_fed_avg(
     )
 
 
-def _server_parts(model_fn: Any, server_optimizer: Any, distributor: Any) -> tuple[Any, Any, Any]:
+def _server_parts(
+    model_fn: Any, server_optimizer_fn: Any, distributor: Any
+) -> tuple[Any, Any, Any]:
     """Initial weights, distributor and finalizer, with TFF's own where none is given."""
-    if server_optimizer is None:
-        server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
-    check_optimizer("server_optimizer", server_optimizer)
+    if server_optimizer_fn is None:
+        server_optimizer_fn = tff.learning.optimizers.build_sgdm(1.0)
+    check_optimizer("server_optimizer_fn", server_optimizer_fn)
 
     @tff.tensorflow.computation
     def initial_weights() -> Any:
@@ -615,7 +618,7 @@ def _server_parts(model_fn: Any, server_optimizer: Any, distributor: Any) -> tup
     if distributor is None:
         distributor = tff.learning.templates.build_broadcast_process(weights_type)
     finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
-        server_optimizer, weights_type
+        server_optimizer_fn, weights_type
     )
     return initial_weights, distributor, finalizer
 

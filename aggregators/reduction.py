@@ -12,6 +12,8 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators import checks
+
 _NO_MERGE = (
     "This reduction was given no `merge`, so it cannot join the results of several workers or "
     "sub-rounds. Give one: a function of two accumulators that returns one."
@@ -46,11 +48,19 @@ class Reduction:
       3.0
     """
 
-    zero: Callable[[], Any]
-    accumulate: Callable[[Any, Any], Any]
-    merge: Callable[[Any, Any], Any] | None
-    report: Callable[[Any], Any] = _unchanged
-    lift: Callable[[Any], Any] | None = None
+    zero: Callable[[], Any] = attrs.field(validator=checks.validated(checks.function, "()"))
+    accumulate: Callable[[Any, Any], Any] = attrs.field(
+        validator=checks.validated(checks.function, "(accumulator, value)")
+    )
+    merge: Callable[[Any, Any], Any] | None = attrs.field(
+        validator=checks.validated(checks.function, "(accumulator, accumulator)", optional=True)
+    )
+    report: Callable[[Any], Any] = attrs.field(
+        default=_unchanged, validator=checks.validated(checks.function, "(accumulator)")
+    )
+    lift: Callable[[Any], Any] | None = attrs.field(
+        default=None, validator=checks.validated(checks.function, "(value)", optional=True)
+    )
 
 
 def reduction_from_merge(
@@ -78,6 +88,8 @@ def reduction_from_merge(
       >>> int(count.accumulate(count.accumulate(count.zero(), 5.0), 7.0))
       2
     """
+    checks.function("merge", merge, "(accumulator, accumulator)")
+    checks.function("lift", lift, "(value)")
     return Reduction(zero, lambda total, value: merge(total, lift(value)), merge, report, lift)
 
 
@@ -113,7 +125,9 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
       2.0
     """
     if not reductions:
-        raise ValueError("`zip_reductions` needs at least one reduction by name; found none.")
+        raise ValueError("`zip_reductions` must have at least one reduction by name; found none.")
+    for name, part in reductions.items():
+        checks.instance(name, part, Reduction)
 
     def each(call: Callable[[str, Reduction], Any]) -> OrderedDict[str, Any]:
         return OrderedDict((name, call(name, part)) for name, part in reductions.items())
@@ -146,8 +160,9 @@ def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -
 
     Args:
       value: Value placed at `tff.CLIENTS`.
-      zero: What to start from: a structure of constants, or a computation of no arguments that
-        returns one. Its type is `U`. Or a `Reduction`, which brings all that follows, and a report.
+      zero: What to start from: a structure of constants; a computation of no arguments that
+        returns one, or what calling it gives. Its type is `U`. Or a `Reduction`, which brings all
+        that follows, and a report.
       op: Function of TensorFlow operations or `tff.Computation`, `(U, T) -> U`.
       merge: Function or computation `(U, U) -> U` that joins two folds, each started from `zero`.
         Without one, the reduction works on one worker, and a second worker or sub-round raises an
@@ -176,33 +191,47 @@ def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -
     """
     value = tff.to_value(value, None)
     member = _client_member(value)
+    first = "op"
     if isinstance(zero, Reduction):
         if op is not None or merge is not None:
             raise TypeError(
                 "`op` and `merge` must be left out beside a `Reduction`, which brings its own; found "
                 f"{op!r} and {merge!r}."
             )
-        start = tff.tensorflow.computation(lambda: zero.zero())
+        start = tff.tensorflow.computation(lambda: zero.zero())()
+        # Of values that were lifted, and in no words of a caller who has never said "accumulate".
+        first = "merge" if zero.accumulate is zero.merge else "accumulate"
         op, report, wrap, merge = zero.accumulate, zero.report, _bare, zero.merge
     else:
         report, wrap = _unchanged, tf.function
-        if isinstance(zero, tff.framework.ConcreteComputation):
-            if zero.type_signature.parameter is not None:
-                raise TypeError(
-                    "`zero` must be a computation of no arguments or a structure of constants; "
-                    f"found a computation of type {zero.type_signature}."
-                )
-            start = zero
-        else:
-            start = tff.tensorflow.computation(
-                lambda: tf.nest.map_structure(tf.convert_to_tensor, zero)
-            )
-    total = start.type_signature.result
-    accumulate = _checked("op", op, (total, member), total, wrap)
+        start = _start(zero)
+    total = start.type_signature
+    accumulate = _checked(first, op, (total, member), total, wrap)
     same = merge is op and member.is_equivalent_to(total)
     joined = accumulate if same else _merge_computation(merge, total, wrap)
     reported = tff.tensorflow.computation(lambda total: report(total), total)
-    return tff.federated_aggregate(value, start(), accumulate, joined, reported)
+    return tff.federated_aggregate(value, start, accumulate, joined, reported)
+
+
+def _start(zero: Any) -> Any:
+    """A value of TFF that is not placed, of what was given for one."""
+    if isinstance(zero, tff.framework.ConcreteComputation):
+        if zero.type_signature.parameter is not None:
+            raise TypeError(
+                "`zero` must be a computation of no arguments or a structure of constants; "
+                f"found a computation of type {zero.type_signature}."
+            )
+        return zero()
+    made = [x for x in tf.nest.flatten(zero) if isinstance(x, tff.Value)]
+    placed = [x.type_signature for x in made if isinstance(x.type_signature, tff.FederatedType)]
+    if placed:
+        raise TypeError(
+            f"`zero` must not be placed, as what is known everywhere; found {placed[0]}. Give the "
+            "constant itself, or a computation that returns it."
+        )
+    if made:
+        return tff.to_value(zero, None)
+    return tff.tensorflow.computation(lambda: tf.nest.map_structure(tf.convert_to_tensor, zero))()
 
 
 def _client_member(value: Any) -> Any:

@@ -20,7 +20,7 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators import hyperparameters
+from aggregators import checks, hyperparameters
 from aggregators.candidates import Candidates
 from aggregators.client_memory import ClientMemory
 from aggregators.hyperparameters import Hparam
@@ -39,17 +39,6 @@ Reduced = Any
 
 def _optional_score(value: Any) -> Score | None:
     return None if value is None else as_score(value)
-
-
-def _check_layers(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute  # attrs passes them to every validator
-    check_layers(value)
-
-
-def _check_loss(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute
-    if value not in (None, "training", "initial"):
-        raise ValueError(f'`loss_at` must be "training" or "initial"; found {value!r}.')
 
 
 @attrs.frozen
@@ -76,17 +65,26 @@ class Needs:
     """
 
     score: Score | None = attrs.field(default=None, converter=_optional_score)
-    layers: Layers = attrs.field(default="tensor", validator=_check_layers)
-    loss: LossAt | None = attrs.field(default=None, validator=_check_loss)
-    steps: bool = False
+    layers: Layers = attrs.field(
+        default="tensor", validator=checks.validated(lambda name, value: check_layers(value))
+    )
+    loss: LossAt | None = attrs.field(
+        default=None, validator=checks.validated(checks.word, "training", "initial", optional=True)
+    )
+    steps: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
     candidates: Candidates | None = attrs.field(
-        default=None,
-        validator=attrs.validators.optional(attrs.validators.instance_of(Candidates)),
+        default=None, validator=checks.validated(checks.instance, Candidates, optional=True)
     )
     memory: ClientMemory | None = attrs.field(
-        default=None,
-        validator=attrs.validators.optional(attrs.validators.instance_of(ClientMemory)),
+        default=None, validator=checks.validated(checks.instance, ClientMemory, optional=True)
     )
+
+    def __attrs_post_init__(self) -> None:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(
+                "`score` must have a name that nothing else measured has; found "
+                f"{self.score.name!r}. Give it another: `Score(f, name=...)`."  # type: ignore[union-attr]
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,12 +120,12 @@ def _no_state(layers: ModelLayers) -> OrderedDict[str, Any]:
     return OrderedDict()
 
 
-def _check_hparams(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute
-    if not all(isinstance(number, Hparam) for number in value.values()) or "round" in value:
+def _check_hparams(argument: str, value: Any) -> None:
+    items = value.items() if isinstance(value, Mapping) else [(None, None)]
+    if not all(isinstance(n, str) and isinstance(x, Hparam) for n, x in items) or "round" in value:
         raise TypeError(
-            "`hparams` must map names other than round to numbers made by "
-            f"`hyperparameters.hparam(name, value, least, most)`; found {dict(value)!r}."
+            f"`{argument}` must map names other than round to numbers made by "
+            f"`hyperparameters.hparam(name, value, least, most)`; found {value!r}."
         )
 
 
@@ -165,13 +163,23 @@ class Rule:
       True
     """
 
-    client: Callable[[ClientUpdate, tf.Tensor, State], Part]
-    reduction: Callable[[ModelLayers], Reduction]
-    server: Callable[[State, Reduced], RuleResult]
-    needs: Needs = Needs()
-    initial_state: Callable[[ModelLayers], OrderedDict[str, Any]] = _no_state
-    hparams: Mapping[str, Hparam] = attrs.field(factory=OrderedDict, validator=_check_hparams)
-    is_mean: bool = False
+    client: Callable[[ClientUpdate, tf.Tensor, State], Part] = attrs.field(
+        validator=checks.validated(checks.function, "(update, weight, state)")
+    )
+    reduction: Callable[[ModelLayers], Reduction] = attrs.field(
+        validator=checks.validated(checks.function, "(layers)")
+    )
+    server: Callable[[State, Reduced], RuleResult] = attrs.field(
+        validator=checks.validated(checks.function, "(state, reduced)")
+    )
+    needs: Needs = attrs.field(default=Needs(), validator=checks.validated(checks.instance, Needs))
+    initial_state: Callable[[ModelLayers], OrderedDict[str, Any]] = attrs.field(
+        default=_no_state, validator=checks.validated(checks.function, "(layers)")
+    )
+    hparams: Mapping[str, Hparam] = attrs.field(
+        factory=OrderedDict, validator=checks.validated(_check_hparams)
+    )
+    is_mean: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
 
 
 def check_rule(rule: Any) -> None:
@@ -203,8 +211,8 @@ class BoundRule:
 
     def _initial_state(self) -> OrderedDict[str, Any]:
         start = tf.constant(0)
-        numbers = hyperparameters.values(self.rule.hparams, start)
-        return OrderedDict(round=start, **numbers, **self.rule.initial_state(self.layers))
+        numbers = OrderedDict(round=start, **hyperparameters.values(self.rule.hparams, start))
+        return checks.joined("initial_state", numbers, self.rule.initial_state(self.layers))
 
     def measured_scores(self, server: Any, client: Any) -> tf.Tensor:
         """The scores that the rule needs, of a model that a client trained."""
@@ -222,11 +230,14 @@ class BoundRule:
         following = state["round"] + 1
         numbers = hyperparameters.values(self.rule.hparams, following)
         numbers.update(hyperparameters.read(self.rule.hparams, state))
-        new = OrderedDict(round=following, **numbers, **own)
-        if list(new) != list(self.state_type._asdict()):
+        names = list(self.state_type._asdict())
+        wanted = names[1 + len(numbers) :]
+        if set(own) != set(wanted):
             raise ValueError(
-                f"`server` must return the state that `initial_state` names; found {list(own)}."
+                f"`server` must return the state that `initial_state` names, {wanted}; found "
+                f"{list(own)}."
             )
+        new = OrderedDict(round=following, **numbers, **{name: own[name] for name in wanted})
         named = OrderedDict(
             (name, self.layers.named(found.numbers) if isinstance(found, PerLayer) else found)
             for name, found in measured.items()

@@ -122,20 +122,21 @@ def _check_needs(bound: BoundRule, measured: Any) -> None:
     missing = [name for name in needs.names if name not in types]
     if missing:
         raise ValueError(
-            f"`rule` needs {', '.join(missing)}, but the updates come with {', '.join(types) or None}"
-            ". Build the client work with `build_client_work(model_fn, optimizer, rule.needs)`."
+            f"`value_type` must hold what the rule needs, {', '.join(needs.names)}; found "
+            f"{', '.join(types) or 'nothing'}. Build the client work with "
+            "`build_client_work(model_fn, optimizer, rule.needs)`."
         )
     if needs.score is not None:
         found = tuple(types[needs.score.name].shape)
         if found != (len(bound.layers.names),):
             raise ValueError(
-                f"`rule` has {len(bound.layers.names)} layers, but the updates hold scores of shape "
-                f"{found}. Use the rule's `needs` for the client work."
+                f"`value_type` must hold scores of {len(bound.layers.names)} layers; found scores of "
+                f"shape {found}. Use the rule's `needs` for the client work."
             )
     if needs.candidates is not None:
         found = tuple(types["candidate_errors"].shape)
         if found != (needs.candidates.number,):
             raise ValueError(
-                f"`rule` has {needs.candidates.number} models scored, but the updates hold "
+                f"`value_type` must hold errors of {needs.candidates.number} candidates; found "
                 f"`candidate_errors` of shape {found}."
             )

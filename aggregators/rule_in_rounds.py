@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators import checks
 from aggregators.rule import BoundRule, Rule, check_rule
 from aggregators.update import client_update
 
@@ -104,8 +105,7 @@ def federated_rule(
       'float32[3]@SERVER'
     """
     check_rule(rule)
-    if value_is not in ("model", "delta"):
-        raise ValueError(f'`value_is` must be "model" or "delta"; found {value_is!r}.')
+    checks.word("value_is", value_is, "model", "delta")
     needs = rule.needs
     if needs.candidates is not None:
         raise ValueError(
@@ -131,7 +131,7 @@ def federated_rule(
         value_is == "model" or (scored_here and needs.score.needs == "model")  # type: ignore[union-attr]
     ):
         raise ValueError(
-            "`server_model` is needed for models, and for scores that look at it; found None."
+            "`server_model` must be given for models, and for scores that look at it; found None."
         )
     given = OrderedDict(value=value, state=tff.federated_broadcast(state))
     if server_model is not None:
@@ -147,9 +147,13 @@ def federated_rule(
     wanted = {"scores": needs.score is not None, "loss": needs.loss, "steps": needs.steps}
     for name, argument in (("scores", scores), ("loss", loss), ("steps", steps)):
         if argument is not None and not wanted[name]:
-            raise ValueError(f"`{name}` must be None for a rule that does not look at it.")
+            raise ValueError(
+                f"`{name}` must be None for a rule that does not look at it; found {argument!r}."
+            )
         if argument is None and wanted[name] and name != "scores":
-            raise ValueError(f"`{name}` is needed by this rule, at tff.CLIENTS; found None.")
+            raise ValueError(
+                f"`{name}` must be given to this rule, at tff.CLIENTS; found {argument!r}."
+            )
         if argument is not None:
             given[name], found = placed(argument, name, tff.CLIENTS)
             shapes = [(), (len(bound.layers.names),)] if name == "scores" else [()]

@@ -18,7 +18,7 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators import divergences
+from aggregators import checks, divergences
 from aggregators.layers import Groups
 
 __all__ = [
@@ -59,6 +59,13 @@ def _check_function(instance: Any, attribute: Any, value: Any) -> None:
         pass  # a builtin that does not tell
 
 
+def _check_name(argument: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.isidentifier():
+        raise ValueError(
+            f"`{argument}` must be a name as Python's variables have; found {value!r}."
+        )
+
+
 def _name_of(function: Any) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     return name if name.isidentifier() else "score"
@@ -84,11 +91,15 @@ class Score:
 
     function: Function = attrs.field(validator=_check_function)
     needs: Literal["model", "update"] = attrs.field(
-        default="model", validator=attrs.validators.in_(("model", "update")), kw_only=True
+        default="model", validator=checks.validated(checks.word, "model", "update"), kw_only=True
     )
-    name: str = attrs.field(kw_only=True)
+    name: str = attrs.field(kw_only=True, validator=checks.validated(_check_name))
     over_layers: Callable[[Sequence[Layer], Sequence[Layer]], list[tf.Tensor]] | None = attrs.field(
-        default=None, kw_only=True
+        default=None,
+        validator=checks.validated(
+            checks.function, "(server_layers, client_layers)", optional=True
+        ),
+        kw_only=True,
     )
 
     @name.default

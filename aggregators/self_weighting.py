@@ -6,12 +6,11 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators import hyperparameters
+from aggregators import checks, hyperparameters
 from aggregators.layers import Layers, layers_of_type
 from aggregators.measurements import (
     ClientStatistics,
     PerLayer,
-    check_sample_size,
     measure,
     statistics_reduction,
 )
@@ -112,7 +111,7 @@ def build_self_weighting_client_work(
         )
     score = as_score(score)
     check_weighting(weighting)
-    check_sample_size(sample_size)
+    sample_size = checks.whole("sample_size", sample_size, 0)
     signature = client_work.next.type_signature
     state_type, weights_type, data_type = signature.parameter
     result_type = signature.result.result.member

@@ -58,7 +58,7 @@ def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
     for position, spec in enumerate(specs):
         if not spec.dtype.is_floating or not spec.shape.is_fully_defined():
             raise TypeError(
-                "A mean needs floating tensors of known shape; found "
+                "A mean must have floating tensors of known shape; found "
                 f"{spec.dtype.name} of shape {spec.shape} at position {position}. "
                 "Cast it, or leave it out of the update."
             )

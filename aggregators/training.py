@@ -160,10 +160,25 @@ def check_model_fn(model_fn: Any) -> None:
         )
 
 
+# By the package that an optimizer, or what makes it, is from.
+_ADVICE = {
+    "keras": "Make one of it with `tff_optim.build_keras_optimizer`.",
+    "optax": "Make one of it with `tff_optim.build_optax_optimizer`.",
+    "torch": "Make one of it with `tff_optim.build_torch_optimizer`.",
+    "tensorflow_federated": "Call it: what it returns is one.",
+}
+
+
 def check_optimizer(argument: str, optimizer: Any) -> None:
     """Raises `TypeError` for anything that is not TFF's kind of optimizer."""
-    if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
-        raise TypeError(
-            f"`{argument}` must be a tff.learning.optimizers.Optimizer; found {optimizer!r}. "
-            "Make one of a Keras optimizer with `tff_optim.build_keras_optimizer`."
-        )
+    if isinstance(optimizer, tff.learning.optimizers.Optimizer):
+        return
+    made_by = getattr(optimizer, "func", optimizer)  # of a partial
+    advice = _ADVICE.get(
+        str(getattr(made_by, "__module__", None)).partition(".")[0],
+        "TFF's own are made by `tff.learning.optimizers`, and those of Keras, optax or torch by "
+        "`tff_optim.build_keras_optimizer`, `build_optax_optimizer` or `build_torch_optimizer`.",
+    )
+    raise TypeError(
+        f"`{argument}` must be a tff.learning.optimizers.Optimizer; found {optimizer!r}. {advice}"
+    )

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import attrs
 import tensorflow as tf
 
+from aggregators import checks
 from aggregators.hyperparameters import Hparam, Number, hparam
 
 __all__ = ["Seen", "Weighting", "power", "softmax", "uniform"]
@@ -114,12 +115,6 @@ def looks(rule: Rule) -> bool:
         return False
 
 
-def _check_flag(instance: Any, attribute: Any, value: Any) -> None:
-    del instance
-    if not isinstance(value, bool):
-        raise TypeError(f"`{attribute.name}` must be True or False; found {value!r}.")
-
-
 def _scale(value: Any) -> Any:
     if value is None or value == "running":
         return value
@@ -148,9 +143,14 @@ def _memory(value: Any) -> Hparam:
 
 
 def _own(hparams: Mapping[str, Any]) -> Mapping[str, Hparam]:
-    clash = {"scale", "bound", "memory", "round"} & set(hparams)
-    if clash:
-        raise ValueError(f"`hparams` must not be named {sorted(clash)}: these names are taken.")
+    taken = ("scale", "bound", "memory", "round", "typical_score")
+    if not isinstance(hparams, Mapping) or not all(
+        isinstance(name, str) and name not in taken for name in hparams
+    ):
+        raise ValueError(
+            f"`hparams` must map names, which must not be any of {', '.join(taken)}, to numbers; "
+            f"found {hparams!r}."
+        )
     return OrderedDict(
         (name, value if isinstance(value, Hparam) else hparam(name, value))
         for name, value in hparams.items()
@@ -174,7 +174,7 @@ class Weighting:
 
     rule: Rule = attrs.field(validator=_check_rule)
     scale: Any = attrs.field(default="running", converter=_scale)
-    times_examples: bool = attrs.field(default=True, validator=_check_flag)
+    times_examples: bool = attrs.field(default=True, validator=checks.validated(checks.flag))
     bound: Hparam | None = attrs.field(default=None, converter=_bound)
     memory: Hparam = attrs.field(default=_memory(0.5), converter=_memory)
     hparams: Mapping[str, Hparam] = attrs.field(factory=dict, converter=_own)
@@ -247,8 +247,7 @@ def softmax(
       >>> {name: number.value for name, number in softmax(0.5, bound=20.0).numbers.items()}
       {'temperature': 0.5, 'bound': 20.0, 'memory': 0.5}
     """
-    if prefer not in ("near", "far"):
-        raise ValueError(f'`prefer` must be "near" or "far"; found {prefer!r}.')
+    checks.word("prefer", prefer, "near", "far")
     hint = "For equal weights use `weighting.uniform()`."
     return Weighting(
         _softmax_near if prefer == "near" else _softmax_far,

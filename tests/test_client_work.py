@@ -27,7 +27,7 @@ BY_EXAMPLES = tff.learning.ClientWeighting.NUM_EXAMPLES
         (
             {"optimizer": tf.keras.optimizers.SGD()},
             TypeError,
-            "`client_optimizer`.*build_keras_optimizer",
+            "`optimizer`.*build_keras_optimizer",
         ),
     ],
 )
@@ -41,7 +41,7 @@ def test_bad_arguments_of_scored_work_raise_when_it_is_built(arguments, error, m
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"loss": "end"}, ValueError, "`loss_at` must be"),
+        ({"loss": "end"}, ValueError, "`loss` must be"),
         ({"layers": [(0, 0)]}, ValueError, "`layers` must"),
         ({"layers": "kernel"}, ValueError, "`layers` must"),
         ({"score": "kl"}, TypeError, "`score` must be a function"),
@@ -55,7 +55,7 @@ def test_needs_that_nobody_can_meet_are_refused(arguments, error, message):
 def test_updates_without_what_a_rule_needs_are_refused():
     sgd_work = aggregators.build_client_work(model_fn, SGD, Needs(loss="training"))
     with pytest.raises(
-        ValueError, match=r"`rule` needs initial_loss, but .* come with training_loss"
+        ValueError, match=r"must hold what the rule needs, initial_loss; found training_loss"
     ):
         aggregators.compose_fed_avg(
             model_fn, sgd_work, aggregators.RuleFactory(rules.q_fed_avg(1.0, twin.RATE))
@@ -63,7 +63,7 @@ def test_updates_without_what_a_rule_needs_are_refused():
     per_model = Needs(score=scores.kl_divergence, layers="model")
     kl_work = aggregators.build_client_work(model_fn, SGD, per_model)
     rule = rules.adaptive_mean(scores.kl_divergence, aggregators.weighting.uniform())
-    with pytest.raises(ValueError, match=r"2 layers, but the updates hold scores of shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"scores of 2 layers; found scores of shape \(1,\)"):
         aggregators.compose_fed_avg(model_fn, kl_work, aggregators.RuleFactory(rule))
 
 

@@ -288,7 +288,7 @@ def _at_clients(number):
     ("run", "error", "message"),
     [
         (_run("rule"), TypeError, "`rule` must be a `Rule`; found 'rule'"),
-        (_run(server_model=None), ValueError, "`server_model` is needed"),
+        (_run(server_model=None), ValueError, "`server_model` must be given"),
         (_run(value_is="update"), ValueError, "`value_is` must be"),
         (_run(GATED), TypeError, "`state` must be that of the rule"),
         (
@@ -335,7 +335,7 @@ def test_bad_arguments_are_explained(run, error, message):
 
 
 def test_a_loss_that_a_rule_needs_must_be_given():
-    with pytest.raises(ValueError, match="`loss` is needed by this rule"):
+    with pytest.raises(ValueError, match="`loss` must be given to this rule"):
         tff.federated_computation(_run(GATED), [state_type(GATED), SERVER, CLIENTS])
 
 

@@ -106,7 +106,7 @@ PROCESSES = {
     ),
     "fed-med": (
         "build_fed_med",
-        lambda model: aggregators.build_fed_med(model, SGD, adaptive_when="fallen"),
+        lambda model: aggregators.build_fed_med(model, SGD, gate="fallen"),
         _fed_med,
         {},
     ),
@@ -456,7 +456,7 @@ def test_all_clients_bad_leaves_the_model_and_the_optimizer_as_they_were(build):
         (lambda m: aggregators.build_fed_att(m, SGD, norm="l1"), ValueError, "`norm`.*'l1'"),
         (lambda m: aggregators.build_fed_att(m, SGD, step_size=-1), ValueError, "`step_size`"),
         (
-            lambda m: aggregators.build_fed_med(m, SGD, adaptive_when="x"),
+            lambda m: aggregators.build_fed_med(m, SGD, gate="x"),
             ValueError,
             "`gate` must be",
         ),
@@ -489,9 +489,9 @@ def test_all_clients_bad_leaves_the_model_and_the_optimizer_as_they_were(build):
             ValueError,
             "`learning_rate` must be that of `client_optimizer_fn`; found 5.0, and 0.2",
         ),
-        (lambda m: aggregators.build_fed_kl(m, SGD, "adam"), TypeError, "`server_optimizer`"),
-        (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`client_optimizer`.*'sgd'"),
-        (lambda m: aggregators.build_fed_med(m, "sgd"), TypeError, "`client_optimizer`"),
+        (lambda m: aggregators.build_fed_kl(m, SGD, "adam"), TypeError, "`server_optimizer_fn`"),
+        (lambda m: aggregators.build_fed_kl(m, "sgd"), TypeError, "`client_optimizer_fn`.*'sgd'"),
+        (lambda m: aggregators.build_fed_med(m, "sgd"), TypeError, "`client_optimizer_fn`"),
         (lambda m: aggregators.build_fed_nova(m, "sgd"), TypeError, "`client_optimizer_fn`"),
         (
             lambda m: aggregators.build_q_fed_avg(m, "sgd", learning_rate=0.1),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import aggregators
 from aggregators import federated_reduce
 from aggregators.measurements import ClientStatistics, statistics_reduction
+from aggregators.reduction import of_lifted
 from aggregators.streaming_mean import LogWeighted, mean_reduction
 
 AT_CLIENTS = tff.FederatedType(np.float32, tff.CLIENTS)
@@ -166,6 +167,31 @@ def test_federated_reduce_takes_functions_and_computations():
     assert product_of_positives([3.0, -1.0, 5.0]) == 15.0
 
 
+def test_the_form_that_tff_had_works_as_it_was_written():
+    @tff.tensorflow.computation
+    def zero():
+        return collections.OrderedDict(sum=0.0, largest=-1.0)
+
+    @tff.tensorflow.computation(zero.type_signature.result, np.float32)
+    def op(total, x):
+        return collections.OrderedDict(
+            sum=total["sum"] + x, largest=tf.maximum(total["largest"], x)
+        )
+
+    @tff.federated_computation(AT_CLIENTS)
+    def run(x):
+        one = tff.tensorflow.computation(lambda: 1.0)
+        product = tff.tensorflow.computation(lambda a, b: a * b, [np.float32, np.float32])
+        pair = (one(), one())  # of values that are not placed
+        both = federated_reduce(x, pair, lambda total, y: (total[0] * y, total[1] + y))
+        return federated_reduce(x, zero(), op), federated_reduce(x, one(), product), both
+
+    found, product, both = run([3.0, 0.5, 7.0])
+    assert found == collections.OrderedDict(sum=10.5, largest=7.0)
+    assert product == 10.5
+    assert tuple(both) == (10.5, 11.5)
+
+
 def test_reductions_run_in_one_pass_together():
     add = aggregators.reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
     count = aggregators.Reduction(lambda: 0, lambda n, x: n + 1, None, lambda n: 10 * n)
@@ -179,7 +205,7 @@ def test_reductions_run_in_one_pass_together():
         return federated_reduce(twice, both)
 
     assert run([1.0, 2.5]) == collections.OrderedDict(total=3.5, tens=20)
-    with pytest.raises(ValueError, match="at least one reduction"):
+    with pytest.raises(ValueError, match="must have at least one reduction"):
         aggregators.zip_reductions()
 
 
@@ -214,6 +240,25 @@ def test_reductions_run_in_one_pass_together():
                 x, tff.tensorflow.computation(lambda a: a, np.float32), tf.add
             ),
             "`zero` must be a computation of no arguments",
+        ),
+        (
+            lambda x: federated_reduce(x, tff.federated_value(0.0, tff.SERVER), tf.add),
+            "`zero` must not be placed, .*; found float32@SERVER",
+        ),
+        (
+            lambda x: federated_reduce(
+                x,
+                of_lifted(
+                    aggregators.reduction_from_merge(
+                        lambda: 0.0, tf.identity, lambda a, b: tf.cast(a + b, tf.float64)
+                    )
+                ),
+            ),
+            "`merge` must return the type of `zero`, float32; found that it returns float64",
+        ),
+        (
+            lambda x: federated_reduce(x, aggregators.Reduction(lambda: 0.0, tf.equal, None)),
+            "`accumulate` must return the type of `zero`, float32; found that it returns bool",
         ),
     ],
 )

@@ -7,10 +7,9 @@ from typing import Any, Literal, TypeAlias
 import attrs
 import tensorflow as tf
 
-from aggregators import weighted_mean
+from aggregators import checks, weighted_mean
 from aggregators.hyperparameters import Hparam
 from aggregators.layers import Layers, ModelLayers
-from aggregators.measurements import check_sample_size
 from aggregators.rule import LossAt, Needs, Rule, RuleResult
 from aggregators.scores import Function, Score
 from aggregators.update import ClientUpdate
@@ -78,6 +77,8 @@ def weighed(
 ) -> Weighed:
     """Checks the arguments that rules around adaptive weights share; see `adaptive_mean`."""
     check_weighting(weighting)
+    if loss_at is not None:
+        checks.word("loss_at", loss_at, "training", "initial")
     by_loss = isinstance(score, str) and score == "loss"
     if loss_at is None and by_loss:
         loss_at = "training"
@@ -137,7 +138,7 @@ def adaptive_mean(
       >>> list(rule.hparams)
       ['temperature', 'bound', 'memory']
     """
-    check_sample_size(sample_size)
+    sample_size = checks.whole("sample_size", sample_size, 0)
     by_score = weighed(score, weighting, layers, loss_at)
     if loss_at is not None and not (isinstance(score, str) or weighting.is_own):
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import attrs
 import tensorflow as tf
 
+from aggregators import checks
 from aggregators.hyperparameters import Number, hparam
 from aggregators.layers import Layers
 from aggregators.rule import Rule, RuleResult
@@ -56,8 +57,7 @@ def fed_att(
     Source: Ji, Pan, Long, Li, Jiang, Huang, Learning Private Neural Language Modeling with
     Attentive Aggregation, 2019.
     """
-    if norm not in _NORMS:
-        raise ValueError(f'`norm` must be "frobenius" or "spectral"; found {norm!r}.')
+    checks.word("norm", norm, *_NORMS)
     step = hparam("step_size", step_size, 0.0, above=True)
     weighting = softmax(temperature, prefer="far", scale=None, times_examples=False)
     mean = adaptive_mean(_NORMS[norm], weighting, layers=layers, sample_size=sample_size)

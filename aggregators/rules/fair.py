@@ -7,9 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from aggregators import weighted_mean
+from aggregators import checks, weighted_mean
 from aggregators.hyperparameters import Number, hparam
-from aggregators.measurements import check_sample_size
 from aggregators.reduction import reduction_from_merge, zip_reductions
 from aggregators.rule import Needs, Rule, RuleResult
 from aggregators.update import ClientUpdate, finite_tensors
@@ -49,7 +48,7 @@ def q_fed_avg(q: Number, learning_rate: Number, *, sample_size: int = 0) -> Rule
 
     Source: Li, Sanjabi, Beirami, Smith, Fair Resource Allocation in Federated Learning, 2020.
     """
-    check_sample_size(sample_size)
+    sample_size = checks.whole("sample_size", sample_size, 0)
     hparams = OrderedDict(
         q=hparam("q", q, 0.0), learning_rate=hparam("learning_rate", learning_rate, 0.0, above=True)
     )

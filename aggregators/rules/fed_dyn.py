@@ -6,11 +6,12 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
+from aggregators import checks
 from aggregators.client_memory import ClientMemory, Context, Correction, Finished
 from aggregators.hyperparameters import Number, hparam
 from aggregators.rule import Rule
 from aggregators.rules.plain import plain_mean
-from aggregators.rules.remembering import add_sum, check_base, check_num_clients
+from aggregators.rules.remembering import add_sum, check_base
 
 
 def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None) -> Rule:
@@ -51,7 +52,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
 
     Source: Acar et al., Federated Learning Based on Dynamic Regularization, ICLR 2021, Algorithm 1.
     """
-    check_num_clients(num_clients)
+    num_clients = checks.whole("num_clients", num_clients, 1)
     number = hparam("alpha", alpha, 0.0, above=True)
     base = plain_mean() if rule is None else rule
     check_base(base)

@@ -7,10 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
-from aggregators import weighted_mean
+from aggregators import checks, weighted_mean
 from aggregators.hyperparameters import Number, hparam
 from aggregators.layers import Layers, ModelLayers
-from aggregators.measurements import check_sample_size
 from aggregators.reduction import Reduction, zip_reductions
 from aggregators.rule import LossAt, Rule, RuleResult
 from aggregators.rules.adaptive import ScoreLike, weighed
@@ -105,8 +104,8 @@ def loss_gated(
     Framework for Language Modeling, 2020. What the algorithm leaves open is an argument here, and
     the defaults are this package's choice: no claim is made to reproduce the source's numbers.
     """
-    check_sample_size(sample_size)
-    if gate not in ("not_fallen", "fallen") and not callable(gate):
+    sample_size = checks.whole("sample_size", sample_size, 0)
+    if not callable(gate) and (not isinstance(gate, str) or gate not in ("not_fallen", "fallen")):
         raise ValueError(
             f'`gate` must be "not_fallen", "fallen" or a function; found {gate!r}. {_ADVICE}'
         )
@@ -172,7 +171,7 @@ def loss_gated(
         return RuleResult(own, update, measured)
 
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
-        return OrderedDict(**by_score.initial_state(layers), previous_loss=tf.constant(math.nan))
+        return OrderedDict(by_score.initial_state(layers), previous_loss=tf.constant(math.nan))
 
     def reduction(layers: ModelLayers) -> Reduction:
         specs = [*layers.specs, tf.TensorSpec([], tf.float32)]
@@ -181,16 +180,14 @@ def loss_gated(
             plain=mean_reduction(specs, (tuple(range(len(specs))),)),
         )
 
-    hparams = OrderedDict(by_score.hparams)
-    if not callable(gate):
-        hparams["min_decrease"] = least_fall
+    own = {} if callable(gate) else {"min_decrease": least_fall}
     return Rule(
         client,
         reduction,
         server,
         needs=by_score.needs,
         initial_state=initial_state,
-        hparams=hparams,
+        hparams=checks.joined("weighting", by_score.hparams, own),
         is_mean=True,
     )
 

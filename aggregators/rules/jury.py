@@ -7,11 +7,11 @@ from typing import Any, Literal, TypeAlias
 import attrs
 import tensorflow as tf
 
-from aggregators import weighted_mean
+from aggregators import checks, weighted_mean
 from aggregators.candidates import Candidates, Error
 from aggregators.hyperparameters import Hparam, Number, hparam
 from aggregators.layers import Layers, ModelLayers
-from aggregators.measurements import PerLayer, check_sample_size, statistics_reduction
+from aggregators.measurements import PerLayer, statistics_reduction
 from aggregators.reduction import Reduction, zip_reductions
 from aggregators.rule import Needs, Rule, RuleResult
 from aggregators.rules.adaptive import ScoreLike, Weighed, weighed
@@ -154,8 +154,8 @@ def jury_mean(
       >>> jury_mean(votes="direction").needs.names
       ('training_loss',)
     """
-    check_sample_size(sample_size)
-    if votes not in ("model", "direction") and not callable(votes):
+    sample_size = checks.whole("sample_size", sample_size, 0)
+    if not callable(votes) and (not isinstance(votes, str) or votes not in ("model", "direction")):
         raise ValueError(
             '`votes` must be "model", "direction" or a function of predictions and labels; found '
             f"{votes!r}."
@@ -172,7 +172,7 @@ def jury_mean(
         **shrink.hparams,
     )
     for voice in heard:
-        hparams.update(voice.hparams())
+        hparams = checks.joined("voices", hparams, voice.hparams())
 
     def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
         norm = length(update.delta)
@@ -281,7 +281,7 @@ def jury_mean(
         own = shrink.initial_state()
         own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=none)
         for voice in heard:
-            own.update(voice.initial_state(layers))
+            own = checks.joined("voices", own, voice.initial_state(layers))
         return own
 
     def reduction(layers: ModelLayers) -> Reduction:
@@ -354,7 +354,8 @@ def _by_voice(heard: Sequence[_Voice], numbers: tf.Tensor) -> Any:
 
 def _voices(voices: Voices | None, layers: Layers) -> tuple[_Voice, ...]:
     """Checks the voices, and names each after its score."""
-    pairs: list[Any] = [("loss", softmax())] if voices is None else list(voices)
+    given = [("loss", softmax())] if voices is None else voices
+    pairs: list[Any] = list(given) if isinstance(given, Sequence) else []
     if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(
             "`voices` must be pairs of a score and a weighting, at least one, such as "

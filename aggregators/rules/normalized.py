@@ -7,9 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from aggregators import weighted_mean
+from aggregators import checks, weighted_mean
 from aggregators.hyperparameters import Number, hparam
-from aggregators.measurements import check_sample_size
 from aggregators.rule import Needs, Rule, RuleResult
 from aggregators.update import ClientUpdate
 
@@ -47,12 +46,8 @@ def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None, sample_siz
     Source: Wang, Liu, Liang, Joshi, Poor, Tackling the Objective Inconsistency Problem in
     Heterogeneous Federated Optimization, 2020.
     """
-    check_sample_size(sample_size)
-    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
-        raise ValueError(
-            f"`max_steps` must be None or a whole number of at least 1; found {max_steps!r}."
-        )
-    most = math.inf if max_steps is None else float(max_steps)
+    sample_size = checks.whole("sample_size", sample_size, 0)
+    most = math.inf if max_steps is None else checks.whole("max_steps", max_steps, 1)
 
     def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
         # Differences of nearly equal numbers at high momentum: float32 would be off by percents.

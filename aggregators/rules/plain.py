@@ -4,8 +4,7 @@ from collections import OrderedDict
 
 import tensorflow as tf
 
-from aggregators import weighted_mean
-from aggregators.measurements import check_sample_size
+from aggregators import checks, weighted_mean
 from aggregators.rule import Needs, Rule, RuleResult
 
 
@@ -31,7 +30,7 @@ def plain_mean(*, sample_size: int = 0) -> Rule:
       >>> plain_mean().needs.names
       ()
     """
-    check_sample_size(sample_size)
+    sample_size = checks.whole("sample_size", sample_size, 0)
     return Rule(
         lambda update, weight, state: weighted_mean.weigh(update, tf.math.log(weight)[tf.newaxis]),
         lambda layers: weighted_mean.reduction(layers, sample_size=sample_size),

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import attrs
 import tensorflow as tf
 
-from aggregators import weighted_mean
+from aggregators import checks, weighted_mean
 from aggregators.hyperparameters import Hparam, Number, hparam
 from aggregators.layers import ModelLayers
-from aggregators.measurements import check_sample_size, statistics_reduction
+from aggregators.measurements import statistics_reduction
 from aggregators.reduction import Reduction, reduction_from_merge, zip_reductions
 from aggregators.rule import Needs, Rule, RuleResult
 from aggregators.streaming_mean import LogWeighted, log_add, mean_reduction, share
@@ -208,7 +208,7 @@ def redescending_mean(
     running quantile is that of Andrew, Thakkar, McMahan, Ramaswamy, Differentially Private Learning
     with Adaptive Clipping, 2021.
     """
-    check_sample_size(sample_size)
+    sample_size = checks.whole("sample_size", sample_size, 0)
     shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
 
     def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
+from aggregators import checks
 from aggregators.hyperparameters import Hparam
 from aggregators.layers import ModelLayers
 from aggregators.reduction import Reduction, reduction_from_merge, zip_reductions
@@ -21,12 +22,6 @@ def check_base(rule: Any) -> None:
         raise ValueError(
             f"`rule` must not have clients keep a state of its own; found {rule.needs.memory!r}."
         )
-
-
-def check_num_clients(value: Any) -> None:
-    """Raises `ValueError` unless this can be a number of clients."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`num_clients` must be a whole number of at least 1; found {value!r}.")
 
 
 def add_sum(
@@ -49,9 +44,10 @@ def add_sum(
     Returns:
       A `Rule`.
     """
+    numbers = checks.joined("rule", rule.hparams, hparams or {})
 
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
-        return OrderedDict(**rule.initial_state(layers), **start(layers))
+        return checks.joined("rule", rule.initial_state(layers), start(layers))
 
     def client(update: ClientUpdate, weight: tf.Tensor, state: Any) -> OrderedDict[str, Any]:
         counts = weight > 0
@@ -77,6 +73,6 @@ def add_sum(
         reduction=reduction,
         server=server,
         initial_state=initial_state,
-        hparams=OrderedDict(**rule.hparams, **(hparams or {})),
+        hparams=numbers,
         is_mean=False,
     )

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import attrs
 import tensorflow as tf
 
+from aggregators import checks
 from aggregators.client_memory import ClientMemory, Context, Correction, Finished
 from aggregators.rule import Rule
 from aggregators.rules.plain import plain_mean
-from aggregators.rules.remembering import add_sum, check_base, check_num_clients
+from aggregators.rules.remembering import add_sum, check_base
 
 Option = Literal["I", "II"]
 
@@ -57,9 +58,8 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     Source: Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML
     2020, Algorithm 1.
     """
-    check_num_clients(num_clients)
-    if option not in ("I", "II"):
-        raise ValueError(f'`option` must be "I" or "II"; found {option!r}.')
+    num_clients = checks.whole("num_clients", num_clients, 1)
+    checks.word("option", option, "I", "II")
     base = plain_mean() if rule is None else rule
     check_base(base)
 
