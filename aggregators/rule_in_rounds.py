@@ -1,5 +1,6 @@
 """A rule inside a round of your own."""
 
+import math
 from collections import OrderedDict
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,9 @@ import tensorflow_federated as tff
 from aggregators import checks
 from aggregators.rule import BoundRule, Rule, check_rule
 from aggregators.update import client_update
+
+# By which a mean of ones may exceed 1.
+_ROUNDING = 1e-6
 
 
 class FederatedRule(NamedTuple):
@@ -57,6 +61,7 @@ def federated_rule(
     server_model: Any = None,
     weight: Any = None,
     scores: Any = None,
+    scores_are: Literal["distances", "accuracies"] | None = None,
     loss: Any = None,
     steps: Any = None,
     value_is: Literal["model", "delta"] = "model",
@@ -76,6 +81,10 @@ def federated_rule(
       weight: A number per client at `tff.CLIENTS` (number of examples); None for 1 each.
       scores: Scores that clients computed themselves (validation loss, accuracy, ...), which then
         stand in place of the rule's score: at `tff.CLIENTS`, a floating number, or one per layer.
+      scores_are: What these are; to be said where there are some. `"distances"`: 0 is best, as of a
+        loss or an error. `"accuracies"`: from 0 to 1, which is best; the rule sees, and measurements
+        show, `1 - score`. A weighting that prefers near clients prefers good ones then.
+        A score outside of its range is a bad one, as `bad_score_clients` says.
       loss: The clients' losses at `tff.CLIENTS`, where the rule needs them.
       steps: The clients' steps at `tff.CLIENTS`, where the rule needs them.
       value_is: `"model"` for trained models; `"delta"` for the server's model minus the trained
@@ -144,6 +153,13 @@ def federated_rule(
         given["server"] = tff.federated_broadcast(server_model)
     if weight is not None:
         given["weight"] = placed(weight, "weight", tff.CLIENTS)[0]
+    if scores is None and scores_are is not None:
+        raise ValueError(f"`scores_are` must be None without `scores`; found {scores_are!r}.")
+    if scores is not None and scores_are not in ("distances", "accuracies"):
+        raise ValueError(
+            '`scores_are` must be "distances", of which 0 is best, or "accuracies", of which 1 is; '
+            f"found {scores_are!r}. Turn scores of another kind into distances first."
+        )
     wanted = {"scores": needs.score is not None, "loss": needs.loss, "steps": needs.steps}
     for name, argument in (("scores", scores), ("loss", loss), ("steps", steps)):
         if argument is not None and not wanted[name]:
@@ -177,7 +193,11 @@ def federated_rule(
                 server, trained = delta, [tf.zeros_like(tensor) for tensor in tensors]
             measured[needs.score.name] = bound.measured_scores(server, trained)  # type: ignore[union-attr]
         elif scores is not None:
-            by_layer = tf.ones([len(bound.layers.names)]) * tf.cast(given["scores"], tf.float32)
+            distances = tf.cast(given["scores"], tf.float32)
+            if scores_are == "accuracies":
+                beyond = (distances < 0.0) | (distances > 1.0 + _ROUNDING)
+                distances = tf.where(beyond, math.nan, tf.maximum(1.0 - distances, 0.0))
+            by_layer = tf.ones([len(bound.layers.names)]) * distances
             measured[needs.score.name] = by_layer  # type: ignore[union-attr]
         if loss is not None:
             measured[f"{needs.loss}_loss"] = tf.cast(given["loss"], tf.float32)

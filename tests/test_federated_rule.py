@@ -207,23 +207,36 @@ def test_two_workers_give_the_same_mean(by_kl):
     )
 
 
-def test_scores_of_the_clients_own_take_the_scores_place():
-    rule = rules.adaptive_mean(
-        scores.kl_divergence, weighting.softmax(0.5, prefer="far", scale=1.0), layers="model"
-    )
+@pytest.mark.parametrize("chosen", ["softmax", "power"])
+@pytest.mark.parametrize("kind", ["distances", "accuracies"])
+def test_scores_of_the_clients_own_take_the_scores_place(kind, chosen):
+    """Whoever is best has the largest weight, whichever way the scores go."""
+    chosen, raw_of = {
+        "softmax": (weighting.softmax(0.5, scale=1.0), lambda d: np.exp(-d / 0.5)),
+        "power": (weighting.power(-1.0, scale=1.0, floor=0.01), lambda d: 1 / np.maximum(d, 0.01)),
+    }[chosen]
+    rule = rules.adaptive_mean(scores.kl_divergence, chosen, layers="model")
 
     @tff.federated_computation(state_type(rule), SERVER, CLIENTS, NUMBER)
-    def run(state, server, trained, accuracy):
-        return federated_rule(rule, trained, state, server_model=server, scores=accuracy)
+    def run(state, server, trained, own):
+        return federated_rule(
+            rule, trained, state, server_model=server, scores=own, scores_are=kind
+        )
 
-    server, trained, _ = cohort(11, size=4)
-    accuracy = [0.9, 0.2, 0.6, -0.5]  # the last is none, and its client does not count
-    output = run(rule_state(rule, MODEL)(), server, trained, accuracy)
-    raw = np.exp(np.array(accuracy[:3]) / 0.5)[:, None]
-    expected = twins.weighted_mean(trained[:3], raw, ((0, 1, 2),))
+    server, trained, _ = cohort(11, size=6)
+    # One a rounding above the largest, and two that are none: their clients do not count.
+    own = [0.9, 0.2, 0.6, 1.0 + 1e-7, -0.5, np.nan if kind == "distances" else 85.0]
+    output = run(rule_state(rule, MODEL)(), server, trained, own)
+    distances = np.array(own[:4])
+    if kind == "accuracies":
+        distances = np.maximum(1.0 - distances, 0.0)
+    raw = raw_of(distances)
+    assert np.argmax(raw) == {"distances": 1, "accuracies": 3}[kind]
+    expected = twins.weighted_mean(trained[:4], raw[:, None], ((0, 1, 2),))
     for a, b in zip(output.result, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert (output.measurements["clients"], output.measurements["bad_score_clients"]) == (3, 1)
+    assert (output.measurements["clients"], output.measurements["bad_score_clients"]) == (4, 2)
+    np.testing.assert_allclose(output.measurements["score_mean"], distances.mean(), rtol=1e-6)
 
 
 def test_a_gate_of_ones_own_works_inside_a_round():
@@ -297,19 +310,25 @@ def _at_clients(number):
             "`loss` must be None for a rule that does not look at it",
         ),
         (
-            lambda state, server, trained: _run(scores=_at_clients([1.0, 2.0]))(
-                state, server, trained
-            ),
+            lambda state, server, trained: _run(
+                scores=_at_clients([1.0, 2.0]), scores_are="distances"
+            )(state, server, trained),
             TypeError,
             "`scores` must be one number per client, or one per layer; found <float32,float32>",
         ),
         (
-            lambda state, server, trained: _run(scores=tff.federated_value(1.0, tff.SERVER))(
-                state, server, trained
-            ),
+            lambda state, server, trained: _run(
+                scores=tff.federated_value(1.0, tff.SERVER), scores_are="accuracies"
+            )(state, server, trained),
             TypeError,
             "`scores` must be placed at tff.CLIENTS",
         ),
+        (
+            lambda state, server, trained: _run(scores=_at_clients(1.0))(state, server, trained),
+            ValueError,
+            '`scores_are` must be "distances", of which 0 is best, or "accuracies".*; found None',
+        ),
+        (_run(scores_are="distances"), ValueError, "`scores_are` must be None without `scores`"),
         (
             lambda state, server, trained: _run()(state, trained, trained),
             TypeError,
