@@ -92,7 +92,7 @@ def test_clients_made_by_a_function_are_those_of_the_seed(process, tmp_path):
         assert str(numbers(both.only("two", seed))) == str(numbers(alone))
     with pytest.raises(ValueError, match="at most the number of clients, 4; found 5"):
         simulation.run(process, make, seed=[3, 4], rounds=1, clients_per_round=5)
-    with pytest.raises(ValueError, match=r"'clients': 6.* none; found one with .*'clients': 4"):
+    with pytest.raises(ValueError, match=r"'ids': .6 from.* none; found one with .*'ids': .4 from"):
         simulation.run(
             {"two": process}, made[3], seed=[4], rounds=3, clients_per_round=3, directory=tmp_path
         )

@@ -121,7 +121,7 @@ def test_another_rate_model_or_optimizer_is_another_run(tmp_path):
     for change in ({"rate": 0.2}, {"client_rate": 0.2}):
         with pytest.raises(ValueError, match=r"learning_rate': 0\.2.*, or none; found one with"):
             simulation.run(build_fed_avg(**change), make_clients(), **arguments)
-    with pytest.raises(ValueError, match=r"state_type.*is another model, optimizer or rule\. Name"):
+    with pytest.raises(ValueError, match=r"state_type.*is another model, optimizer or rule\."):
         simulation.run(build_process(), make_clients(), directory=tmp_path, **FEW)
     with ResidentProcess(build_fed_avg()) as resident:  # another place is the same run
         simulation.run(resident, make_clients(), **{**arguments, "directory": tmp_path / "new"})

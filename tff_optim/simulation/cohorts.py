@@ -8,7 +8,7 @@ import tensorflow_federated as tff
 
 from tff_optim.client_data import check_client_data
 from tff_optim.messages import shown
-from tff_optim.simulation import stores
+from tff_optim.simulation import client_fingerprints, stores
 
 
 def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], Any]]:
@@ -62,6 +62,11 @@ class Cohorts:
     def draw(self, round_number: int) -> list[Hashable]:
         """The ids of a round's clients."""
         return [self.ids[i] for i in self._sample(round_number, self._size)]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the data of clients, of 100 where there are more, begin with; see `of_data`."""
+        some = client_fingerprints.chosen(self.ids)
+        return {str(client): client_fingerprints.of_data(self._get(client)) for client in some}
 
     def data(self, round_number: int) -> list[Any]:
         """The data of a round's clients, each compared with the process when first drawn."""

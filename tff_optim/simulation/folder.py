@@ -37,7 +37,7 @@ class Folder:
         self._rounds, self._clients = RecordFile(None), RecordFile(None)
 
     def go_on(
-        self, run: Mapping[str, Any], process: Any, ids: Sequence[Any], *, resume: bool
+        self, run: Mapping[str, Any], process: Any, ids: Sequence[Any], *, resume: bool | str
     ) -> None:
         """Finds what the same run has left in the directory, or prepares it for a new one.
 
@@ -45,14 +45,16 @@ class Folder:
           run: What makes a run the same run; see `same_run.describe`.
           process: Whose states are saved.
           ids: Of all clients.
-          resume: Whether to go on with what is there.
+          resume: Whether to go on with what is there; "changed" if it may differ.
 
         Raises:
           ValueError: The directory holds another run.
         """
         assert self.path is not None
         same_run.check(self.path, dict(run), resume=resume, files=_FILES)
-        self.checkpoints = _checkpoints(process, os.path.join(self.path, "checkpoints"))
+        self.checkpoints = _checkpoints(
+            process, os.path.join(self.path, "checkpoints"), accept_changes=resume == "changed"
+        )
         versions = wait(self.checkpoints.get_versions())
         self.saved = max(versions) if versions else None
         self._rounds = RecordFile(os.path.join(self.path, "rounds.csv"), self.saved)
@@ -98,7 +100,9 @@ class Folder:
             self._board.close()
 
 
-def _checkpoints(process: Any, path: str) -> tff.program.ProgramStateManager:
+def _checkpoints(
+    process: Any, path: str, *, accept_changes: bool
+) -> tff.program.ProgramStateManager:
     if isinstance(process, ResidentProcess):
-        return ResidentCheckpoints(process, path, keep=2)
+        return ResidentCheckpoints(process, path, keep=2, accept_changes=accept_changes)
     return tff.program.FileProgramStateManager(path, keep_total=2, keep_first=False)

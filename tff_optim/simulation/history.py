@@ -189,6 +189,11 @@ class History:
         (state,) = self.states.values()
         return state
 
+    def materialized(self, process: Any) -> "History":
+        """The same with plain states in the place of those of a `ResidentProcess`."""
+        states = {run: process.materialize(state) for run, state in self.states.items()}
+        return attrs.evolve(self, states=states)
+
     def only(self, process: str, seed: int = 0) -> "History":
         """The history of one run among several."""
         run = (process, seed)

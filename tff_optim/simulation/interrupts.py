@@ -9,9 +9,15 @@ from types import FrameType
 
 
 class Interrupt:
-    """Whether the user has asked to stop."""
+    """Whether rounds are asked to end.
+
+    Attributes:
+      requested: By the user, or because another run has failed.
+      pressed: By the user, whose Ctrl-C may have ended a worker too.
+    """
 
     requested = False
+    pressed = False
 
 
 @contextlib.contextmanager
@@ -30,7 +36,7 @@ def let_rounds_end() -> Iterator[Interrupt]:
 
     def request(number: int, frame: FrameType | None) -> None:
         del number, frame
-        interrupt.requested = True
+        interrupt.requested = interrupt.pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("Stopping after this round; Ctrl-C again stops at once.", file=sys.stderr)
 

@@ -30,7 +30,8 @@ def run(
     rounds_per_evaluation: int = 1,
     directory: str | os.PathLike[str] | None = None,
     rounds_per_checkpoint: int = 10,
-    resume: bool = True,
+    resume: bool | str = True,
+    compare_data: bool = True,
     progress: bool = True,
     stop: Callable[[Table], bool] | None = None,
     managers: Sequence[tff.program.ReleaseManager] = (),
@@ -77,7 +78,7 @@ def run(
         `tff.simulation.datasets.ClientData`. Data are a `tf.data.Dataset` of batches, or a
         list of them. A function in its place is called once with each seed, before training,
         and returns one of these, so that clients may differ too.
-      rounds: Rounds of training, those before a resume included.
+      rounds: Rounds of training, those before a resume included: no fewer than `directory` holds.
       clients_per_round: Clients drawn for each round, uniformly and without replacement.
       seed: Of the draws, or several.
       evaluate: Called with the model weights, returns numbers by name.
@@ -86,7 +87,14 @@ def run(
         `NAME/seed_N`.
       rounds_per_checkpoint: How often the state is saved; also at the end. For a small model a
         checkpoint of plain TFF takes longer than a round.
-      resume: Whether to go on with what `directory` holds.
+      resume: Whether to go on with what `directory` holds. True takes the same run alone: the same
+        process (computations, constants, hyperparameters), initial weights if given, clients, data,
+        draws and evaluation; versions of packages may differ, with a warning. "changed" goes on
+        with another one as far as its state fits, and writes down in `arguments.json` what has
+        changed after which round.
+      compare_data: Whether the data of clients (of 100, spread over the ids, where there are more)
+        are among what is the same: their specification, number of elements and first element. A
+        millisecond or a few for each.
       progress: Whether to show a bar on a terminal or in a notebook.
       stop: Called after each round with the rounds so far; true ends the run. See `no_better`.
       managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round.
@@ -106,12 +114,14 @@ def run(
         that makes one.
 
     Returns:
-      A `History`.
+      A `History`. The states of a `ResidentProcess` that a function made are plain ones, since it is
+      closed.
 
     Raises:
       TypeError: An argument is of the wrong type, or a client's data is not what the process
         takes; the message names the client.
-      ValueError: A number is out of range, or `directory` holds another run.
+      ValueError: A number is out of range, or `directory` holds another run, or more rounds. An
+        error of a round is raised once the rounds before it are saved.
     """
     processes, seeds = _processes(process), _seeds(seed)
     clients_per_round = cohorts.whole(clients_per_round)
@@ -125,6 +135,7 @@ def run(
         rounds_per_evaluation=rounds_per_evaluation,
         rounds_per_checkpoint=rounds_per_checkpoint,
         resume=resume,
+        compare_data=compare_data,
         progress=progress,
         stop=stop,
         managers=tuple(managers),
@@ -149,7 +160,9 @@ def run(
             folder = os.path.join(folder, name, f"seed_{number}")
         with _built(processes[name], number, name, plan) as one:
             drawn = cohorts.Cohorts(by_seed[number], clients_per_round, number, _data_type(one))
-            return [train(one, drawn, plan, folder, interrupt, name, number)]
+            history = train(one, drawn, plan, folder, interrupt, name, number)
+            is_closed = one is not processes[name] and hasattr(one, "materialize")
+            return [history.materialized(one) if is_closed else history]
 
     lanes = _lanes(processes, seeds)
     with interrupts.let_rounds_end() as interrupt:

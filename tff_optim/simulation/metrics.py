@@ -49,6 +49,16 @@ def check_names(flat: Mapping[str, Any], argument: str, taken: Sequence[str]) ->
             )
 
 
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether flat metrics have the same names, texts and, up to rounding, numbers."""
+    return set(one) == set(other) and all(
+        value == other[name]
+        if isinstance(value, str) or isinstance(other[name], str)
+        else bool(np.isclose(value, other[name], rtol=1e-3, atol=1e-6, equal_nan=True))
+        for name, value in one.items()
+    )
+
+
 def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
     """Assigns to clients, by id, what a round shows of single ones.
 

@@ -1,34 +1,100 @@
 """What makes a run the same run: written down in its folder, and compared by whoever goes on."""
 
-import hashlib
+import functools
 import json
 import os
-from collections.abc import Sequence
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.resident import ResidentProcess, maker
+from tff_optim.resident.graphs import fingerprints
 from tff_optim.simulation import metrics
 
 _FILE = "arguments.json"
+_CHANGES, _VERSIONS, _OWN, _DATA = "changes", "versions", "own_weights", "data"
+# Of a learning process; a plain one has the first two.
+_COMPUTATIONS = (
+    *("initialize", "next"),
+    *("get_model_weights", "set_model_weights", "get_hparams", "set_hparams"),
+)
+# What another version of a package may make in another way without another number.
+_MADE = ("computations", "evaluate")
+_HINTS = {
+    "state_type": "Another `state_type` is another model, optimizer or rule.",
+    "computations": "Other `computations` are another model, loss, optimizer, rule or number in one.",
+    "checkpoints": "Another kind of `checkpoints` is that of a `ResidentProcess`, or of a plain one.",
+}
+_NEVER = ("state_type", "checkpoints")  # a state of another kind cannot be gone on from
+_SHOWN = 3  # clients whose data differ
 
 
-def describe(process: Any, state: Any, **arguments: Any) -> dict[str, Any]:
-    """What is compared: arguments, hyperparameters at the start, and the type of the state."""
-    initialize = getattr(process, "process", process).initialize
-    state_type = str(initialize.type_signature.result)
-    found = {**arguments, "state_type": hashlib.sha256(state_type.encode()).hexdigest()[:8]}
+def describe(process: Any, state: Any, *, given: Any, **arguments: Any) -> dict[str, Any]:
+    """What is compared, in short texts and numbers by name.
+
+    Args:
+      process: The process.
+      state: Its initial state.
+      given: The initial weights that it was given; None if they are its own.
+      **arguments: Of the run.
+    """
+    wrapped = getattr(process, "process", process)
+    weights = getattr(process, "get_model_weights", None)
+    made = {} if weights is None else {"without": wrapped.get_model_weights.type_signature.result}
+    found = {
+        **arguments,
+        "state_type": _short(str(wrapped.initialize.type_signature.result)),
+        "checkpoints": "resident" if isinstance(process, ResidentProcess) else "plain",
+        "initial_weights": None if given is None else _of_arrays(given),
+        _OWN: None if given is not None or weights is None else _of_arrays(weights(state)),
+        _VERSIONS: maker.versions(),
+    }
+    computations = [getattr(wrapped, name) for name in _COMPUTATIONS if hasattr(wrapped, name)]
+    found["computations"] = _short(
+        *(fingerprints.of_computation(computation, **made) for computation in computations)
+    )
     if hasattr(process, "get_hparams"):
         hparams = metrics.flatten(process.get_hparams(state))
         found.update({f"hparams/{name}": value for name, value in hparams.items()})
     return found
 
 
-def check(folder: str, run: dict[str, Any], *, resume: bool, files: Sequence[str]) -> None:
+def of_function(function: Callable[..., Any] | None) -> str | None:
+    """The name of a function and a fingerprint of its code; what the code refers to does not count.
+
+    Example:
+      >>> one, same, other = (eval(f"lambda w: {{'n': {n}}}") for n in (1, 1, 2))
+      >>> of_function(one) == of_function(same) != of_function(other)
+      True
+    """
+    if function is None:
+        return None
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    inner = getattr(inner, "__func__", inner)
+    if not hasattr(inner, "__qualname__"):
+        inner = type(inner).__call__
+    code = getattr(inner, "__code__", None)
+    return inner.__qualname__ if code is None else f"{inner.__qualname__} {_short(*_code(code))}"
+
+
+def of_ids(ids: Sequence[Any]) -> str:
+    """The number of clients, and a fingerprint of their ids in this order."""
+    return f"{len(ids)} from {ids[0]!r} to {ids[-1]!r}, {_short(*map(repr, ids))}"
+
+
+def check(folder: str, run: dict[str, Any], *, resume: bool | str, files: Sequence[str]) -> None:
     """Writes down what makes a run the same run, or compares it with what is there.
 
     Args:
       folder: The run's.
       run: See `describe`.
-      resume: Whether a run that is there may go on.
+      resume: Whether a run that is there may go on; "changed" for one that differs.
       files: Names that the run will write.
 
     Raises:
@@ -43,23 +109,148 @@ def check(folder: str, run: dict[str, Any], *, resume: bool, files: Sequence[str
                 f"in {folder}. Name another."
             )
         os.makedirs(folder, exist_ok=True)
-        with open(path + ".unfinished", "w") as file:
-            json.dump(run, file)
-        os.replace(path + ".unfinished", path)
+        _write(path, run)
         return
     if not resume:
         raise ValueError(
             f"`directory` must be a new one, since `resume` is False; found a run in {folder}. "
             "Remove it, or name another."
         )
-    with open(path) as file:
-        found = json.load(file)
-    names = [name for name in {**run, **found} if run.get(name) != found.get(name)]
-    if names:
-        mine, theirs = ({name: one.get(name) for name in names} for one in (run, found))
-        of_types = "state_type" in names
-        hint = " Another `state_type` is another model, optimizer or rule." if of_types else ""
+    found = _read(path)
+    _warn_of_versions(folder, run, found)
+    names = _differences(run, found)
+    never = [name for name in names if name in _NEVER]
+    if names and (resume != "changed" or never):
+        mine, theirs = _shown(run, names), _shown(found, names)
+        hints = [_HINTS[name] for name in names if name in _HINTS]
+        other = "" if never else ", or go on all the same with `resume='changed'`"
         raise ValueError(
             f"`directory` must hold a run with {mine}, or none; found one with {theirs} in "
-            f"{folder}.{hint} Name another."
+            f"{folder}. {' '.join([*hints, f'Name another{other}.'])}"
         )
+    if names:
+        warnings.warn(
+            f"`directory`, {folder}, goes on with {_shown(run, names)} in the place of "
+            f"{_shown(found, names)}, as `resume='changed'` asks.",
+            stacklevel=2,
+        )
+    elif run[_OWN] != found.get(_OWN, run[_OWN]):
+        warnings.warn(
+            f"`initial_weights` are not given, and the process draws others than the run in {folder} "
+            "began with, as it does each time it is built unless its layers' initializers have a "
+            "seed. The run goes on from its own.",
+            stacklevel=2,
+        )
+
+
+def take_over(folder: str, run: dict[str, Any], number: int) -> None:
+    """Writes down that a run goes on after a round with what differs, if something does."""
+    path = os.path.join(folder, _FILE)
+    found = _read(path)
+    names = _differences(run, found)
+    if found.get(_VERSIONS) != run[_VERSIONS]:
+        names.append(_VERSIONS)
+    if names:
+        change = {"after_round": number, "from": _shown(found, names), "to": _shown(run, names)}
+        kept = {
+            _OWN: found.get(_OWN),
+            _DATA: run[_DATA] or found.get(_DATA),
+            _CHANGES: [*found.get(_CHANGES, []), change],
+        }
+        _write(path, {**run, **kept})
+
+
+def _differences(run: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Names of what is not the same; of data, one name for each client."""
+    same_versions = run[_VERSIONS] == found.get(_VERSIONS)
+    names = []
+    for name in {**run, **found}:
+        if name in (_CHANGES, _VERSIONS, _OWN, _DATA):
+            continue
+        if not same_versions and (name in _MADE or name not in run or name not in found):
+            continue
+        if run.get(name) != found.get(name):
+            names.append(name)
+    mine, theirs = run.get(_DATA) or {}, found.get(_DATA) or {}
+    return names + [
+        f"{_DATA} of {client}"
+        for client, text in mine.items()
+        if client in theirs and _stable(text, theirs[client]) != _stable(theirs[client], text)
+    ]
+
+
+def _stable(text: str, other: str) -> str:
+    """What is compared of a client's data: less where the first element is another each time."""
+    changing = ("another each time", "not read")
+    is_unknown = text.endswith(changing) or other.endswith(changing)
+    return text.rpartition(", first ")[0] if is_unknown else text
+
+
+def _shown(run: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The values of some names, of a few clients if the data of many differ."""
+    prefix = f"{_DATA} of "
+    of_clients = [name for name in names if name.startswith(prefix)]
+    shown = {name: run.get(name) for name in names if name not in of_clients}
+    for name in of_clients[:_SHOWN]:
+        shown[name] = run[_DATA].get(name.removeprefix(prefix))
+    if len(of_clients) > _SHOWN:
+        shown[f"{_DATA} of {len(of_clients) - _SHOWN} more"] = "..."
+    return shown
+
+
+def _warn_of_versions(folder: str, run: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    mine, theirs = run[_VERSIONS], found.get(_VERSIONS) or {}
+    others = [f"{name} {theirs.get(name, 'of an unknown version')}" for name in mine]
+    changed = [text for name, text in zip(mine, others) if mine[name] != theirs.get(name)]
+    if changed:
+        warnings.warn(
+            f"`directory`, {folder}, holds a run that was begun with {' and '.join(changed)}, and "
+            f"{', '.join(f'{name} {version}' for name, version in mine.items())} may build the same "
+            "process of other operations: whether it is the same process cannot be told.",
+            stacklevel=3,
+        )
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`directory` must hold what makes its run the same run; found {path}, which cannot be "
+            f"read ({error}). Restore it from a copy, or name another directory."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"`directory` must hold what makes its run the same run; found {type(found).__name__} in "
+            f"{path}. Restore it from a copy, or name another directory."
+        )
+    return found
+
+
+def _write(path: str, run: Mapping[str, Any]) -> None:
+    with open(path + ".unfinished", "w", encoding="utf-8") as file:
+        json.dump(run, file, indent=1)
+    os.replace(path + ".unfinished", path)
+
+
+def _short(*parts: Any) -> str:
+    return fingerprints.of_parts(*parts)[:8]
+
+
+def _of_arrays(weights: Any) -> str:
+    arrays = [np.asarray(leaf) for leaf in tf.nest.flatten(weights)]
+    return _short(*(part for a in arrays for part in (a.dtype, a.shape, a.tobytes())))
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """What a function's code does, wherever it stands in a file."""
+    parts: list[Any] = [code.co_code, code.co_names]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            parts += _code(constant)
+        elif isinstance(constant, frozenset):
+            parts += sorted(map(repr, constant))
+        else:
+            parts.append(repr(constant))
+    return parts

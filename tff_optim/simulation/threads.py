@@ -51,8 +51,12 @@ def side_by_side(
         failed = [future for future in futures if future.done() and future.exception()]
         interrupt.requested = interrupt.requested or bool(failed)
         concurrent.futures.wait(futures)
-        if failed:
-            failed[0].result()  # raises
+        ended = sorted(futures, key=lambda future: future not in failed)  # the first to fail
+        errors = [error for future in ended if (error := future.exception())]
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"Another run has failed too: {other!r}")
+            raise errors[0]
         return [future.result() for future in futures]
     finally:
         # After a second Ctrl-C the threads are left to end after their rounds.

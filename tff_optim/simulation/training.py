@@ -21,12 +21,19 @@ from tff_optim.simulation.starts import Starts
 from tff_optim.simulation.threads import on_a_loop
 
 _TIME = tff.simulation.TRAINING_TIME_KEY
+_EVALUATION = "evaluation/"
 
 
 def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
     del plan
     if value is not None and not callable(value):
         raise TypeError(f"`{attribute.name}` must be a function or None; found {shown(value)}.")
+
+
+def _resume(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+    del plan, attribute
+    if not (isinstance(value, bool) or value == "changed"):
+        raise ValueError(f"`resume` must be True, False or 'changed'; found {shown(value)}.")
 
 
 def _at_least(least: int) -> Callable[[Any, attrs.Attribute, Any], None]:
@@ -42,7 +49,8 @@ class Plan:
     evaluate: Callable[[Any], Mapping[str, Any]] | None = attrs.field(validator=_function)
     rounds_per_evaluation: int = attrs.field(converter=whole, validator=_at_least(1))
     rounds_per_checkpoint: int = attrs.field(converter=whole, validator=_at_least(1))
-    resume: bool
+    resume: bool | str = attrs.field(validator=_resume)
+    compare_data: bool
     progress: bool
     stop: Callable[[Table], bool] | None = attrs.field(validator=_function)
     managers: tuple[tff.program.ReleaseManager, ...]
@@ -90,18 +98,39 @@ class _Run:
         self._process, self._cohorts, self._plan, self._folder = process, cohorts, plan, folder
         self._interrupt, self._run, self._initial = interrupt, (name, seed), None
         if folder.path is not None:
-            run = same_run.describe(
-                process,
-                self.initialize(),
-                seed=seed,
-                clients_per_round=plan.clients_per_round,
-                clients=len(cohorts.ids),
-            )
-            folder.go_on(run, process, cohorts.ids, resume=plan.resume)
+            self._go_on(seed)
         self._store: Any = None  # of the states of clients
-        self._state: Any = None  # after the last round of this call
+        self._state: Any = None  # after the last round of this call, whose number is `_done`
+        self._done = folder.saved or 0
+        self._in_round = False
         self._of_clients: list[dict[str, Any]] = []
         self._bar: ProgressBar | None = None
+
+    def _go_on(self, seed: int) -> None:
+        """Finds what the same run has left, or prepares the folder for a new one."""
+        plan, cohorts, folder = self._plan, self._cohorts, self._folder
+        assert folder.path is not None
+        with plan.lock:
+            data = cohorts.fingerprints() if plan.compare_data else None
+        run = same_run.describe(
+            self._process,
+            self.initialize(),
+            given=plan.starts.weights[seed],
+            seed=seed,
+            clients_per_round=plan.clients_per_round,
+            ids=same_run.of_ids(cohorts.ids),
+            data=data,
+            evaluate=same_run.of_function(plan.evaluate),
+            rounds_per_evaluation=plan.rounds_per_evaluation if plan.evaluate else None,
+        )
+        folder.go_on(run, self._process, cohorts.ids, resume=plan.resume)
+        saved = folder.saved or 0
+        if saved > plan.rounds:
+            raise ValueError(
+                f"`rounds` must be at least {saved}, those that {folder.path} holds; found "
+                f"{plan.rounds}. Give {saved} for these, or name another directory."
+            )
+        same_run.take_over(folder.path, run, saved)
 
     def history(self) -> History:
         """Trains, saves what is not saved yet, and tells."""
@@ -141,20 +170,29 @@ class _Run:
         except _StopTraining as reason:
             ended = str(reason)
         except Exception as error:
-            if not self._interrupt.requested or self._state is None:
+            if not (self._interrupt.pressed and self._in_round and self._state is not None):
+                self._rescue(error)
                 raise
             ended = "interrupted"
             print(f"The round that Ctrl-C met is lost: {shown(error)}", file=sys.stderr)
         finally:
             self._bar.close()
-        done = max((record["round"] for record in self._folder.rounds), default=0)
-        self._folder.save(self._state, done)
+        self._folder.save(self._state, self._done)
         return History(
             rounds=self._table(self._folder.rounds),
             clients=self._table(self._folder.clients),
             states={run: self._state},
             ended={run: ended},
         )
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves the last good round before an error is raised."""
+        if self._state is None:
+            return
+        try:
+            self._folder.save(self._state, self._done)
+        except Exception as another:  # the first one is the reason
+            error.add_note(f"Round {self._done} could not be saved: {shown(another)}")
 
     def initialize(self) -> Any:
         """The initial state, made once."""
@@ -164,14 +202,18 @@ class _Run:
 
     def next(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
         """A round, with flat metrics; clients' states count once it has ended."""
+        if self._state is None and self._folder.saved is not None:
+            self._check_evaluate(state)
         ids = [str(client) for client in self._cohort]
         plain = contextlib.nullcontext(data)
         with plain if self._store is None else self._store.cohort(ids, data) as cohort:
+            self._in_round = True
             state, found = _pair(self._process.next(state, cohort))
+            self._in_round = False
         self._of_clients = metrics.client_records(found, self._cohort)
         self._next_state, self._initial = state, None
         flat = metrics.flatten(found)
-        metrics.check_names(flat, "process", ("round", "process", "seed", _TIME, "evaluation/"))
+        metrics.check_names(flat, "process", ("round", "process", "seed", _TIME, _EVALUATION))
         return state, collections.OrderedDict(flat)
 
     def _draw(self, number: int) -> list[Any]:
@@ -188,6 +230,27 @@ class _Run:
         with self._plan.lock:
             return self._plan.stop is not None and bool(
                 self._plan.stop(self._table(self._folder.rounds))
+            )
+
+    def _check_evaluate(self, state: Any) -> None:
+        """Raises `ValueError` if `evaluate` gives other numbers than the run's for the same weights."""
+        found = {
+            name.removeprefix(_EVALUATION): value
+            for record in self._folder.rounds
+            for name, value in record.items()
+            if record["round"] == self._done and name.startswith(_EVALUATION)
+        }
+        found.pop(tff.simulation.EVALUATION_TIME_KEY, None)
+        if self._plan.evaluate is None or not found or self._plan.resume == "changed":
+            return
+        now = self._evaluate(state, None)
+        if not metrics.alike(now, found) and metrics.alike(now, self._evaluate(state, None)):
+            names = [name for name in {**now, **found} if now.get(name) != found.get(name)][:3]
+            mine, theirs = ({name: one.get(name) for name in names} for one in (now, found))
+            raise ValueError(
+                f"`evaluate` must give what it gave in {self._folder.path}, {theirs} for the model of "
+                f"round {self._done}; found {mine}. Evaluate on the same data, name another "
+                "directory, or go on all the same with `resume='changed'`."
             )
 
     def _evaluate(self, state: Any, unused: Any) -> dict[str, Any]:
@@ -214,13 +277,13 @@ class _Run:
     async def _release(self, value: Mapping[str, Any], number: int) -> None:
         record = {k: v for k, v in value.items() if k != tff.simulation.ROUND_NUMBER_KEY}
         await self._folder.add(number, record, self._of_clients if number else [])
+        if number:
+            self._state, self._done = self._next_state, number
         with self._plan.lock:
             for manager in self._plan.managers:
                 await manager.release(record, number)
         assert self._bar is not None
         await self._bar.release(record, number)
-        if number:
-            self._state = self._next_state
 
     def _table(self, records: list[dict[str, Any]]) -> Table:
         process, seed = self._run

@@ -1,0 +1,106 @@
+"""What tells a client's data from others, by its beginning: read without a trace in the data set."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.resident.graphs.fingerprints import of_parts
+from tff_optim.resident.graphs.nodes import node_of
+
+_LARGEST = 100  # clients that are looked at
+# Data sets without which the same elements come in their own order, and from where they are made:
+# a shuffled one goes on where its last reader left it, and a cache keeps what is read.
+_PASSED = ("Shuffle", "Cache")
+_PYTHON = ("PyFunc", "EagerPyFunc", "Generator")
+
+
+def chosen(ids: list[Any]) -> list[Any]:
+    """The clients that are looked at: all, or 100 of them spread over the list."""
+    step = max(len(ids) / _LARGEST, 1.0)
+    return [ids[int(i * step)] for i in range(min(len(ids), _LARGEST))]
+
+
+def of_data(data: Any) -> str:
+    """The specification, the number and the first of the elements of a client's data, in short.
+
+    The order in which a data set is shuffled does not count, but how it is shuffled does. What a
+    generator or another source with a state would give is not read.
+
+    Example:
+      >>> data = tf.data.Dataset.range(6).batch(2)
+      >>> of_data(data)
+      '3 of TensorSpec(shape=(None,), dtype=tf.int64, name=None), first ...'
+      >>> of_data(data.shuffle(3)) == of_data(data.shuffle(3)) != of_data(data)
+      True
+    """
+    if isinstance(data, tf.data.Dataset):
+        spec, count = data.element_spec, int(data.cardinality())
+        known = {tf.data.UNKNOWN_CARDINALITY: "some", tf.data.INFINITE_CARDINALITY: "endless"}
+        return f"{known.get(count, count)} of {spec}, first {_first(data)}"
+    batches = list(data[:1]) if isinstance(data, list | tuple) else [data]
+    count = len(data) if isinstance(data, list | tuple) else 1
+    try:
+        leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(batches)]
+    except Exception:  # refused in words where the client is drawn
+        return f"{count} of {type(data).__name__}"
+    kinds = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
+    values = of_parts(*(leaf.tobytes() if leaf.dtype != object else leaf for leaf in leaves))
+    return f"{count} of {kinds}, first {values[:8]}"
+
+
+def _first(data: tf.data.Dataset) -> str:
+    """The fingerprint of the first element, before any shuffling."""
+    try:
+        variant = tf.data.experimental.to_variant(data)
+        # 1: leave states out, such as how far a generator of random numbers is.
+        written = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
+        graph, passed = _without_order(tf.compat.v1.GraphDef.FromString(written.numpy()))
+        found = {_read(graph, data.element_spec) for _ in range(2)}
+    except Exception:  # of any source: what is wrong with it is told where the client is drawn
+        return "not read"
+    return of_parts(*found, *passed)[:8] if len(found) == 1 else "another each time"
+
+
+def _read(graph: bytes, spec: Any) -> str:
+    copy = tf.data.experimental.from_variant(tf.raw_ops.DatasetFromGraph(graph_def=graph), spec)
+    leaves = [leaf for one in copy.take(1) for leaf in tf.nest.flatten(one, expand_composites=True)]
+    return of_parts(*(tf.io.serialize_tensor(leaf).numpy() for leaf in leaves))
+
+
+def _without_order(graph: Any) -> tuple[bytes, list[int]]:
+    """The graph of a data set without shuffles and caches, and the numbers that shuffles were given.
+
+    Raises:
+      ValueError: A function of Python makes elements, and may have a state.
+    """
+    numbers: list[int] = []
+    _pass(graph.node, numbers)
+    for function in graph.library.function:
+        instead = _pass(function.node_def, numbers)
+        for name, tensor in function.ret.items():
+            function.ret[name] = _followed(tensor, instead)
+    return graph.SerializeToString(), numbers
+
+
+def _pass(nodes: Any, numbers: list[int]) -> dict[str, str]:
+    """Takes from each node that is passed what it takes; returns that by the node's name."""
+    by_name = {node.name: node for node in nodes}
+    instead = {node.name: node.input[0] for node in nodes if node.op.startswith(_PASSED)}
+    for node in nodes:
+        if node.op.startswith(_PYTHON):
+            raise ValueError(node.op)
+        if node.op.startswith("Shuffle"):
+            given = [by_name.get(node_of(name)) for name in node.input[1:]]
+            tensors = [one.attr["value"].tensor for one in given if one and one.op == "Const"]
+            numbers += [t.int64_val[0] for t in tensors if len(t.int64_val) == 1]
+        for i, tensor in enumerate(node.input):
+            node.input[i] = _followed(tensor, instead)
+    return instead
+
+
+def _followed(tensor: str, instead: Mapping[str, str]) -> str:
+    while node_of(tensor) in instead:
+        tensor = instead[node_of(tensor)]
+    return tensor
