@@ -311,6 +311,32 @@ def test_of_two_runs_that_fail_both_errors_are_told(tmp_path, capsys):
         assert (tmp_path / name / "seed_5" / "checkpoints" / "program_state_2").exists()
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_model_that_no_client_changes_is_told_once(plain):
+    def without_numbers():
+        return {
+            name: data.map(lambda b: {**b, "x": b["x"] * np.float32(np.nan)})
+            for name, data in make_clients().items()
+        }
+
+    built = process()
+    if plain:
+        built = tff.learning.algorithms.build_weighted_fed_avg(
+            tff.learning.models.functional_model_from_keras(
+                tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
+                tf.keras.losses.MeanSquaredError(),
+                SPEC,
+            ),
+            tff.learning.optimizers.build_sgdm(0.1),
+        )
+    reason = "update_non_finite" if plain else "'aggregator/non_finite_clients': 2"
+    with pytest.warns(
+        UserWarning, match=f"'process', seed 5, .* up to round 3: .*{reason}"
+    ) as told:
+        run(None, 6, process=lambda: built, clients=without_numbers)
+    assert len([w for w in told if "has not changed" in str(w.message)]) == 1
+
+
 def dataset(values=range(8), **shuffle):
     data = tf.data.Dataset.from_tensor_slices(np.array(values, np.float32))
     return (data.shuffle(8, **shuffle) if shuffle else data).batch(2)

@@ -9,6 +9,7 @@ import numpy as np
 _LARGEST = 256  # numbers of one metric that are shown one by one
 _SAMPLE = "sample_"
 _FILLED = "sample_clients"
+_UNCHANGED = ("update_non_finite", "unchanged")  # of TFF's finalizers, of `aggregators`
 
 
 def flatten(metrics: Any) -> dict[str, Any]:
@@ -57,6 +58,20 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         else bool(np.isclose(value, other[name], rtol=1e-3, atol=1e-6, equal_nan=True))
         for name, value in one.items()
     )
+
+
+def why_unchanged(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What says that a round has left the model alone, and of how many clients why; else empty.
+
+    Example:
+      >>> why_unchanged({"aggregator/unchanged": 1, "aggregator/non_finite_clients": 2, "a_clients": 0})
+      {'aggregator/unchanged': 1, 'aggregator/non_finite_clients': 2}
+      >>> why_unchanged({"finalizer/update_non_finite": 0, "aggregator/non_finite_clients": 2})
+      {}
+    """
+    signs = {name for name in record if name.rpartition("/")[2] in _UNCHANGED and record[name]}
+    counts = {name for name in record if name.endswith("_clients") and record[name]}
+    return {name: record[name] for name in record if name in signs | counts} if signs else {}
 
 
 def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:

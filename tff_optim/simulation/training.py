@@ -4,6 +4,7 @@ import collections
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from tff_optim.simulation.threads import on_a_loop
 
 _TIME = tff.simulation.TRAINING_TIME_KEY
 _EVALUATION = "evaluation/"
+_STUCK = 3  # rounds without a change that are told
 
 
 def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
@@ -103,6 +105,7 @@ class _Run:
         self._state: Any = None  # after the last round of this call, whose number is `_done`
         self._done = folder.saved or 0
         self._in_round = False
+        self._told = False  # that the model does not change
         self._of_clients: list[dict[str, Any]] = []
         self._bar: ProgressBar | None = None
 
@@ -279,11 +282,27 @@ class _Run:
         await self._folder.add(number, record, self._of_clients if number else [])
         if number:
             self._state, self._done = self._next_state, number
+            self._warn_if_stuck()
         with self._plan.lock:
             for manager in self._plan.managers:
                 await manager.release(record, number)
         assert self._bar is not None
         await self._bar.release(record, number)
+
+    def _warn_if_stuck(self) -> None:
+        """Warns once of a model that several rounds in a row have left alone."""
+        last = self._folder.rounds[-_STUCK:]
+        reasons = [metrics.why_unchanged(record) for record in last]
+        if self._told or len(last) < _STUCK or not all(reasons):
+            return
+        self._told = True
+        warnings.warn(
+            f"The model of {self._run[0]!r}, seed {self._run[1]}, has not changed in {_STUCK} rounds in "
+            f"a row, up to round {self._done}: no client has counted, or their update was not finite "
+            f"({reasons[-1]}). Look for data, losses or scores that are not finite, or for a learning "
+            "rate that is too large.",
+            stacklevel=2,
+        )
 
     def _table(self, records: list[dict[str, Any]]) -> Table:
         process, seed = self._run
