@@ -11,13 +11,35 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from problems import INPUT_SPEC
-from test_resident_algorithms import OF_TFF, OURS, build
+import test_resident_algorithms
+from problems import INPUT_SPEC, model_fn
+from test_optimizer_laws import CASES
+from test_resident_algorithms import OF_TFF, OURS
 
+import aggregators
+import tff_optim
 from tff_optim.resident.graphs import fingerprints
 
 ROOT = pathlib.Path(__file__).parent.parent
 VECTOR = tff.TensorType(np.float32, [2])
+
+
+NAMES = [*OF_TFF, *OURS, "build_scaffold"]
+OPTIMIZERS = {name: case.make for name, case in CASES.items()}
+
+
+def build(name):
+    if name == "build_scaffold":
+        return aggregators.build_scaffold(
+            model_fn, tff.learning.optimizers.build_sgdm(0.1), num_clients=3
+        )
+    return test_resident_algorithms.build(name)
+
+
+def of_optimizer(name):
+    both = tff_optim.build_optimizer_computations(OPTIMIZERS[name](), [VECTOR, VECTOR])
+    initialize, step = map(fingerprints.of_computation, both)
+    return {"initialize": initialize, "next": step}
 
 
 def of_process(process):
@@ -35,11 +57,11 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import tensorflow_federated as tff
 tff.test.set_no_default_context()
-from test_fingerprints import of_process
-from test_resident_algorithms import OF_TFF, OURS, build
-names = [*OF_TFF, *OURS][::-1]
+from test_fingerprints import NAMES, OPTIMIZERS, build, of_optimizer, of_process
+found = {name: of_optimizer(name) for name in [*OPTIMIZERS][::-1]}
+found.update({name: of_process(build(name)) for name in NAMES[::-1]})
 with open(sys.argv[2], "w") as file:
-    json.dump({name: of_process(build(name)) for name in names}, file)
+    json.dump(found, file)
 """
 
 
@@ -57,12 +79,17 @@ def of_another_program(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", [*OF_TFF, *OURS])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_algorithm_built_in_two_programs_is_the_same(name, of_another_program):
     assert of_process(build(name)) == of_another_program[name]
 
 
-def test_no_two_algorithms_are_the_same(of_another_program):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_built_in_two_programs_is_the_same(name, of_another_program):
+    assert of_optimizer(name) == of_another_program[name]
+
+
+def test_no_two_are_the_same(of_another_program):
     assert len({found["next"] for found in of_another_program.values()}) == len(of_another_program)
 
 
