@@ -245,6 +245,22 @@ def test_what_is_done_between_clients_and_server_counts():
     assert placed() == found[0]
 
 
+def test_which_argument_goes_where_counts():
+    kinds = [tff.FederatedType(VECTOR, tff.CLIENTS)] * 2
+
+    def of(choose):
+        return fingerprints.of_computation(tff.federated_computation(choose, *kinds))
+
+    choices = [
+        lambda a, b: tff.federated_sum(a),
+        lambda a, b: tff.federated_sum(b),
+        lambda a, b: (tff.federated_sum(a), tff.federated_mean(b)),
+        lambda a, b: (tff.federated_sum(b), tff.federated_mean(a)),
+    ]
+    assert len({of(choose) for choose in choices}) == len(choices)
+    assert of(choices[0]) == of(lambda a, b: tff.federated_sum(a))
+
+
 def build_initialize(functional, scale=1.0, initializer="glorot_uniform"):
     def keras_model():
         dense = tf.keras.layers.Dense(2, input_shape=(3,), kernel_initializer=initializer)

@@ -23,6 +23,7 @@ import tensorflow_federated as tff
 
 import tff_optim
 from tff_optim import build_torch_optimizer, torch_arguments, torch_optimizer
+from tff_optim.resident.graphs import fingerprints
 
 TORCH = os.environ.get("TORCH_PYTHON")
 needs_torch = pytest.mark.skipif(TORCH is None, reason="needs torch's environment: make test-torch")
@@ -198,6 +199,20 @@ def test_a_weight_without_gradient_and_its_state_stay():
     alone = optimizer.initialize(contracts.specs_of(weights[1:]))
     _, (expected,) = optimizer.next(alone, weights[1:], steps[1][1:])
     np.testing.assert_array_equal(last[1], expected)
+
+
+@needs_torch
+def test_the_graph_of_a_step_says_which_optimizer_takes_it():
+    def of(name, **arguments):
+        optimizer = build_torch_optimizer(name, python=TORCH, lr=0.1, **arguments)
+        vector = tff.TensorType(np.float32, [2])
+        return fingerprints.of_computation(
+            tff_optim.build_optimizer_computations(optimizer, vector).next
+        )
+
+    found = [of("Adam"), of("Adam", betas=(0.8, 0.99)), of("NAdam", momentum_decay=0.1)]
+    assert len(set(found)) == 3
+    assert of("Adam") == found[0]
 
 
 @needs_torch

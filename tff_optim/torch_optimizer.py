@@ -144,6 +144,8 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
             *(state[_SLOTS][path] for path in entries),
             *flat,
             *(flat_gradients[i] for i in given),
+            # Not read: a graph holds a number for the callback, and says with this what it does.
+            tf.constant(layout[1]),
         ]
         like = [*inputs[len(rate) : len(rate) + 1 + len(entries)], *flat]
         outputs = _call(_callback(layout, tuple(entries), bool(rate), given), inputs, like)
@@ -185,7 +187,7 @@ atexit.register(_process.cache_clear)
 def _callback(
     layout: _Layout, paths: tuple[str, ...], has_rate: bool, given: tuple[int, ...]
 ) -> Callable[..., list[np.ndarray]]:
-    return lambda *values: _step(_process(layout), paths, has_rate, given, values)
+    return lambda *values: _step(_process(layout), paths, has_rate, given, values[:-1])
 
 
 def _call(callback: Callable[..., Any], inputs: list[Any], like: list[Any]) -> list[tf.Tensor]:
