@@ -5,7 +5,7 @@ from aggregators._requirements import check_tff
 check_tff()  # before the imports below, which would fail less readably
 
 from aggregators import privacy, rules, scores, weighted_mean, weighting
-from aggregators.candidates import Candidates
+from aggregators.candidates import Candidates, class_error
 from aggregators.client_memory import ClientMemory
 from aggregators.client_states import ClientStates
 from aggregators.client_work import build_client_work
@@ -61,6 +61,7 @@ __all__ = [
     "build_q_fed_avg",
     "build_scaffold",
     "build_self_weighting_client_work",
+    "class_error",
     "compose_fed_avg",
     "federated_print",
     "federated_reduce",

@@ -92,7 +92,8 @@ class Trained(NamedTuple):
       metrics: The model's unfinalized metrics.
       fresh_metrics: The same, of no example at all.
       counts: Of clipping, see `example_clipping.Clipped`; empty without.
-      errors: Of each candidate, float32: its mean error per example.
+      errors: Of candidates, float32 of shape `[number]`: their mean errors; and a bool, whether these
+        are losses. None if there are none.
       remembered: What `ClientMemory.finish` gives; empty without one.
     """
 

@@ -137,7 +137,7 @@ class ClientTraining:
             if needs.steps:
                 measured["steps"] = done.steps
             if candidates is not None:
-                measured["candidate_errors"] = tf.stack(done.errors)
+                measured["candidate_errors"], measured["errors_are_losses"] = done.errors
             if self.client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
                 weight = tf.cast(done.examples, tf.float64)
             else:

@@ -53,8 +53,9 @@ class Needs:
         pass over the data more, found under `initial_loss`.
       steps: Whether the number of optimizer steps is needed, found under `steps`.
       candidates: Models that clients score on their data, one forward pass for each, found under
-        `candidate_errors`, float32 of shape `[number]`; None if there are none. They are made of the
-        rule's state, so only `build_fed_avg` has them.
+        `candidate_errors`, float32 of shape `[number]`, and `errors_are_losses`, a bool: whether the
+        client fell back to the loss. None if there are none. They are made of the rule's state, so
+        only `build_fed_avg` has them.
       memory: What clients keep from round to round, and do with it in training; what they then send is
         found under `sent`. Only `build_fed_avg` has clients that keep something.
 
@@ -92,7 +93,7 @@ class Needs:
         score = (self.score.name,) if self.score else ()
         loss = (f"{self.loss}_loss",) if self.loss else ()
         steps = ("steps",) if self.steps else ()
-        candidates = ("candidate_errors",) if self.candidates else ()
+        candidates = ("candidate_errors", "errors_are_losses") if self.candidates else ()
         return score + loss + steps + candidates + (("sent",) if self.memory else ())
 
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators import training_sums as sums_of
-from aggregators.candidates import error_of_batch
+from aggregators.candidates import errors_of_batch, mean_errors, no_errors
 from aggregators.client_memory import Finished, densify
 from aggregators.client_task import Given, Task, Trained, Training, fold
 from aggregators.example_clipping import add_counts, clip_examples, no_counts
@@ -75,7 +75,9 @@ def build_training(model_fn: Any, task: Task) -> Training:
 
     def measure(given: Given, held: Any, sums: Any, batch: Any) -> Any:
         """One batch of the second pass."""
-        found: OrderedDict[str, Any] = OrderedDict(loss=(), gradient=(), errors=[])
+        means, errors = sums
+        found: OrderedDict[str, Any] = OrderedDict(loss=(), gradient=())
+        judged = []
         examples: Any = None
         initial = tuple(tf.nest.flatten(given.weights.trainable))
         if wants_gradient or wants_loss:
@@ -91,11 +93,10 @@ def build_training(model_fn: Any, task: Task) -> Training:
             examples = output.examples
         for candidate in given.models:
             output = model.forward(model.assign(held, candidate), batch, training=False)
-            errors = error_of_batch(task.error, output.loss, output.predictions, output.labels)
-            found["errors"].append(sums_of.loss_of_batch(errors))
+            judged.append(errors_of_batch(task.error, *output))
             examples = output.examples
-        found["errors"] = tuple(found["errors"])
-        return sums_of.add_batch(sums, found, examples)
+        errors = tf.nest.map_structure(tf.add, errors, tuple(judged))
+        return sums_of.add_batch(means, found, examples), errors
 
     @tf.function(autograph=False)
     def train(given: Given) -> Trained:
@@ -122,11 +123,12 @@ def build_training(model_fn: Any, task: Task) -> Training:
         found = OrderedDict(
             loss=sums_of.SCALAR if wants_loss else (),
             gradient=initial if wants_gradient else (),
-            errors=(sums_of.SCALAR,) * len(given.models),
         )
-        if tf.nest.flatten(found):
+        errors: Any = (no_errors(),) * len(given.models)
+        if tf.nest.flatten((found, errors)):
             look = functools.partial(measure, given, model.start(given.weights))
-            looked = fold(task.loop, given.dataset, sums_of.no_sum(found), look, after=steps)
+            nothing = (sums_of.no_sum(found), errors)
+            looked, errors = fold(task.loop, given.dataset, nothing, look, after=steps)
             found = sums_of.mean(looked)
 
         mean_gradient = sums_of.mean(seen) if sums_gradients else ()
@@ -140,7 +142,7 @@ def build_training(model_fn: Any, task: Task) -> Training:
             metrics=metrics,
             fresh_metrics=fresh,
             counts=counts,
-            errors=list(found["errors"]),
+            errors=mean_errors(errors) if given.models else None,
             remembered=task.finish(given.context, done),
         )
 

@@ -15,7 +15,8 @@ class ClientUpdate(NamedTuple):
       delta: The weights it started from minus those it trained: in their structure on its way from a
         client work to a factory, a flat tuple of tensors where a rule sees it.
       measured: Mapping from names to what was measured: scores of shape `[num_layers]` under the
-        score's name, `training_loss` or `initial_loss`, `steps`, `candidate_errors`; see `Needs`.
+        score's name, `training_loss` or `initial_loss`, `steps`, `candidate_errors`,
+        `errors_are_losses`; see `Needs`.
       non_finite: bool: whether delta, weight or loss was not finite. All of it is zeros then.
 
     Example:

@@ -71,6 +71,7 @@ def values(case: Case, clients: list[dict], weights: list[float]) -> tuple[list[
         found = {f"{needs.loss}_loss": tf.constant(c["loss"]), "steps": tf.constant(c["steps"])}
         if needs.candidates is not None:
             found["candidate_errors"] = tf.constant(c["errors"][: needs.candidates.number])
+            found["errors_are_losses"] = tf.constant(bool(c["steps"] % 2))
         if needs.score is not None:
             found[needs.score.name] = tf.constant(c["scores"])
         measured = OrderedDict((name, found[name]) for name in needs.names)
@@ -86,6 +87,7 @@ def value_type(case: Case) -> Any:
         "steps": np.int32,
         "training_loss": np.float32,
         "initial_loss": np.float32,
+        "errors_are_losses": np.bool_,
     }
     if case.rule.needs.candidates is not None:
         kinds["candidate_errors"] = (np.float32, [case.rule.needs.candidates.number])

@@ -1,7 +1,5 @@
 """The redescending and the jury mean over many rounds, and the models that clients score for it."""
 
-import collections
-
 import aggregation_twins as twins
 import federated_twin as twin
 import numpy as np
@@ -14,7 +12,7 @@ from problems import model_fn
 
 import aggregators
 from aggregators import rules, scores, weighting
-from aggregators.candidates import Candidates, default_error
+from aggregators.candidates import Candidates
 
 SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
 DATA = twin.make_data()
@@ -58,6 +56,9 @@ def test_equals_its_twin_over_twenty_rounds_of_good_and_bad_clients(name):
         np.testing.assert_allclose(output.state["typical_norm"], memory["norm"], rtol=1e-6)
         if name != "redescending":
             np.testing.assert_allclose(output.state["share"], memory["share"], atol=1e-5)
+        if name in ("jury", "jury-three-voices"):
+            by_loss = sum(c["steps"] % 2 for c in clients)  # as the contracts make them up
+            assert output.measurements["loss_voting_clients"] == by_loss
         if name == "jury-three-voices":
             assert output.measurements["voiceless_clients"]["kl_divergence"] == 1
     assert memory["norm"] > 1.2  # the state went somewhere
@@ -123,6 +124,8 @@ def test_a_process_equals_numpy_and_the_same_in_pieces(model):
     expected = twin.simulate(6, DATA, jury_in_numpy(slope=5.0, margin=-0.1, cutoff=1.5))
     for a, b in zip(weights, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # A regression has no classes, and its clients vote by their loss.
+    assert outputs[-1].metrics["aggregator"]["loss_voting_clients"] == len(DATA)
     shares = [float(output.metrics["aggregator"]["share"]) for output in outputs]
     assert max(shares) - min(shares) > 0.2  # the votes moved it
     for in_pieces in runtimes.IN_PIECES.values():
@@ -239,103 +242,6 @@ def test_the_redescending_mean_stands_in_tffs_own_builder():
 
     for a, b in zip(weights, twin.simulate(3, DATA, combine), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-LABELS = np.int32([0, 2, 1, 2, 0])
-LOGITS = np.float32(np.random.default_rng(3).normal(size=(5, 3)) * 2.0)
-SHARES = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
-ERRORS = 1.0 - SHARES[np.arange(5), LABELS]
-entropy = tf.keras.losses.SparseCategoricalCrossentropy
-
-
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "none"])
-@pytest.mark.parametrize("column", [False, True])
-@pytest.mark.parametrize("logits", [True, False])
-def test_a_classifiers_error_is_read_off_its_own_loss(logits, column, reduction):
-    labels = LABELS[:, np.newaxis] if column else LABELS
-    outputs = tf.constant(LOGITS if logits else SHARES)
-    loss = entropy(from_logits=logits, reduction=reduction)(labels, outputs)
-    found = default_error(loss + 0.03, outputs, tf.constant(labels))  # a regularizer's part
-    np.testing.assert_allclose(found, ERRORS, rtol=1e-5)
-
-
-def test_words_of_a_sequence_are_classes_too():
-    labels, outputs = LABELS.reshape(1, 5), tf.constant(LOGITS.reshape(1, 5, 3))
-    loss = entropy(from_logits=True)(labels, outputs)
-    found = default_error(loss, outputs, tf.constant(labels))
-    np.testing.assert_allclose(found, ERRORS[np.newaxis], rtol=1e-5)
-
-
-@pytest.mark.parametrize("labels", [np.float32(LOGITS), np.float32(LABELS), None])
-def test_any_other_model_votes_by_its_loss(labels):
-    loss = tf.constant(1.25)
-    given = None if labels is None else tf.constant(labels)
-    assert default_error(loss, tf.constant(LOGITS), given) is loss
-
-
-def classifier(dropout=0.0):
-    def keras_model():
-        return tf.keras.Sequential(
-            [
-                tf.keras.layers.InputLayer((3,)),
-                tf.keras.layers.Dropout(dropout, seed=1),
-                tf.keras.layers.Dense(
-                    3, kernel_initializer=tf.keras.initializers.GlorotUniform(seed=1)
-                ),
-            ]
-        )
-
-    spec = collections.OrderedDict(
-        x=tf.TensorSpec((None, 3), tf.float32), y=tf.TensorSpec((None,), tf.int32)
-    )
-    loss = entropy(from_logits=True)
-    model = tff.learning.models.functional_model_from_keras(keras_model, loss, spec)
-    return model, lambda: tff.learning.models.from_keras_model(
-        keras_model(), loss=loss, input_spec=spec
-    )
-
-
-@pytest.mark.parametrize("variable", [False, True])
-def test_clients_score_candidates_by_probabilities_and_not_in_training_mode(variable):
-    rng = np.random.default_rng(7)
-    x, y = np.float32(rng.normal(size=(7, 3))), np.int32(rng.integers(0, 3, 7))
-    data = tf.data.Dataset.from_tensor_slices(collections.OrderedDict(x=x, y=y)).batch(4)
-
-    def models(weights, state):
-        del state  # candidates of this rule are the same in every round
-        return [weights, [2.0 * w + 0.1 for w in weights]]
-
-    seen = aggregators.Needs(candidates=Candidates(models, 2), layers="model")
-    rule = rules.plain_mean()
-
-    def server(state, reduced):
-        result = rule.server(state, reduced["mean"])
-        result.measurements["errors"] = reduced["errors"]
-        return result
-
-    spy = aggregators.Rule(
-        lambda update, weight, state: collections.OrderedDict(
-            mean=rule.client(update, weight, state),
-            errors=tf.cast(update.measured["candidate_errors"], tf.float64),
-        ),
-        lambda layers: aggregators.zip_reductions(
-            mean=rule.reduction(layers),
-            errors=aggregators.reduction_from_merge(
-                lambda: tf.zeros([2], tf.float64), tf.identity, tf.add
-            ),
-        ),
-        server,
-        needs=seen,
-    )
-    model = classifier(dropout=0.5)[variable]
-    process = aggregators.build_fed_avg(model, SGD, rule=spy)
-    state = process.initialize()
-    weights = process.get_model_weights(state).trainable
-    found = process.next(state, [data]).metrics["aggregator"]["errors"]
-    for number, (kernel, bias) in enumerate([weights, [2.0 * w + 0.1 for w in weights]]):
-        z = x @ kernel + bias
-        p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
-        np.testing.assert_allclose(found[number], np.mean(1 - p[np.arange(7), y]), rtol=1e-5)
 
 
 REFUSED = {

@@ -110,7 +110,8 @@ def jury_mean(
     `vote_size` and `vote_scale` (`s`), float64 of shape `[voices]`; and for each voice
     `<voice>_typical_score`. Sent to clients with the model. Measurements: those of
     `redescending_mean`, and, by the voices' names (one number where there is one voice), `share`,
-    `votes` (this round's mean), `vote_size`, `trust` and `voiceless_clients` (int32).
+    `votes` (this round's mean), `vote_size`, `trust` and `voiceless_clients` (int32);
+    and for votes by models `loss_voting_clients` (int32), who fell back to the loss.
     Hyperparameters: all numbers but `initial_norm`, and those of the weightings as `<voice>_<number>`.
 
     It guards against bad data and crude faults, not against adversaries: clients that lie about
@@ -121,11 +122,13 @@ def jury_mean(
         besides `"loss"`, the training loss. None is `[("loss", weighting.softmax())]`. For a third
         mean by KL divergence, add `(scores.kl_divergence, weighting.softmax())`, and
         `layers="tensor"`.
-      votes: What clients vote by. `"model"`: they score the candidate models on their own data before
-        they train, a forward pass for each: by `1 - p(true label)` for a classifier, else by the
-        loss; see `candidates.default_error`. A function `(predictions, labels) -> errors` of yours
-        does so by what it returns. `"direction"`: no model is scored; `v_jk = cos(d_k, gap_j)` asks
-        who moves along the gap, and the rule needs no more than updates and losses.
+      votes: What clients vote by. `"model"`: they score the candidate models on their own data, a
+        forward pass for each: by `1 - p(true label)` for a classifier, else by the loss, as
+        `loss_voting_clients` says; see `Candidates`. A function `(predictions, labels) -> errors`:
+        they score by that; `class_error` makes one for classifiers that must be told whether
+        predictions are logits, or which labels to ignore. `"direction"`: no model is scored;
+        `v_jk = cos(d_k, gap_j)` asks who moves along the gap, and the rule needs no more than
+        updates and losses.
       layers: What is weighed at a time by the voices; see `Needs`.
       slope: At least 0: how sharply shares follow trust.
       margin: What trust must exceed for a share of more than that of `A`, from -1 to 1.
@@ -193,11 +196,13 @@ def jury_mean(
         limit = state["vote_limit"] * tf.maximum(state["vote_scale"], state["vote_floor"])
         cast = tf.clip_by_value(raw, -limit, limit)
         has_part = counts & tf.stack(sound)
+        by_loss = votes == "model" and update.measured["errors_are_losses"]
         sums = OrderedDict(
             shrink.counts(norm, counts, state),
             weight=tf.where(counts, weight, 0.0),
             votes=tf.where(counts, weight * tf.stack([cast, tf.abs(cast), tf.abs(raw)]), 0.0),
             heard=tf.cast(has_part, tf.float64),
+            by_loss=tf.cast(counts & by_loss, tf.float64),
             scores=tf.where(has_part[:, tf.newaxis], tf.cast(tf.stack(scores), tf.float64), 0.0),
         )
         # Voices of which nothing is known yet take the same operations on the same numbers as the
@@ -271,6 +276,8 @@ def jury_mean(
             measured[name] = _by_voice(heard, tf.cast(numbers, tf.float32))
         voiceless = tf.cast(counted - sums["heard"], tf.int32)
         measured["voiceless_clients"] = _by_voice(heard, voiceless)
+        if votes == "model":
+            measured["loss_voting_clients"] = tf.cast(sums["by_loss"], tf.int32)
         return RuleResult(own, update, measured)
 
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
@@ -295,6 +302,7 @@ def jury_mean(
                     weight=[],
                     votes=[3, number],
                     heard=[number],
+                    by_loss=[],
                     scores=[number, size],
                 )
             ),
