@@ -153,7 +153,7 @@ def jury_mean(
 
     Example:
       >>> jury_mean().needs.names
-      ('training_loss', 'candidate_errors')
+      ('training_loss', 'candidate_errors', 'errors_are_losses')
       >>> jury_mean(votes="direction").needs.names
       ('training_loss',)
     """
