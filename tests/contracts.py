@@ -401,6 +401,10 @@ def names_what_does_not_fit(case: Case) -> None:
         _raises("`state`", step, state, wide, wide)
         double = [w.astype("float64") for w in weights]
         _raises("`state`", step, state, double, double)
+    # Two weights of one path would share the slots that are named after it.
+    twice = {"a/b": weights[1], "a": {"b": weights[1]}}
+    _raises("`specs` must have paths .* found 'a/b' twice", optimizer.initialize, specs_of(twice))
+    _raises("`weights` must have paths .* found 'a/b' twice", step, state, twice, twice)
 
 
 LAWS = [

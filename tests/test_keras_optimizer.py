@@ -155,10 +155,27 @@ def test_a_learning_rate_takes_the_place_of_the_optimizers_own():
         rate = tf.constant(0.1) * 2
         with pytest.raises(ValueError, match="pass it as `learning_rate`"):
             build_keras_optimizer(lambda: K.SGD(rate))
-        with pytest.raises(ValueError, match="Pass a callable"):
-            build_keras_optimizer(K.SGD(0.1))
+        for given in (rate, 0.1):
+            with pytest.raises(ValueError, match=r"Pass what makes it.*learning_rate=r\)"):
+                build_keras_optimizer(K.SGD(given))
         with pytest.raises(ValueError, match="must be something that JSON can hold"):
             tff_optim.get_config(build_keras_optimizer(K.SGD, learning_rate=rate))
+
+
+@pytest.mark.parametrize("scope", [tf.function, tff.tensorflow.computation])
+def test_an_optimizer_is_built_where_its_rate_is_a_tensor(scope):
+    def step(rate):
+        with pytest.raises(ValueError, match="pass it as `learning_rate`"):
+            build_keras_optimizer(lambda: K.SGD(rate))
+        optimizer = build_keras_optimizer(K.SGD, learning_rate=rate)
+        return one_step(optimizer)[1]
+
+    if scope is tf.function:
+        found = tf.function(step, autograph=False)(tf.constant(0.25))
+    else:
+        found = tff.tensorflow.computation(step, np.float32)(0.25)
+    for weight, start in zip(found, WEIGHTS):
+        np.testing.assert_allclose(weight, start - np.float32(0.25), rtol=1e-6)
 
 
 # -------------------------------------------------------------------------- ways to name an optimizer
@@ -762,8 +779,9 @@ def test_a_learning_rate_is_checked_when_an_optimizer_is_built_and_when_it_is_se
         ((np.nan, 10, 0.5), "`initial_learning_rate` of `ExponentialDecay`"),
         (
             (1.0, 1, 1e30),
-            "must give a finite rate of at least 0 at every step; found inf at step 2",
+            "must give a finite rate of at least 0 at every step; found inf at step 10",
         ),
+        ((1.0, 1, 1.05), "found inf at step 1000000. One that grows needs an end"),
     ],
 )
 def test_a_schedule_is_checked_when_an_optimizer_is_built(arguments, message):
@@ -772,6 +790,32 @@ def test_a_schedule_is_checked_when_an_optimizer_is_built(arguments, message):
         build_keras_optimizer(lambda: K.SGD(schedule))
     with pytest.raises(ValueError, match=message):
         tff_optim.build_optimizer(schedule)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        tff_optim.schedules.Triangular(0.0, 1.0, 2, step_factor=1.05),
+        tff_optim.schedules.CosineRestarts(0.0, 1.0, 2, factor=2.0),
+        tff_optim.schedules.Warmup(1.0, 2, K.schedules.ExponentialDecay(1.0, 1, 1.05)),
+        K.schedules.CosineDecayRestarts(1.0, 2, t_mul=1.0, m_mul=2.0),
+    ],
+    ids=lambda schedule: type(schedule).__name__,
+)
+def test_a_schedule_that_is_not_finite_later_on_is_refused(schedule):
+    rates = [float(schedule(tf.constant(t, tf.int64))) for t in (0, 1, 2, 10)]
+    assert np.isfinite(rates).all()
+    with pytest.raises(
+        ValueError, match=r"must give a finite rate .* found (inf|nan) at step 1000"
+    ):
+        tff_optim.build_optimizer(schedule)
+
+
+def test_a_schedule_that_grows_to_an_end_is_taken():
+    grows = K.schedules.PolynomialDecay(1e-7, 1000, 1.0)
+    optimizer = build_keras_optimizer(lambda: K.SGD(grows))
+    _, weights = one_step(optimizer)
+    np.testing.assert_allclose(weights[1], WEIGHTS[1] - np.float32(1e-7), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("number", [1, 0.5, np.float64(0.5), np.float32(0.5), np.int64(1)])

@@ -226,6 +226,84 @@ def test_numbers_of_inject_hyperparams_are_set_in_a_made_transformation():
     contracts.assert_equal(found, run(other, weights, gradients))
 
 
+def test_a_number_called_step_is_not_counted():
+    @optax.inject_hyperparams
+    def make(learning_rate, step):
+        return optax.scale(-learning_rate * step)
+
+    optimizer = build_optax_optimizer(make(learning_rate=1.0, step=0.5))
+    _, weights = run(optimizer, [np.float32(2.0)], [[np.float32(1.0)]] * 3)
+    np.testing.assert_allclose(weights[0], 0.5)
+    state = optimizer.initialize([tf.TensorSpec([])])
+    assert list(optimizer.get_hparams(state)) == ["learning_rate"]
+
+
+def _multi_steps():
+    return optax.MultiSteps(optax.adam(0.1), every_k_schedule=2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: build_optax_optimizer(_multi_steps()),
+        lambda: build_optax_optimizer(_multi_steps),
+        lambda: build_optax_optimizer(optax.MultiSteps, opt=optax.adam(0.1), every_k_schedule=2),
+        lambda: build_optax_optimizer(_multi_steps().gradient_transformation()),
+    ],
+    ids=["ready", "made by a function", "by its class", "as a transformation"],
+)
+def test_multi_steps_are_those_of_optax(make):
+    weights, gradients = contracts.make_problem(steps=5)
+    plain = _multi_steps()
+    state, expected = plain.init(weights), weights
+    for gradient in gradients:
+        updates, state = plain.update(gradient, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    assert_near(run(make(), weights, gradients)[1], expected)
+
+
+def _matrices(tree):
+    return jax.tree_util.tree_map(lambda leaf: leaf.ndim > 1, tree)
+
+
+def _by_rank(matrix_rate, vector_rate):
+    rates = {True: optax.sgd(matrix_rate), False: optax.sgd(vector_rate)}
+    return optax.multi_transform(rates, _matrices)
+
+
+def test_what_a_mask_hides_from_a_scalar_is_set_on_clients():
+    def first_round(process, **changes):
+        state = process.initialize()
+        hparams = process.get_hparams(state)
+        assert set(hparams["client_work"]) == {"learning_rate", "b1", "b2", "eps", "weight_decay"}
+        hparams["client_work"].update(changes)
+        state = process.next(process.set_hparams(state, hparams), problems.make_clients(2)).state
+        return process.get_model_weights(state).trainable
+
+    set_later, built = (
+        tff.learning.algorithms.build_weighted_fed_avg(
+            problems.model_fn,
+            build_optax_optimizer(optax.adamw, learning_rate=0.1, mask=_matrices, **more),
+        )
+        for more in ({}, {"weight_decay": 0.5})
+    )
+    found = first_round(set_later, weight_decay=0.5)
+    assert_near(found, first_round(built))
+    assert np.abs(found[0] - first_round(set_later)[0]).max() > 1e-3
+
+
+def test_what_a_label_hides_from_a_scalar_is_set():
+    optimizer = build_optax_optimizer(_by_rank, matrix_rate=0.1, vector_rate=0.2)
+    names = ["matrix_rate", "vector_rate"]
+    assert list(optimizer.get_hparams(optimizer.initialize(tf.TensorSpec([])))) == names
+    weights, gradients = contracts.make_problem(steps=1)
+    state = optimizer.initialize(contracts.specs_of(weights))
+    state = optimizer.set_hparams(state, {"matrix_rate": 0.3})
+    _, found = optimizer.next(state, contracts.tensors(weights), gradients[0])
+    rates = (0.3, 0.2)
+    assert_near(found, [w - r * g for w, r, g in zip(weights, rates, gradients[0])])
+
+
 def test_a_scheduled_number_is_optax_own():
     optimizer = RUNS["inject_stateful_hyperparams"].ours()
     state = optimizer.initialize([tf.TensorSpec([2])])
@@ -263,6 +341,20 @@ def test_a_rate_is_scheduled_by_rounds():
     assert_near(
         run(scheduled, weights, gradients)[1], optax_cases.run_plain(case, weights, gradients)
     )
+
+
+def test_a_rate_of_a_function_is_given_apart():
+    ones = [tf.ones(2)]
+
+    @tf.function(autograph=False)
+    def step(rate):
+        with pytest.raises(ValueError, match=r"given apart: .*learning_rate=r"):
+            build_optax_optimizer(optax.sgd(rate)).initialize([tf.TensorSpec([2])])
+        optimizer = build_optax_optimizer(optax.sgd, learning_rate=rate)
+        state = optimizer.initialize([tf.TensorSpec([2])])
+        return optimizer.next(state, ones, ones)[1][0]
+
+    np.testing.assert_allclose(step(tf.constant(0.25)), [0.75, 0.75])
 
 
 def test_a_tensor_of_a_computation_is_a_learning_rate():
@@ -420,6 +512,11 @@ def _sorts(updates, params=None):
             "Keras schedule ExponentialDecay",
         ),
         (
+            lambda: build_optax_optimizer(optax.sgd(0.1), weight_names=["a", "b", "a"]),
+            ValueError,
+            r"name every weight differently.*found \['a'\] more than once",
+        ),
+        (
             lambda: build_optax_optimizer(optax.sgd(0.1), weight_names=["a"]).initialize(
                 [tf.TensorSpec([2]), tf.TensorSpec([2])]
             ),
@@ -483,6 +580,45 @@ def test_equal_optimizers_are_equal_and_can_be_copied():
     assert pickle.loads(pickle.dumps(optimizer)) == optimizer
     assert "learning_rate': 0.1" in repr(optimizer)
     assert "adam" in repr(optimizer)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: build_optax_optimizer(optax.nadam, learning_rate=0.1),
+        lambda: build_optax_optimizer(optax.nadamw, learning_rate=0.1, weight_decay=0.2),
+    ],
+)
+def test_copies_of_a_partial_are_equal_and_keep_its_configuration(make):
+    optimizer = make()
+    assert make() == optimizer
+    config = tff_optim.get_config(optimizer)
+    for made in (
+        copy.copy(optimizer),
+        copy.deepcopy(optimizer),
+        pickle.loads(pickle.dumps(optimizer)),
+    ):
+        assert made == optimizer
+        assert hash(made) == hash(optimizer)
+        assert tff_optim.get_config(made) == config
+    assert tff_optim.from_config(config) == optimizer
+
+
+def test_partials_are_compared_by_what_they_are_made_of():
+    def of(*arguments, **options):
+        partial = functools.partial(optax.adam, *arguments, **options)
+        return build_optax_optimizer(
+            partial, b2=0.9, **({} if arguments else {"learning_rate": 0.1})
+        )
+
+    assert of(b1=0.5) == of(b1=0.5)
+    assert of(b1=0.5) != of(b1=0.6)
+    assert of(0.1) == of(0.1)
+    assert of(0.1) != of(0.2)
+    made = of(b1=0.5)
+    assert pickle.loads(pickle.dumps(made)) == made
+    ready = build_optax_optimizer(_multi_steps())
+    assert copy.deepcopy(ready) == ready
 
 
 def test_it_is_placed_on_the_device():

@@ -489,6 +489,13 @@ def test_without_torch_an_error_says_how_to_get_it():
         optimizer.initialize([tf.TensorSpec([2])])
 
 
+def test_two_weights_of_one_path_are_refused_without_torch():
+    optimizer = tff_optim.build_torch_optimizer("Adam", lr=0.1, python=sys.executable)
+    spec = tf.TensorSpec([2])
+    with pytest.raises(ValueError, match=r"`specs` must have paths .* found 'a/b' twice"):
+        optimizer.initialize({"a/b": spec, "a": {"b": spec}})
+
+
 def test_equal_optimizers_are_equal_and_can_be_copied():
     optimizer = build_torch_optimizer("Adam", lr=0.1, python=sys.executable)
     assert optimizer == build_torch_optimizer("Adam", lr=0.1, python=sys.executable)

@@ -447,6 +447,41 @@ def test_slots_of_another_model_raise():
         adam.next(state, [tf.ones([3])] * 2, [tf.ones([3])] * 2)
 
 
+@attrs.frozen
+class Named(transforms.ElementwiseTransform):
+    beta: float = hyperparameters.positive(0.5)
+    slots: tuple = ()
+
+    def rule(self, numbers, gradient, *slots):
+        return numbers["beta"] * gradient, *slots
+
+
+def test_names_of_numbers_and_slots_stay_apart_in_the_state():
+    @attrs.frozen
+    class Sized(transforms.ElementwiseTransform):
+        step: float = hyperparameters.positive(0.5)
+
+        def rule(self, numbers, gradient):
+            return (numbers["step"] * gradient,)
+
+    for given in (
+        {},
+        {"step": 2.0},
+        {"step": tf.keras.optimizers.schedules.ExponentialDecay(1.0, 2, 0.5)},
+    ):
+        with pytest.raises(ValueError, match="`step` of `Sized` must have another name"):
+            Sized(**given)
+    spec = [tf.TensorSpec([])]
+    for slots in (("beta",), ("step",), ("a", "a")):
+        with pytest.raises(ValueError, match="`slots` of `Named` must have names of their own"):
+            Named(slots=slots).initialize(spec)
+    part = Named(slots=("a", "b"))
+    state = part.initialize(spec)
+    for _ in range(3):
+        state, gradients = part.next(state, [tf.constant(0.0)], [tf.constant(2.0)])
+        assert float(gradients[0]) == 1.0
+
+
 def test_hyperparameters_of_a_part_without_any():
     class Plain(transforms.GradientTransform):
         def initialize(self, specs):

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tff_optim import entries, keras_objects, keras_step, patterns
+from tff_optim import comparison, entries, keras_objects, keras_step, patterns
 from tff_optim.entries import Entry
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.optax_optimizer import OptaxOptimizer, build_optax_optimizer
@@ -100,7 +100,8 @@ def _makes_a_transformation(name: str, value: Any) -> bool:
 def optax_to_json(optimizer: OptaxOptimizer) -> dict[str, Any]:
     """The entries of an optimizer of optax."""
     made = optimizer.transformation_or_factory
-    names = [name for name, factory in _factories().items() if factory is made]
+    key = comparison.key(made)  # a copy of a partial is another object
+    names = [name for name, factory in _factories().items() if comparison.key(factory) == key]
     if not names:
         raise ValueError(
             "`transformation_or_factory` must be a public factory of optax to be written to a "

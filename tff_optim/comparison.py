@@ -1,5 +1,6 @@
 """What equality looks at in objects that have no equality of their own, such as Keras' ones."""
 
+import functools
 import inspect
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -33,7 +34,8 @@ def key(value: Any) -> Any:
     """A hashable stand-in for `value`: equal for objects that compute the same.
 
     Keras objects are compared by class and configuration, or by identity where the configuration
-    does not tell everything: taking different ones for equal would run the wrong one.
+    does not tell everything: taking different ones for equal would run the wrong one. Partial
+    functions are compared by what they are made of.
     """
     if tf.is_symbolic_tensor(value):
         return ("tensor", id(value))
@@ -44,6 +46,8 @@ def key(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | tf.Tensor | tf.Variable):
         array = np.asarray(value)
         return (array.dtype.str, array.shape, array.tobytes())
+    if isinstance(value, functools.partial):
+        return (type(value), key((value.func, value.args, value.keywords)))
     if not attrs.has(type(value)) and hasattr(value, "get_config"):
         config = full_config(value)
         return (type(value), id(value) if config is None else key(config))

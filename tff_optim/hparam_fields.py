@@ -9,7 +9,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import comparison, entries, keras_arguments, keras_objects
-from tff_optim.hparam_values import Schedule, check_scalar
+from tff_optim.hparam_values import STEP, Schedule, check_scalar
 from tff_optim.intervals import (
     FRACTION,
     NON_NEGATIVE,
@@ -35,7 +35,8 @@ def field(allowed: Interval, default: Any = attrs.NOTHING, *, traceable: bool = 
     Returns:
       An attrs field that takes a number (an int or NumPy scalar becomes a float) or a Keras
       schedule, compares schedules by their configuration, and raises `TypeError` or `ValueError`
-      for anything else. The number must be allowed as given and when rounded to float32.
+      for anything else. The number must be allowed as given and when rounded to float32. No field may
+      be called `step`: the state counts its steps under that name.
 
     Example:
       >>> @attrs.frozen
@@ -47,6 +48,11 @@ def field(allowed: Interval, default: Any = attrs.NOTHING, *, traceable: bool = 
 
     def validate(owner: Any, attribute: attrs.Attribute, value: Any) -> None:
         name = type(owner).__name__
+        if attribute.name == STEP:
+            raise ValueError(
+                f"`{STEP}` of `{name}` must have another name, for the state counts its steps under "
+                "this one; found a hyper-parameter. Call it `step_size`, for example."
+            )
         if traceable and tf.is_symbolic_tensor(value):
             check_scalar(name, attribute.name, value)
         elif isinstance(value, Schedule):

@@ -29,8 +29,9 @@ from tff_optim.tracing import eager_world
 _Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
 # Arguments that count something: what is 2 there is not 2.0.
 _COUNTS = ("decay_steps", "first_decay_steps", "warmup_steps", "boundaries")
-# Steps at which a schedule must give a rate.
-_STEPS = (0, 1, 2, 3, 10, 100, 1000)
+# Steps at which a schedule must give a rate. One that leaves the finite numbers stays outside.
+_STEPS = (0, 1, 10, 1000, 10**6, 10**9)
+_PACKAGE = __name__.partition(".")[0]
 
 
 @attrs.frozen
@@ -191,7 +192,8 @@ def as_given_in_json(cls: type, name: str, value: Any) -> Any:
 def check_object(value: Any) -> None:
     """Raises unless the arguments of a Keras object are ones that its class can work with.
 
-    An argument that a subclass has added is checked only for being finite, if it is a number.
+    An argument that a subclass has added is checked only for being finite, if it is a number. The
+    rates of a schedule of Keras or of this package are tried up to step 1e9.
     """
     cls = type(value)
     try:
@@ -200,7 +202,7 @@ def check_object(value: Any) -> None:
         config = {}
     for name, argument in config.items():
         check_argument(cls, name, argument)
-    if isinstance(value, _Schedule) and of_keras(cls):
+    if isinstance(value, _Schedule) and package_of(cls) in ("keras", _PACKAGE):
         _check_rates(value)
 
 
@@ -218,5 +220,6 @@ def _check_rates(schedule: Any) -> None:
             if not math.isfinite(rate) or rate < 0:
                 raise ValueError(
                     f"The schedule `{name}` must give a finite rate of at least 0 at every step; "
-                    f"found {rate} at step {step}."
+                    f"found {rate} at step {step}. One that grows needs an end, as `PolynomialDecay` "
+                    "to a greater rate has."
                 )

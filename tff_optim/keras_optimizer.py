@@ -20,6 +20,7 @@ from tff_optim import (
     tracing,
 )
 from tff_optim.devices import DevicePolicy, device_scope, select_device
+from tff_optim.messages import shorten
 from tff_optim.tracing import call_traced, eager_world
 
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY
@@ -366,20 +367,19 @@ def build_keras_optimizer(
         learning_rate = hyperparameters.checked(
             "build_keras_optimizer", _LR, learning_rate, hyperparameters.NON_NEGATIVE
         )
-    inside_computation = not tf.compat.v1.executing_eagerly_outside_functions()
+    in_graph = not tf.executing_eagerly()
     with eager_world():
         try:
-            made = keras_step.copy_containers(
-                keras_step.check_supported(keras_objects.resolve(optimizer))
-            )
-        except TypeError as error:
-            if not inside_computation:
+            resolved = keras_objects.resolve(optimizer)
+        except (TypeError, ValueError) as error:
+            if not (in_graph and callable(optimizer)):
                 raise
             raise ValueError(
-                "`optimizer` must be one that can be made inside a TFF computation; found "
-                f"{error}. If it uses a tensor of that computation as its learning rate, pass it as "
-                "`learning_rate` instead."
+                "`optimizer` must be one that can be made inside a TFF computation or a `tf.function`; "
+                f"found {shorten(str(error))}. If it uses a tensor of that graph as its learning rate, "
+                "pass it as `learning_rate` instead."
             ) from error
+        made = keras_step.copy_containers(keras_step.check_supported(resolved))
         if learning_rate is not None or keras_step.has_rate_variable(made):
             keras_step.own_learning_rate(made, None if traced else learning_rate)
         initial = keras_step.read_variables(made)

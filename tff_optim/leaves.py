@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tree
 
-from tff_optim.messages import at
+from tff_optim.messages import at, shown
 
 # Half-precision leaves are computed in float32: a squared gradient of 1e-3 is already zero in
 # float16, and the division that follows would blow up.
@@ -60,6 +60,18 @@ def named_leaves(structure: Any) -> list[tuple[str, Any]]:
     ]
 
 
+def check_paths(structure: Any, name: str) -> None:
+    """Raises `ValueError` if two leaves have one path, by which states hold their slots."""
+    seen: set[str] = set()
+    for path, _ in named_leaves(structure):
+        if path in seen:
+            raise ValueError(
+                f"`{name}` must have paths that stay apart when joined by '/'; found "
+                f"{shown(path)} twice. Rename a key that has a '/' in it."
+            )
+        seen.add(path)
+
+
 def spec_of(leaf: Any) -> tf.TensorSpec:
     """Shape and dtype of a tensor, a NumPy array (what a restored state holds) or a number."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -78,17 +90,21 @@ def _describe(leaf: Any) -> str:
 
 def check_same_structure(found: Any, expected: Any, name: str, expected_name: str) -> None:
     """Raises `ValueError` unless `found` is nested as `expected` is; tuples may stand for lists."""
-    if [path for path, _ in named_leaves(found)] != [path for path, _ in named_leaves(expected)]:
+    if _paths(found) != _paths(expected):
         raise ValueError(
             f"`{name}` must be nested as {expected_name}: expected "
             f"{_outline(expected)}; found {_outline(found)}."
         )
 
 
-def _outline(structure: Any) -> Any:
+def _paths(structure: Any) -> list[tuple[str, ...]]:
+    return [tuple(map(str, path)) for path, _ in tree.flatten_with_path(structure)]
+
+
+def _outline(structure: Any) -> str:
     if not tf.nest.is_nested(structure):
         return _describe(structure)
-    return tf.nest.map_structure(_describe, structure)
+    return shown(tf.nest.map_structure(_describe, structure))
 
 
 def check_like(found: Any, expected: Any, name: str, expected_name: str) -> None:
@@ -108,7 +124,8 @@ def check_like(found: Any, expected: Any, name: str, expected_name: str) -> None
 
 
 def check_specs(specs: Any, floating: bool = False) -> None:
-    """Raises `ValueError` unless the weights have known shapes and, if asked for, floating dtypes."""
+    """Raises `ValueError` unless weights have paths of their own, known shapes and, if asked, floats."""
+    check_paths(specs, "specs")
     for path, spec in named_leaves(specs):
         if not spec.shape.is_fully_defined() or (floating and not spec.dtype.is_floating):
             kind = "a floating dtype and a known shape" if floating else "a known shape"
@@ -126,8 +143,10 @@ def read_gradients(gradients: Any, weights: Any) -> Any:
       weights: A structure of tensors.
 
     Raises:
-      ValueError: If structure, shapes or dtypes are not those of `weights`, or all are None.
+      ValueError: If structure, shapes or dtypes are not those of `weights`, all are None, or two
+        weights have one path.
     """
+    check_paths(weights, "weights")
     check_same_structure(gradients, weights, "gradients", "`weights`")
     flat = [
         g if g is None or isinstance(g, tf.IndexedSlices) else tf.convert_to_tensor(g)
@@ -154,8 +173,8 @@ def check_keys(found: Any, expected: list[str], name: str) -> None:
     if set(found) != set(expected):
         missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
         raise ValueError(
-            f"`{name}` must have the entries {expected}; found missing {missing}, unknown {unknown}. "
-            "It may come from another optimizer."
+            f"`{name}` must have the entries {shown(expected)}; found missing {shown(missing)}, "
+            f"unknown {shown(unknown)}. It may come from another optimizer."
         )
 
 

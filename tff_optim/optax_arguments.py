@@ -47,7 +47,7 @@ def make(transformation_or_factory: Any, arguments: Mapping[str, Any]) -> Any:
     import optax
 
     made = transformation_or_factory
-    if not isinstance(made, optax.GradientTransformation):
+    if not isinstance(made, optax.GradientTransformation | optax.MultiSteps):
         made = made(**arguments)
     if isinstance(made, optax.MultiSteps):
         made = made.gradient_transformation()

@@ -69,7 +69,7 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         fixed = {
             name: value
             for name, value in self._arguments.items()
-            if name not in known or value is not known[name].default
+            if name not in known or comparison.key(value) != comparison.key(known[name].default)
         }
         return {**fixed, **self._numbers}
 
@@ -84,6 +84,12 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         made = getattr(made, "func", made)  # `optax.nadam` is a partial
         name = getattr(made, "__name__", type(made).__name__)
         return f"OptaxOptimizer({name}, {dict(self._numbers)}, device={self.device!r})"
+
+    def __copy__(self) -> "OptaxOptimizer":
+        return self  # nothing in it changes but what it has traced
+
+    def __deepcopy__(self, memo: Any) -> "OptaxOptimizer":
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": {}}  # traced anew in a copy
@@ -267,8 +273,8 @@ def build_optax_optimizer(
     have at most 32, jax' usual 32 bits are used.
 
     Given a factory, such as `optax.adam` or a function of your own, each of its arguments that is a
-    float and that a step reads is kept in the state and can be set between rounds (`get_hparams`),
-    as under `optax.inject_hyperparams`; so `tff.learning.optimizers.schedule_learning_rate` works.
+    float is kept in the state and can be set between rounds (`get_hparams`), as under
+    `optax.inject_hyperparams`; so `tff.learning.optimizers.schedule_learning_rate` works.
     What stays as it is built: an argument that Python code branches on or that the initial state is
     made from, a default of 0 (it turns a term off, which then costs nothing), integers, functions
     and schedules. Given a transformation, all is as it was made,
@@ -282,9 +288,9 @@ def build_optax_optimizer(
       transformation_or_factory: An `optax.GradientTransformation`, or a callable that returns one.
       learning_rate: The argument of this name of the factory: a number, an optax schedule, or a
         scalar tensor of the TFF computation in which the optimizer is built.
-      weight_names: Names of the weights in the order of `tf.nest.flatten`. With them, optax sees a
-        dictionary of weights by name, for masks and labels; without, lists and dictionaries nested
-        as the weights are.
+      weight_names: Names of the weights in the order of `tf.nest.flatten`, all different. With them,
+        optax sees a dictionary of weights by name, for masks and labels; without, lists and
+        dictionaries nested as the weights are.
       device: A device such as `"/GPU:0"` or a `DevicePolicy` for the state and the step; None for
         the policy in force, which leaves it to TensorFlow unless set.
       **kwargs: The other arguments of the factory.
@@ -341,12 +347,21 @@ def build_optax_optimizer(
             "`transformation_or_factory` must be an optax.GradientTransformation or a callable that "
             f"returns one; found {shown(made)}."
         )
+    names = None if weight_names is None else tuple(weight_names)
+    if names is not None and len(set(names)) < len(names):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            "`weight_names` must name every weight differently, for optax sees the weights by name; "
+            f"found {shown(repeated)} more than once."
+        )
     numbers = {
         name: value
         for name, value in arguments.items()
-        if (isinstance(value, float) or tf.is_tensor(value))
-        and name not in (STEP, _SLOTS)
-        and (value != 0.0 or name in kwargs or name == _LR)
+        if name not in (STEP, _SLOTS)
+        and (
+            tf.is_tensor(value)
+            or (isinstance(value, float) and (value != 0.0 or name in kwargs or name == _LR))
+        )
     }
     # Made once now, so that what the factory itself refuses is told here.
     optax_arguments.make(made, {n: 0.5 if tf.is_tensor(v) else v for n, v in arguments.items()})
@@ -354,6 +369,6 @@ def build_optax_optimizer(
         made,
         {name: value for name, value in arguments.items() if name not in numbers},
         numbers,
-        None if weight_names is None else tuple(weight_names),
+        names,
         select_device(device),
     )

@@ -15,6 +15,7 @@ import optax
 import tensorflow as tf
 from jax.experimental import enable_x64
 
+from tff_optim.hyperparameters import STEP
 from tff_optim.optax_tracing import (
     Layout,
     StateChangedError,
@@ -27,6 +28,8 @@ from tff_optim.optax_tracing import (
 # From numbers by name to a transformation.
 Factory = Callable[[Mapping[str, Any]], optax.GradientTransformation]
 
+# Entries of a state that are no numbers of the transformation.
+_RESERVED = (STEP, "slots")
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
@@ -149,8 +152,10 @@ class Program:
 def build_program(factory: Factory, candidates: Mapping[str, float], layout: Layout) -> Program:
     """Traces a transformation for weights of one layout.
 
-    A candidate becomes one of the program's numbers if a step reads it, the transformation can be
-    made from a value that is not known yet, and the initial state does not depend on it.
+    A candidate becomes one of the program's numbers if the transformation can be made from a value
+    that is not known yet, and the initial state does not depend on it. Whether a step reads it may
+    depend on the weights, by a mask for example: TFF's client work, which asks by one scalar, must find
+    the numbers of all.
 
     Args:
       factory: Makes the transformation from numbers: any part of `candidates`. What is left out
@@ -162,10 +167,8 @@ def build_program(factory: Factory, candidates: Mapping[str, float], layout: Lay
       ValueError: If the transformation cannot be made into a program, with the reason.
     """
     program = _with_numbers(factory, _traceable(factory, candidates, layout), layout)
-    step = program._step(tuple(range(len(layout.specs))))
-    read = set().union(*step.traced.sources)
     fixed = set().union(*program.init.sources)
-    names = [n for i, n in enumerate(program.numbers) if i in read and i not in fixed]
+    names = [name for i, name in enumerate(program.numbers) if i not in fixed]
     if names == list(program.numbers):
         return program
     return _with_numbers(factory, {name: candidates[name] for name in names}, layout)
@@ -202,6 +205,7 @@ def _with_numbers(factory: Factory, numbers: Mapping[str, float], layout: Layout
             name: path
             for name, path in sorted(paths.items())
             if path.startswith("hyperparams/")
+            and name not in _RESERVED
             and slots[path].dtype.is_floating
             and slots[path].shape.rank == 0
             and name not in numbers

@@ -10,6 +10,8 @@ import jax
 import tensorflow as tf
 from jax.experimental import enable_x64, jax2tf
 
+from tff_optim.messages import shorten, shown
+
 _QUOTED = re.compile(r"'(\w+)'")
 
 
@@ -87,7 +89,8 @@ def flatten_with_path(tree: Any) -> "collections.OrderedDict[str, Any]":
         path = "/".join(str(_key(key)) for key in keys)
         if path in found:
             raise ValueError(
-                f"`weights` must have names that stay apart when joined by '/'; found {path!r} twice."
+                "`transformation_or_factory` must keep a state whose paths stay apart when joined by "
+                f"'/'; found {shown(path)} twice."
             )
         found[path] = leaf
     return found
@@ -173,9 +176,16 @@ def _failure(error: Exception, method: str) -> ValueError:
             f"that TFF hands to an optimizer; found that its `{method}` needs the extra arguments: "
             f"{names}."
         )
+    # TensorFlow was given what jax traces: the transformation holds a tensor.
+    advice = ""
+    if "Tracer" in text and ("Tensor" in text or " of op " in text):
+        advice = (
+            " A rate that is a tensor of a TFF computation is given apart: "
+            "`build_optax_optimizer(optax.adam, learning_rate=r)`."
+        )
     return ValueError(
         f"`transformation_or_factory` must run on these weights; found that its `{method}` fails: "
-        f"{type(error).__name__}: {text}"
+        f"{type(error).__name__}: {shorten(text)}{advice}"
     )
 
 

@@ -10,11 +10,12 @@ import tensorflow as tf
 
 @contextlib.contextmanager
 def eager_world() -> Iterator[None]:
-    """Steps out of a plain `tf.Graph`, the root of every TFF computation; elsewhere does nothing."""
-    if tf.compat.v1.executing_eagerly_outside_functions():
+    """Steps out of the graph that is built: that of a TFF computation or of a `tf.function`."""
+    if tf.executing_eagerly():
         yield
     else:
-        # A new graph, since TFF looks after every variable that is made while its own is current.
+        # A new graph, since TFF and functions look after every variable that is made while theirs is
+        # current.
         with tf.Graph().as_default(), tf.__internal__.eager_context.eager_mode():
             yield
 

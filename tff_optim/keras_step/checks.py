@@ -48,6 +48,10 @@ _HONOURED = {
 }
 
 
+# Entries of a state that no number may replace.
+_ENTRIES = ("learning_rate", "iterations", "slots")
+
+
 def not_called() -> set[str]:
     """The methods that Keras defines for an optimizer and a pure step does not call."""
     bases = [base for base in _Keras.__mro__ if keras_arguments.of_keras(base)]
@@ -81,7 +85,7 @@ def find_numbers(
     numbers: collections.OrderedDict[str, float] = collections.OrderedDict()
     for name, value in config.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_candidate = is_number and name != "learning_rate" and vars(optimizer).get(name) == value
+        is_candidate = is_number and name not in _ENTRIES and vars(optimizer).get(name) == value
         if is_candidate and _reads_in_graph(optimizer, initial, name):
             numbers[name] = float(value)
     return numbers

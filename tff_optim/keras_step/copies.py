@@ -96,7 +96,9 @@ def read_variables(optimizer: Any) -> dict[int, np.ndarray]:
             if tf.is_symbolic_tensor(variable.handle):
                 raise ValueError(
                     "`optimizer` must have variables with values; found that it was made inside a "
-                    "`tf.Graph` or a TFF computation. Pass a callable that makes it, such as its class."
+                    "TFF computation or another graph. Pass what makes it, and a rate that is a tensor "
+                    "of that graph apart: `build_keras_optimizer(tf.keras.optimizers.SGD, "
+                    "learning_rate=r)`."
                 )
             values[id(variable)] = variable.numpy()
         return variable

@@ -84,6 +84,12 @@ class ElementwiseTransform(GradientTransform):
     def initialize(self, specs: Any) -> Any:
         """See base class."""
         state = hyperparameters.initialize(self, self.counts_steps)
+        names = [*{*state, hyperparameters.STEP}, *self.slots]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"`slots` of `{type(self).__name__}` must have names of their own in the state, beside "
+                f"`step` and the hyper-parameters {list(state)}; found {self.slots}. Rename a slot."
+            )
         return state | {name: leaves.zeros(specs) for name in self.slots}
 
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
