@@ -360,7 +360,14 @@ def test_any_iterative_process_runs_and_evaluate_gets_its_state():
         ({"clients": []}, ValueError, "`clients` must hold at least one client"),
         ({"process": 3}, TypeError, "`process` must be a learning process.*found 3"),
         ({"process": {}}, ValueError, "at least one process"),
-        ({"process": {"a/b": None}}, ValueError, "can be folders; found 'a/b'"),
+        *(
+            (
+                {"process": {name: None}},
+                ValueError,
+                "`process` must have names that can be those of f",
+            )
+            for name in ("", ".", "..", "a/b", "\0", "x" * 256, "\u20ac" * 90, "\ud800", 3)
+        ),
         ({"process": lambda seed: 3}, TypeError, "'process' returned 3"),
     ],
 )

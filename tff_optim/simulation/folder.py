@@ -1,108 +1,301 @@
 """Folder: what a run keeps in its directory, or in memory alone."""
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.resident import ResidentCheckpoints, ResidentProcess
+from tff_optim.messages import shown
+from tff_optim.resident import locks
 from tff_optim.simulation import same_run
-from tff_optim.simulation.records import RecordFile
+from tff_optim.simulation.board import Board
+from tff_optim.simulation.checkpoints import Checkpoints
+from tff_optim.simulation.records import CsvView, Record, RecordFile
 from tff_optim.simulation.threads import wait
 
-_FILES = ("rounds.csv", "clients.csv", "checkpoints", "tensorboard")
+_LOCK = ".lock"
+_RECORDS, _ROUNDS, _CLIENTS = "records.jsonl", "rounds.csv", "clients.csv"
+_CHECKPOINTS, _BOARD = "checkpoints", "tensorboard"
+_KINDS: dict[str, Callable[[str], bool]] = {
+    **dict.fromkeys((_RECORDS, _ROUNDS, _CLIENTS), os.path.isfile),
+    **dict.fromkeys((_CHECKPOINTS, _BOARD), os.path.isdir),
+}
 
 
-class Folder:
-    """The records, curves and checkpoints of one run; `close` it in the end.
+class Folder(tff.program.ProgramStateManager):
+    """The records, curves and checkpoints of one run, all of one round; `close` it in the end.
+
+    `records.jsonl` decides: it says what each round has shown, and after which rounds the state was
+    saved in which files. A run goes on from the newest state whose files are as they were saved.
+    Records of later rounds are dropped, and CSV files and curves are made anew from the others. Damage
+    is told; where it leaves no state to go on from, nothing is changed.
+
+    It is the `program_state_manager` of TFF's loop, after `find` and `begin`.
 
     Args:
-      path: The directory; None to keep the records in memory alone.
+      path: The directory, made if it is not there; None to keep the records in memory alone.
 
     Attributes:
       path: As given.
-      saved: The round of the newest checkpoint; None if there is none.
+      saved: The round to go on from; None to begin anew.
+      reach: How many rounds before that one lies the one that counts if that one is damaged.
       rounds: A record for each round.
       clients: A record for each client of each round.
-      checkpoints: A `tff.program.ProgramStateManager`; None without a directory.
+
+    Raises:
+      RuntimeError: Another run has the directory.
+      ValueError: It cannot be made.
     """
 
     def __init__(self, path: str | None):
         self.path = path
         self.saved: int | None = None
-        self.checkpoints: tff.program.ProgramStateManager | None = None
-        self._board: Any = None
-        self._rounds, self._clients = RecordFile(None), RecordFile(None)
+        self.reach = 0
+        self.rounds: list[Record] = []
+        self.clients: list[Record] = []
+        self._state: Any = None
+        self._left_out: list[str] = []
+        self._board: Board | None = None
+        self._close = contextlib.ExitStack()
+        if path is not None:
+            self._close.enter_context(_owned(path))
+            self._records = RecordFile(self._path_of(_RECORDS))
 
-    def go_on(
-        self, run: Mapping[str, Any], process: Any, ids: Sequence[Any], *, resume: bool | str
+    def find(
+        self,
+        run: Mapping[str, Any],
+        process: Any,
+        state: Any,
+        ids: Sequence[Any],
+        *,
+        resume: bool | str,
     ) -> None:
-        """Finds what the same run has left in the directory, or prepares it for a new one.
+        """Finds what the same run has left in the directory, and changes nothing of it.
 
         Args:
           run: What makes a run the same run; see `same_run.describe`.
           process: Whose states are saved.
+          state: One of them.
           ids: Of all clients.
           resume: Whether to go on with what is there; "changed" if it may differ.
 
         Raises:
-          ValueError: The directory holds another run.
+          ValueError: The directory holds another run, or one that is damaged.
         """
         assert self.path is not None
-        same_run.check(self.path, dict(run), resume=resume, files=_FILES)
-        self.checkpoints = _checkpoints(
-            process, os.path.join(self.path, "checkpoints"), accept_changes=resume == "changed"
-        )
-        versions = wait(self.checkpoints.get_versions())
-        self.saved = max(versions) if versions else None
-        self._rounds = RecordFile(os.path.join(self.path, "rounds.csv"), self.saved)
-        self._clients = RecordFile(os.path.join(self.path, "clients.csv"), self.saved)
-        by_name = {str(client): client for client in ids}
-        for record in self._clients.records:  # a file holds ids as texts
-            record["client"] = by_name.get(record["client"], record["client"])
-        self._board = tf.summary.create_file_writer(os.path.join(self.path, "tensorboard"))
+        self._run, self._by_text = dict(run), _by_text(ids)
+        files = [*_KINDS, "client_states"]
+        same_run.check(self.path, self._run, resume=resume, files=files)
+        with _in_words():
+            for name, is_kind in _KINDS.items():
+                _check_kind(self._path_of(name), is_kind)
+            self._checkpoints = Checkpoints(
+                process, self._path_of(_CHECKPOINTS), accept_changes=resume == "changed"
+            )
+            saves = self._choose()
+        if self.saved is not None:
+            self._state = wait(self._checkpoints.load(self.saved, state))
+            older = [number for number in self._checkpoints.found() if number in saves]
+            self.reach = self.saved - min(older)
+        self._take(self.saved)
 
-    @property
-    def rounds(self) -> list[dict[str, Any]]:
-        """A record for each round."""
-        return self._rounds.records
+    def _choose(self) -> dict[int, str]:
+        """Decides which state to go on from; returns the digests of those saved up to it."""
+        wrong = self._read()
+        values = self._records.values
+        saves = {value["saved"]: value["files"] for value in values if "saved" in value}
+        self._left_out = [wrong] if wrong else []
+        for number in sorted(saves, reverse=True):
+            fault = self._checkpoints.fault(number, saves[number])
+            if not fault:
+                self.saved = number
+                break
+            self._left_out.append(fault)
+        done = max((value["round"] for value in values if "round" in value), default=0)
+        # A save of the last rounds may have been killed before it was written down.
+        self._killed = range(max(saves, default=-1) + 1, done + 1)
+        unknown = [number for number in self._checkpoints.found() if number > done]
+        if self.saved is None and (self._left_out or unknown):
+            self._left_out += [f"checkpoints of rounds {unknown} without records"] * bool(unknown)
+            raise ValueError(
+                f"`directory` must hold records and checkpoints as they were written; found in "
+                f"{self.path}: {'; '.join(self._left_out)}. Nothing was changed. Bring copies of "
+                "these files back, or name another directory to begin anew."
+            )
+        self._counts = {number for number in saves if number <= (self.saved or 0)}
+        return {number: saves[number] for number in self._counts}
 
-    @property
-    def clients(self) -> list[dict[str, Any]]:
-        """A record for each client of each round."""
-        return self._clients.records
+    def _read(self) -> str:
+        """Reads the records; returns what is wrong with them."""
+        path = self._path_of(_RECORDS)
+        if not os.path.exists(path):
+            return f"{_RECORDS} is missing" if self._checkpoints.found() else ""
+        try:
+            wrong = self._records.read()
+        except OSError as error:
+            return f"{_RECORDS} cannot be read ({error.strerror})"
+        rounds = [value["round"] for value in self._records.values if "round" in value]
+        after = f"after the record of round {rounds[-1]}" if rounds else "before the first record"
+        return f"{_RECORDS}: {wrong}, {after}" if wrong else ""
 
-    async def add(
+    def _take(self, last: int | None) -> None:
+        """Takes the records of rounds up to one from what the file holds."""
+        self.rounds, self.clients = [], []
+        for value in self._records.values:
+            if "round" in value and last is not None and value["round"] <= last:
+                key = {"round": value["round"]}
+                self.rounds.append({**key, **value["record"]})
+                self.clients += [
+                    {**key, **one, "client": self._by_text.get(one["client"], one["client"])}
+                    for one in value["clients"]
+                ]
+
+    def begin(self) -> None:
+        """Brings all that the directory holds to the round to go on from.
+
+        Raises:
+          ValueError: Something in the directory cannot be written.
+        """
+        if self.path is None:
+            return
+        with _in_words():
+            same_run.take_over(self.path, self._run, self.saved or 0)
+            odd = self._checkpoints.clear(self._counts, self._killed)
+            self._left_out += [f"{name} was not saved by this run" for name in odd]
+            if self._left_out:
+                then = "beginning anew" if self.saved is None else f"going on after {self.saved}"
+                warnings.warn(
+                    f"Left out in {self.path}, {then}: {'; '.join(self._left_out)}", stacklevel=2
+                )
+            if self.saved is None:
+                self._records.start()
+            else:
+                self._cut(self.saved)
+            self._show()
+
+    def _cut(self, last: int) -> None:
+        """Drops the records of later rounds."""
+        keys = [value.get("round", value.get("saved")) for value in self._records.values]
+        self._records.cut(sum(key <= last for key in keys))
+
+    def _show(self) -> None:
+        """Writes the CSV files and the curves anew."""
+        self._views = [
+            CsvView(self._path_of(_ROUNDS), self.rounds),
+            CsvView(self._path_of(_CLIENTS), self.clients),
+        ]
+        if self._board is not None:
+            self._board.close()
+        self._board = Board(self._path_of(_BOARD))
+        for value in self._records.values:
+            if "round" in value:
+                self._board.add(value["round"], value["record"], value["written"])
+        self._board.publish()
+
+    def add(
         self, number: int, record: Mapping[str, Any], of_clients: Sequence[Mapping[str, Any]]
     ) -> None:
         """Keeps what a round has shown."""
-        await self._clients.release(of_clients, number)
-        await self._rounds.release([record], number)
+        rounds = [{"round": number, **record}]
+        clients = [{"round": number, **one} for one in of_clients]
         if self._board is not None:
-            with self._board.as_default(step=number):
-                for name, number_or_text in record.items():
-                    if not isinstance(number_or_text, str):
-                        tf.summary.scalar(name, number_or_text)
+            written = time.time()
+            texts = [{**one, "client": str(one["client"])} for one in of_clients]
+            with _in_words():
+                self._records.append(
+                    {"round": number, "written": written, "record": record, "clients": texts}
+                )
+                for view, records in zip(self._views, (rounds, clients), strict=True):
+                    view.append(records)
+            self._board.add(number, record, written)
             self._board.flush()
+        self.rounds += rounds
+        self.clients += clients
 
-    def save(self, state: Any, number: int) -> None:
-        """Saves the state after a round, unless it is saved already."""
-        if self.checkpoints is None:
+    async def save(self, program_state: Any, version: int) -> None:
+        """Saves the state after a round, unless it is saved; drops the records of later rounds."""
+        if self.path is None or version in self._counts:
             return
-        if number not in (wait(self.checkpoints.get_versions()) or []):
-            wait(self.checkpoints.save(state, number))
+        digest = await self._checkpoints.save(program_state, version)
+        if self.rounds and self.rounds[-1]["round"] > version:
+            self._cut(version)
+            self._take(version)
+            self._show()
+        self._records.append({"saved": version, "files": digest})
+        self._counts.add(version)
+
+    async def get_versions(self) -> list[int] | None:
+        """The round to go on from, or None."""
+        return None if self.saved is None else [self.saved]
+
+    async def load(self, version: int, structure: Any) -> Any:
+        """Gives the state that was found, once."""
+        del structure
+        if version != self.saved:
+            raise tff.program.ProgramStateNotFoundError(version)
+        state, self._state = self._state, None
+        return state
 
     def close(self) -> None:
-        """Ends writing."""
+        """Ends writing, and lets others have the directory."""
         if self._board is not None:
             self._board.close()
+        self._close.close()
+
+    def _path_of(self, name: str) -> str:
+        assert self.path is not None
+        return os.path.join(self.path, name)
 
 
-def _checkpoints(
-    process: Any, path: str, *, accept_changes: bool
-) -> tff.program.ProgramStateManager:
-    if isinstance(process, ResidentProcess):
-        return ResidentCheckpoints(process, path, keep=2, accept_changes=accept_changes)
-    return tff.program.FileProgramStateManager(path, keep_total=2, keep_first=False)
+@contextlib.contextmanager
+def _owned(path: str) -> Iterator[None]:
+    """Has a directory, which is made if it is not there, for this run alone."""
+    with contextlib.ExitStack() as stack:
+        with _in_words():
+            try:
+                os.makedirs(path, exist_ok=True)
+                stack.enter_context(locks.locked(os.path.join(path, _LOCK)))
+            except BlockingIOError as error:
+                raise RuntimeError(
+                    f"`directory` must be of one run at a time; found that {error.strerror} has "
+                    f"{path}. It goes on, and nothing of this run was written. Wait until it has "
+                    "ended, or name another directory."
+                ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"`directory` must be a folder that this run can read and write; found "
+            f"{error.strerror!r} at {error.filename}."
+        ) from error
+
+
+def _check_kind(path: str, is_kind: Callable[[str], bool]) -> None:
+    if os.path.lexists(path) and not is_kind(path):
+        kind = "a file" if is_kind is os.path.isfile else "a folder"
+        raise ValueError(
+            f"`directory` must have {kind} or nothing at {path}; found something else. Bring back "
+            "what was there, or remove it."
+        )
+
+
+def _by_text(ids: Sequence[Any]) -> dict[str, Any]:
+    """The ids of clients by the texts that files hold."""
+    found: dict[str, Any] = {}
+    for client in ids:
+        other = found.setdefault(str(client), client)
+        if other is not client:
+            raise ValueError(
+                "`clients` must have ids that differ as texts, since files hold them as texts; found "
+                f"{shown(other)} and {shown(client)}."
+            )
+    return found

@@ -139,7 +139,11 @@ def _blocks(columns: list[str], widths: list[int]) -> list[list[int]]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    # Ends of lines, and what no terminal can show, would break the table.
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 @attrs.frozen(repr=False)

@@ -42,10 +42,12 @@ def run(
     """Trains one or several processes, with one or several seeds, some of them side by side.
 
     Each run is a call of `tff.simulation.run_training_process`. With a `directory`, it keeps there
-    `rounds.csv` and `clients.csv` (see `History`), `tensorboard/` with a curve for every number,
-    and `checkpoints/`. The same call goes on where the last one was killed, with the numbers of an
-    undisturbed run: the clients of a round depend on the seed and the round's number alone. (Data that
-    shuffle need a seed; in the Python process `reshuffle_each_iteration=False` as well.)
+    `records.jsonl`, with `rounds.csv` and `clients.csv` made of it (see `History`), `tensorboard/`
+    with a curve for every number, and `checkpoints/`. One run at a time has a directory; what was
+    damaged in it is left out with a warning, or refused. The same call goes on where the last one
+    was killed, with the numbers of an undisturbed run: the clients of a round depend on the seed and
+    the round's number alone. (Data that shuffle need a seed; in the Python process
+    `reshuffle_each_iteration=False` as well.)
 
     The first Ctrl-C lets the round end, saves it and returns the history; the second one raises
     `KeyboardInterrupt` at once. (A round is lost if Ctrl-C at the terminal has ended its worker; a
@@ -99,9 +101,8 @@ def run(
       stop: Called after each round with the rounds so far; true ends the run. See `no_better`.
       managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round.
       client_states: `aggregators.ClientStates`, for processes whose clients keep a state
-        (`build_scaffold`): each run has a store of its own, in its folder or in memory. It is
-        kept for `rounds_per_checkpoint` rounds back, so that a resumed run finds the states of
-        its round.
+        (`build_scaffold`): each run has a store of its own, in its folder or in memory. It can
+        go back to both checkpoints, so that a resumed run finds the states of its round.
       initial_weights: Where all runs start: `tff.learning.models.ModelWeights`, a Keras model
         whose weights are taken, or a function that is called once with each seed and returns
         one of these. None leaves it to the processes: each draws its initial weights when it
@@ -120,8 +121,9 @@ def run(
     Raises:
       TypeError: An argument is of the wrong type, or a client's data is not what the process
         takes; the message names the client.
-      ValueError: A number is out of range, or `directory` holds another run, or more rounds. An
-        error of a round is raised once the rounds before it are saved.
+      ValueError: A number is out of range, or `directory` holds another run, more rounds, or
+        damage. An error of a round is raised once the rounds before it are saved.
+      RuntimeError: Another run has `directory`.
     """
     processes, seeds = _processes(process), _seeds(seed)
     clients_per_round = cohorts.whole(clients_per_round)
@@ -214,8 +216,11 @@ def no_better(name: str, rounds: int, *, larger_is_better: bool = False) -> Call
 def _processes(process: Any) -> dict[str, Any]:
     named = dict(process) if isinstance(process, Mapping) else {_NAME: process}
     for name, one in named.items():
-        if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(f"`process` must have names that can be folders; found {shown(name)}.")
+        if not _is_file_name(name):
+            raise ValueError(
+                "`process` must have names that can be those of folders: texts of at most 255 bytes "
+                f"without '/', and not '.' or '..'; found {shown(name)}."
+            )
         if not (hasattr(one, "next") and hasattr(one, "initialize")) and not callable(one):
             raise TypeError(
                 "`process` must be a learning process, a function from a seed to one, or a mapping "
@@ -224,6 +229,15 @@ def _processes(process: Any) -> dict[str, Any]:
     if not named:
         raise ValueError("`process` must hold at least one process; found none.")
     return named
+
+
+def _is_file_name(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
+        return False
+    try:
+        return len(os.fsencode(name)) <= 255
+    except UnicodeEncodeError:  # half a surrogate
+        return False
 
 
 def _seeds(seed: int | Sequence[int]) -> list[int]:

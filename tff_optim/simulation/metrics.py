@@ -6,6 +6,8 @@ from typing import Any
 import attrs
 import numpy as np
 
+from tff_optim.messages import shown
+
 _LARGEST = 256  # numbers of one metric that are shown one by one
 _SAMPLE = "sample_"
 _FILLED = "sample_clients"
@@ -13,7 +15,7 @@ _UNCHANGED = ("update_non_finite", "unchanged")  # of TFF's finalizers, of `aggr
 
 
 def flatten(metrics: Any) -> dict[str, Any]:
-    """Names every number of a structure of metrics.
+    r"""Names every number of a structure of metrics.
 
     Names are paths, joined by slashes. A vector or matrix becomes a number for each element, and
     one of more than 256 elements its `mean`, `min` and `max`. What `aggregators` shows of single
@@ -27,16 +29,17 @@ def flatten(metrics: Any) -> dict[str, Any]:
       metrics: Nested mappings, sequences and attrs objects of numbers, arrays and texts.
 
     Returns:
-      Python's bools, ints, floats and texts by name.
+      Python's bools, ints, floats and texts by name; a byte that is no text is written as `\xff`.
 
     Raises:
       ValueError: Two numbers have the same name.
+      TypeError: A value is none of these, such as a complex number.
     """
     found: dict[str, Any] = {}
     for name, value in _named(metrics):
         if name in found:
             raise ValueError(f"`metrics` must have a name for each number; found {name!r} twice.")
-        found[name] = _plain(value)
+        found[name] = _plain(value, name)
     return found
 
 
@@ -101,7 +104,7 @@ def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
             continue
         name = "/".join([*path[:level], path[level].removeprefix(_SAMPLE), *path[level + 1 :]])
         for record, row in zip(records[: filled[path[:level]]], value):
-            record[name] = _plain(row)
+            record[name] = _plain(row, name)
     return records
 
 
@@ -134,7 +137,8 @@ def _leaves(
         value = {str(i): member for i, member in enumerate(value)}
     if not isinstance(value, Mapping):
         if not clients and path:
-            yield path, np.asarray(value)
+            # NumPy cannot take a tensor of `tf.bfloat16` by itself.
+            yield path, np.asarray(value.numpy() if hasattr(value, "numpy") else value)
         return
     sampled = {name for name in value if _FILLED in value and str(name).startswith(_SAMPLE)}
     for name, member in value.items():
@@ -145,7 +149,14 @@ def _leaves(
             yield from _leaves(member, clients=False, path=inner)
 
 
-def _plain(value: Any) -> Any:
-    """A Python value: bool, int, float or text."""
+def _plain(value: Any, name: str) -> Any:
+    """A Python value: bool, int, float or text, or None."""
     value = np.asarray(value).item()
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"`metrics` must hold bools, whole numbers, floats of at most 64 bits and texts; found "
+        f"{shown(value)} at {name!r}. Turn it into one of these, or into several."
+    )

@@ -1,80 +1,150 @@
-"""RecordFile: a CSV file of records that a killed run leaves readable."""
+"""Records of a run: a file of typed lines that nothing changes unseen, and CSV files made of it."""
 
 import csv
-import io
+import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import tensorflow_federated as tff
+import attrs
+
+_FORMAT = {"format": 1}
+_CHECK = b', "check": "'
+_DIGITS = 16
+
+Record = dict[str, Any]
 
 
-class RecordFile(tff.program.ReleaseManager):
-    """Writes the records of each round to a CSV file with a column for each name.
+@attrs.frozen
+class _Line:
+    value: dict[str, Any]
+    check: str  # a digest of this line and of all before it
+    end: int  # in bytes from the file's beginning
 
-    A row is appended; where a new name appears, the file is written anew and renamed. When the file
-    is opened again, a row that was cut off by a kill, and rows of rounds after the last checkpoint,
-    are dropped.
+
+class RecordFile:
+    """A JSON object in each line, each with a digest of itself and of all lines before it.
+
+    So a line that is missing or that was changed is found out. JSON keeps types and every character;
+    not a number and infinite are `NaN` and `Infinity`, as Python writes them.
 
     Args:
-      path: The file, made at the first release; None to keep the records in memory alone.
-      last_round: Rows of later rounds are dropped; None drops all.
+      path: The file.
     """
 
-    def __init__(self, path: str | None, last_round: int | None = None):
+    def __init__(self, path: str):
         self._path = path
-        self._columns: list[str] = []
-        self.records: list[dict[str, Any]] = []
-        if path is not None and os.path.exists(path):
-            found = [] if last_round is None else _read(path)
-            self.records = [r for r in found if r["round"] <= (last_round or 0)]
-            self._write_all()
+        self._lines: list[_Line] = []
 
-    async def release(self, value: Sequence[Mapping[str, Any]], key: int) -> None:
-        """Appends the records of round `key`."""
-        records = [{"round": int(key), **record} for record in value]
-        known = set(self._columns)
-        new = any(name not in known for record in records for name in record)
-        self.records += records
-        if new:
+    @property
+    def values(self) -> list[dict[str, Any]]:
+        """What the lines hold, without the first one, which names the format."""
+        return [line.value for line in self._lines[1:]]
+
+    def read(self) -> str:
+        """Reads up to the first line that is not as it was written.
+
+        Returns:
+          What is wrong with that line; empty if nothing is, or if a kill has cut the last one off.
+
+        Raises:
+          OSError: The file cannot be read.
+        """
+        with open(self._path, "rb") as file:
+            *lines, cut_off = file.read().split(b"\n")
+        for line in lines:
+            try:
+                self._lines.append(_parse(line, self._lines[-1:]))
+            except ValueError as error:
+                return f"line {len(self._lines) + 1} {error}"
+        if not self._lines:
+            return "line 1 is cut off" if cut_off else "it is empty"
+        return ""
+
+    def start(self) -> None:
+        """Writes the file anew, without records."""
+        text, line = _written(_FORMAT, [])
+        with open(self._path + ".unfinished", "wb") as file:
+            file.write(text)
+        os.replace(self._path + ".unfinished", self._path)
+        self._lines = [line]
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Adds a line."""
+        text, line = _written(value, self._lines[-1:])
+        with open(self._path, "r+b") as file:
+            file.truncate(self._lines[-1].end)  # a full disk may have left a part of a line
+            file.seek(self._lines[-1].end)
+            file.write(text)
+        self._lines.append(line)
+
+    def cut(self, count: int) -> None:
+        """Drops all values but the first `count`."""
+        os.truncate(self._path, self._lines[count].end)
+        del self._lines[count + 1 :]
+
+
+def _written(value: dict[str, Any], before: Sequence[_Line]) -> tuple[bytes, _Line]:
+    """A line as bytes, and as it will be read."""
+    body = json.dumps(value).encode()
+    check = _digest(body, before)
+    text = body[:-1] + _CHECK + check.encode() + b'"}\n'
+    return text, _Line(value, check, len(text) + (before[-1].end if before else 0))
+
+
+def _parse(text: bytes, before: Sequence[_Line]) -> _Line:
+    body, _, rest = text.rpartition(_CHECK)
+    check = rest[:_DIGITS].decode("ascii", "replace")
+    if check != _digest(body + b"}", before) or rest[_DIGITS:] != b'"}':
+        raise ValueError("must be as it was written; found it changed, or a line before it missing")
+    value = json.loads(body + b"}")
+    if not before and value != _FORMAT:
+        raise ValueError(f"must be {_FORMAT}, found {value}, which another version has written")
+    return _Line(value, check, len(text) + 1 + (before[-1].end if before else 0))
+
+
+def _digest(body: bytes, before: Sequence[_Line]) -> str:
+    chain = before[-1].check.encode() if before else b""
+    return hashlib.sha256(chain + body).hexdigest()[:_DIGITS]
+
+
+class CsvView:
+    """Records as a CSV file for other programs: a column for each name, in the order of appearance.
+
+    Args:
+      path: The file, which is written anew.
+      records: Those that there are already.
+    """
+
+    def __init__(self, path: str, records: Sequence[Record]):
+        self._path, self._records = path, list(records)
+        self._columns: list[str] = []
+        self._write_all()
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Adds rows; the file is written anew where a name is new."""
+        self._records += records
+        if any(name not in self._columns for record in records for name in record):
             self._write_all()
-        elif self._path is not None:
-            with open(self._path, "a", newline="") as file:
+        elif records:
+            with _opened(self._path, "a") as file:
                 _writer(file, self._columns).writerows(records)
 
     def _write_all(self) -> None:
-        self._columns = list(dict.fromkeys(name for record in self.records for name in record))
-        if self._path is None:
-            return
-        unfinished = self._path + ".unfinished"
-        with open(unfinished, "w", newline="") as file:
+        self._columns = list(dict.fromkeys(name for record in self._records for name in record))
+        with _opened(self._path + ".unfinished", "w") as file:
             writer = _writer(file, self._columns)
             writer.writeheader()
-            writer.writerows(self.records)
-        os.replace(unfinished, self._path)
+            writer.writerows(self._records)
+        os.replace(self._path + ".unfinished", self._path)
+
+
+def _opened(path: str, mode: str) -> Any:
+    # Half a surrogate cannot be encoded: it is written as `\udc80`.
+    return open(path, mode, newline="", encoding="utf-8", errors="backslashreplace")
 
 
 def _writer(file: Any, columns: list[str]) -> csv.DictWriter:
-    return csv.DictWriter(file, columns, lineterminator="\n")
-
-
-def _read(path: str) -> list[dict[str, Any]]:
-    with open(path, newline="") as file:
-        whole, _, _ = file.read().rpartition("\n")  # what follows was cut off
-    rows = csv.DictReader(io.StringIO(whole, newline=""))
-    return [
-        {name: text if name == "client" else _value(text) for name, text in row.items() if text}
-        for row in rows
-    ]
-
-
-def _value(text: str) -> Any:
-    """The value that was written as this text."""
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    # Quoted texts keep carriage returns, and "007" apart from 7.
+    return csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)

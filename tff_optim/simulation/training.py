@@ -19,7 +19,7 @@ from tff_optim.simulation.history import History, Table
 from tff_optim.simulation.interrupts import Interrupt
 from tff_optim.simulation.progress import ProgressBar
 from tff_optim.simulation.starts import Starts
-from tff_optim.simulation.threads import on_a_loop
+from tff_optim.simulation.threads import on_a_loop, wait
 
 _TIME = tff.simulation.TRAINING_TIME_KEY
 _EVALUATION = "evaluation/"
@@ -100,7 +100,7 @@ class _Run:
         self._process, self._cohorts, self._plan, self._folder = process, cohorts, plan, folder
         self._interrupt, self._run, self._initial = interrupt, (name, seed), None
         if folder.path is not None:
-            self._go_on(seed)
+            self._find(seed)
         self._store: Any = None  # of the states of clients
         self._state: Any = None  # after the last round of this call, whose number is `_done`
         self._done = folder.saved or 0
@@ -109,8 +109,8 @@ class _Run:
         self._of_clients: list[dict[str, Any]] = []
         self._bar: ProgressBar | None = None
 
-    def _go_on(self, seed: int) -> None:
-        """Finds what the same run has left, or prepares the folder for a new one."""
+    def _find(self, seed: int) -> None:
+        """Finds what the same run has left in the folder."""
         plan, cohorts, folder = self._plan, self._cohorts, self._folder
         assert folder.path is not None
         with plan.lock:
@@ -126,30 +126,32 @@ class _Run:
             evaluate=same_run.of_function(plan.evaluate),
             rounds_per_evaluation=plan.rounds_per_evaluation if plan.evaluate else None,
         )
-        folder.go_on(run, self._process, cohorts.ids, resume=plan.resume)
+        folder.find(run, self._process, self.initialize(), cohorts.ids, resume=plan.resume)
         saved = folder.saved or 0
         if saved > plan.rounds:
             raise ValueError(
                 f"`rounds` must be at least {saved}, those that {folder.path} holds; found "
                 f"{plan.rounds}. Give {saved} for these, or name another directory."
             )
-        same_run.take_over(folder.path, run, saved)
 
     def history(self) -> History:
         """Trains, saves what is not saved yet, and tells."""
         keeps = self._cohorts.keeps_states
         with self._open_store() if keeps else contextlib.nullcontext() as self._store:
+            self._folder.begin()
             return self._train()
 
     def _open_store(self) -> contextlib.AbstractContextManager[Any]:
-        factory, folder = self._plan.client_states, self._folder.path
+        factory, folder = self._plan.client_states, self._folder
         if factory is None:
             raise ValueError(
                 "`client_states` must be given for a process whose clients keep a state; found None. "
                 "Pass `client_states=aggregators.ClientStates`."
             )
-        keep = 1 if folder is None else self._plan.rounds_per_checkpoint
-        return stores.opened(factory, self._cohorts.ids, folder, keep, self._folder.saved or 0)
+        between = self._plan.rounds_per_checkpoint
+        # Two checkpoints are kept, and the older one counts if the newer one is damaged.
+        keep = 1 if folder.path is None else between + max(between, folder.reach)
+        return stores.opened(factory, self._cohorts.ids, folder.path, keep, folder.saved or 0)
 
     def _train(self) -> History:
         plan, run = self._plan, self._run
@@ -166,7 +168,7 @@ class _Run:
                 evaluation_fn=self._evaluate if plan.evaluate else None,
                 evaluation_selection_fn=lambda number: None,
                 rounds_per_evaluation=plan.rounds_per_evaluation,
-                program_state_manager=self._folder.checkpoints,
+                program_state_manager=self._folder,
                 rounds_per_saving_program_state=plan.rounds_per_checkpoint,
                 metrics_managers=[_Release(self._release)],
             )
@@ -180,7 +182,7 @@ class _Run:
             print(f"The round that Ctrl-C met is lost: {shown(error)}", file=sys.stderr)
         finally:
             self._bar.close()
-        self._folder.save(self._state, self._done)
+        wait(self._folder.save(self._state, self._done))
         return History(
             rounds=self._table(self._folder.rounds),
             clients=self._table(self._folder.clients),
@@ -193,7 +195,7 @@ class _Run:
         if self._state is None:
             return
         try:
-            self._folder.save(self._state, self._done)
+            wait(self._folder.save(self._state, self._done))
         except Exception as another:  # the first one is the reason
             error.add_note(f"Round {self._done} could not be saved: {shown(another)}")
 
@@ -279,7 +281,7 @@ class _Run:
 
     async def _release(self, value: Mapping[str, Any], number: int) -> None:
         record = {k: v for k, v in value.items() if k != tff.simulation.ROUND_NUMBER_KEY}
-        await self._folder.add(number, record, self._of_clients if number else [])
+        self._folder.add(number, record, self._of_clients if number else [])
         if number:
             self._state, self._done = self._next_state, number
             self._warn_if_stuck()

@@ -1,0 +1,233 @@
+"""A run's folder: one owner, one round that all follows, records that keep what was written."""
+
+import csv
+import math
+import os
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_simulation import build_process, evaluate, make_clients
+
+from tff_optim import simulation
+from tff_optim.simulation.board import Board
+from tff_optim.simulation.records import CsvView, RecordFile
+
+ODD = [
+    *("007", "1e3", "True", "", "NaN", "null", "a,b", 'say "so"', "\r", "a\r\nb", "\n", "\u2028"),
+    *("\ud800", "é\udc80", "\0", "=1+1", " x ", "client 0"),
+]
+
+
+# --------------------------------------------------------------------------------- the file itself
+
+
+@pytest.fixture
+def file(tmp_path):
+    records = RecordFile(str(tmp_path / "records.jsonl"))
+    records.start()
+    return records
+
+
+def again(file):
+    """The file as another program reads it, and what is wrong with it."""
+    other = RecordFile(file._path)
+    wrong = other.read()
+    return other, wrong
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(7, 7.0, True, False, None, 0, -0.0, 0.1, 1e300, 2**64 - 1, 10**40, -1e-320),
+        *(math.inf, -math.inf, math.nan, float(np.float32(0.1))),
+        *ODD,
+    ],
+    ids=ascii,
+)
+def test_a_value_comes_back_as_it_was(file, value):
+    file.append({"a": value, "b": {value: [value]} if isinstance(value, str) else [value]})
+    other, wrong = again(file)
+    assert not wrong
+    found = other.values[0]["a"]
+    assert type(found) is type(value)
+    assert repr(found) == repr(value)
+    assert repr(other.values) == repr(file.values)
+
+
+def lines_of(file):
+    return pathlib.Path(file._path).read_bytes().splitlines(keepends=True)
+
+
+DAMAGE = {
+    "a digit": lambda lines: [*lines[:2], lines[2].replace(b"2", b"3", 1), *lines[3:]],
+    "a digest": lambda lines: [*lines[:2], lines[2][:-4] + b"x" + lines[2][-3:], *lines[3:]],
+    "one is missing": lambda lines: [*lines[:2], *lines[3:]],
+    "one is there twice": lambda lines: [*lines[:2], lines[1], *lines[2:]],
+    "exchanged": lambda lines: [*lines[:2], lines[3], lines[2]],
+    "no end of line": lambda lines: [*lines[:2], lines[2].strip(), *lines[3:]],
+    "no text": lambda lines: [*lines[:2], b"\xff\0\n", *lines[3:]],
+    "an empty line": lambda lines: [*lines[:2], b"\n", *lines[2:]],
+    "valid JSON": lambda lines: [*lines[:2], b'{"n": 2}\n', *lines[3:]],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_line_that_was_changed_is_named(file, damage):
+    for number in (1, 2, 3):
+        file.append({"n": number})
+    pathlib.Path(file._path).write_bytes(b"".join(damage(lines_of(file))))
+    other, wrong = again(file)
+    assert wrong.startswith("line 3 must be as it was written; found")
+    assert other.values == [{"n": 1}]
+
+
+def test_what_a_kill_cuts_off_is_dropped(file):
+    file.append({"n": 1})
+    whole = pathlib.Path(file._path).read_bytes()
+    file.append({"n": 2})
+    longer = pathlib.Path(file._path).read_bytes()
+    for end in range(len(whole), len(longer)):
+        pathlib.Path(file._path).write_bytes(longer[:end])
+        other, wrong = again(file)
+        assert (other.values, wrong) == ([{"n": 1}], "")
+        other.append({"n": 2})
+        assert pathlib.Path(file._path).read_bytes() == longer
+    other.cut(1)
+    assert pathlib.Path(file._path).read_bytes() == whole
+    for content, message in ((b"", "it is empty"), (whole[:9], "line 1 is cut off")):
+        pathlib.Path(file._path).write_bytes(content)
+        assert again(file)[1] == message
+
+
+def test_a_file_of_another_format_is_told(file, monkeypatch):
+    monkeypatch.setattr("tff_optim.simulation.records._FORMAT", {"format": 2})
+    assert again(file)[1] == (
+        "line 1 must be {'format': 2}, found {'format': 1}, which another version has written"
+    )
+
+
+def test_csv_files_hold_every_character(tmp_path):
+    path = str(tmp_path / "rows.csv")
+    records = [{"round": i, "client": one} for i, one in enumerate(ODD)]
+    view = CsvView(path, records[:3])
+    view.append(records[3:])
+    view.append([{"round": 99, "new": 0.5}])
+    with open(path, newline="", encoding="utf-8") as rows:
+        found = list(csv.DictReader(rows))
+    plain = [one.encode(errors="backslashreplace").decode() for one in ODD]
+    assert [row["client"] for row in found] == [*plain, ""]
+    assert found[-1] == {"round": "99", "client": "", "new": "0.5"}
+
+
+# ------------------------------------------------------------------------------------ TensorBoard
+
+
+def curves(folder):
+    """All steps and values of each curve, in the order of the files."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).glob("*tfevents*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                assert value.metadata.plugin_data.plugin_name == "scalars"
+                number = float(tf.make_ndarray(value.tensor))
+                found.setdefault(value.tag, []).append((event.step, number))
+    return found
+
+
+def test_a_board_shows_each_round_once(tmp_path):
+    first = Board(str(tmp_path))
+    first.publish()
+    for number in (1, 2, 3):
+        first.add(number, {"loss": 1.0}, 0.0)
+    first.flush()
+    (name,) = os.listdir(tmp_path)
+    with open(tmp_path / name, "ab") as file:
+        file.write(b"half an event")
+    (tmp_path / "events.out.tfevents.1.mine").write_bytes(b"")
+    board = Board(str(tmp_path))
+    odd = {"text": "so", "big": 10**400, "e": 1e300, "yes": True, "\ud800": math.nan, "none": None}
+    board.add(1, {"loss": 0.5, **odd}, 7.0)
+    board.publish()
+    board.add(2, {"loss": 0.25}, 8.0)
+    board.close()
+    (tmp_path / "events.out.tfevents.1.mine").unlink()
+    found = curves(tmp_path)
+    assert found.pop("loss") == [(1, 0.5), (2, 0.25)]
+    assert repr(found) == repr(
+        {
+            "big": [(1, math.inf)],
+            "e": [(1, math.inf)],
+            "yes": [(1, 1.0)],
+            "\\ud800": [(1, math.nan)],
+        }
+    )
+    assert len(os.listdir(tmp_path)) == 1
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def process():
+    return build_process(sample_size=3)
+
+
+def run(process, directory, rounds=6, **arguments):
+    return simulation.run(
+        process,
+        arguments.pop("clients", None) or make_clients(),
+        rounds=rounds,
+        clients_per_round=3,
+        evaluate=evaluate,
+        directory=directory,
+        rounds_per_checkpoint=2,
+        **arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(process):
+    return run(process, None)
+
+
+@pytest.fixture(scope="module")
+def plain(process, tmp_path_factory):
+    """A folder after five rounds of six: with checkpoints of rounds 4 and 5."""
+    path = tmp_path_factory.mktemp("plain") / "run"
+    run(process, path, rounds=5)
+    return path
+
+
+@pytest.fixture
+def folder(plain, tmp_path):
+    return pathlib.Path(shutil.copytree(plain, tmp_path / "run"))
+
+
+def without_times(text):
+    return re.sub(rb'("[^"]*(?:time_in_seconds|written|check)": )("[^"]*"|[^,}]*)', rb"\1_", text)
+
+
+def files_of(folder):
+    """Contents by name, without times."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).rglob("*")):
+        name, content = str(path.relative_to(folder)), None
+        if "tfevents" in name:
+            content = str(curves(path.parent)).encode()
+            name = "events"
+        elif path.is_file():
+            content = path.read_bytes()
+        if name.endswith(".csv"):
+            with open(path, newline="") as file:
+                rows = [dict(row) for row in csv.DictReader(file)]
+            content = str(
+                [{k: v for k, v in r.items() if "time_in_seconds" not in k} for r in rows]
+            ).encode()
+        if name == "events":
+            content = re.sub(rb"'[^']*time_in_seconds': \[[^]]*\]", b"", content)
+        found[name] = without_times(content or b"")
+    return found

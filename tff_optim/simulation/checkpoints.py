@@ -1,0 +1,126 @@
+"""Checkpoints of a run: the files in which its states were saved, and whether they are still those."""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import tensorflow_federated as tff
+
+from tff_optim.resident import ResidentCheckpoints, ResidentProcess
+
+_KEPT = 2
+
+
+class Checkpoints:
+    """States by round, saved by `ResidentCheckpoints`, or by TFF for a process without its own way.
+
+    Each save gives a digest of its files, by which files that were changed, exchanged or put there by
+    others are told.
+
+    Args:
+      process: Whose states are saved.
+      path: The folder; made if it is not there.
+      accept_changes: Whether the states may be of another process.
+
+    Raises:
+      OSError: It cannot be made.
+    """
+
+    def __init__(self, process: Any, path: str, *, accept_changes: bool):
+        os.makedirs(path, exist_ok=True)
+        self._path = path
+        self._manager: tff.program.ProgramStateManager
+        if isinstance(process, ResidentProcess):
+            self._prefix = "version_"
+            self._manager = ResidentCheckpoints(
+                process, path, keep=_KEPT, accept_changes=accept_changes
+            )
+        else:
+            self._prefix = "program_state_"
+            self._manager = tff.program.FileProgramStateManager(
+                path, self._prefix, keep_total=_KEPT, keep_first=False
+            )
+
+    async def save(self, state: Any, number: int) -> str:
+        """Saves the state after a round; returns the digest of its files."""
+        await self._manager.save(state, number)
+        return _digest(self._path_of(number))
+
+    async def load(self, number: int, structure: Any) -> Any:
+        """Loads the state after a round."""
+        return await self._manager.load(number, structure)
+
+    def found(self) -> list[int]:
+        """The rounds that there is something for, whatever it holds."""
+        numbers = re.compile(re.escape(self._prefix) + "(0|[1-9][0-9]*)", re.ASCII)
+        matches = map(numbers.fullmatch, os.listdir(self._path))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def fault(self, number: int, digest: str) -> str:
+        """What is wrong with the files of a round; empty if they are as they were saved."""
+        path = self._path_of(number)
+        try:
+            if not os.path.lexists(path):
+                return f"{os.path.basename(path)} is missing"
+            if _digest(path) != digest:
+                return f"{os.path.basename(path)} is not as it was saved"
+        except OSError as error:
+            return f"{os.path.basename(path)} cannot be read ({error.strerror})"
+        return ""
+
+    def clear(self, saved: Collection[int], killed: Collection[int]) -> list[str]:
+        """Takes out of the way what is not among the states that count.
+
+        Args:
+          saved: The rounds whose states count.
+          killed: The rounds whose states a kill may have left, whole or not; they are removed.
+
+        Returns:
+          What else there was; it is renamed to `left_out_...`.
+        """
+        own = {self._name(number): number for number in self.found()}
+        renamed = []
+        for name in sorted(os.listdir(self._path)):
+            path = os.path.join(self._path, name)
+            if not name.startswith(self._prefix) or own.get(name) in saved:
+                continue
+            unfinished = re.fullmatch(r"[0-9]+_temp[0-9]+", name.removeprefix(self._prefix))
+            if os.path.isdir(path) and (unfinished or own.get(name) in killed):
+                shutil.rmtree(path)
+            else:
+                os.rename(path, os.path.join(self._path, f"left_out_{uuid.uuid4().hex[:8]}_{name}"))
+                renamed.append(name)
+        return renamed
+
+    def _name(self, number: int) -> str:
+        return f"{self._prefix}{number}"
+
+    def _path_of(self, number: int) -> str:
+        return os.path.join(self._path, self._name(number))
+
+
+def _digest(folder: str) -> str:
+    """A digest of the names and contents of all files of a folder."""
+    found = hashlib.sha256()
+    for path in _files(folder):
+        found.update(os.path.relpath(path, folder).encode(errors="surrogateescape") + b"\0")
+        with open(path, "rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def _files(folder: str) -> Iterator[str]:
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        mode = os.lstat(path).st_mode
+        if stat.S_ISDIR(mode):
+            yield from _files(path)
+        elif stat.S_ISREG(mode):
+            yield path
+        else:
+            raise OSError(0, f"{name} is not a file", path)  # a pipe would be waited for
