@@ -81,7 +81,7 @@ def test_a_line_that_was_changed_is_named(file, damage):
         file.append({"n": number})
     pathlib.Path(file._path).write_bytes(b"".join(damage(lines_of(file))))
     other, wrong = again(file)
-    assert wrong.startswith("line 3 must be as it was written; found")
+    assert wrong.startswith("line 3: it must be as it was written; found")
     assert other.values == [{"n": 1}]
 
 
@@ -106,7 +106,7 @@ def test_what_a_kill_cuts_off_is_dropped(file):
 def test_a_file_of_another_format_is_told(file, monkeypatch):
     monkeypatch.setattr("tff_optim.simulation.records._FORMAT", {"format": 2})
     assert again(file)[1] == (
-        "line 1 must be {'format': 2}, found {'format': 1}, which another version has written"
+        "line 1: it must be {'format': 2}; found {'format': 1}, which another version has written"
     )
 
 
