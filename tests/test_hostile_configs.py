@@ -133,7 +133,7 @@ def keras(module, class_name, **more):
         (
             ["SGD", {"learning_rate": ["ExponentialDecay", {
                 "initial_learning_rate": 1.0, "decay_steps": 1, "decay_rate": 1e30}]}],
-            "found inf at step 2",
+            "found inf at step 10",
         ),
         # Texts and files.
         (BASE | {"device": "\ud800"}, "be text that UTF-8 can encode"),
