@@ -14,19 +14,20 @@ def assert_near(found, expected, rtol=2e-6, err_msg=""):
     processors and not on others. What a wrong formula changes, it changes by much more.
 
     Args:
-      found: A structure of arrays.
-      expected: Another one with the same structure; its numbers are the truth.
+      found: An array, or a structure of arrays.
+      expected: The truth: of the same structure and shapes, or one number for all elements.
       rtol: The bound. It must leave room for a few units in the last place of the coarser dtype.
       err_msg: What to say besides.
     """
-    tf.nest.assert_same_structure(found, expected)
-    for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.shape == b.shape, (a.shape, b.shape, err_msg)
-        floats = [x.dtype for x in (a, b) if np.issubdtype(x.dtype, np.floating)]
-        room = _UNITS * max((np.finfo(dtype).eps for dtype in floats), default=0.0)
-        assert rtol >= room, f"rtol={rtol} is finer than {_UNITS} units in the last place, {room}"
-        finite = np.abs(b[np.isfinite(b)])
-        np.testing.assert_allclose(
-            a, b, rtol=0.0, atol=rtol * float(finite.max(initial=0.0)), err_msg=err_msg
-        )
+    if tf.nest.is_nested(found):
+        tf.nest.assert_same_structure(found, expected)
+        for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
+            assert_near(a, b, rtol, err_msg)
+        return
+    a, b = np.asarray(found), np.asarray(expected)
+    assert b.shape in ((), a.shape), (a.shape, b.shape, err_msg)
+    floats = [x.dtype for x in (a, b) if np.issubdtype(x.dtype, np.floating)]
+    room = _UNITS * max((np.finfo(dtype).eps for dtype in floats), default=0.0)
+    assert rtol >= room, f"rtol={rtol} is finer than {_UNITS} units in the last place, {room}"
+    largest = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
+    np.testing.assert_allclose(a, b, rtol=0.0, atol=rtol * largest, err_msg=err_msg)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 
 import tff_optim
 
@@ -73,7 +74,7 @@ def test_a_device_scope_in_a_computation_runs_in_the_worker():
     optimizer = adam(device="/CPU:0")
     initialize, step = tff_optim.build_optimizer_computations(optimizer, weights_type)
     _, weights = step(initialize(), WEIGHTS, WEIGHTS)
-    np.testing.assert_allclose(weights[0], WEIGHTS[0] - 0.1, rtol=1e-5)
+    assert_near(weights[0], WEIGHTS[0] - 0.1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

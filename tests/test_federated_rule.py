@@ -8,6 +8,7 @@ import pytest
 import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 
 import aggregators
 from aggregators import federated_rule, rule_state, rules, scores, weighting
@@ -266,7 +267,7 @@ def test_a_gate_of_ones_own_works_inside_a_round():
         plain = twins.weighted_mean(trained, n, ((0, 1, 2),))
         for t, a, p in zip(output.result, adaptive, plain, strict=True):
             np.testing.assert_allclose(t, p + share * (a - p), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(output.measurements["share"], share)
+        assert_near(output.measurements["share"], share)
         assert output.measurements["gate_out_of_range"] == 0
 
 
@@ -398,7 +399,7 @@ def test_the_factory_drops_into_tffs_own_process():
     for _ in range(2):
         states = [p.next(s, clients).state for p, s in zip((theirs, ours), states, strict=True)]
     tf.nest.map_structure(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        lambda a, b: assert_near(a, b, rtol=1e-5),
         *(p.get_model_weights(s) for p, s in zip((theirs, ours), states, strict=True)),
     )
 

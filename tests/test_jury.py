@@ -8,6 +8,7 @@ import rule_contracts as contracts
 import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 from problems import model_fn
 
 import aggregators
@@ -137,7 +138,7 @@ def test_a_process_equals_numpy_and_the_same_in_pieces(model):
     plain = aggregators.build_fed_avg(model(), SGD)
     first = plain.next(plain.initialize(), twin.datasets(DATA)).metrics["client_work"]["train"]
     tf.nest.map_structure(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        assert_near,
         outputs[0].metrics["client_work"]["train"],
         first,
     )

@@ -19,6 +19,7 @@ import problems
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 
 import tff_optim
 from tff_optim import build_keras_optimizer, keras_step
@@ -141,7 +142,7 @@ def test_the_rate_of_the_clients_is_scheduled_over_rounds_from_the_state_of_the_
 
 def test_a_learning_rate_takes_the_place_of_the_optimizers_own():
     _, weights = one_step(build_keras_optimizer(K.SGD, learning_rate=0.5))
-    np.testing.assert_allclose(weights[1], WEIGHTS[1] - 0.5)
+    assert_near(weights[1], WEIGHTS[1] - 0.5)
     given = K.SGD(0.1)
     optimizer = build_keras_optimizer(given, learning_rate=0.5)
     assert optimizer == build_keras_optimizer(lambda: K.SGD(0.5))
@@ -213,7 +214,7 @@ def test_a_config_is_left_unchanged_and_keeps_a_schedule():
     state, weights = optimizer.initialize(SPECS), WEIGHTS
     for _ in range(3):
         state, weights = optimizer.next(state, weights, [np.ones_like(w) for w in WEIGHTS])
-    np.testing.assert_allclose(weights[1], WEIGHTS[1] - (0.5 + 0.5 + 0.25), rtol=1e-6)
+    assert_near(weights[1], WEIGHTS[1] - (0.5 + 0.5 + 0.25))
 
 
 def test_the_given_instance_is_neither_changed_nor_followed():
@@ -223,7 +224,7 @@ def test_the_given_instance_is_neither_changed_nor_followed():
     keras.momentum = 0.9
     assert optimizer == build_keras_optimizer(lambda: K.SGD(0.5))
     _, weights = one_step(optimizer)
-    np.testing.assert_allclose(weights[1], WEIGHTS[1] - 0.5)
+    assert_near(weights[1], WEIGHTS[1] - 0.5)
     assert len(keras.variables) == 1  # the iterations
     assert not hasattr(keras, "momentums")
     with pytest.raises(AttributeError):
@@ -242,19 +243,19 @@ def test_weights_are_excluded_from_decay_by_name():
     zeros = [np.zeros_like(w) for w in WEIGHTS]
     named = build_keras_optimizer(make_with_rate, weight_names=["dense/kernel:0", "dense/bias:0"])
     _, (kernel, bias) = one_step(named, zeros)
-    np.testing.assert_allclose(kernel, 0.5 * WEIGHTS[0])
-    np.testing.assert_allclose(bias, WEIGHTS[1])
+    assert_near(kernel, 0.5 * WEIGHTS[0])
+    assert_near(bias, WEIGHTS[1])
 
     optimizer = build_keras_optimizer(make_with_rate)
     as_dict = {"kernel": WEIGHTS[0], "bias": WEIGHTS[1]}
     _, found = one_step(optimizer, tf.nest.map_structure(np.zeros_like, as_dict), as_dict)
-    np.testing.assert_allclose(found["bias"], WEIGHTS[1])
-    np.testing.assert_allclose(found["kernel"], 0.5 * WEIGHTS[0])
+    assert_near(found["bias"], WEIGHTS[1])
+    assert_near(found["kernel"], 0.5 * WEIGHTS[0])
 
     variables = [tf.Variable(w, name=n) for w, n in zip(WEIGHTS, ["kernel", "bias"])]
     _, (kernel, bias) = one_step(optimizer, zeros, variables)
-    np.testing.assert_allclose(kernel, 0.5 * WEIGHTS[0])
-    np.testing.assert_allclose(bias, WEIGHTS[1])
+    assert_near(kernel, 0.5 * WEIGHTS[0])
+    assert_near(bias, WEIGHTS[1])
 
     with pytest.raises(ValueError, match="weight_names"):
         one_step(optimizer, zeros)

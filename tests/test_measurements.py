@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 from problems import INPUT_SPEC
 
 import aggregators
@@ -99,4 +100,4 @@ def test_csv_has_a_column_for_every_number(by_tensor, tmp_path):
     (row,) = csv.DictReader(path.open())
     for tensor in TENSORS:
         shown = by_tensor["aggregator"]["score_mean"][tensor]
-        np.testing.assert_allclose(float(row[f"aggregator/score_mean/{tensor}"]), shown, rtol=1e-6)
+        assert_near(float(row[f"aggregator/score_mean/{tensor}"]), shown)

@@ -9,6 +9,7 @@ import pipeline_cases
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 
 import tff_optim
 from tff_optim import leaves, projections, regularizers, transforms
@@ -223,10 +224,10 @@ def test_keras_transform_copies_the_optimizer_and_leaves_it_unchanged():
     state = transform.initialize(contracts.specs_of(g))
     for expected in (5.0, 7.5):  # momentum is kept
         state, found = transform.next(state, [tf.constant([7.0, 9.0])], g)
-        np.testing.assert_allclose(found[0], expected * g[0].numpy(), rtol=1e-6)
+        assert_near(found[0], expected * g[0].numpy())
     with pytest.warns(UserWarning, match="schedule"):
         untold = transforms.KerasTransform(Untold(SCHEDULE))
-    np.testing.assert_allclose(untold.next(untold.initialize(g), g, g)[1][0], g[0], rtol=1e-6)
+    assert_near(untold.next(untold.initialize(g), g, g)[1][0], g[0])
     placed = tff_optim.build_keras_optimizer("adam", device="/CPU:1")
     assert transforms.KerasTransform(placed).optimizer.device == "/CPU:1"
 
@@ -656,7 +657,7 @@ def test_simplex_keeps_its_digits_far_from_zero_and_does_not_hide_nan():
         np.testing.assert_allclose(project(tf.constant(rows)), expected, atol=1e-6)
         found = project(tf.constant(bad)).numpy()
         assert np.isnan(found[:2]).all()
-        np.testing.assert_allclose(found[2], bad[2], rtol=1e-6)
+        assert_near(found[2], bad[2])
 
 
 def test_projections_see_the_dtype_of_the_weights_not_that_of_the_computation():

@@ -10,6 +10,7 @@ import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
 from aggregation_twins import fed_nova, js, kl, l2, q_fed_avg, spectral
+from nearness import assert_near
 from problems import make_keras_model, model_fn
 
 import aggregators
@@ -226,7 +227,7 @@ def test_uniform_weights_give_tffs_own_process(kind):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     for a, b in zip(our_outputs, their_outputs, strict=True):
         tf.nest.map_structure(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
+            lambda x, y: assert_near(x, y, rtol=1e-5),
             a.metrics["client_work"],
             b.metrics["client_work"],
         )
@@ -252,10 +253,10 @@ def test_without_a_rule_it_is_tffs_weighted_averaging(kind):
     their_weights, their_outputs = trained(theirs, data=data)
     our_weights, our_outputs = trained(ours, data=data)
     for a, b in zip(our_weights, their_weights, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        assert_near(a, b)
     for a, b in zip(our_outputs, their_outputs, strict=True):
         tf.nest.map_structure(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
+            lambda x, y: assert_near(x, y, rtol=1e-5),
             a.metrics["client_work"],
             b.metrics["client_work"],
         )
@@ -280,7 +281,7 @@ def test_numbers_of_a_rule_are_hyperparameters_and_follow_schedules():
             for p, s in zip((scheduled, by_hand), states, strict=True)
         ]
     for a, b in zip(*(s.global_model_weights.trainable for s in states), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert_near(a, b)
     # And the numbers matter: with those of the first round all along, training ends elsewhere.
     weights, _ = trained(by_hand)
     assert max(abs(w - a).max() for w, a in zip(weights, states[0].global_model_weights[0])) > 1e-5
@@ -413,7 +414,7 @@ def test_tffs_training_program_trains_and_releases(fed_kl, tmp_path):
     (released,) = list(models.values().values())[-1:]
     found = fed_kl.get_model_weights(released).trainable
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert_near(a, b)
     assert metrics.values()[2]["aggregator"]["clients"] == len(DATA)
 
 

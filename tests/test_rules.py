@@ -9,6 +9,7 @@ import rule_contracts as contracts
 import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 
 import aggregators
 from aggregators import rules, scores, weighting
@@ -74,7 +75,7 @@ def test_bad_clients_leave_no_trace_but_in_the_measurements(case):
         dirty_ones = contracts.flat(found.measurements)
         for name, number in contracts.flat(clean.measurements).items():
             if name not in ("non_finite_clients", "zero_weight_clients", *SAMPLES):
-                np.testing.assert_allclose(dirty_ones[name], number, rtol=1e-5, err_msg=name)
+                assert_near(dirty_ones[name], number, rtol=1e-5, err_msg=name)
 
 
 @every_rule
@@ -107,8 +108,8 @@ def test_one_client_is_its_own_mean(case):
     if not stepping & set(case.covers):  # whose steps are no mean's
         assert_same(output.result, clients[0]["delta"])
     measured = contracts.flat(output.measurements)
-    np.testing.assert_allclose(measured["effective_clients"], 1.0)
-    np.testing.assert_allclose(measured["largest_weight"], 1.0)
+    assert_near(measured["effective_clients"], 1.0)
+    assert_near(measured["largest_weight"], 1.0)
 
 
 @every_rule
@@ -162,11 +163,11 @@ def test_measurements_equal_numpy():
         "sample_clients": 2,
     }
     for name, number in expected.items():
-        np.testing.assert_allclose(second[name], number, rtol=1e-5, err_msg=name)
+        assert_near(second[name], number, rtol=1e-5, err_msg=name)
     # The first two clients of the cohort, in its order; the third, of weight 0, is beyond the sample.
     np.testing.assert_array_equal(second["sample_counted"], [True, True])
-    np.testing.assert_allclose(second["sample_scores"], found[:2].T, rtol=1e-6)
-    np.testing.assert_allclose(second["sample_weights"], (w / w.sum(0))[:2].T, rtol=1e-5)
+    assert_near(second["sample_scores"], found[:2].T)
+    assert_near(second["sample_weights"], (w / w.sum(0))[:2].T, rtol=1e-5)
 
 
 @pytest.mark.parametrize("runtime", ["here", *runtimes.IN_PIECES])

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from nearness import assert_near
 from tensorflow_federated.python.simulation.models import mobilenet_v2
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_a_run_goes_on(example, tmp_path):
 def test_three_ways_of_kl_weighting_agree(example):
     by_way, shares = example("kl_three_ways").main("3")
     for weights in by_way[1:]:
-        np.testing.assert_allclose(weights, by_way[0], rtol=1e-5)
+        assert_near(weights, by_way[0], rtol=1e-5)
     # The first round is plain averaging; after it the client that has the truth upside down loses.
     assert shares[2][-1] < 0.5 * shares[0][-1]
 
@@ -95,7 +96,7 @@ def test_a_gate_of_yours_opens_and_shuts(example):
     risen = [False] + [now > 1.1 * before for before, now in itertools.pairwise(loss)]
     assert any(risen)
     expected = [0 if up else at for up, at in zip(risen, opened)]
-    np.testing.assert_allclose(share, expected)
+    assert_near(share, expected)
 
 
 def test_lamb_trains_on_the_server(example):
@@ -107,7 +108,7 @@ def test_several_workers_give_the_numbers_of_plain_tff(example):
     plain, *others = example("several_workers").main("2").values()
     assert len(others) == 2
     for weights in others:
-        np.testing.assert_allclose(weights, plain, rtol=1e-5)
+        assert_near(weights, plain, rtol=1e-5)
 
 
 def test_a_language_model_learns(example):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 from problems import model_fn
 
 import aggregators
@@ -140,7 +141,7 @@ AT_CONSTRUCTION = {
             aggregators.build_client_work(model_fn, SGD, Needs(loss="training")),
             aggregators.RuleFactory(rules.q_fed_avg(1.0, 0.1)),
         ),
-        (ValueError, "`rule` needs initial_loss"),
+        (ValueError, "`value_type` must hold what the rule needs, initial_loss"),
     ),
     "updates without the scores of the rule": (
         lambda: aggregators.compose_fed_avg(
@@ -314,7 +315,7 @@ def test_steps_that_no_client_can_have_done_take_it_out_and_are_counted():
     deltas = [[np.full(n, k, np.float32) for n in (2, 3)] for k in (1.0, 2.0, 50.0, 70.0)]
     output = run(start(), deltas, [10.0, 5.0, 1e6, -3.0])
     expected = 0.5 * (10 + 5) * 0.5 * (1 / 10 + 2 / 5)
-    np.testing.assert_allclose(output.result[0], expected, rtol=1e-6)
+    assert_near(output.result[0], expected)
     assert output.measurements["bad_score_clients"] == 2
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from nearness import assert_near
 from test_simulation import SPEC, build_process, evaluate, make_clients, numbers
 
 import aggregators
@@ -73,7 +74,7 @@ def test_all_processes_start_where_they_are_told_by_seed():
             assert (first["evaluation/first"], first["evaluation/second"]) == (seed, 2)
             assert last["evaluation/first"] != seed
     ends = [history.only(name, 3).rounds[1]["evaluation/first"] for name in processes]
-    np.testing.assert_allclose(ends, ends[0], rtol=1e-5)
+    assert_near(np.asarray(ends), ends[0], rtol=1e-5)
 
 
 def test_a_keras_model_gives_its_weights():
