@@ -86,7 +86,7 @@ AT_CONSTRUCTION = {
     ),
     "a score's word that is none": (
         lambda: Score(norm, needs="delta"),
-        (ValueError, "'needs' must be in"),
+        (ValueError, '`needs` must be "model" or "update"; found'),
     ),
     "a rule of no argument": (
         lambda: Weighting(lambda: 1.0),
@@ -149,7 +149,7 @@ AT_CONSTRUCTION = {
             aggregators.build_client_work(model_fn, SGD, Needs(steps=True)),
             aggregators.RuleFactory(rules.adaptive_mean(scores.kl_divergence, SOFTMAX)),
         ),
-        (ValueError, "`rule` needs kl_divergence, but the updates come with steps"),
+        (ValueError, "`value_type` must hold what the rule needs, kl_divergence; found steps"),
     ),
     "updates with the scores of another rule": (
         lambda: aggregators.compose_fed_avg(
@@ -157,7 +157,10 @@ AT_CONSTRUCTION = {
             aggregators.build_client_work(model_fn, SGD, Needs(score=scores.js_divergence)),
             aggregators.RuleFactory(rules.adaptive_mean(scores.kl_divergence, SOFTMAX)),
         ),
-        (ValueError, "`rule` needs kl_divergence, but the updates come with js_divergence"),
+        (
+            ValueError,
+            "`value_type` must hold what the rule needs, kl_divergence; found js_divergence",
+        ),
     ),
     "a gate of two numbers": (
         lambda: _gated(lambda seen: seen.scores),
@@ -173,7 +176,7 @@ AT_CONSTRUCTION = {
     ),
     "a number of a rule's own with a taken name": (
         lambda: Weighting(tf.negative, hparams={"memory": 1.0}),
-        (ValueError, "`hparams` must not be named"),
+        (ValueError, "`hparams` must map names, which must not be any of scale, bound, memory"),
     ),
     "a number of a rule that is text": (
         lambda: hparam("mine", "1", 0.0),

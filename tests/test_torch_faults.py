@@ -15,6 +15,7 @@ import time
 
 import contracts
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 
@@ -63,13 +64,11 @@ def assert_right(weights, steps):
 
 def children():
     """The processes of torch that this one has started."""
-    listed = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    ids = [int(i) for file in listed for i in file.read_text().split()]
     found = []
-    for child in ids:
-        with contextlib.suppress(OSError):
-            if b"torch_child.py" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any("torch_child.py" in part for part in child.cmdline()):
+                found.append(child.pid)
     return found
 
 

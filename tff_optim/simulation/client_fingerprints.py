@@ -14,6 +14,7 @@ _LARGEST = 100  # clients that are looked at
 # a shuffled one goes on where its last reader left it, and a cache keeps what is read.
 _PASSED = ("Shuffle", "Cache")
 _PYTHON = ("PyFunc", "EagerPyFunc", "Generator")
+_NO_GLOBAL_SEED = (0, 87654321)  # the first of a shuffle's two seeds, unless a program has set one
 
 
 def chosen(ids: list[Any]) -> list[Any]:
@@ -94,7 +95,10 @@ def _pass(nodes: Any, numbers: list[int]) -> dict[str, str]:
         if node.op.startswith("Shuffle"):
             given = [by_name.get(node_of(name)) for name in node.input[1:]]
             tensors = [one.attr["value"].tensor for one in given if one and one.op == "Const"]
-            numbers += [t.int64_val[0] for t in tensors if len(t.int64_val) == 1]
+            given_numbers = [t.int64_val[0] for t in tensors if len(t.int64_val) == 1]
+            # Under `tf.random.set_seed` the second seed may count the operations made before.
+            among_operations = given_numbers[1:2] and given_numbers[1] not in _NO_GLOBAL_SEED
+            numbers += given_numbers[:2] if among_operations else given_numbers
         for i, tensor in enumerate(node.input):
             node.input[i] = _followed(tensor, instead)
     return instead

@@ -57,7 +57,7 @@ class RecordFile:
             try:
                 self._lines.append(_parse(line, self._lines[-1:]))
             except ValueError as error:
-                return f"line {len(self._lines) + 1}: {error}"
+                return f"line {len(self._lines) + 1}: {str(error)[:-1]}"
         if not self._lines:
             return "line 1 is cut off" if cut_off else "it is empty"
         return ""
@@ -98,11 +98,11 @@ def _parse(text: bytes, before: Sequence[_Line]) -> _Line:
     check = rest[:_DIGITS].decode("ascii", "replace")
     if check != _digest(body + b"}", before) or rest[_DIGITS:] != b'"}':
         raise ValueError(
-            "it must be as it was written; found it changed, or a line before it missing"
+            "it must be as it was written; found it changed, or a line before it missing."
         )
     value = json.loads(body + b"}")
     if not before and value != _FORMAT:
-        raise ValueError(f"it must be {_FORMAT}; found {value}, which another version has written")
+        raise ValueError(f"it must be {_FORMAT}; found {value}, which another version has written.")
     return _Line(value, check, len(text) + 1 + (before[-1].end if before else 0))
 
 
