@@ -194,15 +194,56 @@ def test_patterns_find_what_python_finds():
         "bias", "^dense", r"norm(_\d+)?/", "kernel|gamma", "(?i)layernorm", "a{3,5}$", "[^a-z]", r"\d+$",
         "", "^$", "(a+)+$", r"\bbias\b", "(?:de|ba)", r"\.", "(?P<x>b)",
     ):  # fmt: skip
-        patterns.check(pattern)
+        patterns.check("where", pattern)
         for name in names:
             assert patterns.search(pattern, name) == bool(re.search(pattern, name))
-    # What RE2 does not have is left to Python where a program, not a configuration, asks for it.
-    assert patterns.search("^(?!dense)", "bias")
-    assert not patterns.search("^(?!dense)", "dense")
-    where = projections.Projection(tf.keras.constraints.NonNeg(), where="^(?!dense)")
-    with pytest.raises(ValueError, match="must be a regular expression of RE2's"):
-        tff_optim.get_config(tff_optim.build_optimizer(0.1, projection=where))
+
+
+def test_letters_outside_ascii_are_themselves_and_no_word_characters():
+    for pattern, found in {
+        r"^\w+$": ["kern", "k1", "xkern"],
+        r"\bkern": ["kern", "ökern", "größe/kern"],
+        r"\Bkern": ["xkern"],
+        r"\d$": ["k1"],
+        r"\W": ["größe", "ökern", "größe/kern", "٣"],
+        "^gr..e": ["größe", "größe/kern"],
+        "(?i)GRÖ": ["größe", "größe/kern"],
+        "[äöü]": ["größe", "ökern", "größe/kern"],
+        "^[^/]+$": ["kern", "k1", "xkern", "größe", "ökern", "٣"],
+    }.items():
+        patterns.check("where", pattern)
+        names = ["kern", "k1", "xkern", "größe", "ökern", "größe/kern", "٣"]
+        assert [name for name in names if patterns.search(pattern, name)] == found
+        if not pattern.startswith("(?i)"):  # Python folds no letters outside ASCII in this mode
+            assert [name for name in names if re.search(pattern, name, re.ASCII)] == found
+
+
+def test_programs_and_configurations_select_the_same_weights():
+    weights = {"größe": tf.constant([1.0]), "kern": tf.constant([1.0])}
+    specs = tf.nest.map_structure(lambda w: tf.TensorSpec(w.shape, w.dtype), weights)
+    gradients = tf.nest.map_structure(tf.zeros_like, weights)
+    keras = tf.keras.optimizers.AdamW(1.0, weight_decay=0.5)
+    keras.exclude_from_weight_decay(var_names=[r"^\w+$"])
+    box = projections.Projection(projections.Box(0.0, 0.5), where=r"^\w+$")
+    for optimizer, expected in (
+        (tff_optim.build_keras_optimizer(keras), {"größe": 0.5, "kern": 1.0}),
+        (tff_optim.build_optimizer(0.1, projection=box), {"größe": 1.0, "kern": 0.5}),
+    ):
+        for made in (optimizer, tff_optim.from_config(tff_optim.get_config(optimizer))):
+            assert made == optimizer
+            _, new = made.next(made.initialize(specs), weights, gradients)
+            assert {name: float(w[0]) for name, w in new.items()} == expected
+
+
+@pytest.mark.parametrize("pattern", ["^(?!dense)", r"(a)\1", "a{,3}", "x" * 5000])
+def test_programs_are_refused_what_re2_does_not_have(pattern):
+    keras = tf.keras.optimizers.AdamW(weight_decay=0.1)
+    keras.exclude_from_weight_decay(var_names=[pattern])
+    rule = "must be a regular expression of RE2's, without lookaround"
+    with pytest.raises(ValueError, match=f"^`exclude_from_weight_decay` {rule}"):
+        tff_optim.build_keras_optimizer(keras)
+    with pytest.raises(ValueError, match=f"^`where` of `Projection` {rule}"):
+        projections.Projection(tf.keras.constraints.NonNeg(), where=pattern)
 
 
 def test_a_schedule_or_regularizer_is_no_projection():

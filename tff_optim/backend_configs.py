@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tff_optim import comparison, entries, keras_objects, keras_step, patterns
+from tff_optim import comparison, entries, keras_objects, keras_step
 from tff_optim.entries import Entry
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.optax_optimizer import OptaxOptimizer, build_optax_optimizer
@@ -47,13 +47,10 @@ def keras_to_json(optimizer: KerasOptimizer) -> dict[str, Any]:
     keras_objects.to_json(
         optimizer.learning_rate, "learning_rate"
     )  # raises for a tensor of a computation
-    excluded = keras_step.excluded_patterns(keras)
-    for pattern in excluded:
-        patterns.check(pattern)
     return {
         "optimizer": keras_objects.object_to_json(keras),
         # Set by a method and missing from Keras' own configuration.
-        "exclude_from_weight_decay": excluded,
+        "exclude_from_weight_decay": keras_step.excluded_patterns(keras),
         **_place_to_json(optimizer),
     }
 
@@ -61,12 +58,9 @@ def keras_to_json(optimizer: KerasOptimizer) -> dict[str, Any]:
 def keras_from_json(fields: Mapping[str, Entry]) -> KerasOptimizer:
     """The optimizer of such entries."""
     keras = keras_objects.optimizer_from_json(fields["optimizer"])
-    if "exclude_from_weight_decay" in fields:
-        excluded = fields["exclude_from_weight_decay"]
-        for i, pattern in enumerate(excluded.strings()):
-            excluded.at(i).build(patterns.check, pattern)
-        if excluded.value:
-            keras.exclude_from_weight_decay(var_names=excluded.strings())
+    excluded = fields.get("exclude_from_weight_decay")
+    if excluded is not None and excluded.strings():
+        keras.exclude_from_weight_decay(var_names=excluded.value)
     return fields["optimizer"].build(build_keras_optimizer, keras, **_names_and_device(fields))
 
 

@@ -99,7 +99,7 @@ def from_config(
     Only classes of Keras, of this package and of `trusted_packages` are built, and nothing but optax
     is imported: import the packages of your own classes first. Only the process of torch, which
     starts when the optimizer is used, imports trusted packages. A configuration cannot say which
-    Python that is. Regular expressions are matched in bounded time (`tff_optim.patterns`).
+    Python that is. Regular expressions are those of RE2 (`tff_optim.patterns`).
 
     Args:
       config: A configuration, as JSON text, or the path of a JSON file. It is not changed.

@@ -314,7 +314,7 @@ def build_keras_optimizer(
     learning_rate: Any = None,
     weight_names: Sequence[str] | None = None,
 ) -> KerasOptimizer:
-    """Makes a pure TFF optimizer of any Keras optimizer.
+    r"""Makes a pure TFF optimizer of any Keras optimizer.
 
     A step of the result computes what `optimizer.apply_gradients` computes, in the same order:
     clip, sum repeated rows of sparse gradients, decay the weights, Keras' own `update_step` for each
@@ -344,7 +344,8 @@ def build_keras_optimizer(
         `tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule`.
       weight_names: The names of the weights in the order of `tf.nest.flatten`, for
         `exclude_from_weight_decay(var_names=...)`. None takes the names of variables or the keys of
-        a dictionary, where there are any.
+        a dictionary, where there are any. The regular expressions are read as RE2 does: without
+        lookaround, and with `\w`, `\d` and `\b` for ASCII only.
 
     Returns:
       A `tff.learning.optimizers.Optimizer`.

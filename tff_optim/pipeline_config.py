@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from tff_optim import entries, keras_arguments, keras_classes, keras_objects, patterns, registry
+from tff_optim import entries, keras_arguments, keras_classes, keras_objects, registry
 from tff_optim.entries import Entry
 from tff_optim.pipeline import PipelineOptimizer, build_optimizer
 from tff_optim.projections import Projection
@@ -54,8 +54,6 @@ def _projection_to_json(projection: Projection, write: Write) -> dict[str, Any]:
             "`where` of `Projection` must be a regular expression or None to be written to a "
             f"configuration; found {where!r}."
         )
-    if where is not None:
-        patterns.check(where)
     is_keras = keras_objects.is_keras_object(function)
     written = write(function, "projection") if is_keras else _part_to_json(function, write)
     return {"function": written, "where": where}
@@ -130,8 +128,5 @@ def _projection(entry: Entry, read_optimizer: ReadOptimizer) -> Projection:
         function = fields["function"]
         if "where" in fields and fields["where"].value is not None:
             where = fields["where"].value
-            if not isinstance(where, str):
-                fields["where"].refuse("be a regular expression or None", TypeError)
-            fields["where"].build(patterns.check, where)
     part = _part(function, registry.list_projections(), read_optimizer)
     return entry.build(Projection, part, where)

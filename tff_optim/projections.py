@@ -1,7 +1,6 @@
 """Projections: what puts weights back into a set after each step."""
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +8,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import comparison, hyperparameters, keras_arguments, keras_objects, leaves, patterns
+from tff_optim.messages import shown
 
 __all__ = ["Ball", "Box", "Projection", "Simplex"]
 
@@ -17,24 +17,24 @@ def _check_where(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
     del instance, attribute  # There is only one.
     if value is None or (callable(value) and not keras_objects.is_keras_object(value)):
         return
-    rule = "`where` of `Projection` must be a regular expression, a function or None"
     if not isinstance(value, str):
-        raise TypeError(f"{rule}; found {value!r}.")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{rule}; found {value!r}: {error}.") from error
+        raise TypeError(
+            "`where` of `Projection` must be a regular expression, a function or None; found "
+            f"{shown(value)}."
+        )
+    patterns.check("where` of `Projection", value)
 
 
 @attrs.frozen
 class Projection:
-    """A function on single tensors of weights, and on which of them it is used.
+    r"""A function on single tensors of weights, and on which of them it is used.
 
     Attributes:
       function: A `tf.keras.constraints.Constraint`, or any function from a tensor to a tensor of
         the same shape and dtype.
       where: `None` for every tensor; a regular expression, searched for in the tensor's path
-        (`dense/kernel` in nested dictionaries, `0` in a flat list); or a function of the path and
+        (`dense/kernel` in nested dictionaries, `0` in a flat list) and read as RE2 does: without
+        lookaround, and with `\w`, `\d` and `\b` for ASCII only; or a function of the path and
         the `tf.TensorSpec` that tells whether the tensor is projected. In `tff.learning`, where
         models are flat lists, paths are positions and a function of the shape says more.
 

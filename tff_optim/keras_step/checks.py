@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import keras_arguments
-from tff_optim.keras_step.copies import all_cells, build_template, depends_on, read_variables
+from tff_optim import keras_arguments, patterns
+from tff_optim.keras_step.copies import (
+    all_cells,
+    build_template,
+    depends_on,
+    excluded_patterns,
+    read_variables,
+)
 from tff_optim.keras_step.steps import run_step
 from tff_optim.state_cells import NumberCell
 from tff_optim.tracing import scratch_graph
@@ -60,8 +66,10 @@ def not_called() -> set[str]:
 
 
 def check_arguments(optimizer: Any) -> None:
-    """Raises if a number of the optimizer or of its schedule is not one to step with."""
+    """Raises if the optimizer or its schedule has an argument that no step can be taken with."""
     keras_arguments.check_object(optimizer)
+    for pattern in excluded_patterns(optimizer):
+        patterns.check("exclude_from_weight_decay", pattern)
     rate = optimizer._learning_rate
     if isinstance(rate, tf.Variable):
         if rate.shape.rank != 0:

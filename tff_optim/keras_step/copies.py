@@ -209,7 +209,7 @@ def excluded_patterns(optimizer: Any) -> list[str]:
 
 
 def exclude(copied: Copy, names: Sequence[str]) -> None:
-    """Excludes from decay the weights whose names match, in bounded time where that is possible."""
+    """Excludes from decay the weights whose names match."""
     optimizer = copied.optimizer
     found = excluded_patterns(optimizer)
     optimizer.__dict__["_exclude_from_weight_decay"] = [
