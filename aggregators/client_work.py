@@ -77,7 +77,7 @@ class ClientTraining:
 
         check_clipping(self.example_clipping)
         if self.example_clipping is not None:
-            check_examples_are_apart(self.model_fn)
+            check_examples_are_apart(self.model_fn, self.example_clipping)
 
     def hparams(self) -> Any:
         """The optimizer's hyperparameters, Python or NumPy numbers."""

@@ -10,6 +10,8 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators.batch_rows import check_parts, count_rows, take_rows
+
 # Named, because "auto_select" may give other numbers on another device.
 _ALGORITHM = "philox"
 _MOVING_AVERAGES = ("moving_mean", "moving_variance")
@@ -28,6 +30,15 @@ def _check_number(least: float, *, above: bool, finite: bool) -> Callable[[Any, 
     return check
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    names = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in names):
+        raise TypeError(
+            f'`shared_parts` must be a sequence of names such as ["x/positions"]; found {value!r}.'
+        )
+    return names
+
+
 @attrs.frozen
 class ExampleClipping:
     """Clips each example's gradient, sums, adds noise once a batch, and divides by the batch's size.
@@ -42,14 +53,24 @@ class ExampleClipping:
     An optimizer takes `g` for the gradient of the batch; it equals that for an infinite norm where
     the model's loss is a mean over examples.
 
+    An example is a row: the first dimension of a batch's parts counts its examples. Parts that all
+    examples of a batch share, such as positions, class weights, an adjacency matrix or a scalar, have to
+    be named in `shared_parts`; each example is given them whole. Other parts that do not have the
+    batch's rows are refused: when the process is built if the model's `input_spec` shows it, else by
+    the client that meets them. A shared part must not be made of the examples beside it, or one example
+    moves the gradients of all, and the norm bounds nothing.
+
     Examples go through the model one by one, in training mode, so any model that trains on a batch of
     one can be clipped, dropout, recurrent layers and embeddings among them; memory is that of
-    one example and one gradient. A model that looks at several examples at once, as batch
-    normalisation does, has no gradient per example and is refused.
+    one example and one gradient. The model's metrics see each batch whole, in one forward pass more:
+    they are those of training without clipping, at the same weights.
+
+    A model that looks at several examples at once, as batch normalisation does, has no gradient per
+    example and is refused.
 
     An example whose gradient has no finite norm counts for nothing, in the sum, in `B` where that is
-    counted, in the client's weight and in its loss, and is counted in the measurements. Metrics of a
-    variable model see batches of one, such examples included.
+    counted, in the client's weight, in its loss and in the model's metrics, and is counted in the
+    measurements. A batch of no other examples is no batch to the metrics.
 
     The measurements `clipped_examples`, `non_finite_examples` and `mean_norm` are exact and not
     protected by the noise. Nor is the client's weight, its number of examples: for a guarantee per
@@ -79,10 +100,17 @@ class ExampleClipping:
         `sclip_norm` does, instead of all of them by one factor. It changes the gradient's direction, and
         needs noise `sqrt(number of tensors)` as large, which it gets.
       seed: Of the noise, from 0 to 2**63 - 1; None for the system's entropy. See above.
+      shared_parts: Names of the parts of a batch that have no rows, or of structures of them: keys, and
+        positions in a sequence, joined by `/`, such as `"x/positions"` or `"0/1"`.
 
     Example:
       >>> ExampleClipping(1.0, noise_multiplier=1.1, expected_batch_size=32).noise_stddev(2)
       1.1
+
+    Example: batches of `{"x": {"image": ..., "class_weights": ...}, "y": ...}`
+
+      >>> ExampleClipping(1.0, shared_parts=["x/class_weights"]).shared_parts
+      ('x/class_weights',)
 
     Source: Abadi et al., Deep Learning with Differential Privacy, CCS 2016, Algorithm 1.
     """
@@ -97,6 +125,7 @@ class ExampleClipping:
     )
     per_tensor: bool = attrs.field(default=False, kw_only=True)
     seed: int | None = attrs.field(default=None, kw_only=True)
+    shared_parts: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_names)
 
     def __attrs_post_init__(self) -> None:
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
@@ -132,14 +161,14 @@ class Clipped(NamedTuple):
       examples: int32: how many do.
       counts: For `measurements`: int64 `examples`, `clipped`, `non_finite`, and float32 `norms`, the
         sum of the norms.
-      carried: What `one` carried from example to example.
+      kept: bool: for each row, whether it counts.
     """
 
     gradients: Sequence[tf.Tensor | None]
     loss: tf.Tensor
     examples: tf.Tensor
     counts: OrderedDict[str, tf.Tensor]
-    carried: Any
+    kept: tf.Tensor
 
 
 def no_counts(clipping: ExampleClipping | None) -> OrderedDict[str, tf.Tensor]:
@@ -158,8 +187,7 @@ def clip_examples(
     clipping: ExampleClipping,
     batch: Any,
     weights: Sequence[Any],
-    one: Callable[[Any, Any], tuple[Any, Any, Any]],
-    carried: Any = (),
+    one: Callable[[Any], tuple[Any, Any]],
     *,
     moment: Sequence[Any] = (),
 ) -> Clipped:
@@ -167,19 +195,20 @@ def clip_examples(
 
     Args:
       clipping: How to clip.
-      batch: Any structure of tensors whose first dimension counts examples.
+      batch: Any structure of tensors; the first dimension of all but the shared parts counts examples.
       weights: The trainable weights.
-      one: `(carried, batch of one) -> (carried, gradients, loss)`. What it carries on is kept only
-        for an example that counts.
-      carried: What it starts from.
+      one: `batch of one -> (gradients, loss)`.
       moment: Whole numbers by which batches differ, such as round and step: for noise of a seed.
     """
     known: list[bool] = []
     wide = [tf.float32 if w.dtype.size < 4 else w.dtype for w in weights]  # what sums are taken in
 
-    def step(i: tf.Tensor, sums: Any, loss: Any, counts: Any, carried: Any) -> Any:
-        example = tf.nest.map_structure(lambda x: x[i : i + 1], batch)
-        following, gradients, its_loss = one(carried, example)
+    size, batch = count_rows(batch, clipping.shared_parts)
+    positions = tf.range(size)
+
+    def step(i: tf.Tensor, sums: Any, loss: Any, counts: Any, kept: tf.Tensor) -> Any:
+        example = take_rows(batch, clipping.shared_parts, lambda x: x[i : i + 1])
+        gradients, its_loss = one(example)
         known[:] = [g is not None for g in gradients]
         dense = [
             tf.zeros(w.shape, kind) if g is None else tf.cast(tf.convert_to_tensor(g), kind)
@@ -202,15 +231,18 @@ def clip_examples(
             norms=counts["norms"] + tf.where(counts_it, tf.cast(norm, tf.float32), 0.0),
         )
         loss += tf.where(counts_it, its_loss, 0.0)
-        carried = tf.nest.map_structure(
-            lambda new, old: tf.where(counts_it, new, old), following, carried
-        )
-        return i + 1, sums, loss, counts, carried
+        kept |= counts_it & tf.equal(positions, i)
+        return i + 1, sums, loss, counts, kept
 
-    size = tf.shape(tf.nest.flatten(batch)[0], tf.int32)[0]
     zeros = tuple(tf.zeros(w.shape, kind) for w, kind in zip(weights, wide, strict=True))
-    state = (tf.constant(0), zeros, tf.constant(0.0), no_counts(clipping), carried)
-    _, sums, loss, counts, carried = tf.while_loop(lambda i, *_: i < size, step, state)
+    state = (
+        tf.constant(0),
+        zeros,
+        tf.constant(0.0),
+        no_counts(clipping),
+        positions < 0,
+    )
+    _, sums, loss, counts, kept = tf.while_loop(lambda i, *_: i < size, step, state)
     examples = tf.cast(counts["examples"], tf.int32)
     stddev = clipping.noise_stddev(len(weights))
     if stddev:
@@ -225,7 +257,7 @@ def clip_examples(
         for total, w, there in zip(sums, weights, known, strict=True)
     )
     mean_loss = tf.math.divide_no_nan(loss, tf.cast(examples, tf.float32))
-    return Clipped(gradients, mean_loss, examples, counts, carried)
+    return Clipped(gradients, mean_loss, examples, counts, kept)
 
 
 def add_counts(total: Any, found: Any) -> Any:
@@ -279,15 +311,20 @@ def check_clipping(clipping: Any) -> None:
         )
 
 
-def check_examples_are_apart(model_fn: Any) -> None:
-    """Raises `ValueError` for a model with batch normalisation, whose examples look at each other.
+def check_examples_are_apart(model_fn: Any, clipping: ExampleClipping) -> None:
+    """Raises `ValueError` for a model whose batches cannot be taken apart into examples.
 
-    It is known by the names of its moving averages. TFF's functional models of Keras cannot have it.
+    Their parts do not all have rows, or the model has a batch normalisation, through which examples
+    look at each other. That is known by the names of its moving averages; TFF's functional models of
+    Keras cannot have it.
     """
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
+        check_parts(model_fn.input_spec, clipping.shared_parts)
         return
     with tf.Graph().as_default():
-        names = [v.name.split(":")[0] for v in model_fn().non_trainable_variables]
+        model = model_fn()
+        check_parts(model.input_spec, clipping.shared_parts)
+        names = [v.name.split(":")[0] for v in model.non_trainable_variables]
     found = [name for name in names if name.endswith(_MOVING_AVERAGES)]
     if found:
         raise ValueError(

@@ -8,6 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators import training_sums as sums_of
+from aggregators.batch_rows import take_rows
 from aggregators.candidates import errors_of_batch, mean_errors, no_errors
 from aggregators.client_memory import Finished, densify
 from aggregators.client_task import Given, Task, Trained, Training, fold
@@ -51,13 +52,25 @@ def build_training(model_fn: Any, task: Task) -> Training:
             metrics = model.update_metrics(metrics, output)
             return gradients, output.loss, output.examples, metrics, no_counts(None)
 
-        def one(metrics: Any, example: Any) -> Any:
+        def one(example: Any) -> Any:
             gradients, output = differentiate(held, example, training=True)
-            return model.update_metrics(metrics, output), gradients, output.loss
+            return gradients, output.loss
 
         weights = model.trainable(held)
-        found = clip_examples(clipping, batch, weights, one, metrics, moment=moment)
-        return found.gradients, found.loss, found.examples, found.carried, found.counts
+        found = model.without_metrics(
+            lambda: clip_examples(clipping, batch, weights, one, moment=moment)
+        )
+
+        def see_batch() -> Any:
+            rows = take_rows(batch, clipping.shared_parts, lambda x: tf.boolean_mask(x, found.kept))
+            output = model.forward(held, rows, training=True)
+            return found.examples, model.update_metrics(metrics, output)
+
+        # A branch has to give something, also where the metrics are the model's own.
+        examples, metrics = tf.cond(
+            found.examples > 0, see_batch, lambda: (found.examples, metrics)
+        )
+        return found.gradients, found.loss, examples, metrics, found.counts
 
     def step(given: Given, correct: Any, state: Any, batch: Any) -> Any:
         held, optimizer_state, metrics, sums, counts, seen, steps = state

@@ -194,8 +194,8 @@ def test_narrow_gradients_are_measured_and_summed_in_float32():
     for dtype, size in ((tf.bfloat16, 1.0), (tf.float16, 300.0)):
         batch = {"x": size * tf.ones([512, 1])}
 
-        def one(carried, example, dtype=dtype):
-            return carried, [tf.cast(tf.reshape(example["x"], [-1]), dtype)], tf.constant(0.0)
+        def one(example, dtype=dtype):
+            return [tf.cast(tf.reshape(example["x"], [-1]), dtype)], tf.constant(0.0)
 
         found = clip_examples(ExampleClipping(1.0), batch, [tf.zeros([1], dtype)], one)
         assert found.counts["non_finite"] == 0
@@ -281,9 +281,9 @@ def test_rounds_with_ragged_batches_empty_clients_and_bad_examples(model, expect
         assert metrics["aggregator"]["zero_weight_clients"] == 2
 
 
-def linear(carried, example):
+def linear(example):
     """Gradient of the loss `sum(w x)` of a batch of one: its x."""
-    return carried, [tf.reshape(example["x"], [-1])], tf.reduce_sum(example["x"])
+    return [tf.reshape(example["x"], [-1])], tf.reduce_sum(example["x"])
 
 
 def test_removing_one_example_moves_the_sum_by_at_most_the_norm():
@@ -304,8 +304,8 @@ def test_noise_per_tensor_grows_with_their_number():
 
 
 def test_a_weight_that_the_loss_does_not_see_has_no_gradient():
-    def one(carried, example):
-        return carried, [tf.reshape(example["x"], [-1]), None], tf.constant(0.0)
+    def one(example):
+        return [tf.reshape(example["x"], [-1]), None], tf.constant(0.0)
 
     batch = {"x": tf.ones([2, 3])}
     clipping = ExampleClipping(1.0, 1.0, 2)
@@ -331,8 +331,8 @@ def test_batch_normalisation_is_refused(axis_of):
 
 def test_models_that_are_not_refused():
     for name in MODELS:
-        check_examples_are_apart(variable_model(name))
-    check_examples_are_apart(twin.functional_model())
+        check_examples_are_apart(variable_model(name), ExampleClipping(1.0))
+    check_examples_are_apart(twin.functional_model(), ExampleClipping(1.0))
 
 
 @pytest.mark.parametrize(
@@ -364,3 +364,237 @@ def test_bad_kinds():
     with pytest.raises(TypeError, match="`example_clipping` must be an `ExampleClipping`"):
         aggregators.build_fed_avg(model_fn, SGD, example_clipping=1.0)
     assert INPUT_SPEC is not None
+
+
+# ------------------------------------------------------------- batches with parts that examples share
+
+PARTS = {
+    "rows": lambda n: np.float32(np.random.default_rng(n).normal(size=(n, 3))),
+    "adjacency": lambda n: np.float32(np.random.default_rng(5).uniform(size=(3, 3))),
+    "class_weights": lambda n: np.float32([0.5, 2.0]),
+    "positions": lambda n: np.float32([[0.1, 0.2, 0.3]]),
+    "temperature": lambda n: np.float32(1.5),
+}
+SHARED = ["x/adjacency", "x/class_weights", "x/positions", "x/temperature"]
+
+
+def weighted_loss(w, x, y):
+    """Of each example: its rows through a graph, each class of a weight of its own."""
+    found = (x["rows"] + x["positions"]) @ x["adjacency"] @ w / x["temperature"]
+    return tf.reduce_mean(x["class_weights"] * (found - y) ** 2, 1)
+
+
+def shared_spec(**other):
+    shapes = {name: part(4).shape for name, part in PARTS.items()} | {"rows": (None, 3)} | other
+    x = collections.OrderedDict((name, tf.TensorSpec(shape)) for name, shape in shapes.items())
+    return collections.OrderedDict(x=x, y=tf.TensorSpec((None, 2)))
+
+
+def shared_batch(n, **other):
+    x = collections.OrderedDict((name, part(n)) for name, part in PARTS.items())
+    x.update(other)
+    return collections.OrderedDict(
+        x=x, y=np.float32(np.random.default_rng(9 + n).normal(size=(n, 2)))
+    )
+
+
+def sharing_variable(spec):
+    class Sharing(tff.learning.models.VariableModel):
+        def __init__(self):
+            self._w = tf.Variable(0.3 * tf.ones([3, 2]), name="w")
+            self._seen = tf.Variable([0.0, 0.0, 0.0], trainable=False)
+
+        trainable_variables = property(lambda self: [self._w])
+        non_trainable_variables = property(lambda self: [])
+        local_variables = property(lambda self: [self._seen])
+        input_spec = property(lambda self: spec)
+
+        def predict_on_batch(self, x, training=True):
+            return x["rows"] @ self._w
+
+        @tf.function
+        def forward_pass(self, batch_input, training=True):
+            loss = weighted_loss(self._w, batch_input["x"], batch_input["y"])
+            size = tf.size(loss)
+            self._seen.assign_add([tf.reduce_sum(loss), tf.cast(size, tf.float32), 1.0])
+            return tff.learning.models.BatchOutput(tf.reduce_mean(loss), loss, size)
+
+        def report_local_unfinalized_metrics(self):
+            return collections.OrderedDict(seen=[self._seen])
+
+        def metric_finalizers(self):
+            return collections.OrderedDict(seen=lambda values: values[0])
+
+        def reset_metrics(self):
+            self._seen.assign(tf.zeros([3]))
+
+    return Sharing
+
+
+def sharing_functional(spec):
+    @tf.function
+    def predict(weights, x, training):
+        # The labels are not there yet: what the loss needs goes through the predictions.
+        found = (x["rows"] + x["positions"]) @ x["adjacency"] @ weights[0][0] / x["temperature"]
+        return collections.OrderedDict(found=found, weights=x["class_weights"])
+
+    @tf.function
+    def loss(output, label, sample_weight=None):
+        return tf.reduce_mean(output["weights"] * (output["found"] - label) ** 2)
+
+    def add(state, labels, batch_output, sample_weight=None):
+        size = tf.cast(tf.shape(labels)[0], tf.float32)
+        new = state["seen"] + [batch_output.loss * size, size, 1.0]
+        return collections.OrderedDict(seen=new)
+
+    return tff.learning.models.FunctionalModel(
+        initial_weights=((np.full([3, 2], 0.3, np.float32),), ()),
+        predict_on_batch_fn=predict,
+        loss_fn=loss,
+        metrics_fns=(lambda: collections.OrderedDict(seen=tf.zeros([3])), add, lambda state: state),
+        input_spec=spec,
+    )
+
+
+SHARING = {"variable": sharing_variable, "functional": sharing_functional}
+
+
+def batches(*found):
+    datasets = [tf.data.Dataset.from_tensors(batch) for batch in found]
+    joined = datasets[0]
+    for dataset in datasets[1:]:
+        joined = joined.concatenate(dataset)
+    return joined
+
+
+@pytest.mark.parametrize("loop", tff.learning.LoopImplementation, ids=lambda loop: loop.name)
+@pytest.mark.parametrize("kind", SHARING)
+def test_each_example_is_given_the_shared_parts_whole(kind, loop):
+    """Steps, metrics, weight and counts over three ragged batches, against a loop over examples."""
+    rate, limit = 0.1, 1.0
+    clipping = ExampleClipping(limit, shared_parts=SHARED)
+    process = aggregators.build_fed_avg(
+        SHARING[kind](shared_spec()),
+        tff.learning.optimizers.build_sgdm(rate),
+        example_clipping=clipping,
+        loop_implementation=loop,
+    )
+    data = [[shared_batch(8), shared_batch(5), shared_batch(3)], [shared_batch(2)]]
+    output = process.next(process.initialize(), [batches(*client) for client in data])
+
+    weights, counted, total, clipped_examples = [], [], np.zeros(3), 0
+    for client in data:
+        w = tf.Variable(0.3 * tf.ones([3, 2]))
+        for batch in client:
+            with tf.GradientTape() as tape:
+                losses = weighted_loss(w, batch["x"], batch["y"])
+            per_example = np.float64(tape.jacobian(losses, w))
+            norms = np.linalg.norm(per_example.reshape(len(losses), -1), axis=1)
+            factors = np.minimum(1.0, limit / norms)
+            clipped_examples += np.sum(factors < 1)
+            total += [np.sum(losses), len(losses), 1]
+            w.assign_sub(rate * np.tensordot(factors, per_example, 1) / len(losses))
+        weights.append(w.numpy())
+        counted.append(sum(len(batch["y"]) for batch in client))
+    expected = np.average(weights, axis=0, weights=counted)
+    np.testing.assert_allclose(
+        process.get_model_weights(output.state).trainable[0], expected, rtol=1e-5
+    )
+    metrics = output.metrics["client_work"]
+    np.testing.assert_allclose(metrics["train"]["seen"], total, rtol=1e-5)
+    assert 0 < clipped_examples < sum(counted)
+    assert metrics["clipping"]["clipped_examples"] == clipped_examples
+
+
+def test_metrics_are_those_of_training_that_clips_nothing():
+    """12 batches of five are 12 batches, and every metric sees them as without clipping."""
+    rng = np.random.default_rng(0)
+    x, y = np.float32(rng.normal(size=(60, 3))), np.float32(rng.normal(size=(60, 2)))
+    x[7, 0] = np.nan  # counts for nothing
+    good = np.delete(x, 7, 0), np.delete(y, 7, 0)
+
+    def dataset(x, y, sizes):
+        ends = np.cumsum(sizes)[:-1]
+        pairs = zip(np.split(x, ends), np.split(y, ends), strict=True)
+        return batches(*(collections.OrderedDict(x=a, y=b) for a, b in pairs))
+
+    def metrics(data, process):
+        return process.next(process.initialize(), [data]).metrics["client_work"]["train"]
+
+    clipping = ExampleClipping(math.inf)
+    found = metrics(
+        dataset(x, y, [5] * 12),
+        aggregators.build_fed_avg(model_fn, SGD, example_clipping=clipping),
+    )
+    plain = tff.learning.algorithms.build_weighted_fed_avg(model_fn, SGD)
+    expected = metrics(dataset(*good, [5, 4, *[5] * 10]), plain)
+    assert (found["num_batches"], found["num_examples"]) == (12, 59)
+    assert found["num_batches"] == expected["num_batches"]
+    assert found["num_examples"] == expected["num_examples"]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize(
+    ("other", "shared", "message"),
+    [
+        (
+            {},
+            [],
+            r"any number of them; found x/adjacency of shape \(3, 3\).*x/temperature of shape \(\)",
+        ),
+        (
+            {},
+            SHARED[1:],
+            r"found x/adjacency of shape \(3, 3\)\. .*shared_parts=\[\"x/adjacency\"\]",
+        ),
+        ({}, SHARED[:-1], r"found x/temperature of shape \(\)\. "),
+        ({}, ["x", "y"], "`shared_parts` must leave a part that has a row"),
+        ({}, ["x/adjacent"], "`shared_parts` must name parts of a batch.*found 'x/adjacent'"),
+        ({"rows": (8, 3)}, SHARED, r"any number of them; found x/rows of shape \(8, 3\)"),
+        ({"rows": (8, 3), "y": (8, 2)}, SHARED[1:], r"found x/"),
+    ],
+)
+def test_parts_without_rows_are_refused_by_name_when_the_spec_shows_them(
+    kind, other, shared, message
+):
+    spec = shared_spec(**{name: shape for name, shape in other.items() if name != "y"})
+    if "y" in other:
+        spec["y"] = tf.TensorSpec(other["y"])
+    with pytest.raises(ValueError, match=message):
+        aggregators.build_fed_avg(
+            SHARING[kind](spec), SGD, example_clipping=ExampleClipping(1.0, shared_parts=shared)
+        )
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_parts_without_rows_are_refused_by_name_where_the_client_runs(kind):
+    spec = shared_spec(positions=(None, 3), temperature=None)
+    process = aggregators.build_fed_avg(
+        SHARING[kind](spec), SGD, example_clipping=ExampleClipping(1.0, shared_parts=SHARED[:2])
+    )
+    state = process.initialize()
+    with pytest.raises(Exception, match=r"\[x/positions:\] \[1\].*\[x/temperature:\] \[-1\]"):
+        process.next(state, [batches(shared_batch(8))])
+
+
+def test_a_structure_of_parts_and_places_in_a_sequence_have_names_too():
+    batch = (
+        tf.ones([4, 2]),
+        {"graph": {"a": tf.ones([2, 2]), "b": tf.constant(1.0)}, "z": tf.ones([4])},
+    )
+
+    def one(example):
+        assert example[1]["graph"]["a"].shape == (2, 2)
+        return [tf.reduce_sum(example[0]) * tf.ones([1])], tf.reduce_sum(example[1]["z"])
+
+    clipping = ExampleClipping(math.inf, shared_parts=["1/graph"])
+    found = clip_examples(clipping, batch, [tf.zeros([1])], one)
+    np.testing.assert_allclose(found.gradients[0], [2.0])
+    assert found.examples == 4
+
+
+@pytest.mark.parametrize("names", ["x/positions", [1], [""], None])
+def test_bad_names_of_shared_parts(names):
+    with pytest.raises(TypeError, match="`shared_parts` must be a sequence of names such as"):
+        ExampleClipping(1.0, shared_parts=names)

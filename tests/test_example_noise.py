@@ -115,9 +115,9 @@ def test_with_a_seed_it_differs_by_client_round_and_step():
 
 
 def test_with_a_seed_it_differs_by_the_bits_of_the_batch_in_every_part():
-    def one(carried, example):
+    def one(example):
         del example
-        return carried, [tf.zeros([SIZE]), tf.zeros([SIZE])], tf.constant(0.0)
+        return [tf.zeros([SIZE]), tf.zeros([SIZE])], tf.constant(0.0)
 
     @tf.function
     def draw(batch, *moment):
