@@ -158,9 +158,14 @@ def load(path: tf.Tensor, fresh: State) -> State:
     named, expected = _named(fresh), signature(fresh)
 
     def read() -> list[tf.Tensor]:
-        (found,) = tf.raw_ops.RestoreV2(
-            prefix=path, tensor_names=["signature"], shape_and_slices=[""], dtypes=[tf.string]
+        name, found = tf.raw_ops.RestoreV2(
+            prefix=path,
+            tensor_names=["file", "signature"],
+            shape_and_slices=["", ""],
+            dtypes=[tf.string, tf.string],
         )
+        message = ["The file of a client's state must be the one that was written as", path]
+        known = only_if(tf.equal(name, _name(path)), [*message, "; found", name], path)
         message = [
             "The state of a client must be of this model and rule,",
             expected,
@@ -168,7 +173,7 @@ def load(path: tf.Tensor, fresh: State) -> State:
             found,
         ]
         tensors = tf.raw_ops.RestoreV2(
-            prefix=only_if(tf.equal(found, expected), message, path),
+            prefix=only_if(tf.equal(found, expected), message, known),
             tensor_names=[name for name, _ in named],
             shape_and_slices=[""] * len(named),
             dtypes=[x.dtype for _, x in named],
@@ -180,11 +185,15 @@ def load(path: tf.Tensor, fresh: State) -> State:
 
 
 def save(path: tf.Tensor, state: State) -> tf.Operation:
-    """Writes a state as one checkpoint of TensorFlow."""
+    """Writes a state as one checkpoint of TensorFlow, which knows its own name."""
     names, tensors = zip(*_named(state), strict=True)
     return tf.raw_ops.SaveV2(
         prefix=path,
-        tensor_names=["signature", *names],
-        shape_and_slices=[""] * (len(names) + 1),
-        tensors=[tf.constant(signature(state)), *tensors],
+        tensor_names=["file", "signature", *names],
+        shape_and_slices=[""] * (len(names) + 2),
+        tensors=[_name(path), tf.constant(signature(state)), *tensors],
     )
+
+
+def _name(path: tf.Tensor) -> tf.Tensor:
+    return tf.strings.regex_replace(path, "(?s)^.*/", "")

@@ -1,24 +1,20 @@
 """States that belong to clients: kept by id, handed to the right client, taken back after a round."""
 
 import contextlib
-import fcntl
+import numbers
 import os
-import re
-import shutil
-import sqlite3
-import tempfile
+import threading
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-_FORMAT = 1
-_MEMORY = "/dev/shm"
-_TABLE = "states.sqlite"
-_STATE = re.compile(r"\d+-\d+-[0-9a-f]{12}(\.|$)")  # client's number, round, token of the cohort
+from aggregators import checks
+from aggregators.client_state_files import Folder
+from aggregators.client_state_table import Contents, Entry, Table, few
 
 
 class ClientStates:
@@ -32,14 +28,17 @@ class ClientStates:
 
     A round is all or nothing: the cohort's states count from the end of the `with` block, in one
     transaction, if nothing was raised and each client has written its own; before that, and after a
-    crash, all clients have the states that they had. One process at a time can open a store.
+    crash, all clients have the states that they had. One process at a time can open a store, and a fork
+    of it cannot use it.
 
     States have versions, one a round: the states after round `r` go with the server's state after
     round `r`, and clients refuse to train on any other. After a crash between the two, or from an
-    older checkpoint, go back with `restore`.
+    older checkpoint, go back with `restore`. A file says whose state it is and after which round, and
+    has a checksum: one that is damaged, or in the place of another, is refused.
 
     Disk (or memory): one state per client that ever took part, and for `keep` rounds those it
-    replaced: SCAFFOLD and FedDyn have states as large as the trainable weights.
+    replaced: SCAFFOLD and FedDyn have states as large as the trainable weights. A store in memory is
+    gone with the process, however that ends.
 
     Example: clients that keep their optimizer's momentum
 
@@ -62,7 +61,13 @@ class ClientStates:
       1 ('ann', 'eve')
     """
 
-    def __init__(self, client_ids: Sequence[str], path: str | None = None, *, keep: int = 1):
+    def __init__(
+        self,
+        client_ids: Sequence[str],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        keep: int = 1,
+    ):
         """Opens a store, or makes one.
 
         Args:
@@ -70,84 +75,30 @@ class ClientStates:
             the same.
           path: A directory of its own, made if there is none; None for memory (`/dev/shm` if that is
             there), dropped by `close`.
-          keep: How many rounds back `restore` can go; at least as many as lie between two
-            checkpoints of the server's state.
+          keep: For how many rounds a state that was replaced is kept, so that `restore` can go back to
+            it; at least as many as lie between two checkpoints of the server's state.
 
         Raises:
-          TypeError: If an id is no string.
+          TypeError: If an argument is of the wrong type.
           ValueError: If an argument is out of its range, or the store is of other clients, was written
             by another version, or is damaged, or the directory has other files and no store.
-          RuntimeError: If another process, or another `ClientStates`, has it open.
+          RuntimeError: If another process, or another `ClientStates`, has it open, or it cannot be read
+            and written.
         """
-        ids = list(client_ids)
-        if isinstance(client_ids, str) or not all(isinstance(one, str) for one in ids):
-            raise TypeError(f"`client_ids` must be a list of strings; found {client_ids!r}.")
-        if not ids or len(set(ids)) < len(ids):
-            raise ValueError(
-                f"`client_ids` must be at least one, and none repeated; found {_repeated(ids)}."
-            )
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"`keep` must be a whole number of at least 1; found {keep!r}.")
+        ids = _checked_ids(client_ids)
+        self._keep = checks.whole("keep", keep, 1)
         self._numbers = {one: number for number, one in enumerate(sorted(ids))}
-        self._keep = keep
-        self._busy = False
-        self._durable = path is not None
-        if path is None:
-            where = _MEMORY if os.access(_MEMORY, os.W_OK) else None
-            path = tempfile.mkdtemp(prefix="client-states-", dir=where)
-        self._path = os.path.abspath(path)
-        os.makedirs(self._path, exist_ok=True)
-        others = set(os.listdir(self._path)) - {"lock"}
-        if others and _TABLE not in others:
-            raise ValueError(
-                f"`path` must be a directory of its own; found {_few(others)} in {self._path}, and no "
-                "store. Take another, such as a new one below it."
-            )
-        self._lock = open(os.path.join(self._path, "lock"), "w")  # noqa: SIM115  # held until `close`
+        self._owner: int | None = os.getpid()  # None once it is closed
+        self._changing = threading.Lock()
+        where = None if path is None else _checked_path(path)
+        with _in_words(f"`path` must be a directory that can be used; found {where or 'memory'}"):
+            self._files = Folder(where)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise RuntimeError(
-                f"`path` must be open in one place at a time; found {self._path} in use. Close the "
-                "other `ClientStates`, or take another directory."
-            ) from error
-        try:
-            self._table = sqlite3.connect(os.path.join(self._path, _TABLE))
-            self._open(sorted(ids))
-        except sqlite3.DatabaseError as error:
-            self._lock.close()
-            raise ValueError(
-                f"`path` must hold a store of client states; found a {_TABLE} in {self._path} that "
-                f"cannot be read: {error}. Take another directory, or bring a copy of it back."
-            ) from error
+            self._table = Table(self._files.table, self.client_ids)
+            self._clean()
         except BaseException:
-            self._lock.close()
+            self._files.close()
             raise
-
-    def _open(self, ids: list[str]) -> None:
-        with self._table:
-            self._table.execute("CREATE TABLE IF NOT EXISTS store (format INT, round INT)")
-            found = self._table.execute("SELECT format FROM store").fetchone()
-            if found is not None and found[0] != _FORMAT:
-                raise ValueError(
-                    f"`path` must hold client states of format {_FORMAT}; found format {found[0]} in "
-                    f"{self._path}, which another version has written. Open it with that one."
-                )
-            if found is None:
-                self._table.execute("INSERT INTO store VALUES (?, 0)", (_FORMAT,))
-                self._table.execute("CREATE TABLE clients (id TEXT)")
-                self._table.execute(
-                    "CREATE TABLE states (id TEXT, round INT, file TEXT, PRIMARY KEY (id, round))"
-                )
-                self._table.executemany("INSERT INTO clients VALUES (?)", [(one,) for one in ids])
-        known = {one for (one,) in self._table.execute("SELECT id FROM clients")}
-        if known != set(ids):
-            raise ValueError(
-                f"`client_ids` must be those of the store in {self._path}; found "
-                f"{_few(set(ids) - known)} that it does not have, and without {_few(known - set(ids))}."
-            )
-        self._drop_orphans()
 
     @property
     def client_ids(self) -> tuple[str, ...]:
@@ -156,19 +107,23 @@ class ClientStates:
 
     @property
     def keep(self) -> int:
-        """How many rounds back `restore` can go."""
+        """For how many rounds a state that was replaced is kept."""
         return self._keep
 
     @property
     def round(self) -> int:
         """How many rounds these states have seen."""
-        return self._table.execute("SELECT round FROM store").fetchone()[0]
+        return self._contents().round
+
+    @property
+    def oldest_round(self) -> int:
+        """The earliest round that `restore` can go back to."""
+        return self._contents().oldest
 
     def seen(self) -> tuple[str, ...]:
         """The clients that have a state, sorted."""
-        return tuple(
-            sorted(one for (one,) in self._table.execute("SELECT DISTINCT id FROM states"))
-        )
+        states = self._contents().states
+        return tuple(one for one, number in self._numbers.items() if number in states)
 
     def get(self, client_id: str) -> OrderedDict[str, np.ndarray] | None:
         """A client's state, its tensors by name, such as `control/0`; None if it has none.
@@ -177,19 +132,10 @@ class ClientStates:
           ValueError: If the id is unknown.
           RuntimeError: If its file is damaged.
         """
+        contents = self._contents()
         self._check_ids([client_id])
-        path = self._file(client_id)
-        if not path:
-            return None
-        try:
-            reader = tf.train.load_checkpoint(path)
-            names = sorted(set(reader.get_variable_to_shape_map()) - {"signature"})
-            return OrderedDict((name, reader.get_tensor(name)) for name in names)
-        except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
-            raise RuntimeError(
-                f"The state of client {client_id!r} must be readable; found {path}: {error} Go back "
-                "by `restore` to a round in which it was whole, or bring a copy of it back."
-            ) from error
+        entry = contents.latest(self._numbers[client_id])
+        return None if entry is None else self._read(entry)
 
     @contextlib.contextmanager
     def cohort(
@@ -208,133 +154,211 @@ class ClientStates:
 
         Raises:
           ValueError: If an id is unknown or repeated, or there are more or fewer data than ids.
-          RuntimeError: If another cohort is still open; at the end of the block, if a client has not
-            written its state: then all states are as before.
+          RuntimeError: If another cohort is still open, or a state is gone; at the end of the block, if
+            a client has not written its state, or it cannot be kept: then all states are as before.
         """
         ids, data = list(client_ids), list(client_data)
+        self._contents()
         self._check_ids(ids)
         if len(ids) != len(data):
             raise ValueError(
                 f"`client_data` must have one entry for each id; found {len(data)} for {len(ids)}."
             )
-        if self._busy:
-            raise RuntimeError("`cohort` must be the only one open; found another. End it first.")
-        done, token = self.round, uuid.uuid4().hex[:12]
-        files = [f"{self._numbers[one]}-{done + 1}-{token}" for one in ids]
-        self._busy = True
-        try:
-            yield [
-                OrderedDict(
-                    data=its_data,
-                    client=OrderedDict(
-                        load=self._file(one),
-                        save=os.path.join(self._path, file),
-                        round=np.int32(done),
-                        number=np.int32(self._numbers[one]),
-                        clients=np.int32(len(self._numbers)),
-                    ),
-                )
-                for one, file, its_data in zip(ids, files, data, strict=True)
-            ]
-            missing = [
-                one
-                for one, file in zip(ids, files, strict=True)
-                if not os.path.exists(os.path.join(self._path, f"{file}.index"))
-            ]
-            if missing:
-                raise RuntimeError(
-                    "Each client of a cohort must have written its state at the end of the block; "
-                    f"found none of {_few(missing)}. All states are as before: call `process.next` "
-                    "once inside, on workers that see the files of this store."
-                )
-            self._commit(done + 1, ids, files)
-        finally:
-            self._busy = False
-            self._drop_orphans()
-
-    def _commit(self, following: int, ids: list[str], files: list[str]) -> None:
-        if self._durable:
-            for name in os.listdir(self._path):
-                if name.split(".")[0] in files:
-                    with open(os.path.join(self._path, name), "rb") as file:
-                        os.fsync(file.fileno())
-        with self._table:
-            self._table.executemany(
-                "INSERT INTO states VALUES (?, ?, ?)",
-                [(one, following, file) for one, file in zip(ids, files, strict=True)],
-            )
-            self._table.execute("UPDATE store SET round = ?", (following,))
-            # Of each client, what was replaced by the oldest round that can be restored.
-            self._table.execute(
-                "DELETE FROM states WHERE EXISTS (SELECT 1 FROM states AS later WHERE "
-                "later.id = states.id AND later.round > states.round AND later.round <= ?)",
-                (following - self._keep,),
-            )
+        with self._alone("`cohort` must be the only one open"):
+            before = self._contents()
+            cohort = f"{self._table.token}-{uuid.uuid4().hex[:8]}"
+            after = before.after([self._numbers[one] for one in ids], cohort, self._keep)
+            files = {after.states[self._numbers[one]][-1].file: one for one in ids}
+            earlier = [before.latest(self._numbers[one]) for one in ids]
+            try:
+                given = [
+                    OrderedDict(
+                        data=its_data,
+                        client=OrderedDict(
+                            load=self._load(entry),
+                            save=self._files.at(file),
+                            round=np.int32(before.round),
+                            number=np.int32(self._numbers[one]),
+                            clients=np.int32(len(self._numbers)),
+                        ),
+                    )
+                    for its_data, entry, (file, one) in zip(
+                        data, earlier, files.items(), strict=True
+                    )
+                ]
+                try:
+                    yield given
+                except Exception as error:
+                    self._explain(error, earlier)
+                    raise
+                self._contents()  # raises if it was closed
+                with _in_words(f"The states of this round could not be kept in {self._files}"):
+                    missing = self._files.without(files)
+                if missing:
+                    raise RuntimeError(
+                        "Each client of a cohort must have written its state at the end of the block; "
+                        f"found none of {few(files[one] for one in missing)}. All states are as before: "
+                        "call `process.next` once inside, on workers that see the files of this store."
+                    )
+                self._table.write(after)
+            finally:
+                self._clean()
 
     def restore(self, round_number: int) -> None:
         """Goes back to the states after an earlier round, for good.
 
         Args:
-          round_number: At most the present round, at least `keep` rounds before.
+          round_number: From `oldest_round` to the present one.
 
         Raises:
-          ValueError: If it is neither.
+          ValueError: If it is none of these.
+          RuntimeError: If a cohort is open, or a state that it would go back to is damaged. All states
+            are as before, whichever error it is.
         """
-        now = self.round
-        least = max(now - self._keep, 0)
-        if isinstance(round_number, bool) or round_number not in range(least, now + 1):
-            raise ValueError(
-                f"`round_number` must be from {least} to {now}; found {round_number!r}. States are kept "
-                f"for {self._keep} rounds back: see `keep`."
+        with self._alone("`restore` must come between two rounds"):
+            now = self._contents()
+            whole = isinstance(round_number, numbers.Integral) and not isinstance(
+                round_number, bool
             )
-        with self._table:
-            self._table.execute("DELETE FROM states WHERE round > ?", (int(round_number),))
-            self._table.execute("UPDATE store SET round = ?", (int(round_number),))
-        self._drop_orphans()
+            if not whole or not now.oldest <= round_number <= now.round:
+                raise ValueError(
+                    f"`round_number` must be from {now.oldest} to {now.round}; found {round_number!r}. "
+                    f"What was replaced before round {now.oldest} is gone: a state is kept for `keep` "
+                    f"rounds, {self._keep} since the store was opened."
+                )
+            then = now.back_to(int(round_number))
+            for number in now.states:
+                entry = then.latest(number)
+                if entry is not None and entry != now.latest(number):
+                    self._read(entry)  # raises while nothing is lost yet
+            self._table.write(then)
+            self._clean()
 
     def close(self) -> None:
         """Lets go of the store; one in memory is dropped."""
-        if self._lock.closed:
-            return
-        self._table.close()
-        if not self._durable:
-            shutil.rmtree(self._path, ignore_errors=True)
-        self._lock.close()
+        if self._owner == os.getpid():
+            self._table.close()
+            self._files.close()
+        self._owner = None
 
     def __enter__(self) -> "ClientStates":
+        self._contents()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _contents(self) -> Contents:
+        """What counts, if the store can be used."""
+        if self._owner is None:
+            raise RuntimeError(f"This `ClientStates` was closed, of {self._files}. Open it anew.")
+        if self._owner != os.getpid():
+            raise RuntimeError(
+                f"This `ClientStates` is that of process {self._owner}; found process {os.getpid()}, a "
+                "fork of it. Use it there, or close it before the fork and open one here."
+            )
+        if not self._table.certain:
+            raise RuntimeError(
+                f"What counts in {self._files} is not known since it could not be read. Close this "
+                "`ClientStates`, and open it anew."
+            )
+        return self._table.contents
+
+    @contextlib.contextmanager
+    def _alone(self, rule: str) -> Iterator[None]:
+        self._contents()
+        if not self._changing.acquire(blocking=False):
+            raise RuntimeError(f"{rule}; found another cohort open. End it first.")
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    def _load(self, entry: Entry | None) -> str:
+        """Where a client finds its state."""
+        if entry is None:
+            return ""
+        if not self._files.has(entry.file):
+            raise self._unreadable(entry, FileNotFoundError("it is gone."))
+        return self._files.at(entry.file)
+
+    def _read(self, entry: Entry) -> OrderedDict[str, np.ndarray]:
+        try:
+            reader = tf.train.load_checkpoint(self._files.at(entry.file))
+            shapes = reader.get_variable_to_shape_map()
+            state = OrderedDict((name, reader.get_tensor(name)) for name in sorted(shapes))
+            found = state.pop("file").decode()
+            if found != entry.file:
+                raise ValueError(f"it was written as {found}.")
+            del state["signature"]
+        except (tf.errors.OpError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            raise self._unreadable(entry, error) from error
+        return state
+
+    def _explain(self, error: Exception, earlier: Sequence[Entry | None]) -> None:
+        """Says of a round that failed which client's state is damaged: TensorFlow does not."""
+        for entry in filter(None, earlier if self._owner == os.getpid() else ()):
+            try:
+                self._read(entry)
+            except RuntimeError as damage:
+                raise damage from error
+
+    def _unreadable(self, entry: Entry, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"The state of client {self.client_ids[entry.number]!r} must be readable; found "
+            f"{self._files.at(entry.file)}: {error} All states are as before. Bring a copy of the file "
+            f"back, or `restore` a round in which it was whole, from {self.oldest_round} on."
+        )
+
     def _check_ids(self, ids: list[str]) -> None:
-        unknown = [one for one in ids if one not in self._numbers]
+        unknown = [one for one in ids if not isinstance(one, str) or one not in self._numbers]
         if unknown:
             raise ValueError(
-                f"`client_ids` must be among those that the store was made for; found {_few(unknown)}."
+                "`client_ids` must be among those that the store was made for; found "
+                f"{few(map(str, unknown))}."
             )
         if len(set(ids)) < len(ids):
             raise ValueError(f"`client_ids` must not repeat a client; found {_repeated(ids)}.")
 
-    def _file(self, client_id: str) -> str:
-        row = self._table.execute(
-            "SELECT file FROM states WHERE id = ? ORDER BY round DESC LIMIT 1", (client_id,)
-        ).fetchone()
-        return os.path.join(self._path, row[0]) if row else ""
-
-    def _drop_orphans(self) -> None:
+    def _clean(self) -> None:
         """Deletes what no client's state is in: of failed rounds, and what was replaced."""
-        used = {file for (file,) in self._table.execute("SELECT file FROM states")}
-        for name in os.listdir(self._path):
-            if _STATE.match(name) and name.split(".")[0] not in used:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(self._path, name))
+        if self._owner == os.getpid() and self._table.certain:
+            used = {entry.file for entry in self._table.contents.entries}
+            with contextlib.suppress(OSError):  # they are deleted after a later round then
+                self._files.keep_only(used, self._table.token)
 
 
-def _few(ids: Any) -> str:
-    listed = sorted(ids)
-    return f"{', '.join(map(repr, listed[:5])) or 'none'}{', ...' if len(listed) > 5 else ''}"
+def _checked_ids(client_ids: Any) -> list[str]:
+    ids = list(client_ids) if hasattr(client_ids, "__iter__") else [client_ids]
+    if isinstance(client_ids, str) or not all(isinstance(one, str) for one in ids):
+        raise TypeError(f"`client_ids` must be a list of strings; found {client_ids!r}.")
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"`client_ids` must be at least one, and none repeated; found {_repeated(ids)}."
+        )
+    return ids
+
+
+def _checked_path(path: Any) -> str:
+    try:
+        text = os.fsdecode(path)
+        text.encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise TypeError(f"`path` must be the path of a directory; found {path!r}.") from error
+    if not text or "\0" in text or "://" in text:
+        raise ValueError(f"`path` must be a directory of this machine's files; found {path!r}.")
+    return os.path.abspath(text)
+
+
+@contextlib.contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"{what}: {error}. All states are as before: make room, or take another directory."
+        ) from error
 
 
 def _repeated(ids: list[str]) -> str:
-    return _few({one for one in ids if ids.count(one) > 1})
+    return few(one for one, times in Counter(ids).items() if times > 1)
