@@ -279,7 +279,7 @@ class ClientStates:
         if entry is None:
             return ""
         if not self._files.has(entry.file):
-            raise self._unreadable(entry, FileNotFoundError("it is gone."))
+            raise self._unreadable(entry, "it is gone.")
         return self._files.at(entry.file)
 
     def _read(self, entry: Entry) -> OrderedDict[str, np.ndarray]:
@@ -287,12 +287,12 @@ class ClientStates:
             reader = tf.train.load_checkpoint(self._files.at(entry.file))
             shapes = reader.get_variable_to_shape_map()
             state = OrderedDict((name, reader.get_tensor(name)) for name in sorted(shapes))
-            found = state.pop("file").decode()
-            if found != entry.file:
-                raise ValueError(f"it was written as {found}.")
+            name = state.pop("file").decode()
             del state["signature"]
         except (tf.errors.OpError, ValueError, IndexError, KeyError, RuntimeError) as error:
             raise self._unreadable(entry, error) from error
+        if name != entry.file:
+            raise self._unreadable(entry, f"it was written as {name}.")
         return state
 
     def _explain(self, error: Exception, earlier: Sequence[Entry | None]) -> None:
@@ -303,10 +303,10 @@ class ClientStates:
             except RuntimeError as damage:
                 raise damage from error
 
-    def _unreadable(self, entry: Entry, error: Exception) -> RuntimeError:
+    def _unreadable(self, entry: Entry, why: object) -> RuntimeError:
         return RuntimeError(
             f"The state of client {self.client_ids[entry.number]!r} must be readable; found "
-            f"{self._files.at(entry.file)}: {error} All states are as before. Bring a copy of the file "
+            f"{self._files.at(entry.file)}: {why} All states are as before. Bring a copy of the file "
             f"back, or `restore` a round in which it was whole, from {self.oldest_round} on."
         )
 
