@@ -4,12 +4,15 @@
 
 Where the package cannot be imported, `python tff_optim/doctor.py` does the same without it.
 
-It ends with 0 if everything works, and with 1 if something does not. Each part that could hang or
-end the process runs in a process of its own, under a time limit.
+It ends with 1 if something does not work, else with 0. Each part that could hang or end the process
+runs in a process of its own, under a time limit; before it begins, standard error says what is tried
+and how long that may take. A part that still computes at its limit is slow, which is a warning: a busy
+machine is no fault. One that does nothing any more is an error.
 """
 
 import argparse
 import contextlib
+import glob
 import importlib.metadata
 import json
 import os
@@ -17,11 +20,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import attrs
 
 OK, WARNING, ERROR = "ok", "warning", "error"
+_WATCHED = 2.0  # seconds in which a part that gives no answer is looked at: slow, or stuck?
 
 # Name, from which version on (included), before which (excluded), and what to do.
 _LOCKED = "Install the locked set: `pip install --no-deps -r requirements.lock`."
@@ -48,6 +53,20 @@ class Finding:
     name: str
     status: str
     text: str
+
+
+@attrs.frozen
+class _NoAnswer:
+    """Why a part has given no answer, in a sentence; `slow` if it was still at work."""
+
+    text: str
+    slow: bool = False
+
+    def as_finding(self, name: str, text: str) -> Finding:
+        """A finding with this text if the part is broken, and one about time if it is slow."""
+        if self.slow:
+            return Finding(name, WARNING, self.text)
+        return Finding(name, ERROR, text)
 
 
 def check_python() -> Finding:
@@ -125,9 +144,9 @@ def check_shared_memory(path: str = "/dev/shm") -> Finding:
 
 def check_devices(timeout: float) -> Finding:
     """Which devices TensorFlow sees, and whether it can use them."""
-    seen = _child(_DEVICES, timeout)
-    if isinstance(seen, str):
-        return Finding("devices", ERROR, f"TensorFlow cannot be used: {seen}")
+    seen = _child("TensorFlow's devices", 10, _DEVICES, timeout)
+    if isinstance(seen, _NoAnswer):
+        return seen.as_finding("devices", f"TensorFlow cannot be used: {seen.text}")
     failed = {name: why for name, why in seen.items() if why}
     names = ", ".join(seen)
     if failed:
@@ -142,14 +161,14 @@ def check_devices(timeout: float) -> Finding:
 
 def check_worker(timeout: float) -> Finding:
     """Whether TFF's worker starts, computes and ends."""
-    seen = _child(_WORKER, timeout)
-    if isinstance(seen, str):
+    seen = _child("TFF's worker", 10, _WORKER, timeout)
+    if isinstance(seen, _NoAnswer):
         text = (
-            f"it does not work: {seen} It is the program `worker_binary` in the folder "
+            f"it does not work: {seen.text} It is the program `worker_binary` in the folder "
             "`tensorflow_federated/data`: it must be there, be executable, and be able to listen on a "
             "port of localhost."
         )
-        return Finding("worker", ERROR, text)
+        return seen.as_finding("worker", text)
     if not seen["ended"]:
         return Finding("worker", ERROR, "it starts, but does not end when its context is dropped.")
     text = f"starts and computes in {seen['start']:.1f} s, ends in {seen['end']:.1f} s."
@@ -160,10 +179,10 @@ def check_rounds(timeout: float) -> list[Finding]:
     """Whether a small round runs in each place, and how long it takes."""
     findings = []
     for place, code in _PLACES.items():
-        seen = _child(_ROUND.replace("PLACE", code), timeout)
         name = f"a round {place}"
-        if isinstance(seen, str):
-            findings.append(Finding(name, ERROR, f"fails: {seen}"))
+        seen = _child(name, 20, _ROUND.replace("PLACE", code), timeout)
+        if isinstance(seen, _NoAnswer):
+            findings.append(seen.as_finding(name, f"fails: {seen.text}"))
         else:
             text = f"first round after {seen['first']:.1f} s, a later one {seen['later'] * 1e3:.0f} ms."
             findings.append(Finding(name, OK, text))
@@ -185,6 +204,8 @@ def examine(timeout: float, report: Callable[[Finding], None]) -> list[Finding]:
     add(worker)
     if worker.status == ERROR:
         add(Finding("rounds", ERROR, "not tried, since the worker does not work."))
+    elif worker.status == WARNING:
+        add(Finding("rounds", WARNING, "not tried, since the worker is slow."))
     else:
         add(*check_rounds(timeout))
     return findings
@@ -194,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the findings; returns 1 if there is an error, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tff_optim.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for each part")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for each of 5 parts")
     options = parser.parse_args(arguments)
     if not options.timeout > 0:
         parser.error(f"argument --timeout: must be above 0; found {options.timeout:g}")
@@ -205,11 +226,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"[{marks[finding.status]}] {finding.name}: {finding.text}", flush=True)
 
     findings = examine(options.timeout, report)
-    errors = sum(finding.status == ERROR for finding in findings)
+    errors, warnings = (sum(f.status == status for f in findings) for status in (ERROR, WARNING))
     if options.json:
         print(json.dumps({"ok": not errors, "findings": [attrs.asdict(f) for f in findings]}))
+    elif errors:
+        print(f"{errors} of {len(findings)} need mending.")
     else:
-        print("Everything works." if not errors else f"{errors} of {len(findings)} need mending.")
+        print(f"Nothing is broken; {warnings} to look at." if warnings else "Everything works.")
     return min(errors, 1)
 
 
@@ -223,33 +246,69 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _child(code: str, timeout: float) -> dict | str:
-    """Runs code in a Python of its own: the object that it prints last, or what went wrong."""
+def _child(what: str, usual: int, code: str, timeout: float) -> dict | _NoAnswer:
+    """Runs code in a Python of its own: the object that it prints last, or why there is none.
+
+    Args:
+      what: What is tried. Standard error says so first.
+      usual: How many seconds that takes on an idle machine.
+      code: It prints what it does in lines that begin with "#", and a JSON object at last.
+      timeout: Seconds after which it is ended.
+    """
+    limit = f"usually below {usual} s, given up after {timeout:g} s"
+    print(f"Trying {what} ({limit}) ...", file=sys.stderr, flush=True)
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,  # so that its worker ends with it
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )
     try:
         out, errors = child.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {timeout:g} seconds."
+    except subprocess.TimeoutExpired as error:
+        steps = [line[1:] for line in (error.stdout or b"").splitlines() if line[:1] == b"#"]
+        while_ = f" while{steps[-1].decode()}" if steps else ""
+        text = f"no answer within {timeout:g} seconds{while_}"
+        if not _is_working(child.pid):
+            return _NoAnswer(f"{text}, and nothing is computed any more.")
+        cure = f"The machine is slow or busy: try `--timeout {4 * timeout:g}`, or again later."
+        return _NoAnswer(f"{text}, but it is still computing. {cure}", slow=True)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     if child.returncode != 0:
-        last = (errors.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1]
-        return last if last.endswith(".") else last + "."
-    return json.loads(out.strip().splitlines()[-1])
+        lines = errors.decode(errors="replace").strip().splitlines()
+        last = (lines or [f"it ended with code {child.returncode}"])[-1]
+        return _NoAnswer(last if last.endswith(".") else last + ".")
+    return json.loads(out.splitlines()[-1])
+
+
+def _is_working(session: int) -> bool:
+    """Whether a session's threads compute, wait for a processor or read a disk most of the time."""
+    looks = [_wants_to_run(session)]
+    until = time.monotonic() + _WATCHED
+    while time.monotonic() < until:
+        time.sleep(_WATCHED / 40)
+        looks.append(_wants_to_run(session))
+    return sum(looks) * 2 > len(looks)
+
+
+def _wants_to_run(session: int) -> bool:
+    for file in glob.iglob("/proc/[0-9]*/task/[0-9]*/stat"):
+        with contextlib.suppress(OSError), open(file) as stat:
+            state, _, _, of = stat.read().rpartition(")")[2].split()[:4]
+            if int(of) == session and state in "RD":
+                return True
+    return False
 
 
 _DEVICES = """
+print("# TensorFlow is imported", flush=True)
 import json
 import tensorflow as tf
+print("# its devices are used", flush=True)
 seen = {}
 for device in tf.config.list_logical_devices():
     if device.device_type not in ("CPU", "GPU"):
@@ -265,8 +324,10 @@ print(json.dumps(seen))
 """
 
 _WORKER = """
+print("# TFF is imported", flush=True)
 import json, os, time
 import tensorflow_federated as tff
+print("# the worker starts", flush=True)
 def children():
     with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
         return file.read().split()
@@ -295,17 +356,20 @@ _PLACES = {
 }
 
 _ROUND = """
+print("# the package is imported", flush=True)
 import contextlib, json, time
 import tensorflow as tf, tensorflow_federated as tff
 from tff_optim import ResidentProcess
 device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
 tff.backends.native.set_sync_local_cpp_execution_context()
+print("# the process is built", flush=True)
 model = tff.learning.models.functional_model_from_keras(
     tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),
     tf.keras.losses.MeanSquaredError(), (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])))
 process = tff.learning.algorithms.build_weighted_fed_avg(
     model, tff.learning.optimizers.build_sgdm(0.1))
 clients = [tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))] * 2
+print("# rounds run", flush=True)
 times = [time.monotonic()]
 with PLACE as one:
     state = one.initialize()
