@@ -1,6 +1,6 @@
 # make example   trains a federated classifier and draws its curves
 # make test      lint, types and tests: what CI runs
-# make attack    every attack on configurations, checkpoints and workers, with a table
+# make attack    every attack on configurations, checkpoints, workers and runs, with a table
 # make test-torch  the tests of build_torch_optimizer, with torch in a folder of its own
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
 # make bench-rivals  rounds of other simulators beside ours, each in an environment of its own

@@ -98,14 +98,14 @@ def _judge_save(path, version, text, verdict):
 
 def _flip(rng, path):
     with open(path, "r+b") as f:
-        data = bytearray(f.read())
+        data = bytearray(f.read() or b"\0")
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         f.seek(0)
         f.write(data)
 
 
 def _truncate(rng, path):
-    os.truncate(path, rng.randrange(os.path.getsize(path)))
+    os.truncate(path, rng.randrange(os.path.getsize(path) or 1))
 
 
 def _dangle(rng, path):

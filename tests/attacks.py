@@ -60,9 +60,11 @@ def all_attacks():
     """Lists every attack."""
     import attack_checkpoints
     import attack_configs
+    import attack_runs
     import attack_workers
 
-    return [*attack_configs.ATTACKS, *attack_checkpoints.ATTACKS, *attack_workers.ATTACKS]
+    modules = (attack_configs, attack_checkpoints, attack_workers, attack_runs)
+    return [attack for module in modules for attack in module.ATTACKS]
 
 
 def carry_out(attack, count, seed, show=lambda label, verdict: None):

@@ -1,10 +1,10 @@
 """A run's folder: one owner, one round that all follows, records that keep what was written."""
 
 import csv
+import json
 import math
 import os
 import pathlib
-import re
 import shutil
 
 import numpy as np
@@ -207,27 +207,33 @@ def folder(plain, tmp_path):
     return pathlib.Path(shutil.copytree(plain, tmp_path / "run"))
 
 
-def without_times(text):
-    return re.sub(rb'("[^"]*(?:time_in_seconds|written|check)": )("[^"]*"|[^,}]*)', rb"\1_", text)
+def without_times(record):
+    return {name: value for name, value in record.items() if "time_in_seconds" not in name}
 
 
 def files_of(folder):
-    """Contents by name, without times."""
+    """What each file holds, without times; of curves and CSV files what they show.
+
+    TFF writes the same state as another graph each time: what it computes is in `variables`.
+    """
     found = {}
-    for path in sorted(pathlib.Path(folder).rglob("*")):
-        name, content = str(path.relative_to(folder)), None
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file() or path.name in (".lock", "lock", "saved_model.pb", "fingerprint.pb"):
+            continue
         if "tfevents" in name:
-            content = str(curves(path.parent)).encode()
-            name = "events"
-        elif path.is_file():
-            content = path.read_bytes()
-        if name.endswith(".csv"):
-            with open(path, newline="") as file:
-                rows = [dict(row) for row in csv.DictReader(file)]
-            content = str(
-                [{k: v for k, v in r.items() if "time_in_seconds" not in k} for r in rows]
-            ).encode()
-        if name == "events":
-            content = re.sub(rb"'[^']*time_in_seconds': \[[^]]*\]", b"", content)
-        found[name] = without_times(content or b"")
-    return found
+            found["curves"] = without_times(curves(path.parent))
+        elif path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8") as file:
+                found[name] = [without_times(row) for row in csv.DictReader(file)]
+        elif path.name == "records.jsonl":
+            plain = any(folder.glob("checkpoints/program_state_*"))
+            unlike = ("written", "check", "files") if plain else ("written", "check")
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [
+                {k: without_times(v) if k == "record" else v for k, v in line.items()}
+                for line in [{k: v for k, v in line.items() if k not in unlike} for line in lines]
+            ]
+        elif "client_states" not in name:
+            found[name] = path.read_bytes()
+    return {name: str(content) for name, content in found.items()}

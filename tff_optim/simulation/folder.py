@@ -11,7 +11,7 @@ import tensorflow_federated as tff
 
 from tff_optim.messages import shown
 from tff_optim.resident import locks
-from tff_optim.simulation import same_run
+from tff_optim.simulation import same_run, stores
 from tff_optim.simulation.board import Board
 from tff_optim.simulation.checkpoints import Checkpoints
 from tff_optim.simulation.records import CsvView, Record, RecordFile
@@ -21,8 +21,8 @@ _LOCK = ".lock"
 _RECORDS, _ROUNDS, _CLIENTS = "records.jsonl", "rounds.csv", "clients.csv"
 _CHECKPOINTS, _BOARD = "checkpoints", "tensorboard"
 _KINDS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys((_RECORDS, _ROUNDS, _CLIENTS), os.path.isfile),
-    **dict.fromkeys((_CHECKPOINTS, _BOARD), os.path.isdir),
+    **dict.fromkeys((same_run.FILE, _RECORDS, _ROUNDS, _CLIENTS), os.path.isfile),
+    **dict.fromkeys((_CHECKPOINTS, _BOARD, stores.FOLDER), os.path.isdir),
 }
 
 
@@ -88,11 +88,11 @@ class Folder(tff.program.ProgramStateManager):
         """
         assert self.path is not None
         self._run, self._by_text = dict(run), _by_text(ids)
-        files = [*_KINDS, "client_states"]
+        for name, is_kind in _KINDS.items():
+            _check_kind(self._path_of(name), is_kind)
+        files = [name for name in _KINDS if name != same_run.FILE]
         same_run.check(self.path, self._run, resume=resume, files=files)
         with _in_words():
-            for name, is_kind in _KINDS.items():
-                _check_kind(self._path_of(name), is_kind)
             self._checkpoints = Checkpoints(
                 process, self._path_of(_CHECKPOINTS), accept_changes=resume == "changed"
             )

@@ -15,7 +15,7 @@ from tff_optim.resident import ResidentProcess, maker
 from tff_optim.resident.graphs import fingerprints
 from tff_optim.simulation import metrics
 
-_FILE = "arguments.json"
+FILE = "arguments.json"
 _CHANGES, _VERSIONS, _OWN, _DATA = "changes", "versions", "own_weights", "data"
 # Of a learning process; a plain one has the first two.
 _COMPUTATIONS = (
@@ -100,12 +100,12 @@ def check(folder: str, run: dict[str, Any], *, resume: bool | str, files: Sequen
     Raises:
       ValueError: The folder holds another run, or files that no run has written.
     """
-    path = os.path.join(folder, _FILE)
+    path = os.path.join(folder, FILE)
     if not os.path.exists(path):
         others = [name for name in files if os.path.exists(os.path.join(folder, name))]
         if others:
             raise ValueError(
-                f"`directory` must hold a run, or none of its files; found {others} and no {_FILE} "
+                f"`directory` must hold a run, or none of its files; found {others} and no {FILE} "
                 f"in {folder}. Name another."
             )
         os.makedirs(folder, exist_ok=True)
@@ -145,7 +145,7 @@ def check(folder: str, run: dict[str, Any], *, resume: bool | str, files: Sequen
 
 def take_over(folder: str, run: dict[str, Any], number: int) -> None:
     """Writes down that a run goes on after a round with what differs, if something does."""
-    path = os.path.join(folder, _FILE)
+    path = os.path.join(folder, FILE)
     found = _read(path)
     names = _differences(run, found)
     if found.get(_VERSIONS) != run[_VERSIONS]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-_FOLDER = "client_states"
+FOLDER = "client_states"
 
 
 def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
@@ -35,7 +35,7 @@ def opened(
     Raises:
       ValueError: The store does not reach back, or up, to that round.
     """
-    path = None if folder is None else os.path.join(folder, _FOLDER)
+    path = None if folder is None else os.path.join(folder, FOLDER)
     store = factory([str(client) for client in ids], path, keep=keep)
     try:
         if store.round != done:
