@@ -283,8 +283,9 @@ class ClientStates:
         return self._files.at(entry.file)
 
     def _read(self, entry: Entry) -> OrderedDict[str, np.ndarray]:
+        path = self._load(entry)
         try:
-            reader = tf.train.load_checkpoint(self._files.at(entry.file))
+            reader = tf.train.load_checkpoint(path)
             shapes = reader.get_variable_to_shape_map()
             state = OrderedDict((name, reader.get_tensor(name)) for name in sorted(shapes))
             name = state.pop("file").decode()
