@@ -1,13 +1,14 @@
 """The parts of a batch: those with a row for each example, and those that all examples share."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow as tf
 import tree
 
 from aggregators.checks import only_if
 
+_T = TypeVar("_T")
 _CURE = (
     'If all examples of a batch share a part, name it: `ExampleClipping(..., shared_parts=["{}"])`.'
 )
@@ -78,20 +79,32 @@ def count_rows(batch: Any, shared: Sequence[str]) -> tuple[tf.Tensor, Any]:
     """
     check_parts(batch, shared)
     with_rows = [(name, part) for name, part, has_rows in _parts(batch, shared) if has_rows]
-    # A scalar of unknown rank has no first dimension to ask for.
-    sizes = [tf.concat([tf.shape(part)[:1], [-1]], 0)[0] for _, part in with_rows]
     if all(part.shape.rank and part.shape[0] is not None for _, part in with_rows):
-        return sizes[0], batch  # they have been compared
-    found = [
-        x for (name, _), size in zip(with_rows, sizes, strict=True) for x in (f"{name}:", size)
-    ]
-    message = [
-        "`example_clipping` must be given batches whose parts have a row for each example; found in",
-        *found,
-        "rows (-1 for a scalar). " + _CURE.format("NAME"),
-    ]
+        return tf.shape(with_rows[0][1])[0], batch  # they have been compared
+    rule = "`example_clipping` must be given batches whose parts have a row for each example"
+    return common_rows(rule, with_rows, _CURE.format("NAME"), batch)
+
+
+def common_rows(
+    rule: str, named: Sequence[tuple[str, Any]], cure: str, value: _T
+) -> tuple[Any, _T]:
+    """The number of rows that all of these tensors have.
+
+    Args:
+      rule: The beginning of the error's text.
+      named: The tensors, with their names.
+      cure: The end of it.
+      value: A structure of tensors that must not be used where the numbers differ.
+
+    Returns:
+      int32, and the structure: both end the computation with an error where the numbers differ.
+    """
+    # A scalar of unknown rank has no first dimension to ask for.
+    sizes = [tf.concat([tf.shape(part)[:1], [-1]], 0)[0] for _, part in named]
+    found = [x for (name, _), size in zip(named, sizes, strict=True) for x in (f"{name}:", size)]
+    message = [f"{rule}; found in", *found, f"rows (-1 for a scalar). {cure}"]
     same = tf.reduce_all(tf.equal(tf.stack(sizes), sizes[0])) & (sizes[0] >= 0)
-    return only_if(same, message, (sizes[0], batch))
+    return only_if(same, message, (sizes[0], value))
 
 
 def take_rows(batch: Any, shared: Sequence[str], take: Callable[[tf.Tensor], tf.Tensor]) -> Any:

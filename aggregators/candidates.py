@@ -95,6 +95,7 @@ class ErrorSums(NamedTuple):
 
 # How far from 1 probabilities may add up to: those of half precision are off by up to 0.003.
 _TOLERANCE = 2.0**-8
+_AS_MANY = "`labels` must be as many as the predictions of a classifier"
 _NOT_READ = (0.0, 0.0, 0.0)
 _IS_LOSS = (0.0, 0.0, 1.0)
 
@@ -214,7 +215,7 @@ def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
                 "`labels` must be positions of classes, or rows of as many numbers as there are "
                 f"classes; found shape {labels.shape} for predictions of shape {predictions.shape}."
             )
-        rows = tf.cast(labels, tf.float32)
+        rows = _of_shape(_AS_MANY, tf.shape(shares), tf.cast(labels, tf.float32))
         counts = tf.reduce_any(tf.not_equal(rows, 0.0), -1)
         if ignore_class is not None:
             counts &= tf.not_equal(tf.argmax(rows, -1), ignore_class)
@@ -243,7 +244,17 @@ def _by_function(error: Error, predictions: Any, labels: Any, examples: Any) -> 
         raise TypeError(
             f"`error` must return weights of the errors' shape, {found.shape}; found {weights.shape}."
         )
-    return found, weights
+    rule = "`error` must return weights of the errors' shape"
+    return found, _of_shape(rule, tf.shape(found), weights)
+
+
+def _of_shape(rule: str, shape: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor as it is. One of another shape, which would be broadcast, ends the computation."""
+    found = tf.shape(tensor)
+    same = tf.equal(tf.size(found), tf.size(shape)) & tf.reduce_all(
+        tf.raw_ops.Equal(x=found, y=shape, incompatible_shape_error=False)
+    )
+    return checks.only_if(same, [f"{rule},", shape, "; found", found], tensor)
 
 
 def _mean(values: Any, examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -255,6 +266,7 @@ def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None)
     """`1 - p(label)`, of shape `[...]`, and which of the labels count: those that are a class."""
     rank = shares.shape.rank
     labels = tf.cast(labels[..., 0] if labels.shape.rank == rank else labels, tf.int64)
+    labels = _of_shape(_AS_MANY, tf.shape(shares)[:-1], labels)
     counts = (labels >= 0) & (labels < tf.shape(shares, tf.int64)[-1])
     if ignored is not None:
         counts &= tf.not_equal(labels, ignored)

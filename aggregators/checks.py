@@ -1,6 +1,7 @@
 """Checks of arguments, and of values that are known only where a graph is run."""
 
 import inspect
+import math
 import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,28 @@ def whole(argument: str, value: Any, least: int) -> int:
             f"`{argument}` must be a whole number of at least {least}; found {value!r}."
         )
     return int(value)
+
+
+def number(
+    argument: str, value: Any, least: float, most: float, *, closed: bool = False, more: str = ""
+) -> None:
+    """Raises `ValueError` for anything but a real number between these, of Python or NumPy.
+
+    Args:
+      argument: What is checked.
+      value: What it is.
+      least: It must be above this; with `closed` it may be this.
+      most: It must be below this, which may be infinite.
+      closed: See `least`.
+      more: What else the caller takes, for the message.
+    """
+    sound = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not sound or not (least <= value if closed else least < value) or not value < most:
+        low = "of at least" if closed else "above"
+        high = "finite" if most == math.inf else f"below {most:g}"
+        raise ValueError(
+            f"`{argument}` must be a number {low} {least:g} and {high}{more}; found {value!r}."
+        )
 
 
 def flag(argument: str, value: Any) -> None:

@@ -1,7 +1,6 @@
 """Gradients of single examples, clipped before they are summed: DP-SGD on a client."""
 
 import math
-import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,24 +9,12 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators import checks
 from aggregators.batch_rows import check_parts, count_rows, take_rows
 
 # Named, because "auto_select" may give other numbers on another device.
 _ALGORITHM = "philox"
 _MOVING_AVERAGES = ("moving_mean", "moving_variance")
-
-
-def _check_number(least: float, *, above: bool, finite: bool) -> Callable[[Any, Any, Any], None]:
-    rule = f"{'above' if above else 'at least'} {least:g}{', and finite' if finite else ''}"
-
-    def check(instance: Any, attribute: Any, value: Any) -> None:
-        del instance  # attrs passes it to every validator
-        sound = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        sound = sound and (value > least if above else value >= least)
-        if not sound or (finite and not math.isfinite(value)):
-            raise ValueError(f"`{attribute.name}` must be a number {rule}; found {value!r}.")
-
-    return check
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -115,26 +102,23 @@ class ExampleClipping:
     Source: Abadi et al., Deep Learning with Differential Privacy, CCS 2016, Algorithm 1.
     """
 
-    clip_norm: float = attrs.field(validator=_check_number(0.0, above=True, finite=False))
-    noise_multiplier: float = attrs.field(
-        default=0.0, validator=_check_number(0.0, above=False, finite=True)
+    clip_norm: float = attrs.field()
+    noise_multiplier: float = 0.0
+    expected_batch_size: float | None = None
+    per_tensor: bool = attrs.field(
+        default=False, kw_only=True, validator=checks.validated(checks.flag)
     )
-    expected_batch_size: float | None = attrs.field(
-        default=None,
-        validator=attrs.validators.optional(_check_number(0.0, above=True, finite=True)),
-    )
-    per_tensor: bool = attrs.field(default=False, kw_only=True)
     seed: int | None = attrs.field(default=None, kw_only=True)
     shared_parts: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_names)
 
     def __attrs_post_init__(self) -> None:
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if self.seed is not None and not (whole and 0 <= self.seed < 2**63):
-            raise ValueError(
-                f"`seed` must be a whole number from 0 to 2**63 - 1, or None; found {self.seed!r}."
-            )
-        if not isinstance(self.per_tensor, bool):
-            raise TypeError(f"`per_tensor` must be True or False; found {self.per_tensor!r}.")
+        if self.clip_norm != math.inf:
+            checks.number("clip_norm", self.clip_norm, 0, math.inf, more=", or infinite")
+        checks.number("noise_multiplier", self.noise_multiplier, 0, math.inf, closed=True)
+        if self.expected_batch_size is not None:
+            checks.number("expected_batch_size", self.expected_batch_size, 0, math.inf)
+        if self.seed is not None and checks.whole("seed", self.seed, 0) >= 2**63:
+            raise ValueError(f"`seed` must be below 2**63; found {self.seed}.")
         if self.noise_multiplier and self.expected_batch_size is None:
             raise ValueError(
                 "`expected_batch_size` must be given with noise, since the number of examples in a "

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
+import tree
 
+from aggregators.batch_rows import common_rows
 from aggregators.candidates import labels_of
 from aggregators.user_code import as_written
 
@@ -70,8 +72,17 @@ def adapter_of(model_fn: Any) -> ModelAdapter:
 
 
 def _rows(predictions: Any) -> tf.Tensor:
-    # TFF's own count: the first dimension of the first prediction.
-    return tf.shape(tf.nest.flatten(predictions)[0], tf.int64)[0]
+    """TFF's own count, the first dimension of the predictions; of several, that of them all."""
+    several = tree.flatten_with_path(predictions)
+    if len(several) == 1:
+        return tf.shape(several[0][1], tf.int64)[0]
+    rows, _ = common_rows(
+        "`predictions` must have a row for each example, in each of their parts",
+        [("/".join(map(str, path)), part) for path, part in several],
+        "Let the model predict what examples have, or a `VariableModel` say its `num_examples`.",
+        (),
+    )
+    return tf.cast(rows, tf.int64)
 
 
 @attrs.frozen

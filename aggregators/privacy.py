@@ -6,7 +6,6 @@ hyperparameter are outside of every number here.
 """
 
 import math
-import numbers
 from typing import Any
 
 import dp_accounting
@@ -69,7 +68,7 @@ def epsilon(
     Source: Abadi et al., CCS 2016; Mironov, Talwar, Zhang, Renyi Differential Privacy of the Sampled
     Gaussian Mechanism, 2019; `dp_accounting`, which does the counting.
     """
-    _check("noise_multiplier", noise_multiplier, 0.0, math.inf, closed=True)
+    checks.number("noise_multiplier", noise_multiplier, 0.0, math.inf, closed=True)
     _check_event(sampling_probability, steps, delta, accountant)
     if steps == 0:
         return 0.0
@@ -109,7 +108,7 @@ def noise_multiplier_for(
       >>> epsilon(z, sampling_probability=0.01, steps=1000, delta=1e-5) <= 2.0
       True
     """
-    _check("target_epsilon", target_epsilon, 0.0, math.inf)
+    checks.number("target_epsilon", target_epsilon, 0.0, math.inf)
     _check_event(sampling_probability, steps, delta, accountant)
     if steps == 0:
         raise ValueError("`steps` must be at least 1 for noise to be needed; found 0.")
@@ -141,19 +140,7 @@ def _accountant(kind: str) -> dp_accounting.PrivacyAccountant:
 
 def _check_event(probability: Any, steps: Any, delta: Any, accountant: Any) -> None:
     checks.word("accountant", accountant, "rdp", "pld")
-    _check("delta", delta, 0.0, 1.0)
+    checks.number("delta", delta, 0.0, 1.0)
     if isinstance(probability, bool) or probability != 1:
-        _check("sampling_probability", probability, 0.0, 1.0, more=", or 1")
+        checks.number("sampling_probability", probability, 0.0, 1.0, more=", or 1")
     checks.whole("steps", steps, 0)
-
-
-def _check(
-    name: str, value: Any, least: float, most: float, *, closed: bool = False, more: str = ""
-) -> None:
-    sound = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not sound or not (least <= value if closed else least < value) or not value < most:
-        low = "of at least" if closed else "above"
-        high = "finite" if most == math.inf else f"below {most:g}"
-        raise ValueError(
-            f"`{name}` must be a number {low} {least:g} and {high}{more}; found {value!r}."
-        )

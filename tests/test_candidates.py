@@ -282,6 +282,31 @@ def test_it_is_refused_in_words(name):
         call()
 
 
+@pytest.mark.parametrize(
+    ("error", "labels", "message"),
+    [
+        (None, LABELS, "`labels` must be as many as the predictions"),
+        (class_error(from_logits=True), LABELS, "`labels` must be as many as the predictions"),
+        (class_error(from_logits=True), ONE_HOT, "`labels` must be as many as the predictions"),
+        (lambda z, y: (z[:, 0], y > 0), LABELS, "`error` must return weights of the errors"),
+    ],
+)
+def test_labels_and_weights_of_another_number_are_not_broadcast(error, labels, message):
+    """They have one row where there are five predictions, and nothing tells before they are there."""
+
+    @tf.function(autograph=False)
+    def errors(predictions, labels):
+        size = tf.shape(predictions)[0]
+        return mean_errors([errors_of_batch(error, 0.5, predictions, labels, size)])[0]
+
+    kind = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
+    compute = errors.get_concrete_function(tf.TensorSpec([None, 3]), kind)
+    compute(tf.constant(LOGITS), tf.constant(labels))
+    for size in (1, 2):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            compute(tf.constant(LOGITS), tf.constant(labels[:size]))
+
+
 class ScaledFocal(K.Loss):
     """Of probabilities, labels by position, scaled and shifted."""
 

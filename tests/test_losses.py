@@ -183,6 +183,38 @@ def test_every_rule_trains_with_it(rule, name):
     assert (found["clients"], found["non_finite_clients"], found["bad_score_clients"]) == (4, 0, 0)
 
 
+def predicting_a_part_without_rows(kind):
+    """TFF counts the rows of one prediction only; here the first of two is no row of examples."""
+    if kind == "variable":
+
+        class Two(hand_written(tf.reduce_mean, None)):
+            def forward_pass(self, batch_input, training=True):
+                output = super().forward_pass(batch_input, training)
+                two = collections.OrderedDict(bias=tf.zeros([2]), y=output.predictions)
+                return output._replace(predictions=two)
+
+        return Two
+
+    @tf.function
+    def predict(weights, x, training):
+        return collections.OrderedDict(bias=tf.zeros([2]), y=x @ weights[0][0])
+
+    return tff.learning.models.FunctionalModel(
+        initial_weights=([0.1 * np.ones([3, 2], np.float32)], []),
+        predict_on_batch_fn=predict,
+        loss_fn=tf.function(lambda output, label, sample_weight=None: tf.reduce_sum(output["y"])),
+        input_spec=INPUT_SPEC,
+    )
+
+
+@pytest.mark.parametrize("kind", ["variable", "functional"])
+def test_predictions_with_a_part_without_rows_are_no_number_of_examples(kind):
+    process = aggregators.build_fed_avg(predicting_a_part_without_rows(kind), SGD)
+    state = process.initialize()
+    with pytest.raises(Exception, match=r"`predictions` must have a row.*\[bias:\] \[2\]"):
+        process.next(state, twin.datasets(DATA))
+
+
 def test_an_epoch_ending_in_an_empty_batch_has_a_loss():
     x, y = DATA[0]
     work = aggregators.build_client_work(
