@@ -52,6 +52,7 @@ from tff_optim.intervals import (
     Interval,
     checked_number,
 )
+from tff_optim.tracing import as_written
 
 __all__ = [
     "FINITE",
@@ -139,7 +140,8 @@ def current(part: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     for f in fields_of(part):
         given = getattr(part, f.name)
         if isinstance(given, Schedule):
-            value = tf.convert_to_tensor(given(leaves.number(state[STEP], tf.int64)))
+            step = leaves.number(state[STEP], tf.int64)
+            value = tf.convert_to_tensor(as_written(given)(step))
             check_scalar(type(part).__name__, f.name, value)
             values[f.name] = leaves.number(value, tf.float32)
         else:

@@ -68,7 +68,7 @@ class KerasOptimizer(tff.learning.optimizers.Optimizer):
                 (keras_optimizer, tuple(excluded), device, weight_names, learning_rate)
             )
         # Made once: a function made in every call would be traced and compiled in every call.
-        self._compiled = tracing.function(self._build_and_step, jit_compile=True)
+        self._compiled = tracing.function(self._build_and_step, jit_compile=True, autograph=False)
 
     @property
     def keras_optimizer(self) -> Any:

@@ -9,6 +9,7 @@ import tensorflow_federated as tff
 
 from tff_optim import devices, hyperparameters, leaves, projections, tracing
 from tff_optim.pipeline_parts import Pipeline, as_parts
+from tff_optim.tracing import as_written, call_traced
 from tff_optim.transforms.interface import GradientTransform
 
 _PARTS = "parts"
@@ -57,6 +58,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
     def __repr__(self) -> str:
         return f"PipelineOptimizer({self.pipeline!r})"
 
+    @tf.autograph.experimental.do_not_convert
     def initialize(self, specs: Any) -> Any:
         """Returns the state before the first step, as `build_optimizer` describes it.
 
@@ -77,10 +79,12 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             if not self.pipeline.decays:
                 del state["weight_decay"]
             state[_PARTS] = collections.OrderedDict(
-                (name, part.initialize(specs)) for name, part in self.pipeline.parts.items()
+                (name, as_written(part.initialize)(specs))
+                for name, part in self.pipeline.parts.items()
             )
         return state
 
+    @tf.autograph.experimental.do_not_convert
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """Takes one step, as `build_optimizer` describes it.
 
@@ -102,6 +106,10 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
             gradients = leaves.read_gradients(gradients, weights)
             gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
+        return call_traced(self._next, state, weights, gradients)
+
+    def _next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        with devices.device_scope(self.pipeline.device):
             if not self.pipeline.jit_compile:
                 return self._step(state, weights, gradients)
             state = self._begin(state, weights)
@@ -114,7 +122,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
     def _begin(self, state: Any, weights: Any) -> Any:
         wide = tf.nest.map_structure(leaves.widen, weights)
         begun = [
-            (name, part.begin(state[_PARTS][name], wide))
+            (name, as_written(part.begin)(state[_PARTS][name], wide))
             for name, part in self.pipeline.parts.items()
         ]
         return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
@@ -135,7 +143,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         new_state[_PARTS] = collections.OrderedDict()
         for name, part in self.pipeline.parts.items():
             old = state[_PARTS][name]
-            new, changed = part.next(old, wide, direction)
+            new, changed = as_written(part.next)(old, wide, direction)
             _check_result(name, changed, direction, new, old)
             new_state[_PARTS][name], direction = new, changed
         # A weight without a gradient is handed back as it came, untouched by decay or projection.

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tff_optim import comparison, hyperparameters, keras_arguments, keras_objects, leaves, patterns
 from tff_optim.messages import shown
+from tff_optim.tracing import as_written
 
 __all__ = ["Ball", "Box", "Projection", "Simplex"]
 
@@ -87,7 +88,7 @@ class Projection:
         name = getattr(self.function, "__name__", type(self.function).__name__)
         where = f"`projection` {name} on the weights at '{path}'"
         try:
-            projected = tf.convert_to_tensor(self.function(tensor))
+            projected = tf.convert_to_tensor(as_written(self.function)(tensor))
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"{where} must be a function of such tensors; found that it fails for shape "

@@ -7,6 +7,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import comparison, entries, hyperparameters, keras_arguments, keras_objects, leaves
+from tff_optim.tracing import as_written
 from tff_optim.transforms.interface import GradientTransform
 
 __all__ = ["FedProx", "Penalty"]
@@ -131,7 +132,7 @@ class Penalty(GradientTransform):
     def _penalty_gradient(self, w: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             tape.watch(w)
-            penalty = self.regularizer(w)
+            penalty = as_written(self.regularizer)(w)
         if not tf.is_tensor(penalty):
             return tf.zeros_like(w)  # Keras' base class gives the plain number 0.0.
         if penalty.shape.rank != 0:

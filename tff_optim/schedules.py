@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tff_optim.intervals import NON_NEGATIVE, POSITIVE, Interval, checked_number
 from tff_optim.messages import shown
+from tff_optim.tracing import as_written
 
 __all__ = ["CosineRestarts", "InverseScaling", "Triangular", "Warmup"]
 
@@ -175,5 +176,9 @@ class Warmup(_Schedule):
         # A warm-up may be longer than the steps that their dtype can count.
         steps = tf.constant(min(int(self._steps), step.dtype.max), step.dtype)
         later = tf.maximum(step - steps, tf.zeros([], step.dtype))
-        after = self._first if self._then is None else tf.cast(self._then(later), tf.float32)
+        after = (
+            self._first
+            if self._then is None
+            else tf.cast(as_written(self._then)(later), tf.float32)
+        )
         return tf.where(tf.cast(step, tf.float32) < self._steps, warm, after)

@@ -243,10 +243,8 @@ def _overload(operator: str) -> None:
     setattr(VariableCell, operator, apply)
 
 
-for _operator in tf.Tensor.OVERLOADABLE_OPERATORS:
-    # A cell is equal to itself only, like a variable in a dictionary or list.
-    if _operator not in ("__eq__", "__ne__"):
-        _overload(_operator)
+for _operator in tf.Tensor.OVERLOADABLE_OPERATORS:  # `==` too: it compares values, as a variable's
+    _overload(_operator)
 
 tf.register_tensor_conversion_function(VariableCell, _convert_variable)
 tf.register_tensor_conversion_function(NumberCell, _convert_number)

@@ -53,6 +53,7 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
         then = f", lr_scheduler={scheduler!r}" if scheduler else ""
         return f"TorchOptimizer({self._recipe['optimizer']}, {self._recipe['arguments']}{then})"
 
+    @tf.autograph.experimental.do_not_convert
     def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
         """Returns the state before the first step.
 
@@ -107,6 +108,7 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
                 entries[path] = (tf.TensorSpec((), value.dtype), value)
         return entries
 
+    @tf.autograph.experimental.do_not_convert
     def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
         """Takes one step of the torch optimizer, and one of its scheduler.
 

@@ -1,4 +1,4 @@
-"""Traces functions that run Keras code, in TFF's computations as under eager execution."""
+"""Traces functions that run other people's code, in TFF's computations as under eager execution."""
 
 import contextlib
 import functools
@@ -6,6 +6,34 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+
+_PACKAGE = __name__.partition(".")[0]
+_autograph = tf.__internal__.autograph
+# Where this module is imported nothing forbids the conversion; around the code to convert it is off.
+_CONTEXT = _autograph.control_status_ctx()
+
+
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Has AutoGraph convert a function of a user, in which `if tensor:` is an operation then.
+
+    All that the function calls is converted with it, but for Keras and TensorFlow. The code of this
+    package around it need not be converted, which takes seconds when a process is built first.
+
+    Args:
+      function: What a user has written, a method of a subclass for example, or what this package has.
+
+    Returns:
+      A function of the same arguments: the same one where it is of this package, or where there is no
+      graph.
+    """
+    module = str(getattr(function, "__module__", None))
+    if tf.executing_eagerly() or module.partition(".")[0] == _PACKAGE:
+        return function
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    return _autograph.tf_convert(call, _CONTEXT)
 
 
 @contextlib.contextmanager
@@ -39,14 +67,16 @@ def function(body: Callable[..., Any], **options: Any) -> Any:
 
 
 def call_traced(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function that runs Keras code, traced where that code means what its author meant.
+    """Calls a function that runs other people's code, traced where that means what it says.
 
     Under a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is not
     an operation but compares identities. So there the function is traced outside of that graph.
     """
     if tf.compat.v1.executing_eagerly_outside_functions():
         return function(*arguments)
-    specs = tf.nest.map_structure(tf.type_spec_from_value, arguments)
+    specs = tf.nest.map_structure(
+        lambda value: None if value is None else tf.type_spec_from_value(value), arguments
+    )
     with eager_world():
         traced = tf.function(function, autograph=False)
         traced = traced.get_concrete_function(*specs)

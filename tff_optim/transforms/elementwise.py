@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tff_optim import hyperparameters, leaves
+from tff_optim.tracing import as_written
 from tff_optim.transforms.interface import GradientTransform
 
 
@@ -100,10 +101,11 @@ class ElementwiseTransform(GradientTransform):
         carried = hyperparameters.advance(self, state)
         step = carried.get(hyperparameters.STEP)
         counted = None if step is None else tf.cast(step, tf.float64)
-        numbers = functools.cache(functools.partial(self.numbers, values, counted))
+        numbers = functools.cache(functools.partial(as_written(self.numbers), values, counted))
+        rule = as_written(self.rule)
 
         def apply(gradient: tf.Tensor, *slots: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            return self.rule(numbers(gradient.dtype), gradient, *slots)
+            return rule(numbers(gradient.dtype), gradient, *slots)
 
         old = {name: state[name] for name in self.slots}
         gradients, new = leaves.map_leaves(apply, gradients, old)
