@@ -1,5 +1,8 @@
-"""Compares clients' data with what a process takes, and says which client differs, and how."""
+"""Takes the data of clients for a process: makes data sets of lists, refuses what does not fit."""
 
+import collections
+import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,130 +10,134 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim import data_cures
 from tff_optim.messages import shown
 
 
-def check_client_data(data: Any, data_type: tff.Type, client: Any) -> None:
-    """Raises unless a client's data is what a process takes.
+def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
+    """The type of a client's data, and whether a place for a state comes with it."""
+    if isinstance(client_type, tff.StructType):
+        members = dict(tff.structure.iter_elements(client_type))
+        if list(members) == ["data", "client"]:
+            return members["data"], True
+    return client_type, False
 
-    A `tf.data.Dataset` is judged by its `element_spec`, a list of batches by its first one, whose
-    dtypes TFF converts by itself. No data is read.
+
+class ClientData:
+    """Takes the data of clients for one process, wherever it runs.
+
+    What plain TFF takes is taken: a `tf.data.Dataset` of batches, or a list of batches, of which a
+    data set is made in the dtypes that the process wants. A batch in a list is a mapping in any
+    order, a tuple or a list; its parts are arrays, tensors or Python's numbers.
+
+    Conversions that change values are refused, which plain TFF makes without a word: text and
+    fractions for whole numbers, whole numbers that are too large, None for a batch.
 
     Example:
-      >>> element = tff.TensorType(np.float32, [None, 2])
+      >>> taken = ClientData(tff.SequenceType(tff.TensorType(np.float32, [None, 2])))
+      >>> taken([[[1, 2], [3, 4]], [[5, 6]]], "ann").element_spec
+      TensorSpec(shape=(None, 2), dtype=tf.float32, name=None)
       >>> data = tf.data.Dataset.from_tensor_slices(np.ones([4, 2], np.float32))
-      >>> check_client_data(data.batch(2), tff.SequenceType(element), "ann")
-      >>> check_client_data(data, tff.SequenceType(element), "ann")
+      >>> taken(data.batch(2), "bob") is not None
+      True
+      >>> taken(data, "bob")
       Traceback (most recent call last):
         ...
-      TypeError: The data of client 'ann' must be elements of float32[?,2]; found float32[2]. The
-      element has 1 dimension and not 2: batch it, `dataset.batch(32)`.
+      TypeError: The data of client 'bob' must be batches of float32[?,2]; found a data set of
+      float32[2]. The elements are examples and no batches: The element has 1 dimension and not
+      2. Give `dataset.batch(32)`.
 
     Args:
-      data: A `tf.data.Dataset`, or a list of batches.
-      data_type: What the process takes of one client; only a `tff.SequenceType` is checked.
-      client: The client's id or position, for the message.
-
-    Raises:
-      TypeError: The data differs; the message names the client, what was found, what to do.
+      data_type: What the process takes of one client. Members of it that are no `tff.SequenceType`
+        are left to TFF.
     """
-    if not isinstance(data_type, tff.SequenceType):
-        return
-    wanted = data_type.element
+
+    def __init__(self, data_type: tff.Type):
+        self._type = data_type
+        self._accepted: set[tuple[str, int]] = set()  # what `element_spec` and type say
+
+    def __call__(self, data: Any, client: Any) -> Any:
+        """The data of a client, for the process.
+
+        Args:
+          data: A `tf.data.Dataset` or a list of batches; with its place for a state, where the
+            process wants one.
+          client: The client's id or position, for the message.
+
+        Raises:
+          TypeError: The process does not take the data. The message names the client, what was
+            found, and what to give instead.
+        """
+        of_client, keeps_state = data_of_client(self._type)
+        if not keeps_state:
+            return self._taken(data, of_client, client)
+        if not isinstance(data, Mapping) or list(data) != ["data", "client"]:
+            raise TypeError(
+                f"The data of client {client!r} must come with the place of its state, since the "
+                f"clients of this process keep one; found {_outline(data)}. Give what `with "
+                "store.cohort(ids, data) as cohort:` yields, of `store = "
+                "aggregators.ClientStates(ids)`, or train with `simulation.run(..., "
+                "client_states=aggregators.ClientStates)`."
+            )
+        taken = self._taken(data["data"], of_client, client)
+        return collections.OrderedDict(data=taken, client=data["client"])
+
+    def _taken(self, data: Any, data_type: tff.Type, client: Any) -> Any:
+        if not isinstance(data_type, tff.SequenceType):
+            return data
+        wanted = data_type.element
+        try:
+            if isinstance(data, list):
+                return _dataset_of(data_cures.arrays_of_list(data, wanted), wanted)
+            if not isinstance(data, tf.data.Dataset):
+                data_cures.refuse(data, wanted)
+            key = (repr(data.element_spec), id(wanted))
+            if key not in self._accepted:
+                data_cures.check_dataset(data, wanted)
+                self._accepted.add(key)
+            return data
+        except data_cures.Unlike as problem:
+            raise TypeError(
+                f"The data of client {client!r} must be batches of {wanted}; found "
+                f"{_outline(data)}. {problem}"
+            ) from None
+
+
+def _dataset_of(batches: list[list[Any]], wanted: tff.Type) -> tf.data.Dataset:
+    """A data set of batches, whose sizes may differ."""
+    if not batches:
+        return _dataset_of([_nothing(wanted)], wanted).take(0)
+    # One piece for each run of batches of the same size: often all but the last one.
+    pieces = []
+    for _, same in itertools.groupby(batches, key=lambda arrays: [one.shape for one in arrays]):
+        stacked = iter([np.stack(arrays) for arrays in zip(*same, strict=True)])
+        pieces.append(tf.data.Dataset.from_tensor_slices(_packed(stacked, wanted)))
+    return functools.reduce(tf.data.Dataset.concatenate, pieces)
+
+
+def _nothing(wanted: tff.Type) -> list[np.ndarray]:
+    """A batch of no examples."""
+    if isinstance(wanted, tff.StructType):
+        parts = [_nothing(member) for _, member in tff.structure.iter_elements(wanted)]
+        return list(itertools.chain(*parts))
+    shape = [size or 0 for size in wanted.shape or []]
+    return [np.zeros(shape, tf.as_dtype(wanted.dtype.type).as_numpy_dtype)]
+
+
+def _packed(values: Iterator[Any], wanted: tff.Type) -> Any:
+    """Values in the containers in which TFF keeps the order of names."""
+    if not isinstance(wanted, tff.StructType):
+        return next(values)
+    members = [
+        (name, _packed(values, member)) for name, member in tff.structure.iter_elements(wanted)
+    ]
+    return tff.structure.to_odict_or_tuple(tff.structure.Struct(members), recursive=False)
+
+
+def _outline(data: Any) -> str:
     if isinstance(data, tf.data.Dataset):
-        found = tff.types.tensorflow_to_type(data.element_spec)
-        if wanted.is_assignable_from(found):
-            return
-        parts = dict(_leaves_of_type(found))
-        problem = _difference(dict(_leaves_of_type(wanted)), parts, dtypes=True)
-        problem = problem or "The structure differs: give an `OrderedDict` or tuple in this order."
-    elif isinstance(data, list | tuple):
-        if not len(data):
-            return
-        found = "a list of batches"
-        problem = _difference(
-            dict(_leaves_of_type(wanted)), dict(_leaves_of_value(data[0])), dtypes=False
-        )
-        if problem is None:
-            return
-    else:
-        found = f"{type(data).__name__}, {shown(data)}"
-        problem = "Give a `tf.data.Dataset` of batches, or a list of them."
-    raise TypeError(
-        f"The data of client {client!r} must be elements of {wanted}; found {found}. {problem}"
-    )
-
-
-def _difference(wanted: dict, found: dict, dtypes: bool) -> str | None:
-    """The first difference of two mappings from paths to (shape, dtype), and what to do."""
-    if len(wanted) == len(found) and all(p.isdigit() for path in found for p in path):
-        found = dict(zip(wanted, found.values(), strict=True))  # a tuple where names are wanted
-    if found.keys() == {()} and () not in wanted:
-        (shape, _), names = found[()], [_at(path) for path in wanted]
-        return (
-            f"A batch must hold {names} together; the first is one array of shape {shape}: make a "
-            "`tf.data.Dataset.from_tensor_slices(...).batch(32)` of the arrays."
-        )
-    missing = [_at(path) for path in wanted if path not in found]
-    besides = [_at(path) for path in found if path not in wanted]
-    if missing or besides:
-        return (
-            f"It lacks {missing} and has {besides} besides: bring it into the form of the model's "
-            "`input_spec` with `dataset.map(...)`."
-        )
-    for path, (shape, dtype) in wanted.items():
-        found_shape, found_dtype = found[path]
-        where = f"The element at {_at(path)!r}" if path else "The element"
-        if None not in (shape.rank, found_shape.rank) and found_shape.rank != shape.rank:
-            dimensions = f"{found_shape.rank} dimension{'s' * (found_shape.rank != 1)}"
-            cures = {
-                shape.rank - 1: "batch it, `dataset.batch(32)`.",
-                shape.rank + 1: "is it batched twice? Else reshape it with `dataset.map(...)`.",
-            }
-            cure = cures.get(found_shape.rank, "reshape it with `dataset.map(...)`.")
-            return f"{where} has {dimensions} and not {shape.rank}: {cure}"
-        if dtypes and found_dtype != dtype:
-            return (
-                f"{where} is {found_dtype} and not {dtype}: cast it, "
-                f"`dataset.map(...)` with `tf.cast(..., tf.{dtype})`."
-            )
-        fits = shape.is_compatible_with(found_shape)
-        if not fits:
-            return f"{where} has shape {found_shape} and not {shape}: reshape it, or the model."
-        if dtypes and any(n is not None and m is None for n, m in _dimensions(shape, found_shape)):
-            return (
-                f"{where} has shape {found_shape}, of which the model fixes more, {shape}: "
-                "`dataset.batch(n, drop_remainder=True)`, or `None` in the model's `input_spec`."
-            )
-    return None
-
-
-def _dimensions(shape: tf.TensorShape, other: tf.TensorShape) -> list[tuple]:
-    if shape.rank is None or other.rank is None:
-        return []
-    return list(zip(shape.as_list(), other.as_list(), strict=True))
-
-
-def _at(path: tuple[str, ...]) -> str:
-    return "/".join(path)
-
-
-def _leaves_of_type(type_spec: tff.Type, path: tuple[str, ...] = ()) -> Iterator[tuple]:
-    if isinstance(type_spec, tff.StructType):
-        for i, (name, member) in enumerate(tff.structure.iter_elements(type_spec)):
-            yield from _leaves_of_type(member, (*path, name or str(i)))
-    else:
-        shape = tf.TensorShape(getattr(type_spec, "shape", None))
-        yield path, (shape, np.dtype(getattr(type_spec, "dtype", object)).name)
-
-
-def _leaves_of_value(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple]:
-    if isinstance(value, Mapping):
-        for name, member in value.items():
-            yield from _leaves_of_value(member, (*path, str(name)))
-    elif isinstance(value, tuple):
-        names = getattr(value, "_fields", [str(i) for i in range(len(value))])
-        for name, member in zip(names, value):
-            yield from _leaves_of_value(member, (*path, name))
-    else:
-        yield path, (tf.TensorShape(np.shape(value)), None)
+        try:
+            return f"a data set of {tff.types.tensorflow_to_type(data.element_spec)}"
+        except TypeError:
+            return f"a data set of {data.element_spec}"
+    return f"a list of {len(data)}" if isinstance(data, list) else shown(data)

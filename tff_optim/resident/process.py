@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.client_data import check_client_data
+from tff_optim.client_data import ClientData
 from tff_optim.devices import DevicePolicy
 from tff_optim.resident import forks, leaves, parts, places
 from tff_optim.resident.place import Source
@@ -107,6 +107,7 @@ class ResidentProcess:
         self._process = process
         self._state_type = process.initialize.type_signature.result.member
         self._metrics_type = process.next.type_signature.result.metrics.member
+        self._taken = ClientData(process.next.type_signature.parameter[1].member)
         self._place = places.build_place(process, self._settings)
         self._owner = os.getpid()
         self._closed = False
@@ -151,13 +152,8 @@ class ResidentProcess:
                 "`client_data` must be a list with an entry for each client; found "
                 f"{type(client_data).__name__}."
             )
-        try:
-            new_state, metrics = self._place.next(self._source(state), client_data)
-        except Exception:
-            data_type = self._process.next.type_signature.parameter[1].member
-            for client, data in enumerate(client_data):
-                check_client_data(data, data_type, client)  # a better reason, if that is it
-            raise
+        data = [self._taken(one, client) for client, one in enumerate(client_data)]
+        new_state, metrics = self._place.next(self._source(state), data)
         return tff.learning.templates.LearningProcessOutput(
             new_state.references(), leaves.pack(metrics, self._metrics_type)
         )

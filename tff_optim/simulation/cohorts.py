@@ -6,9 +6,9 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.client_data import check_client_data
+from tff_optim.client_data import ClientData, data_of_client
 from tff_optim.messages import shown
-from tff_optim.simulation import client_fingerprints, stores
+from tff_optim.simulation import client_fingerprints
 
 
 def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], Any]]:
@@ -56,8 +56,8 @@ class Cohorts:
         self._sample = tff.simulation.build_uniform_sampling_fn(
             range(len(self.ids)), random_seed=seed
         )
-        self._data_type, self.keeps_states = stores.data_of_client(data_type)
-        self._checked: set[Hashable] = set()
+        of_client, self.keeps_states = data_of_client(data_type)
+        self._taken = ClientData(of_client)
 
     def draw(self, round_number: int) -> list[Hashable]:
         """The ids of a round's clients."""
@@ -69,14 +69,8 @@ class Cohorts:
         return {str(client): client_fingerprints.of_data(self._get(client)) for client in some}
 
     def data(self, round_number: int) -> list[Any]:
-        """The data of a round's clients, each compared with the process when first drawn."""
-        data = []
-        for client in self.draw(round_number):
-            data.append(self._get(client))
-            if client not in self._checked:
-                check_client_data(data[-1], self._data_type, client)
-                self._checked.add(client)
-        return data
+        """The data of a round's clients, as the process takes them."""
+        return [self._taken(self._get(client), client) for client in self.draw(round_number)]
 
 
 def check_size(clients_per_round: Any, clients: int) -> None:

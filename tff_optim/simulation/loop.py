@@ -8,10 +8,11 @@ from typing import Any
 
 import tensorflow_federated as tff
 
+from tff_optim.client_data import data_of_client
 from tff_optim.interrupts import end_worker_at_exit
 from tff_optim.messages import shown
 from tff_optim.resident import ResidentProcess
-from tff_optim.simulation import cohorts, interrupts, starts, stores
+from tff_optim.simulation import cohorts, interrupts, starts
 from tff_optim.simulation.history import History, Table, join
 from tff_optim.simulation.threads import side_by_side
 from tff_optim.simulation.training import Plan, train
@@ -267,7 +268,7 @@ def _check_states_are_kept(client_states: Any, processes: dict[str, Any]) -> Non
     made = [one for one in processes.values() if hasattr(one, "next")]
     if client_states is None or len(made) < len(processes):
         return  # what a function of the seed makes is not known yet
-    if not any(stores.data_of_client(_data_type(one))[1] for one in made):
+    if not any(data_of_client(_data_type(one))[1] for one in made):
         raise ValueError(
             "`client_states` must be None unless the clients of a process keep a state; found "
             f"{shown(client_states)} for {sorted(processes)}. Leave it out."

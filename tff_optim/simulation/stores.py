@@ -5,18 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import tensorflow_federated as tff
-
 FOLDER = "client_states"
-
-
-def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
-    """The type of a client's data, and whether a place for a state comes with it."""
-    if isinstance(client_type, tff.StructType):
-        members = dict(tff.structure.iter_elements(client_type))
-        if list(members) == ["data", "client"]:
-            return members["data"], True
-    return client_type, False
 
 
 @contextlib.contextmanager
