@@ -1,18 +1,22 @@
 """A run's folder: one owner, one round that all follows, records that keep what was written."""
 
+import ast
 import csv
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_simulation import build_process, evaluate, make_clients
+from test_simulation import build_process, evaluate, make_clients, numbers, start, wait_for
 
-from tff_optim import simulation
+from tff_optim import ResidentProcess, simulation
+from tff_optim.resident import locks
 from tff_optim.simulation.board import Board
 from tff_optim.simulation.records import CsvView, RecordFile
 
@@ -237,3 +241,178 @@ def files_of(folder):
         elif "client_states" not in name:
             found[name] = path.read_bytes()
     return {name: str(content) for name, content in found.items()}
+
+
+@pytest.mark.parametrize("device", ["", "CPU:0"], ids=["plain TFF", "CPU:0"])
+def test_a_killed_run_leaves_the_folder_of_an_undisturbed_one(process, tmp_path, device):
+    child = start(tmp_path / "killed", 1000, device)
+    try:
+        wait_for(child, "round 3")  # shown, and not yet saved
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    with open(tmp_path / "killed" / "rounds.csv", "a") as file:
+        file.write("9,0.12")  # a row that was cut off
+    one = ResidentProcess(process, device=device) if device else process
+    run(one, tmp_path / "killed")
+    run(one, tmp_path / "undisturbed")
+    killed, undisturbed = (files_of(tmp_path / name) for name in ("killed", "undisturbed"))
+    assert killed == undisturbed
+    states = [name for name in killed if name.startswith("checkpoints/")]
+    assert {name.split("/")[1].rpartition("_")[2] for name in states} == {"4", "6"}
+
+
+def newest(folder):
+    return folder / "checkpoints" / "program_state_5"
+
+
+def other(path, make):
+    shutil.rmtree(path)
+    make(path)
+
+
+def exchange(folder):
+    older = newest(folder).with_name("program_state_4")
+    newest(folder).rename(folder / "third")
+    older.rename(newest(folder))
+    (folder / "third").rename(older)
+
+
+def change(path):
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def records_of(folder, edit):
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "records.jsonl").write_bytes(b"".join(edit(lines)))
+
+
+VARIABLES = "variables/variables.data-00000-of-00001"
+GONE_ON = {  # what is damaged, and the warning
+    "a byte": (lambda f: change(newest(f) / VARIABLES), "after 4: program_state_5 is not as it"),
+    "empty": (
+        lambda f: other(newest(f), os.mkdir),
+        "after 4: program_state_5 is not as it was sav",
+    ),
+    "a file": (
+        lambda f: other(newest(f), lambda p: p.write_text("")),
+        r"after 4: program_state_5 cannot be read \(Not a directory\)$",
+    ),
+    "missing": (lambda f: shutil.rmtree(newest(f)), "after 4: program_state_5 is missing"),
+    "foreign": (
+        lambda f: shutil.copytree(newest(f), newest(f).with_name("program_state_100")),
+        "after 5: program_state_100 was not saved by this run",
+    ),
+    "a line": (
+        lambda f: records_of(
+            f, lambda lines: [*lines[:-2], lines[-2].replace(b"5", b"6"), lines[-1]]
+        ),
+        "after 4: records.jsonl: line 10: .* after the record of round 4; program_state_5 was not",
+    ),
+    "cut": (
+        lambda f: records_of(f, lambda lines: lines[:-1]),  # as a kill leaves it
+        None,
+    ),
+    "CSV files": (lambda f: [change(f / name) for name in ("rounds.csv", "clients.csv")], None),
+    "no curves": (lambda f: shutil.rmtree(f / "tensorboard"), None),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), GONE_ON.values(), ids=GONE_ON)
+def test_all_follows_the_state_that_is_loaded(process, undisturbed, folder, recwarn, damage, said):
+    damage(folder)
+    history = run(process, folder)
+    warned = [str(w.message) for w in recwarn if "Left out" in str(w.message)]
+    assert len(warned) == (said is not None)
+    assert said is None or re.search(f"going on {said}", warned[0])
+    assert str(numbers(history)) == str(numbers(undisturbed))
+    assert str(list(history.clients)) == str(list(undisturbed.clients))
+    found = files_of(folder)
+    rounds = range(7)
+    assert [row["round"] for row in ast.literal_eval(found["rounds.csv"])] == [*map(str, rounds)]
+    curve = ast.literal_eval(found["curves"])["evaluation/size"]
+    assert [step for step, _ in curve] == [*rounds]
+
+
+REFUSED = {
+    "exchanged": (exchange, "program_state_5 is not as it was saved; program_state_4 is not"),
+    "a line": (
+        lambda f: records_of(f, lambda lines: [*lines[:4], *lines[5:]]),
+        "records.jsonl: line 5: .*missing, after the record of round 1",
+    ),
+    "emptied": (lambda f: records_of(f, lambda lines: []), "records.jsonl: it is empty"),
+    "foreign": (
+        lambda f: records_of(f, lambda lines: [b"round,loss\n", b"1,0.5\n"]),
+        "records.jsonl: line 1: it must be as it was written",
+    ),
+    "removed": (lambda f: (f / "records.jsonl").unlink(), "records.jsonl is missing"),
+    "no states": (lambda f: other(f / "checkpoints", os.mkdir), "program_state_5 is missing"),
+    "a pipe": (
+        lambda f: ((f / "arguments.json").unlink(), os.mkfifo(f / "arguments.json")),
+        "have a file or nothing at .*arguments.json",
+    ),
+    "a folder": (
+        lambda f: ((f / "rounds.csv").unlink(), (f / "rounds.csv").mkdir()),
+        "have a file or nothing at .*rounds.csv",
+    ),
+}
+
+
+def contents(folder):
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
+def test_damage_that_leaves_no_state_is_refused_and_nothing_changed(
+    process, folder, damage, message
+):
+    damage(folder)
+    before = contents(folder)
+    with pytest.raises(ValueError, match=f"`directory` must .*{message}"):
+        run(process, folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_second_program_changes_nothing(process, folder, fresh):
+    if fresh:
+        other(folder, os.mkdir)
+    before = contents(folder)
+    told = pytest.raises(RuntimeError, match=f"found that Process {os.getpid()} on .* has ")
+    with locks.locked(str(folder / ".lock")), told:
+        run(process, folder)
+    assert contents(folder) == before
+
+
+def test_values_and_ids_come_back_as_they_were(process, tmp_path):
+    data = list(make_clients().values())
+    ids = ["007", "1e3", "True", "NaN", "", "a\rb", "x\ny", "\ud800"]
+    values = {
+        **{f"text {i}": one for i, one in enumerate(ids)},
+        **{"nan": math.nan, "inf": -math.inf, "zero": -0.0, "big": 2**70, "huge": 10**400},
+        **{"float32": np.float32(0.1), "int64": np.int64(7), "bool": np.bool_(True)},
+        "tensor": tf.constant(2.5),
+    }
+    histories = [
+        simulation.run(
+            process,
+            {one: data[i % len(data)] for i, one in enumerate(ids)},
+            rounds=rounds,
+            clients_per_round=len(ids),
+            evaluate=lambda weights: values,
+            directory=tmp_path,
+        )
+        for rounds in (1, 2, 2)
+    ]
+    made, read = histories[1:]
+    assert repr(list(made.rounds)) == repr(list(read.rounds))
+    assert repr(list(made.clients)) == repr(list(read.clients))
+    assert sorted(read.clients["client"][: len(ids)]) == sorted(ids)
+    for name, value in values.items():
+        plain = np.asarray(value).item()
+        found = read.rounds[-1][f"evaluation/{name}"]
+        assert (type(found), repr(found)) == (type(plain), repr(plain))

@@ -146,14 +146,17 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import tensorflow_federated as tff
 from test_simulation import build_process, evaluate, make_clients
-from tff_optim import simulation
+from tff_optim import ResidentProcess, simulation
 tff.backends.native.set_sync_local_cpp_execution_context()
 class Slow(tff.program.ReleaseManager):
     async def release(self, value, key):
         print("round", key, flush=True)
         import time; time.sleep(0.3)
 try:
-    history = simulation.run(build_process(3), make_clients(), rounds=int(sys.argv[3]),
+    process = build_process(3)
+    if sys.argv[4]:
+        process = ResidentProcess(process, device=sys.argv[4])
+    history = simulation.run(process, make_clients(), rounds=int(sys.argv[3]),
         clients_per_round=3, evaluate=evaluate, directory=sys.argv[2],
         rounds_per_checkpoint=2, managers=[Slow()])
     print("ended", history.ended)
@@ -162,9 +165,9 @@ finally:
 """
 
 
-def start(directory, rounds):
+def start(directory, rounds, device=""):
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(ROOT / "tests"), str(directory), str(rounds)],
+        [sys.executable, "-c", CHILD, str(ROOT / "tests"), str(directory), str(rounds), device],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -178,32 +181,6 @@ def wait_for(child, line):
         if found.strip() == line:
             return
     raise AssertionError(f"no {line!r}")
-
-
-def test_a_killed_run_goes_on_with_the_numbers_of_an_undisturbed_one(
-    process, undisturbed, tmp_path
-):
-    child = start(tmp_path, 1000)
-    try:
-        wait_for(child, "round 3")  # shown, and not yet saved
-    finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    with open(tmp_path / "rounds.csv", "a") as file:
-        file.write("9,0.12")  # a row that was cut off
-    history = simulation.run(
-        process,
-        make_clients(),
-        rounds=4,
-        clients_per_round=3,
-        evaluate=evaluate,
-        directory=tmp_path,
-    )
-    assert str(numbers(history)) == str(numbers(undisturbed))
-    assert str(list(history.clients)) == str(list(undisturbed.clients))
-    with open(tmp_path / "rounds.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["round"] for row in rows] == ["0", "1", "2", "3", "4"]
 
 
 def test_ctrl_c_ends_after_the_round_and_loses_nothing(undisturbed, tmp_path):
@@ -369,6 +346,10 @@ def test_any_iterative_process_runs_and_evaluate_gets_its_state():
             for name in ("", ".", "..", "a/b", "\0", "x" * 256, "\u20ac" * 90, "\ud800", 3)
         ),
         ({"process": lambda seed: 3}, TypeError, "'process' returned 3"),
+        *(
+            ({"directory": path}, TypeError, "`directory` must be the path of a folder")
+            for path in ("", "a\0b", "\ud800", b"bytes", 3)
+        ),
     ],
 )
 def test_a_bad_argument_is_an_error_before_the_first_round(process, change, error, message):

@@ -165,6 +165,9 @@ class Folder(tff.program.ProgramStateManager):
         with _in_words():
             same_run.take_over(self.path, self._run, self.saved or 0)
             odd = self._checkpoints.clear(self._counts, self._killed)
+            odd = [
+                name for name in odd if not any(t.startswith(f"{name} ") for t in self._left_out)
+            ]
             self._left_out += [f"{name} was not saved by this run" for name in odd]
             if self._left_out:
                 then = "beginning anew" if self.saved is None else f"going on after {self.saved}"

@@ -126,7 +126,7 @@ def run(
         damage. An error of a round is raised once the rounds before it are saved.
       RuntimeError: Another run has `directory`.
     """
-    processes, seeds = _processes(process), _seeds(seed)
+    processes, seeds, path = _processes(process), _seeds(seed), _path(directory)
     clients_per_round = cohorts.whole(clients_per_round)
     by_seed = {number: clients(number) if callable(clients) else clients for number in seeds}
     for some in by_seed.values():
@@ -158,7 +158,7 @@ def run(
     def train_one(name: str, number: int) -> list[History]:
         if interrupt.requested:
             return []
-        folder = None if directory is None else os.fspath(directory)
+        folder = path
         if folder is not None and several:
             folder = os.path.join(folder, name, f"seed_{number}")
         with _built(processes[name], number, name, plan) as one:
@@ -230,6 +230,20 @@ def _processes(process: Any) -> dict[str, Any]:
     if not named:
         raise ValueError("`process` must hold at least one process; found none.")
     return named
+
+
+def _path(directory: Any) -> str | None:
+    """The folder as a text."""
+    path = directory.__fspath__() if isinstance(directory, os.PathLike) else directory
+    try:
+        if path is None or (isinstance(path, str) and path and b"\0" not in os.fsencode(path)):
+            return path
+    except UnicodeEncodeError:  # half a surrogate
+        pass
+    raise TypeError(
+        "`directory` must be the path of a folder, a text or a `pathlib.Path`, or None; found "
+        f"{shown(directory)}."
+    )
 
 
 def _is_file_name(name: Any) -> bool:

@@ -1,5 +1,6 @@
 """Metrics of a round as flat records: a number to a name, and a record to a client."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,12 +56,18 @@ def check_names(flat: Mapping[str, Any], argument: str, taken: Sequence[str]) ->
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether flat metrics have the same names, texts and, up to rounding, numbers."""
-    return set(one) == set(other) and all(
-        value == other[name]
-        if isinstance(value, str) or isinstance(other[name], str)
-        else bool(np.isclose(value, other[name], rtol=1e-3, atol=1e-6, equal_nan=True))
-        for name, value in one.items()
-    )
+    return set(one) == set(other) and all(_alike(value, other[name]) for name, value in one.items())
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if one == other or isinstance(one, str) or isinstance(other, str):
+        return bool(one == other)
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    try:
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
+    except OverflowError:  # a whole number above 1e308
+        return False
 
 
 def why_unchanged(record: Mapping[str, Any]) -> dict[str, Any]:
