@@ -1,6 +1,8 @@
 """A seeded part of the attack on `from_config`, and the cases that once got through."""
 
 import collections
+import json
+import os
 import re
 import sys
 import time
@@ -69,6 +71,14 @@ def refused(config, message, trusted=()):
         assert not events
 
 
+MANY_KEYS = {f"k{i}": 0 for i in range(40_000)}
+
+
+def piecewise(number):
+    values = [1.0] * (number + 1)
+    return ["PiecewiseConstantDecay", {"boundaries": list(range(number)), "values": values}]
+
+
 def keras(module, class_name, **more):
     return {"kind": "keras", "optimizer": {"module": module, "class_name": class_name, **more}}
 
@@ -129,7 +139,7 @@ def keras(module, class_name, **more):
         (BASE | {"transforms": hostile_configs._deep(40, "list")}, "more than 32 deep"),
         (BASE | {"transforms": hostile_configs._doubling()}, "more than 32 deep"),
         (BASE | {"transforms": hostile_configs._cycle()}, "more than 32 deep"),
-        (BASE | {"transforms": [["Adam"] * 1000] * 1000}, "not hold more than 100000 values"),
+        (BASE | {"transforms": [["Adam"] * 1000] * 1000}, "not hold more than 10000 values"),
         (
             ["SGD", {"learning_rate": ["ExponentialDecay", {
                 "initial_learning_rate": 1.0, "decay_steps": 1, "decay_rate": 1e30}]}],
@@ -141,11 +151,102 @@ def keras(module, class_name, **more):
         ("[" * 100_000, "`config` must be JSON"),
         ('{"kind": ', "`config` must be JSON"),
         ("/no/such/file.json", "`config` must be a JSON file that can be read"),
+        ("/" + "x" * 10**6 + ".json", "`config` must be a JSON file that can be read"),
+        # What takes long, or would be told at length.
+        (f'{{"kind": {"1," * 500_000}}}', "must be JSON of at most 1000000 characters; found"),
+        ("{" + '"a": 1, ' * 40_000 + '"kind": "keras"}', r"the keys \['a'\] occur twice"),
+        (json.dumps(BASE | MANY_KEYS), "`config` at 'k9998' must not hold more than 10000 values"),
+        (BASE | MANY_KEYS, "`config` at 'k9998' must not hold more than 10000 values"),
+        (BASE | dict(list(MANY_KEYS.items())[:9000]), r"found unknown \['k0', 'k1', .*\.\.\."),
+        (BASE | {"kind": "x" * 1001}, "at 'kind' must be a text of at most 1000 characters, not 1001"),
+        (BASE | {"x" * 1001: 1}, "`config` must have keys of at most 1000 characters; found 'xxx"),
+        (BASE | {"transforms": ["Adam"] * 101}, "at 'transforms' must have at most 100 elements"),
+        (BASE | {"regularizers": ["L2"] * 101}, "at 'regularizers' must have at most 100 elements"),
+        (BASE | {"projection": ["NonNeg"] * 101}, "at 'projection' must have at most 100 elements"),
+        ({"lrate": 0.1, "modules": ["adam"] * 101}, "at 'modules' must have at most 100 elements"),
+        (BASE | {"transforms": [[["Adam"] * 99] * 99] * 99}, "not hold more than 10000 values"),
+        (
+            {
+                "kind": "keras",
+                "optimizer": "AdamW",
+                "exclude_from_weight_decay": [f"a{i}" for i in range(101)],
+            },
+            "at 'exclude_from_weight_decay' must have at most 100 elements, not 101",
+        ),
+        (BASE | {"learning_rate": piecewise(101)}, "`boundaries` of .* at most 100 elements; found 101"),
+        (["SGD", {"learning_rate": piecewise(4000)}], "`boundaries` of .* at most 100 elements"),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, str) else None,
 )  # fmt: skip
 def test_what_once_got_through_or_failed_unclean(config, message):
     refused(config, message, trusted=(LAZY,))
+
+
+def test_what_is_as_large_as_it_may_be_is_built():
+    text = json.dumps(BASE | {"transforms": [["Momentum", {"beta": 0.5}]] * 100})
+    optimizer = tff_optim.from_config(text + " " * (1_000_000 - len(text)))
+    names = list(optimizer.pipeline.parts)
+    assert names == ["Momentum", *(f"Momentum_{i}" for i in range(2, 101))]
+    optimizer = tff_optim.from_config(BASE | {"learning_rate": piecewise(100)})
+    assert len(optimizer.pipeline.learning_rate.boundaries) == 100
+    excluded = {"exclude_from_weight_decay": [f"a{i}" for i in range(100)]}
+    named = {"weight_names": ["x" * 1000] + ["w"] * 8000}
+    optimizer = tff_optim.from_config({"kind": "keras", "optimizer": "AdamW"} | excluded | named)
+    assert len(optimizer.weight_names) == 8001
+
+
+def test_a_pattern_is_compiled_once_and_none_beyond_the_limit(monkeypatch):
+    compiled = []
+    match = tf.strings.regex_full_match
+    monkeypatch.setattr(
+        tf.strings, "regex_full_match", lambda *given: compiled.append(given) or match(*given)
+    )
+    patterns.search.cache_clear()
+    config = {"kind": "keras", "optimizer": "AdamW"}
+    many = [f"once{i}" for i in range(101)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must have at most 100 elements"):
+            tff_optim.from_config(config | {"exclude_from_weight_decay": many})
+    assert not compiled
+    for _ in range(2):
+        optimizer = tff_optim.from_config(config | {"exclude_from_weight_decay": many[:100]})
+        assert tff_optim.from_config(tff_optim.get_config(optimizer)) == optimizer
+    assert len(compiled) == 100
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    refused(tmp_path / "config.json", "`config` must be a JSON file .* which is no regular file")
+    refused(str(tmp_path), "must be a mapping with `kind`|must be the name of a Keras optimizer")
+    (tmp_path / "long.json").write_text('"adam"' + " " * 1_000_000)
+    refused(tmp_path / "long.json", "must be JSON of at most 1000000 characters")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tff_optim.build_optimizer(0.1, transforms="x" * 10**6),
+        lambda: tff_optim.build_optimizer(0.1, transforms=["x" * 10**6]),
+        lambda: tff_optim.build_optimizer(0.1, projection=["x" * 10**6]),
+        lambda: tff_optim.build_optimizer(0.1, device="x" * 10**6),
+        lambda: tff_optim.build_optimizer("x" * 10**6),
+        lambda: tff_optim.build_keras_optimizer("x" * 10**6),
+        lambda: tff_optim.from_config("adam", trusted_packages=[1] * 10**6),
+        lambda: tff_optim.from_config("adam", trusted_packages="x" * 10**6),
+        lambda: tff_optim.transforms.GaussianNoise(0.1, seed="x" * 10**6),
+        lambda: tff_optim.regularizers.Penalty("x" * 10**6),
+        lambda: tff_optim.schedules.Warmup(0.1, 2, then="x" * 10**6),
+        lambda: projections.Projection(abs, where=["x"] * 10**6),
+        lambda: projections.Projection(["x"] * 10**6),
+        lambda: tff_optim.build_torch_optimizer("x" * 10**6),
+        lambda: tff_optim.build_torch_optimizer("SGD", python="x" * 10**6),
+        lambda: tff_optim.register_transform("x" * 10**6),
+    ],
+)
+def test_a_refusal_is_short(make):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make()
+    assert len(str(caught.value)) < 1500
 
 
 def test_a_class_that_a_trusted_package_holds_is_built():
@@ -171,7 +272,7 @@ def test_patterns_are_refused_or_matched_in_bounded_time(pattern):
         try:
             optimizer = tff_optim.from_config(config)
         except ValueError as error:
-            assert "must be a regular expression of RE2's" in str(error) or "UTF-8" in str(error)  # noqa: PT017
+            assert re.search("a regular expression of RE2's|UTF-8|1000 characters", str(error))  # noqa: PT017
             continue
         try:
             optimizer.next(optimizer.initialize(specs), weights, weights)

@@ -7,6 +7,7 @@ from typing import Any
 from tff_optim import comparison, entries, keras_objects, keras_step
 from tff_optim.entries import Entry
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
+from tff_optim.messages import shown
 from tff_optim.optax_optimizer import OptaxOptimizer, build_optax_optimizer
 from tff_optim.torch_optimizer import TorchOptimizer, build_torch_optimizer
 
@@ -59,7 +60,7 @@ def keras_from_json(fields: Mapping[str, Entry]) -> KerasOptimizer:
     """The optimizer of such entries."""
     keras = keras_objects.optimizer_from_json(fields["optimizer"])
     excluded = fields.get("exclude_from_weight_decay")
-    if excluded is not None and excluded.strings():
+    if excluded is not None and excluded.strings(entries.MOST_PARTS):
         keras.exclude_from_weight_decay(var_names=excluded.value)
     return fields["optimizer"].build(build_keras_optimizer, keras, **_names_and_device(fields))
 
@@ -99,7 +100,7 @@ def optax_to_json(optimizer: OptaxOptimizer) -> dict[str, Any]:
     if not names:
         raise ValueError(
             "`transformation_or_factory` must be a public factory of optax to be written to a "
-            f"configuration; found {optimizer!r}. Give the factory and its arguments, as in "
+            f"configuration; found {shown(optimizer)}. Give the factory and its arguments, as in "
             "`build_optax_optimizer(optax.adam, learning_rate=0.1)`; a transformation that is ready, "
             "or a function of your own, can be built by your program only."
         )

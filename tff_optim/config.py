@@ -15,6 +15,7 @@ from tff_optim import (
 )
 from tff_optim.entries import Entry
 from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
+from tff_optim.messages import shown
 from tff_optim.optax_optimizer import OptaxOptimizer
 from tff_optim.pipeline import PipelineOptimizer
 from tff_optim.torch_optimizer import TorchOptimizer
@@ -101,6 +102,10 @@ def from_config(
     starts when the optimizer is used, imports trusted packages. A configuration cannot say which
     Python that is. Regular expressions are those of RE2 (`tff_optim.patterns`).
 
+    A JSON text or file has at most 1,000,000 characters. A configuration holds at most 10,000 values,
+    nested at most 32 deep, and texts of at most 1,000 characters. Lists of parts or of regular
+    expressions have at most 100 elements, as has a schedule at most 100 boundaries.
+
     Args:
       config: A configuration, as JSON text, or the path of a JSON file. It is not changed.
       trusted_packages: Names of top-level packages whose classes may be built too.
@@ -111,8 +116,8 @@ def from_config(
 
     Raises:
       TypeError: If an entry is of the wrong type.
-      ValueError: If an entry is unknown, missing, out of range or not trusted, or a file cannot be
-        read. The message says where the entry stands.
+      ValueError: If an entry is unknown, missing, out of range or not trusted, a limit is
+        passed, or a file cannot be read. The message says where the entry stands.
 
     Example:
       >>> decay = {"initial_learning_rate": 0.1, "decay_steps": 100, "decay_rate": 0.5}
@@ -132,7 +137,7 @@ def from_config(
     """
     if isinstance(trusted_packages, str) or not all(isinstance(p, str) for p in trusted_packages):
         raise TypeError(
-            f"`trusted_packages` must be a collection of names; found {trusted_packages!r}."
+            f"`trusted_packages` must be a collection of names; found {shown(trusted_packages)}."
         )
     return from_entry(
         attrs.evolve(entries.read(config, trusted_packages), torch_python=torch_python)

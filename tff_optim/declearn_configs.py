@@ -18,7 +18,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import regularizers, schedules, transforms
-from tff_optim.entries import Entry, suggestion
+from tff_optim.entries import MOST_PARTS, Entry, suggestion
 from tff_optim.pipeline import PipelineOptimizer, build_optimizer
 
 _Keras = tf.keras.optimizers.schedules
@@ -161,7 +161,7 @@ def from_json(entry: Entry) -> PipelineOptimizer:
         ("modules", "transforms", _MODULES),
     ):
         if name in fields and fields[name].value is not None:
-            given[argument] = [_named(item, rules) for item in fields[name].items()]
+            given[argument] = [_named(item, rules) for item in fields[name].items(MOST_PARTS)]
     return entry.build(build_optimizer, _rate(fields["lrate"]), **given)
 
 

@@ -12,17 +12,19 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
+from tff_optim.messages import shown
+
 
 def _optional_index(instance: Any, attribute: Any, value: Any) -> None:
     del instance, attribute
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError(f"`index` must be None or an integer of at least 0; found {value!r}.")
+        raise ValueError(f"`index` must be None or an integer of at least 0; found {shown(value)}.")
 
 
 def _optional_bool(instance: Any, attribute: Any, value: Any) -> None:
     del instance, attribute
     if value is not None and not isinstance(value, bool):
-        raise ValueError(f"`gpu` must be True, False or None; found {value!r}.")
+        raise ValueError(f"`gpu` must be True, False or None; found {shown(value)}.")
 
 
 @attrs.frozen
@@ -111,10 +113,10 @@ def select_device(device: str | DevicePolicy | None = None) -> str | None:
         try:
             spec = tf.DeviceSpec.from_string(device if device.startswith("/") else f"/{device}")
         except ValueError as error:
-            raise ValueError(f'`device` must be like "/GPU:0"; found {device!r}.') from error
+            raise ValueError(f'`device` must be like "/GPU:0"; found {shown(device)}.') from error
         elsewhere = spec.job not in (None, "localhost") or spec.task or spec.replica
         if spec.device_type is None or elsewhere:
-            raise ValueError(f'`device` must be like "/GPU:0"; found {device!r}.')
+            raise ValueError(f'`device` must be like "/GPU:0"; found {shown(device)}.')
         kind, index = spec.device_type, spec.device_index or 0
     else:
         raise TypeError(

@@ -1,5 +1,6 @@
 """Entries of a configuration: plain values, each with its place, so that messages can name it."""
 
+import collections
 import difflib
 import itertools
 import json
@@ -18,8 +19,12 @@ from tff_optim.messages import at, shorten, shown
 # In the metadata of an attrs field: the function from an entry to the value of the field.
 READER = "tff_optim_reader"
 
+# Limits of a configuration, which keep the time for reading or refusing it short.
+_LONGEST_TEXT = 1_000_000  # characters of JSON
+_LONGEST_STRING = 1000
 _DEEPEST = 32
-_MOST = 100_000
+_MOST = 10_000  # values in all: models have thousands of weights, whose names may be listed
+MOST_PARTS = 100  # parts of a pipeline, or regular expressions: each takes milliseconds to build
 
 
 @attrs.frozen
@@ -63,16 +68,18 @@ class Entry:
         """Raises an error that says where the entry stands and what it must be."""
         raise error(f"{self.place} must {rule}; found {shown(self.value)}.")
 
-    def strings(self) -> list[str]:
+    def strings(self, most: int = _MOST) -> list[str]:
         """The value, a list of strings."""
         if not isinstance(self.value, list) or not all(isinstance(s, str) for s in self.value):
             self.refuse("be a list of strings", TypeError)
-        return self.value
+        return [item.value for item in self.items(most)]
 
-    def items(self) -> list["Entry"]:
+    def items(self, most: int = _MOST) -> list["Entry"]:
         """The entries of a list."""
         if not isinstance(self.value, list):
             self.refuse("be a list", TypeError)
+        if len(self.value) > most:
+            self.refuse(f"have at most {most} elements, not {len(self.value)}")
         return [self.at(i) for i in range(len(self.value))]
 
     def fields(self, known: Collection[str], required: Collection[str] = ()) -> dict[str, "Entry"]:
@@ -81,9 +88,9 @@ class Entry:
             self.refuse("be a mapping", TypeError)
         problems = []
         if unknown := [name for name in self.value if name not in known]:
-            problems.append(f"unknown {unknown}{suggestion(unknown[0], known)}")
+            problems.append(f"unknown {shown(unknown)}{suggestion(unknown[0], known)}")
         if missing := [name for name in required if name not in self.value]:
-            problems.append(f"missing {missing}")
+            problems.append(f"missing {shown(missing)}")
         if problems:
             raise ValueError(
                 f"{self.place} must have the entries that it takes; found {', '.join(problems)}."
@@ -126,7 +133,7 @@ def read(config: Any, trusted: Collection[str] = (), name: str = "config") -> En
     Raises:
       TypeError: If something in it is of a type that JSON does not have.
       ValueError: If the text or file cannot be read, a number is not finite or does not fit into a
-        float, a key occurs twice, or it is nested too deep.
+        float, a key occurs twice, or it is too long, too large or nested too deep.
     """
     if isinstance(config, str) and config.lstrip()[:1] in ("{", "[", '"'):
         config = _parse(config, f"`{name}`")
@@ -134,28 +141,39 @@ def read(config: Any, trusted: Collection[str] = (), name: str = "config") -> En
         isinstance(config, str) and config.endswith(".json") and "\0" not in config
     ):
         path = pathlib.Path(os.fspath(config))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ValueError(
-                f"`{name}` must be a JSON file that can be read; found {error}."
-            ) from error
-        config = _parse(text, f"`{name}` in {shown(str(path))}")
+        config = _parse(_text_of(path, name), f"`{name}` in {shown(str(path))}")
     top = Entry(config, "", frozenset(trusted), name)
     return attrs.evolve(top, value=_plain(top, 0, itertools.count()))
 
 
+def _text_of(path: pathlib.Path, name: str) -> str:
+    rule = f"`{name}` must be a JSON file that can be read; found"
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{rule} {shown(str(path))}, which is no regular file.")
+        with path.open(encoding="utf-8") as file:
+            return file.read(_LONGEST_TEXT + 1)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{rule} {shorten(str(error))}.") from error
+
+
 def _parse(text: str, name: str) -> Any:
+    if len(text) > _LONGEST_TEXT:
+        raise ValueError(
+            f"{name} must be JSON of at most {_LONGEST_TEXT} characters; found {shown(text)}."
+        )
+
     def pairs(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        counts = collections.Counter(key for key, _ in items)
+        if twice := sorted(key for key, count in counts.items() if count > 1):
             raise ValueError(f"the keys {shown(twice)} occur twice")
         return dict(items)
 
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be JSON; found {shown(text)}: {error}.") from error
+        reason = shorten(str(error), 1000)
+        raise ValueError(f"{name} must be JSON; found {shown(text)}: {reason}.") from error
 
 
 def _is_text(value: str) -> bool:
@@ -178,6 +196,8 @@ def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
+        if len(value) > _LONGEST_STRING:
+            entry.refuse(f"be a text of at most {_LONGEST_STRING} characters, not {len(value)}")
         if not _is_text(value):
             entry.refuse("be text that UTF-8 can encode")
         return str(value)
@@ -197,6 +217,11 @@ def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Any:
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str) or not _is_text(key)]:
             raise TypeError(f"{entry.place} must have texts as keys; found {shown(odd[0])}.")
+        if long := [key for key in value if len(key) > _LONGEST_STRING]:
+            raise ValueError(
+                f"{entry.place} must have keys of at most {_LONGEST_STRING} characters; found "
+                f"{shown(long[0])}."
+            )
         return {
             str(key): _plain(
                 attrs.evolve(entry, value=item, path=entry.path_of(key)), depth + 1, counter

@@ -43,6 +43,7 @@ class _Argument:
     types: tuple[type, ...] = (int, float)
     optional: bool = False
     several: bool = False
+    most: int = 100
     schedule: bool = False
 
 
@@ -103,8 +104,9 @@ ARGUMENTS: Mapping[str, _Argument] = {
     "m_mul": _number(NON_NEGATIVE),
     "staircase": _FLAG,
     "cycle": _FLAG,
+    # Keras nests a branch for each boundary: 100 take 40 s to trace, and 200 are too deep for Python.
     "boundaries": _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True),
-    "values": _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True),
+    "values": _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True, most=101),
     # Regularizers.
     "l1": _PENALTY,
     "l2": _PENALTY,
@@ -166,6 +168,11 @@ def check_argument(cls: type, name: str, value: Any) -> None:
     ):
         return
     values = value if argument.several and isinstance(value, list | tuple) else [value]
+    if len(values) > argument.most:
+        raise ValueError(
+            f"`{name}` of `{cls.__name__}` must have at most {argument.most} elements; found "
+            f"{len(values)}."
+        )
     for one in values:
         if not isinstance(one, argument.types) or (isinstance(one, bool) and argument is not _FLAG):
             raise TypeError(

@@ -222,7 +222,7 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
                 if tf.is_tensor(value) and name not in program.numbers:
                     raise ValueError(
                         f"`{name}` must be a number here, since the initial state or the graph is "
-                        f"made from its value; found {value!r}."
+                        f"made from its value; found {shown(value)}."
                     )
             self._programs[layout.key] = program
         return self._programs[layout.key]

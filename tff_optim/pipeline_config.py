@@ -7,6 +7,7 @@ import attrs
 
 from tff_optim import entries, keras_arguments, keras_classes, keras_objects, registry
 from tff_optim.entries import Entry
+from tff_optim.messages import shown
 from tff_optim.pipeline import PipelineOptimizer, build_optimizer
 from tff_optim.projections import Projection
 
@@ -52,7 +53,7 @@ def _projection_to_json(projection: Projection, write: Write) -> dict[str, Any]:
     if where is not None and not isinstance(where, str):
         raise ValueError(
             "`where` of `Projection` must be a regular expression or None to be written to a "
-            f"configuration; found {where!r}."
+            f"configuration; found {shown(where)}."
         )
     is_keras = keras_objects.is_keras_object(function)
     written = write(function, "projection") if is_keras else _part_to_json(function, write)
@@ -70,10 +71,14 @@ def from_json(fields: Mapping[str, Entry], read_optimizer: ReadOptimizer) -> Pip
         ("transforms", registry.list_transforms()),
     ):
         if name in fields:
-            given[name] = [_part(entry, known, read_optimizer) for entry in fields[name].items()]
+            given[name] = [
+                _part(entry, known, read_optimizer)
+                for entry in fields[name].items(entries.MOST_PARTS)
+            ]
     if "projection" in fields:
         given["projection"] = [
-            _projection(entry, read_optimizer) for entry in fields["projection"].items()
+            _projection(entry, read_optimizer)
+            for entry in fields["projection"].items(entries.MOST_PARTS)
         ]
     if "jit_compile" in fields:
         given["jit_compile"] = fields["jit_compile"].value

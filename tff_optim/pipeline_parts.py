@@ -6,6 +6,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters, projections
+from tff_optim.messages import shown
 from tff_optim.regularizers import Penalty
 from tff_optim.transforms.interface import GradientTransform
 
@@ -17,7 +18,9 @@ def as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
       TypeError: If it is something else.
     """
     if not isinstance(given, list | tuple):
-        raise TypeError(f"`{name}` must be a list or tuple; found {given!r}. Put it in a list.")
+        raise TypeError(
+            f"`{name}` must be a list or tuple; found {shown(given)}. Put it in a list."
+        )
     parts = []
     for part in given:
         if name == "regularizers" and isinstance(part, tf.keras.regularizers.Regularizer):
@@ -26,7 +29,7 @@ def as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
             also = ", tf.keras.regularizers.Regularizer" if name == "regularizers" else ""
             raise TypeError(
                 f"`{name}` must hold instances of tff_optim.transforms.GradientTransform{also}; "
-                f"found {part!r}. `tff_optim.from_config` reads names and configurations; "
+                f"found {shown(part)}. `tff_optim.from_config` reads names and configurations; "
                 "`tff_optim.transforms.KerasTransform` wraps a Keras optimizer."
             )
         parts.append(part)
@@ -61,11 +64,11 @@ class Pipeline:
     def parts(self) -> dict[str, GradientTransform]:
         """All parts in order, by class, numbered from its second use on: `Adam`, `Adam_2`."""
         parts: dict[str, GradientTransform] = {}
+        last: dict[str, int] = {}
         for part in (*self.regularizers, *self.transforms):
             name = cls = type(part).__name__
-            count = 1
             while name in parts:  # also by a class that is called `Adam_2`
-                count += 1
-                name = f"{cls}_{count}"
+                last[cls] = last.get(cls, 1) + 1
+                name = f"{cls}_{last[cls]}"
             parts[name] = part
         return parts

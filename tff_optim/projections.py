@@ -61,7 +61,7 @@ class Projection:
         elif is_keras or not callable(value):  # a schedule or regularizer can be called, too
             raise TypeError(
                 "`function` of `Projection` must be a tf.keras.constraints.Constraint or a "
-                f"function from a tensor to a tensor; found {value!r}."
+                f"function from a tensor to a tensor; found {shown(value)}."
             )
 
     def selects(self, path: str, spec: tf.TensorSpec) -> bool:
@@ -124,7 +124,7 @@ def as_projections(given: Any) -> tuple[Projection, ...]:
         if not isinstance(projection, Projection):
             raise TypeError(
                 "`projection` must be a tf.keras.constraints.Constraint, a function, a "
-                f"tff_optim.projections.Projection or a sequence of these; found {projection!r}."
+                f"tff_optim.projections.Projection or a sequence of these; found {shown(projection)}."
             )
     return projections
 
@@ -162,7 +162,7 @@ class Box:
     def __attrs_post_init__(self) -> None:
         if self.lower >= self.upper:
             raise ValueError(
-                f"`upper` of `Box` must be greater than `lower`; found {self.upper!r} and "
+                f"`upper` of `Box` must be greater than `lower`; found {shown(self.upper)} and "
                 f"{self.lower!r}."
             )
 

@@ -6,6 +6,7 @@ from typing import Any
 from tff_optim import projections, regularizers, transforms
 from tff_optim.keras_arguments import package_of
 from tff_optim.keras_classes import CONSTRAINT, REGULARIZER
+from tff_optim.messages import shown
 from tff_optim.transforms.interface import GradientTransform
 
 _PACKAGE = __name__.partition(".")[0]
@@ -56,7 +57,7 @@ def register_transform(cls: type[GradientTransform]) -> type[GradientTransform]:
     """
     if not isinstance(cls, type) or not issubclass(cls, GradientTransform):
         raise TypeError(
-            f"`cls` must be a subclass of tff_optim.transforms.GradientTransform; found {cls!r}."
+            f"`cls` must be a subclass of tff_optim.transforms.GradientTransform; found {shown(cls)}."
         )
     name = f"{package_of(cls)}.{cls.__qualname__}"
     known = _registered.get(name)

@@ -7,6 +7,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import comparison, entries, hyperparameters, keras_arguments, keras_objects, leaves
+from tff_optim.messages import shown
 from tff_optim.tracing import as_written
 from tff_optim.transforms.interface import GradientTransform
 
@@ -112,7 +113,7 @@ class Penalty(GradientTransform):
         if not isinstance(value, tf.keras.regularizers.Regularizer):
             raise TypeError(
                 "`regularizer` of `Penalty` must be a tf.keras.regularizers.Regularizer; "
-                f"found {value!r}."
+                f"found {shown(value)}."
             )
         keras_arguments.check_object(value)
 

@@ -163,7 +163,7 @@ class Warmup(_Schedule):
         self._steps = self._check("steps", POSITIVE)
         self._arguments["steps"] = int(self._steps)
         if self._steps != int(self._steps):
-            raise ValueError(f"`steps` of `Warmup` must be a whole number; found {steps!r}.")
+            raise ValueError(f"`steps` of `Warmup` must be a whole number; found {shown(steps)}.")
         schedule = tf.keras.optimizers.schedules.LearningRateSchedule
         if then is not None and not isinstance(then, schedule):
             raise TypeError(f"`then` of `Warmup` must be a schedule or None; found {shown(then)}.")

@@ -33,7 +33,7 @@ def find_python(python: str | os.PathLike | None) -> str:
         found = shutil.which(os.fspath(python))
         if found is None:
             raise ValueError(
-                f"`python` must be a Python that can be run; found {os.fspath(python)!r}. Give the "
+                f"`python` must be a Python that can be run; found {shown(os.fspath(python))}. Give the "
                 "path of `bin/python` in an environment with torch."
             )
         return found

@@ -241,8 +241,8 @@ def _number(name: str, numbers: Mapping[str, Any], dtype: np.dtype) -> np.ndarra
         new = None
     if new is None or (new != value and value == value):
         raise ValueError(
-            f"`optimizer` must keep its numbers what they are, whole numbers whole; found {value!r} "
-            f"for {name!r} of {dtype}. Give it as a float."
+            f"`optimizer` must keep its numbers what they are, whole numbers whole; found "
+            f"{shown(value)} for {name!r} of {dtype}. Give it as a float."
         )
     return new
 
@@ -301,7 +301,7 @@ def build_torch_optimizer(
     """
     if isinstance(trusted_packages, str):
         raise TypeError(
-            f"`trusted_packages` must be a collection of names; found {trusted_packages!r}."
+            f"`trusted_packages` must be a collection of names; found {shown(trusted_packages)}."
         )
     trusted = sorted(trusted_packages)
     torch_arguments.check_name(

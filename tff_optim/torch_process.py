@@ -93,7 +93,7 @@ class _Child:
         except OSError as error:
             self._socket.close()
             raise ValueError(
-                f"`python` must be a Python that can be run; found {python!r}: {error}."
+                f"`python` must be a Python that can be run; found {shown(python)}: {error}."
             ) from error
 
     @property

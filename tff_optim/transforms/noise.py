@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_optim import hyperparameters, leaves
+from tff_optim.messages import shown
 from tff_optim.transforms.interface import GradientTransform
 
 # Named, because "auto_select" may give other numbers on another device.
@@ -49,7 +50,8 @@ class GaussianNoise(GradientTransform):
     def _check_seed(self, attribute: attrs.Attribute, value: Any) -> None:
         del attribute  # There is only one.
         found = (
-            f"`seed` of `GaussianNoise` must be an integer in [0, 2^63) or None; found {value!r}."
+            "`seed` of `GaussianNoise` must be an integer in [0, 2^63) or None; found "
+            f"{shown(value)}."
         )
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int | np.integer)
