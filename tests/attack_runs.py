@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -212,6 +213,35 @@ def _of_another_run(name):
     return of_folder
 
 
+def _of_store(change):
+    """What befalls the clients' states of a run that keeps some, of another run or of its own."""
+
+    def of_folder(rng, folder, model):
+        store = folder / "client_states"
+        if store.is_dir():
+            change(store, model(3) / "client_states")
+
+    return of_folder
+
+
+def _older_store(store, other):
+    shutil.rmtree(store)
+    shutil.copytree(other, store)
+
+
+def _exchanged_states(store, other):
+    for kind in ("index", "data-00000-of-00001"):
+        paths = sorted(store.glob(f"[0-9]*.{kind}"))
+        contents = [path.read_bytes() for path in paths]
+        for path, content in zip(paths, contents[1:] + contents[:1], strict=True):
+            path.write_bytes(content)
+
+
+def _emptied_table(store, other):
+    with contextlib.closing(sqlite3.connect(store / "states.sqlite")) as table:
+        table.executescript("DELETE FROM states")
+
+
 OF_FOLDERS = {
     "an empty version": _in_place(os.mkdir),
     "a file for a version": _in_place(lambda path: path.write_text("not a folder")),
@@ -224,6 +254,10 @@ OF_FOLDERS = {
         f"another run's {name}": _of_another_run(name)
         for name in ("records.jsonl", "rounds.csv", "checkpoints", "tensorboard")
     },
+    "no client states": _of_store(lambda store, other: shutil.rmtree(store)),
+    "client states of an older round": _of_store(_older_store),
+    "exchanged client states": _of_store(_exchanged_states),
+    "an emptied table of client states": _of_store(_emptied_table),
 }
 
 
