@@ -156,11 +156,14 @@ def test_text_stays_text():
     assert found == [[b"a", "ä".encode()], [b"long text"], [b"bytes"]]
 
 
-def numbers(x, y):
+def numbers(x, y, dtype=tf.float32, **options):
     """A generator, whose data set runs in the Python process alone."""
     return tf.data.Dataset.from_generator(
-        lambda: iter([(x, y)] * 2), output_types=(tf.float32,) * 2
+        lambda: iter([(x, y)] * 2), output_types=(dtype, tf.float32), **options
     )
+
+
+SERIAL = [tf.io.serialize_tensor(one) for one in (X, Y)]
 
 
 def text(array):
@@ -203,9 +206,24 @@ BAD = {
     "sparse examples": (slices((SPARSE, Y)), "examples and no batches.*'x' is sparse"),
     "windows": (slices((X, Y)).window(2), "windows, data sets themselves"),
     "windows by name": (slices(OD(x=X, y=Y[:, 0])).window(2), "windows.*'y' has shape"),
-    "a generator": (numbers(X, Y), "shapes are not known before"),
+    "a generator": (numbers(X, Y), "calls functions of this Python process"),
+    "unknown shapes": (
+        slices(SERIAL)
+        .batch(2)
+        .map(lambda x: tuple(tf.io.parse_tensor(x[i], tf.float32) for i in (0, 1))),
+        "Its shapes are known by reading alone",
+    ),
+    "a list of data sets": ([slices((X, Y)).batch(3)] * 2, "elements are data sets themselves"),
+    "a list of data sets of examples": ([slices((X, Y))] * 2, "themselves. Batch 0: It is an exam"),
     "a generator of examples": (numbers(X[0], Y[0]), "Batch 0: It is an example and no batch"),
     "a generator of flat labels": (numbers(X, Y[:, 0]), "Batch 0: 'y' has shape"),
+    "a generator of float64": (numbers(F64, Y, tf.float64), "functions of this Python"),
+    "a function in Python": (
+        slices((X, Y))
+        .batch(2)
+        .map(lambda x, y: (tf.py_function(lambda one: one, [x], x.dtype), y)),
+        "calls functions of this Python process",
+    ),
     "padded": (
         slices((X, Y)).padded_batch(2, ([None], [None])),
         r"'x' has shape \[None, None\] and not \[None, 2\]",
@@ -292,7 +310,14 @@ WORDS = {
         "Batch 0: 'x' holds numbers that are too large for float32. S",
     ),
     "anything": ([(object(), Y)], "Batch 0: .*must hold arrays of numbers or text; found <object"),
-    "text and numbers": ([([["a", 1.0]], Y)], "Batch 0: 'x' is string and not float32"),
+    "text and numbers": (
+        [([["a", 1.0]], Y)],
+        "Batch 0: 'x' is text, such as 'a', and not float32.*L",
+    ),
+    "words": (
+        slices((np.full([4, 2], "cat"), Y)).batch(2),
+        "'x' is text, such as b'cat', .*StringLook",
+    ),
     "a number": (7, "found 7. Give a `tf.data.Dataset` of batches, or a list of them"),
     "an iterator": (iter([(X, Y)]), "Give a `tf.data.Dataset` of batches, or a list of them"),
 }
@@ -361,6 +386,21 @@ def test_a_resident_process_names_the_client_by_position_and_goes_on(resident):
     with pytest.raises(TypeError, match=r"The data of client 1 must be .*float64"):
         resident.next(state, [good, bad])
     resident.next(state, [good, good])
+
+
+def test_data_that_call_python_are_told_from_others_in_workers(resident):
+    """In the Python process they train."""
+    good, bad = slices((X, Y)).batch(2), numbers(X, Y, output_shapes=([None, 2], [None, 1]))
+    resident.next(resident.initialize(), [good, bad])
+    clients = {"ann": good, "bob": bad}
+    with pytest.raises(TypeError, match="client 'bob' must be those that a worker") as error:
+        simulation.run(resident.process, clients, rounds=1, clients_per_round=2)
+    assert cure_of(error) == "list(dataset)"
+    with ResidentProcess(resident.process, workers=1) as there:
+        state = there.initialize()
+        with pytest.raises(TypeError, match="client 1 must be those that a worker can read"):
+            there.next(state, [good, bad])
+        there.next(state, [good, list(bad)])
 
 
 def test_clients_that_keep_states_say_what_comes_with_data():

@@ -3,7 +3,7 @@
 import collections
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,28 @@ class ClientData:
             ) from None
 
 
+def explain(error: BaseException, data: Iterable[tuple[Any, Any]]) -> None:
+    """Raises a better error if a round has failed since a worker was to call Python.
+
+    Args:
+      error: What the round has raised.
+      data: Clients and their data.
+
+    Raises:
+      TypeError: The data of the client that it names call functions of the Python process.
+    """
+    if not any("No OpKernel was registered" in str(one) for one in (error, error.__cause__)):
+        return
+    for client, one in data:
+        if isinstance(one, Mapping):
+            one = one.get("data")  # with the place of a state
+        if isinstance(one, tf.data.Dataset) and data_cures.calls_python(one):
+            raise TypeError(
+                f"The data of client {client!r} must be those that a worker can read; found "
+                f"{_outline(one)}. {data_cures.OF_PYTHON} Give `list(dataset)`."
+            ) from error
+
+
 def _dataset_of(batches: list[list[Any]], wanted: tff.Type) -> tf.data.Dataset:
     """A data set of batches, whose sizes may differ."""
     if not batches:
@@ -138,6 +160,10 @@ def _outline(data: Any) -> str:
     if isinstance(data, tf.data.Dataset):
         try:
             return f"a data set of {tff.types.tensorflow_to_type(data.element_spec)}"
-        except TypeError:
+        except TypeError:  # TFF knows no such elements
             return f"a data set of {data.element_spec}"
-    return f"a list of {len(data)}" if isinstance(data, list) else shown(data)
+    if isinstance(data, np.ndarray | tf.Tensor):
+        return f"an array of shape {list(data.shape)}"
+    if isinstance(data, list | tuple | Mapping):
+        return f"a {type(data).__name__} of {len(data)}"
+    return shown(data)

@@ -4,6 +4,7 @@ What to give is an expression in Python that mends all of it, with `dataset` or 
 given, `tf`, `np` and `collections`.
 """
 
+import itertools
 import keyword
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from tff_optim.messages import shown
 
 _BATCH = 32  # of the data sets that messages advise
 _MOST = 3  # differences that a message tells
+OF_PYTHON = "It calls functions of this Python process, such as a generator, which no worker can."
 _INSTEAD = "Give a `tf.data.Dataset` of batches, or a list of them."
 
 
@@ -39,14 +41,16 @@ _Leaves = dict[tuple[str, ...], _Leaf]
 def check_dataset(dataset: tf.data.Dataset, wanted: tff.Type, code: str = "dataset") -> None:
     """Raises `Unlike` unless the elements of a data set are of a type.
 
-    No data are read, but one element where shapes are not known without.
+    Data are read only to say what to give, at most one element.
     """
     found = dict(_walk(dataset.element_spec, wanted))
     if _fits(dataset, found, wanted):
         return
     specs = [leaf.value for leaf in found.values()]
+    if calls_python(dataset):
+        _refuse_read([dataset], wanted, f"list({code})", OF_PYTHON)
     if any(isinstance(one, tf.TensorSpec) and one.shape.rank is None for one in specs):
-        _refuse_unknown(dataset, wanted, code)
+        _refuse_read([dataset], wanted, f"list({code})", "Its shapes are known by reading alone.")
     reasons: list[str] = []
     if specs and all(isinstance(one, tf.data.DatasetSpec) for one in specs):
         reasons.append("The elements are windows, data sets themselves.")
@@ -55,6 +59,8 @@ def check_dataset(dataset: tf.data.Dataset, wanted: tff.Type, code: str = "datas
     code, dataset = _batched(code, dataset, found, wanted, reasons)
     found = _paired(dict(_walk(dataset.element_spec, wanted)), wanted, [])
     if not _fits(dataset, dict(_walk(dataset.element_spec, wanted)), wanted):
+        if any(leaf.value.dtype == tf.string for leaf in found.values() if _has_dtype(leaf)):
+            _check_first_texts(dataset, wanted)
         codes = [
             _mended(found[path], path, leaf_type, reasons, _same_dtype)
             for path, leaf_type in _leaves_of(wanted)
@@ -74,6 +80,9 @@ def arrays_of_list(
     Raises:
       Unlike: A batch differs in more than the width of its numbers, or they do not fit.
     """
+    if data and all(isinstance(one, tf.data.Dataset) for one in data):
+        each = f"[batch for one in {code} for batch in one]"
+        _refuse_read(data, wanted, each, "Its elements are data sets themselves.")
     rows = []
     for i, batch in enumerate(data):
         try:
@@ -109,13 +118,23 @@ def _refuse_arrays(arrays: Any, wanted: tff.Type, given: str) -> NoReturn:
     raise Unlike(f"Arrays of all batches are no data set yet. Give `{code}`.")
 
 
-def _refuse_unknown(dataset: tf.data.Dataset, wanted: tff.Type, code: str) -> NoReturn:
-    """What to give for a data set that does not tell its shapes, by its first element."""
+def calls_python(dataset: tf.data.Dataset) -> bool:
+    """Whether a data set calls functions of the Python process, which no worker can."""
+    variant = tf.data.experimental.to_variant(dataset)
+    # 1: leave out states, such as how far a generator of random numbers is.
+    written = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
+    graph = tf.compat.v1.GraphDef.FromString(written.numpy())
+    nodes = itertools.chain(graph.node, *(one.node_def for one in graph.library.function))
+    return any(node.op in ("PyFunc", "EagerPyFunc", "PyFuncStateless") for node in nodes)
+
+
+def _refuse_read(datasets: list[Any], wanted: tff.Type, code: str, reason: str) -> NoReturn:
+    """What to give for data sets of which a list is to be made, by the first element."""
     try:
-        arrays_of_list(list(dataset.take(1)), wanted, f"list({code})")
+        arrays_of_list(list(datasets[0].take(1)), wanted, code)
     except Unlike as unlike:
-        raise Unlike(f"The shapes are not known before the data are read. {unlike}") from None
-    raise Unlike(f"The shapes are not known before the data are read. Give `list({code})`.")
+        raise Unlike(f"{reason} {unlike}") from None
+    raise Unlike(f"{reason} Give `{code}`.")
 
 
 def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -> list[Any]:
@@ -148,6 +167,8 @@ def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -
             )
             for path, leaf in found.items()
         }
+    for array, (path, leaf_type) in zip(arrays, _leaves_of(wanted), strict=True):
+        _check_text(array, path, leaf_type)
     codes = [
         _mended(found[path], path, leaf_type, reasons, _safe_dtype)
         for path, leaf_type in _leaves_of(wanted)
@@ -332,7 +353,7 @@ def _mended(
     spec, code, where = leaf.value, leaf.code, _at(path)
     shape, dtype = tf.TensorShape(wanted.shape), tf.as_dtype(wanted.dtype.type)
     if isinstance(spec, tf.RaggedTensorSpec) and spec.shape.rank == shape.rank:
-        reasons.append(f"{where} is ragged; what follows fills up with zeros, and cuts.")
+        reasons.append(f"{where} is ragged; the code pads it with zeros and cuts what is longer.")
         code = f"{code}.to_tensor(shape={shape.as_list()})"
         spec = tf.TensorSpec(shape, spec.dtype)
     elif isinstance(spec, tf.SparseTensorSpec):
@@ -407,6 +428,32 @@ def _read(value: Any) -> Any:
             raise Unlike(f"It must hold numbers of one kind, or text; found {shown(value)}.")
         return _ragged(value)
     return array
+
+
+def _has_dtype(leaf: _Leaf) -> bool:
+    return hasattr(leaf.value, "dtype")
+
+
+def _check_first_texts(dataset: tf.data.Dataset, wanted: tff.Type) -> None:
+    for batch in dataset.take(1):
+        first = _paired(dict(_walk(batch, wanted)), wanted, [])
+        for path, leaf_type in _leaves_of(wanted):
+            _check_text(_read(first[path].value), path, leaf_type)
+
+
+def _check_text(array: Any, path: tuple[str, ...], wanted: tff.TensorType) -> None:
+    """Raises `Unlike` for text in place of numbers that spells none."""
+    dtype = tf.as_dtype(wanted.dtype.type)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "OSU" or dtype == tf.string:
+        return
+    try:
+        array.astype(dtype.as_numpy_dtype)
+    except ValueError:
+        text = next(iter(array.flat))
+        raise Unlike(
+            f"{_at(path)} is text, such as {shown(text)}, and not {dtype.name}. Give numbers, such as "
+            "those of `tf.keras.layers.StringLookup`."
+        ) from None
 
 
 def _ragged(value: Any) -> tf.RaggedTensor:

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.client_data import ClientData
+from tff_optim.client_data import ClientData, explain
 from tff_optim.devices import DevicePolicy
 from tff_optim.resident import forks, leaves, parts, places
 from tff_optim.resident.place import Source
@@ -153,7 +153,11 @@ class ResidentProcess:
                 f"{type(client_data).__name__}."
             )
         data = [self._taken(one, client) for client, one in enumerate(client_data)]
-        new_state, metrics = self._place.next(self._source(state), data)
+        try:
+            new_state, metrics = self._place.next(self._source(state), data)
+        except Exception as error:
+            explain(error, enumerate(data))
+            raise
         return tff.learning.templates.LearningProcessOutput(
             new_state.references(), leaves.pack(metrics, self._metrics_type)
         )

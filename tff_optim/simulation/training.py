@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import tensorflow_federated as tff
 
+from tff_optim import client_data
 from tff_optim.messages import shown
 from tff_optim.simulation import metrics, same_run, stores
 from tff_optim.simulation.cohorts import Cohorts, check_whole, whole
@@ -213,7 +214,11 @@ class _Run:
         plain = contextlib.nullcontext(data)
         with plain if self._store is None else self._store.cohort(ids, data) as cohort:
             self._in_round = True
-            state, found = _pair(self._process.next(state, cohort))
+            try:
+                state, found = _pair(self._process.next(state, cohort))
+            except Exception as error:
+                client_data.explain(error, zip(self._cohort, data, strict=True))
+                raise
             self._in_round = False
         self._of_clients = metrics.client_records(found, self._cohort)
         self._next_state, self._initial = state, None
