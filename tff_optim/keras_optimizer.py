@@ -325,7 +325,8 @@ def build_keras_optimizer(
     step per `next`. Sparse gradients follow Keras' rules: most optimizers decay every row and add to
     those that have a gradient; Adagrad and RMSprop without momentum change only rows that have one;
     clipping by norm sees rows before they are summed. `jit_compile` compiles the step where Keras
-    would, which is where there is a GPU.
+    would, which is where there is a GPU. As in Keras, no graph takes `if tensor:` in an `update_step` or
+    a schedule of your own: write `tf.where` or `tf.cond`.
 
     `tff.learning` sets the hyper-parameters that may change between rounds (`get_hparams`): the
     learning rate, and every number that the step reads in its graph rather than branching on it.

@@ -13,6 +13,7 @@ class GradientTransform(abc.ABC):
     Two pure functions, traced by TensorFlow Federated: no `tf.Variable` is made or used, and
     state, shapes and dtypes stay the same from step to step. To write one, subclass this and
     implement both. Make it immutable (`attrs.frozen` does) and it can be compared and shared.
+    `if` and `for` over tensors may be written in Python: AutoGraph makes them operations.
 
     A leaf whose gradient is `None` has no update in this step: keep it `None`, and keep its state.
 
