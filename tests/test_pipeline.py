@@ -153,6 +153,9 @@ def test_keras_transform_equals_keras_and_keeps_its_clipping():
         "KerasTransform.rho",
         "KerasTransform.epsilon",
     ]
+    part = transforms.KerasTransform(make)
+    with pytest.raises(ValueError, match="`hparams` .*KerasTransform"):
+        part.set_hparams(part.initialize(specs), {"learning_rate": 0.5})  # it has no effect here
 
 
 def test_keras_transform_leaves_out_what_the_pipeline_does_itself():
