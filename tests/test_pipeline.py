@@ -154,7 +154,7 @@ def test_keras_transform_equals_keras_and_keeps_its_clipping():
         "KerasTransform.epsilon",
     ]
     part = transforms.KerasTransform(make)
-    with pytest.raises(ValueError, match="`hparams` .*KerasTransform"):
+    with pytest.raises(ValueError, match=r"`hparams` .*KerasTransform"):
         part.set_hparams(part.initialize(specs), {"learning_rate": 0.5})  # it has no effect here
 
 
