@@ -1,4 +1,4 @@
-"""A run that is killed goes on, on the state in the worker: kill it, and call it again.
+"""A run that is killed goes on, from its last checkpoint: kill it, and call it again.
 
 python examples/kill_and_resume.py [ROUNDS [DIRECTORY]]
 """
@@ -49,7 +49,7 @@ def main(rounds: str = "100", directory: str = "output/resumed"):
             rounds=int(rounds),
             clients_per_round=4,
             directory=directory,
-            rounds_per_checkpoint=1,  # cheap where the worker writes them itself
+            rounds_per_checkpoint=1,  # cheap: variables become a file
             stop=simulation.no_better("client_work/train/loss", rounds=20),
         )
         print(history.ended, history.rounds[-3:], sep="\n")

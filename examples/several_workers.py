@@ -74,7 +74,7 @@ def main(rounds: str = "5"):
         build_keras_optimizer(tf.keras.optimizers.Adam(0.1)),
     )
     weights = {"plain TFF": train(process, int(rounds))}
-    with ResidentProcess(process, workers=2, clients_per_step=2) as resident:
+    with ResidentProcess(process, workers=2, clients_at_once=2) as resident:
         weights["two workers"] = train(resident, int(rounds))
     with worker_elsewhere() as address, ResidentProcess(process, workers=[address]) as resident:
         weights[f"the worker at {address}"] = train(resident, int(rounds))

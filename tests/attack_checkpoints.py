@@ -15,7 +15,7 @@ import warnings
 
 import tensorflow as tf
 from attacks import Attack, within
-from resident_cases import hosts_of, plain_run, process
+from resident_cases import plain_run, process
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import CheckpointError, ResidentCheckpoints
@@ -166,8 +166,8 @@ def damage(count, seed):
     rng = random.Random(seed)
     with (
         tempfile.TemporaryDirectory() as path,
-        ResidentProcess(process()) as in_worker,
-        ResidentProcess(process(), device="CPU:0") as here,
+        ResidentProcess(process(), workers=1) as in_worker,
+        ResidentProcess(process(), device="CPU:1") as here,
     ):
         good, newer = plain_run()[1][0], plain_run()[2][0]
         kept = ResidentCheckpoints(in_worker, f"{path}/kept")
@@ -321,13 +321,9 @@ def file_limit(pid, size):
 def limits(count, seed):
     """No room, no inodes, no file above a size: told, and the state can still be used and saved."""
     rng = random.Random(seed)
-    with (
-        ResidentProcess(process()) as in_worker,
-        ResidentProcess(process(), device="CPU:0") as here,
-    ):
+    with ResidentProcess(process()) as resident:
         plain = plain_run()[1][0]
         for _ in range(count):
-            resident = rng.choice((in_worker, here))
             way = rng.choice(("room", "inodes", "size"))
             options = "size=256k" if way != "inodes" else "size=1m,nr_inodes=20"
             with small_file_system(options) as path:
@@ -344,8 +340,7 @@ def limits(count, seed):
                         use_up_inodes(f"{path}/filler")
                         stack.callback(shutil.rmtree, f"{path}/filler")
                     else:
-                        pid = os.getpid() if resident is here else hosts_of(resident)[0].worker.pid
-                        stack.enter_context(file_limit(pid, rng.randrange(1, 60)))
+                        stack.enter_context(file_limit(os.getpid(), rng.randrange(1, 60)))
                     _, error, in_time = within(30, lambda c=checkpoints, s=state: c.save_now(s, 2))
                 yield (
                     f"no {way}, {resident}",

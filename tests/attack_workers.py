@@ -17,114 +17,62 @@ import warnings
 import numpy as np
 from attack_checkpoints import equal, small_file_system, use_up_inodes
 from attacks import Attack, within
-from resident_cases import cohorts, is_running, plain_run, process
+from resident_cases import cohorts, connections_of, is_running, plain_run, process
 from worker_faults import Proxy, after, directories_of, running_worker
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import ResidentCheckpoints, WorkerLostError
+from tff_optim.resident import ResidentCheckpoints, WorkerLostError, WorkerStartError
 from tff_optim.resident.clients.in_workers import handover
 from tff_optim.resident.clients.in_workers import worker as worker_lib
 
 # ------------------------------------------------------------------------------------- connections
 
 
-@functools.cache
-def _hparams():
-    return process().get_hparams(plain_run()[1][0])
+def connections(count, seed, disturb=("cut", "refuse")):
+    """Cuts or refuses connections to a remote worker, for a while, around a round."""
+    rng = random.Random(seed)
+    heartbeat = 1.0
+    with running_worker() as (port, _), contextlib.ExitStack() as stack:
+        proxy = Proxy(port)
+        stack.callback(proxy.close)
+        resident = stack.enter_context(
+            ResidentProcess(
+                process(), workers=[proxy.target], heartbeat=heartbeat, start_timeout=5.0
+            )
+        )
+        state = resident.restore(plain_run()[1][0])
+        for _ in range(count):
+            way, begin, duration = rng.choice(disturb), rng.random() * 0.1, rng.random() * 2.5
+
+            def start(way=way, duration=duration):
+                proxy.refuse = way == "refuse"
+                proxy.cut()
+                after(duration, proxy.mend)
+
+            timer = after(begin, start)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a lost worker has cost time
+                verdict = _judge_round(resident, state, seconds=20 * heartbeat)
+                timer.join()
+                proxy.mend()
+                # States are where they were, and the next round is right.
+                if verdict == "right" and not equal(resident.materialize(state), plain_run()[1][0]):
+                    verdict = "lost: a state"
+                if verdict == "right":
+                    verdict = _judge_round(resident, state, seconds=20 * heartbeat, must=True)
+            yield f"{way} for {duration:.1f} s", verdict
 
 
-def _calls(resident, checkpoints, state, plain):
-    """What may be cut off, each with the result that it must have."""
-    version = max(checkpoints.versions(), default=0)
-    hparams = _hparams()
-
-    def save():
-        checkpoints.save_now(state, version + 1)
-        return resident.materialize(checkpoints.load_now(version + 1))
-
-    return {
-        "next": (
-            lambda: resident.materialize(resident.next(state, list(cohorts()[1])).state),
-            plain_run()[2][0],
-        ),
-        "materialize": (lambda: resident.materialize(state), plain),
-        "get_value": (
-            lambda: np.asarray(state.global_model_weights.trainable[0]),
-            plain.global_model_weights.trainable[0],
-        ),
-        "save and load": (save, plain),
-        "restore": (lambda: resident.materialize(resident.restore(plain)), plain),
-        "get_hparams": (lambda: resident.get_hparams(state), hparams),
-        "set_hparams": (
-            lambda: resident.materialize(resident.set_hparams(state, hparams)),
-            plain,
-        ),
-        "get_model_weights": (
-            lambda: resident.get_model_weights(state).trainable,
-            plain.global_model_weights.trainable,
-        ),
-    }
-
-
-def _judge_call(call, expected, seconds):
-    result, error, in_time = within(seconds, call)
+def _judge_round(resident, state, seconds, must=False):
+    new, error, in_time = within(seconds, lambda: resident.next(state, list(cohorts()[1])).state)
     if not in_time:
         return "hung"
     if error is None:
-        return "right" if equal(result, expected) else "lost: other numbers"
-    if isinstance(error, WorkerLostError):
+        same = equal(resident.materialize(new), plain_run()[2][0])
+        return "right" if same else "lost: other numbers"
+    if isinstance(error, WorkerLostError | WorkerStartError) and not must:
         return "right"
     return f"unclean: {error!r}"
-
-
-def connections(count, seed, disturb=("cut", "refuse")):
-    """Cuts or refuses connections to a remote worker, for a while, around each kind of call."""
-    rng = random.Random(seed)
-    heartbeat = 1.0
-    with (
-        running_worker() as (port, _),
-        tempfile.TemporaryDirectory() as path,
-        contextlib.ExitStack() as stack,
-    ):
-        plain = plain_run()[1][0]
-        resident = state = None
-        for number in range(count):
-            if state is None:
-                proxy = Proxy(port)
-                stack.callback(proxy.close)
-                resident = stack.enter_context(
-                    ResidentProcess(process(), workers=[proxy.target], heartbeat=heartbeat)
-                )
-                checkpoints = ResidentCheckpoints(resident, f"{path}/{number}", keep=2)
-                state = resident.restore(plain)
-            calls = _calls(resident, checkpoints, state, plain)
-            name = rng.choice(sorted(calls))
-            way, begin, duration = rng.choice(disturb), rng.random() * 0.05, rng.random() * 2.5
-
-            def mend(proxy=proxy):
-                proxy.refuse = False
-
-            def start(proxy=proxy, way=way, duration=duration):
-                proxy.refuse = way == "refuse"
-                proxy.cut()
-                after(duration, mend)
-
-            timer = after(begin, start)
-            verdict = _judge_call(*calls[name], seconds=10 * heartbeat)
-            timer.join()
-            proxy.refuse = False
-            yield f"{way} for {duration:.1f} s in {name}", verdict
-            time.sleep(0.05)
-            if _judge_call(*calls["materialize"], seconds=10) != "right" or _gone(resident, state):
-                state = None  # the worker was given up: that is allowed, once
-
-
-def _gone(resident, state):
-    try:
-        resident.materialize(state)
-    except WorkerLostError:
-        return True
-    return False
 
 
 # -------------------------------------------------------------------------------- ends of a Python
@@ -266,32 +214,12 @@ def _told(function):
     return "no error"
 
 
-def first_call_from_threads(rng):
-    with ResidentProcess(process()) as resident:
-        barrier, results = threading.Barrier(4), []
-
-        def first():
-            barrier.wait()
-            results.append(resident.materialize(resident.initialize()))
-
-        threads = [threading.Thread(target=first, daemon=True) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        if len(results) != 4:
-            return "hung"
-        number = len(directories_of(os.getpid()))
-        if number != 1:
-            return f"left behind: {number} workers for one"
-        return "right" if all(equal(r, results[0]) for r in results) else "lost"
-
-
 def rounds_from_threads(rng):
-    with ResidentProcess(process()) as resident:
-        state, results = resident.restore(plain_run()[1][0]), []
+    with ResidentProcess(process(), workers=1) as resident:
+        state, results, barrier = plain_run()[1][0], [], threading.Barrier(4)
 
         def play():
+            barrier.wait()
             results.append(resident.materialize(resident.next(state, list(cohorts()[1])).state))
 
         threads = [threading.Thread(target=play, daemon=True) for _ in range(4)]
@@ -301,11 +229,14 @@ def rounds_from_threads(rng):
             thread.join(60)
         if len(results) != 4:
             return "hung"
+        number = len(directories_of(os.getpid()))
+        if number != 1:
+            return f"left behind: {number} workers for one"
         return "right" if all(equal(r, plain_run()[2][0]) for r in results) else "lost"
 
 
 def close_in_a_round(rng):
-    resident = ResidentProcess(process(), heartbeat=1)
+    resident = ResidentProcess(process(), workers=1, heartbeat=1)
     state = resident.initialize()
     timer = after(rng.random(), resident.close)
     _, error, in_time = within(
@@ -318,9 +249,11 @@ def close_in_a_round(rng):
 
 
 def close_while_starting(rng):
-    resident = ResidentProcess(process(), heartbeat=1)
+    resident = ResidentProcess(process(), workers=1, heartbeat=1)
     timer = after(rng.random() * 0.5, resident.close)
-    _, error, in_time = within(60, lambda: [resident.initialize() for _ in range(100)])
+    _, error, in_time = within(
+        60, lambda: [resident.next(plain_run()[1][0], list(cohorts()[1])) for _ in range(100)]
+    )
     timer.join()
     if not in_time:
         return "hung"
@@ -328,8 +261,8 @@ def close_while_starting(rng):
 
 
 def a_child_that_exits(rng):
-    with ResidentProcess(process()) as resident:
-        state = resident.restore(plain_run()[1][0])
+    with ResidentProcess(process(), workers=1) as resident:
+        state = resident.next(plain_run()[0][0], list(cohorts()[0])).state
         child = os.fork()
         if child == 0:
             # It ends as a script would, with what runs at the exit.
@@ -350,7 +283,7 @@ def a_child_that_exits(rng):
 
 
 def a_child_that_uses_it(rng):
-    with ResidentProcess(process()) as resident:
+    with ResidentProcess(process(), workers=1) as resident:
         state = resident.restore(plain_run()[1][0])
         checkpoints = ResidentCheckpoints(resident, tempfile.mkdtemp())
         use = rng.choice(
@@ -389,7 +322,7 @@ def concurrency(count, seed):
     rng = random.Random(seed)
     plain_run()  # TFF's context belongs to this thread
     cases = (
-        *(first_call_from_threads, rounds_from_threads, close_in_a_round, close_while_starting),
+        *(rounds_from_threads, close_in_a_round, close_while_starting),
         *(a_child_that_exits, a_child_that_uses_it, copies),
     )
     for number in range(count):
@@ -452,25 +385,20 @@ def _judge_memory(way, path):
             _fill(f"{path}/filler")
         elif way == "no inodes":
             use_up_inodes(f"{path}/filler")
-        with ResidentProcess(process()) as resident:
+        with ResidentProcess(process(), workers=1) as resident:
             state = resident.restore(plain)
+            connections_of(resident)
             if way == "full in the middle":
                 _fill(f"{path}/filler")
             elif way == "removed":
                 for directory in os.listdir(path):
                     shutil.rmtree(f"{path}/{directory}")
-            real, handover.has_room = handover.has_room, lambda host, size: host.shares_files
-            try:
-                new, error, in_time = within(
-                    60, lambda: resident.next(state, list(cohorts()[1])).state
-                )
-                if not in_time:
-                    return "hung"
-                if error is not None:
-                    return f"unclean: {error!r}"
-                found = resident.materialize(new)
-            finally:
-                handover.has_room = real
+            new, error, in_time = within(60, lambda: resident.next(state, list(cohorts()[1])).state)
+            if not in_time:
+                return "hung"
+            if error is not None:
+                return f"unclean: {error!r}"
+            found = resident.materialize(new)
         if not equal(found, plain_run()[2][0]):
             return "lost: other numbers"
     # A directory that was removed is made again by whoever writes first.
@@ -490,6 +418,6 @@ ATTACKS = [
     Attack("cut connections", functools.partial(connections, disturb=("cut",)), 100, 8),
     Attack("refused connections", functools.partial(connections, disturb=("refuse",)), 100, 4),
     Attack("ends of Python", endings, count=76, in_tests=10),
-    Attack("threads, forks, copies", concurrency, count=42, in_tests=7),
+    Attack("threads, forks, copies", concurrency, count=36, in_tests=6),
     Attack("shared memory", shared_memory, count=24, in_tests=4),
 ]

@@ -77,10 +77,10 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-7)
 
 
-def hosts_of(resident):
-    """The workers of a `ResidentProcess`, started if need be."""
-    workers = resident._place.workers
-    return [workers.host(i) for i in range(len(workers))]
+def connections_of(resident):
+    """The connections to the workers of a `ResidentProcess`, started if need be."""
+    workers = resident._clients._workers
+    return [workers.connection(i) for i in range(len(workers))]
 
 
 def is_running(pid):

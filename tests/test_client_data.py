@@ -88,8 +88,7 @@ def forms_of(name):
 
 
 PLACES = {
-    "Python process": {"device": "CPU:0"},
-    "default": {},
+    "Python process": {},
     "worker": {"workers": 1},
 }
 

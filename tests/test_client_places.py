@@ -18,11 +18,11 @@ import tff_optim
 from aggregators import ClientStates
 
 PLACES = {
-    "worker": {},
-    "two-workers": {"workers": 2},
-    "steps-of-two": {"clients_per_step": 2},
-    "device": {"device": "CPU:0"},
-    "server-device": {"server_device": "CPU:0"},
+    "here": {},
+    "by two": {"clients_at_once": 2},
+    "a worker": {"workers": 1},
+    "a worker, by two": {"workers": 1, "clients_at_once": 2, "device": "CPU:1"},
+    "two workers": {"workers": 2},
 }
 
 

@@ -1,10 +1,10 @@
-"""ResidentProcess against the plain process that it wraps."""
+"""ResidentProcess against the plain process that it wraps, in every place."""
 
 import asyncio
 import collections
 import contextlib
 import gc
-import warnings
+import os
 
 import numpy as np
 import pytest
@@ -15,68 +15,52 @@ from resident_cases import (
     assert_equal,
     cohort,
     cohorts,
-    hosts_of,
+    connections_of,
     is_running,
     model_fn,
     plain_run,
     process,
-    wait_until,
 )
 
-import aggregators
-from tff_optim import ResidentProcess, build_keras_optimizer
+from tff_optim import ResidentProcess
 from tff_optim.resident import leaves
-from tff_optim.resident.clients.in_workers import compiled, handover
-from tff_optim.resident.clients.in_workers import connection as host_lib
+from tff_optim.resident.clients.in_workers import handover
+from tff_optim.resident.clients.in_workers.cohort import split
+
+# Where clients may be trained, and how near the numbers are to plain TFF's.
+PLACES = {
+    "here": ({"device": "CPU:1", "clients_at_once": 2}, assert_close),
+    "a worker": ({"workers": 1}, assert_equal),
+    "a worker, by two": ({"workers": 1, "clients_at_once": 2}, assert_equal),
+    "two workers": ({"workers": 2, "clients_at_once": 1, "device": "CPU:1"}, assert_close),
+}
 
 
 @pytest.fixture(scope="module")
-def resident():
-    with ResidentProcess(process()) as r:
-        yield r
+def places():
+    made = {name: ResidentProcess(process(), **place) for name, (place, _) in PLACES.items()}
+    yield made
+    for one in made.values():
+        one.close()
 
 
-def test_every_round_is_bit_identical_over_changing_cohort_sizes(resident):
+@pytest.fixture(scope="module")
+def resident(places):
+    return places["a worker"]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_rounds_are_those_of_plain_tff_over_changing_cohort_sizes(name, places):
+    resident, check = places[name], PLACES[name][1]
     state = resident.initialize()
     assert_equal(resident.materialize(state), plain_run()[0][0])
     for clients, (plain_state, plain_metrics) in zip(cohorts(), plain_run()[1:], strict=True):
         output = resident.next(state, list(clients))
         assert isinstance(output, tff.learning.templates.LearningProcessOutput)
         state, metrics = output
-        assert_equal(metrics, plain_metrics)
-        assert_equal(resident.materialize(state), plain_state)
-
-
-ADAM = tff.learning.optimizers.build_adam(0.1)
-SGD = tff.learning.optimizers.build_sgdm(0.05)
-OTHERS = {
-    # Zeroing and clipping at norms that move with the rounds.
-    "robust aggregation": lambda: tff.learning.algorithms.build_weighted_fed_avg(
-        model_fn, SGD, ADAM, model_aggregator=tff.learning.robust_aggregator()
-    ),
-    "state at the clients": lambda: tff.learning.algorithms.build_weighted_mime_lite(
-        model_fn, tff.learning.optimizers.build_sgdm(0.1, momentum=0.9), SGD
-    ),
-    "Keras optimizers, KL weights": lambda: aggregators.build_fed_kl(
-        model_fn,
-        build_keras_optimizer(tf.keras.optimizers.SGD(0.1)),
-        build_keras_optimizer(tf.keras.optimizers.Nadam(0.01)),
-    ),
-    "a gate over two means": lambda: aggregators.build_fed_med(model_fn, SGD),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_processes_are_bit_identical_too(name):
-    plain_process = OTHERS[name]()
-    plain = plain_process.initialize()
-    with ResidentProcess(plain_process, clients_per_step=2) as r:
-        state = r.restore(plain)
-        for clients in cohorts()[1:4]:
-            state, metrics = r.next(state, list(clients))
-            plain, plain_metrics = plain_process.next(plain, list(clients))
-            assert_equal(metrics, plain_metrics)
-            assert_equal(r.materialize(state), plain)
+        check(metrics, plain_metrics)
+        check(resident.materialize(state), plain_state)
+    check(resident.get_model_weights(state), plain_run()[-1][0].global_model_weights)
 
 
 def test_states_are_values_a_second_round_from_one_state_gives_the_same(resident):
@@ -136,17 +120,17 @@ def test_a_plain_or_mixed_state_is_taken_as_it_is(resident):
     assert_equal(resident.materialize(from_mixed), expected)
 
 
-def test_a_state_of_another_resident_process_is_taken_over(resident):
-    with ResidentProcess(process()) as other:
-        state = other.restore(plain_run()[1][0])
-        state, _ = resident.next(state, list(cohorts()[1]))
-        assert_equal(resident.materialize(state), plain_run()[2][0])
+def test_a_state_of_one_place_is_taken_over_by_the_others(places):
+    for source in ("here", "a worker"):
+        state = places[source].restore(plain_run()[1][0])
+        for target in ("a worker", "here", "two workers"):
+            after, _ = places[target].next(state, list(cohorts()[1]))
+            PLACES[target][1](places[target].materialize(after), plain_run()[2][0])
 
 
-def test_values_cross_in_files_as_in_messages(resident, monkeypatch):
-    state = resident.restore(plain_run()[3][0])
-    by_message = resident.materialize(state)
-    monkeypatch.setattr(handover, "FILES_FROM_BYTES", 0)
+@pytest.mark.parametrize("way", ["in files", "in messages", "where no files are seen"])
+def test_what_crosses_to_a_worker_is_the_same_whichever_way(way, monkeypatch):
+    monkeypatch.setattr(handover, "FILES_FROM_BYTES", 0 if way != "in messages" else 1 << 30)
     saves = []
     real = handover.save_in_worker
 
@@ -154,22 +138,18 @@ def test_values_cross_in_files_as_in_messages(resident, monkeypatch):
         saves.append(args)
         await real(*args)
 
+    async def see_nothing(connection):
+        connection.shares_files = False
+
     monkeypatch.setattr(handover, "save_in_worker", counted)
-    by_file = resident.materialize(resident.restore(by_message))
-    assert len(saves) == 1
-    assert_equal(by_file, plain_run()[3][0])
-    assert_equal(by_message, plain_run()[3][0])
-
-
-def test_without_room_in_the_shared_directory_it_warns_and_uses_messages(resident, monkeypatch):
-    monkeypatch.setattr(handover, "FILES_FROM_BYTES", 0)
-    Usage = collections.namedtuple("Usage", "total used free")
-    monkeypatch.setattr(handover.shutil, "disk_usage", lambda path: Usage(10, 10, 0))
-    with pytest.warns(UserWarning, match="has 0 bytes left"):
-        state = resident.restore(plain_run()[1][0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert_equal(resident.materialize(state), plain_run()[1][0])
+    if way == "where no files are seen":
+        monkeypatch.setattr(handover, "look_for_files", see_nothing)
+    with ResidentProcess(process(), workers=1) as r:
+        state = r.initialize()
+        for clients, (plain, _) in zip(cohorts()[:2], plain_run()[1:], strict=False):
+            state, _ = r.next(state, list(clients))
+            assert_equal(r.materialize(state), plain)
+    assert len(saves) == (2 if way == "in files" else 0)
 
 
 def test_tffs_own_loop_with_managers(resident, tmp_path):
@@ -215,29 +195,22 @@ def test_tffs_own_loop_with_managers(resident, tmp_path):
         loop.close()
 
 
-@pytest.mark.parametrize(
-    ("settings", "exact"),
-    [
-        ({"clients_per_step": 1}, True),
-        ({"clients_per_step": 2}, True),
-        ({"clients_per_step": 4}, True),
-        ({"clients_per_step": 8}, True),
-        ({"workers": 2}, False),
-        ({"workers": 2, "clients_per_step": 1}, False),
-    ],
-)
-def test_steps_give_the_same_bits_and_workers_the_same_to_rounding(settings, exact):
-    check = assert_equal if exact else assert_close
-    with ResidentProcess(process(), **settings) as r:
-        state = r.initialize()
-        for clients, (plain_state, plain_metrics) in zip(cohorts(), plain_run()[1:], strict=True):
-            state, metrics = r.next(state, list(clients))
-            check(r.materialize(state), plain_state)
-            check(metrics, plain_metrics)
+@pytest.mark.parametrize("place", [{"device": "CPU:0"}, {"workers": 1}])
+def test_how_many_clients_run_at_once_makes_no_difference(place):
+    found = []
+    for number in (1, 4, 8):
+        with ResidentProcess(process(), clients_at_once=number, **place) as r:
+            state, metrics = r.initialize(), []
+            for clients in cohorts():
+                state, measured = r.next(state, list(clients))
+                metrics.append(measured)
+            found.append((r.materialize(state), metrics))
+    assert_equal(found[1], found[0])
+    assert_equal(found[2], found[0])
 
 
-@pytest.mark.parametrize("clients_per_step", [2, 4])
-def test_clients_run_side_by_side(clients_per_step, tmp_path):
+@pytest.mark.parametrize("clients_at_once", [2, 4])
+def test_clients_run_side_by_side(clients_at_once, tmp_path):
     def meet(name):
         """Comes, and goes on once two are there."""
 
@@ -259,27 +232,15 @@ def test_clients_run_side_by_side(clients_per_step, tmp_path):
         return wait
 
     clients = [client.take(1).map(meet(i)) for i, client in enumerate(cohorts()[0])]
-    with ResidentProcess(process(), clients_per_step=clients_per_step) as r:
+    with ResidentProcess(process(), workers=1, clients_at_once=clients_at_once) as r:
         r.next(r.initialize(), clients)
-
-
-def test_pieces_without_shared_files(monkeypatch):
-    async def see_nothing(executor):
-        executor.host.shares_files = False
-
-    monkeypatch.setattr(handover, "look_for_files", see_nothing)
-    with ResidentProcess(process(), workers=2, clients_per_step=2) as r:
-        state = r.initialize()
-        for clients in cohorts():
-            state, _ = r.next(state, list(clients))
-        assert_close(r.materialize(state), plain_run()[-1][0])
 
 
 def test_split_deals_every_client_once_in_order():
     for total in range(0, 9):
         for workers in (1, 2, 3):
             data = list(range(total))
-            shares = compiled.split(data, workers)
+            shares = split(data, workers)
             assert [x for share in shares for x in share] == data
             assert 1 <= len(shares) <= workers
             assert all(shares) or shares == [[]]
@@ -308,32 +269,49 @@ def two_pass_process():
     )
 
 
-def test_a_process_with_dependent_aggregations_says_which_or_runs_on_all_clients_at_once():
-    two_pass = two_pass_process()
-    with pytest.raises(ValueError, match=r"`federated_sum` of float32@SERVER depends on .*mean"):
-        ResidentProcess(two_pass, clients_per_step=2)
-    with ResidentProcess(two_pass) as r:
-        state = r.initialize()
-        plain = two_pass.initialize()
-        for n in (3, 1, 2):
-            clients = [cohort(1, n + i, batches=i + 1)[0] for i in range(n)]
-            state, metrics = r.next(state, clients)
-            plain, plain_metrics = two_pass.next(plain, clients)
-            assert_equal(metrics, plain_metrics)
-            assert_equal(r.materialize(state), plain)
-        assert metrics["spread"] == 0.5
+@pytest.mark.parametrize("arguments", [{}, {"workers": 1}])
+def test_a_process_with_dependent_aggregations_is_refused_by_the_names_of_both(arguments):
+    with pytest.raises(
+        ValueError,
+        match=r"`federated_sum` of float32@SERVER, which depends on the result of .*mean",
+    ):
+        ResidentProcess(two_pass_process(), **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"clients_per_step": 2}, {"device": "CPU:0"}])
+@pytest.mark.parametrize("arguments", [{}, {"workers": 1}])
 def test_a_process_with_secure_sums_is_refused(arguments):
     secure = tff.learning.algorithms.build_weighted_fed_avg(
-        model_fn, SGD, model_aggregator=tff.learning.secure_aggregator()
+        model_fn,
+        tff.learning.optimizers.build_sgdm(0.05),
+        model_aggregator=tff.learning.secure_aggregator(),
     )
-    with pytest.raises(ValueError, match="without secure sums, which TFF's worker cannot take"):
+    with pytest.raises(ValueError, match="`process` must be without secure sums"):
         ResidentProcess(secure, **arguments)
 
 
-def test_a_state_of_all_kinds_of_leaves(monkeypatch):
+def counting_process(start, step, weights=lambda state: state):
+    """A process of a state of any kind; a round takes a step and counts what clients have."""
+
+    @tff.federated_computation
+    def initialize():
+        return tff.federated_eval(start, tff.SERVER)
+
+    state_type = start.type_signature.result
+    data_type = tff.FederatedType(tff.SequenceType(np.float32), tff.CLIENTS)
+    total = tff.tensorflow.computation(lambda d: d.reduce(0.0, lambda a, b: a + b))
+
+    @tff.federated_computation(initialize.type_signature.result, data_type)
+    def next_fn(state, data):
+        count = tff.federated_sum(tff.federated_map(total, data))
+        return tff.learning.templates.LearningProcessOutput(tff.federated_map(step, state), count)
+
+    getter = tff.tensorflow.computation(weights, state_type)
+    setter = tff.tensorflow.computation(lambda s, w: s, state_type, getter.type_signature.result)
+    return tff.learning.templates.LearningProcess(initialize, next_fn, getter, setter)
+
+
+@pytest.mark.parametrize("place", [{}, {"workers": 1}])
+def test_a_state_of_all_kinds_of_leaves(place):
     @tff.tensorflow.computation
     def start():
         return collections.OrderedDict(
@@ -345,10 +323,6 @@ def test_a_state_of_all_kinds_of_leaves(monkeypatch):
             empty=(),
         )
 
-    @tff.federated_computation
-    def initialize():
-        return tff.federated_eval(start, tff.SERVER)
-
     @tff.tensorflow.computation(start.type_signature.result)
     def grow(state):
         state["text"] = state["text"] + "!"
@@ -357,30 +331,11 @@ def test_a_state_of_all_kinds_of_leaves(monkeypatch):
         state["ragged"] = tf.concat([state["ragged"], state["ragged"]], 0)
         return state
 
-    data_type = tff.FederatedType(tff.SequenceType(np.float32), tff.CLIENTS)
-
-    @tff.federated_computation(initialize.type_signature.result, data_type)
-    def next_fn(state, data):
-        count = tff.federated_sum(
-            tff.federated_map(
-                tff.tensorflow.computation(lambda d: d.reduce(0.0, lambda a, b: a + b)), data
-            )
-        )
-        return tff.learning.templates.LearningProcessOutput(tff.federated_map(grow, state), count)
-
-    odd = tff.learning.templates.LearningProcess(
-        initialize,
-        next_fn,
-        tff.tensorflow.computation(lambda s: s["half"], start.type_signature.result),
-        tff.tensorflow.computation(
-            lambda s, w: s, start.type_signature.result, tff.TensorType(np.float16, [2])
-        ),
-    )
+    odd = counting_process(start, grow, lambda state: state["half"])
     plain = odd.initialize()
-    monkeypatch.setattr(handover, "FILES_FROM_BYTES", 0)
-    with ResidentProcess(odd) as r:
+    with ResidentProcess(odd, **place) as r:
         state = r.initialize()
-        for n in (1, 2):  # the second cohort's size moves the state
+        for n in (1, 2):
             state, metrics = r.next(state, [[1.0, 2.0]] * n)
             plain, plain_metrics = odd.next(plain, [[1.0, 2.0]] * n)
             assert_equal(metrics, plain_metrics)
@@ -388,20 +343,11 @@ def test_a_state_of_all_kinds_of_leaves(monkeypatch):
         assert_equal(r.materialize(r.restore(plain)), plain)
 
 
-def test_dropped_states_free_their_memory_at_once(resident):
-    state = resident.initialize()
-    host = hosts_of(resident)[0]
-    disposed = []
-    real = host._stub._stub.dispose
-    host._stub._stub.dispose = lambda request: disposed.append(request) or real(request)
-    try:
-        resident.next(state, list(cohorts()[0]))
-        before = len(disposed)
-        del state
-        gc.collect()
-        wait_until(lambda: len(disposed) > before, 5)
-    finally:
-        host._stub._stub.dispose = real
+def test_a_state_that_holds_a_data_set_is_refused():
+    start = tff.tensorflow.computation(lambda: [tf.data.Dataset.range(3), tf.constant(0)])
+    same = tff.tensorflow.computation(lambda s: s, start.type_signature.result)
+    with pytest.raises(ValueError, match=r"must have a state of tensors alone.* \['0'\]"):
+        ResidentProcess(counting_process(start, same, lambda state: state[1]))
 
 
 @pytest.mark.parametrize(
@@ -413,8 +359,8 @@ def test_dropped_states_free_their_memory_at_once(resident):
         ({"workers": []}, ValueError, "`workers` must be None"),
         ({"workers": ["localhost"]}, ValueError, "`workers` must name each worker 'host:port'"),
         ({"workers": ["a:1", "a:1"]}, ValueError, "`workers` must name each worker once"),
-        ({"clients_per_step": 0}, ValueError, "`clients_per_step` must be a positive integer"),
-        ({"clients_per_step": 1.5}, ValueError, "`clients_per_step` must be a positive integer"),
+        ({"clients_at_once": 0}, ValueError, "`clients_at_once` must be a positive integer"),
+        ({"clients_at_once": 1.5}, ValueError, "`clients_at_once` must be a positive integer"),
         ({"heartbeat": 0}, ValueError, "`heartbeat` must be a positive number"),
         ({"start_timeout": "1"}, ValueError, "`start_timeout` must be a positive number"),
     ],
@@ -452,8 +398,8 @@ def test_bad_states_and_data(resident):
 def test_closing_ends_the_workers_and_later_calls_say_so():
     with ResidentProcess(process(), workers=2) as r:
         state, _ = r.next(r.initialize(), list(cohorts()[0]))
-        pids = [host.worker.pid for host in hosts_of(r)]
-        directory = hosts_of(r)[0].worker.directory
+        pids = [one.worker.pid for one in connections_of(r)]
+        directory = connections_of(r)[0].worker.directory
         assert all(is_running(pid) for pid in pids)
     assert not any(is_running(pid) for pid in pids)
     assert not tf.io.gfile.exists(directory)
@@ -464,22 +410,6 @@ def test_closing_ends_the_workers_and_later_calls_say_so():
     with pytest.raises(RuntimeError, match="was closed"):
         r.initialize()
     r.close()  # a second time changes nothing
-
-
-def test_more_cohort_sizes_than_executors_are_kept(monkeypatch):
-    monkeypatch.setattr(host_lib, "_NUM_EXECUTORS", 2)
-    two_pass = two_pass_process()
-    with ResidentProcess(two_pass) as r:
-        first = state = r.initialize()
-        plain = two_pass.initialize()
-        for n in (3, 1, 2, 4):
-            clients = cohort(n, n, batches=1)
-            state, _ = r.next(state, clients)
-            plain, _ = two_pass.next(plain, clients)
-        assert_equal(r.materialize(state), plain)
-        assert len(hosts_of(r)[0]._executors) == 2
-        # A state outlives the place of its executor among the kept ones.
-        assert_equal(r.materialize(first), plain_run()[0][0])
 
 
 def memory_in_use(pid):
@@ -519,18 +449,22 @@ def collector_off():
         gc.enable()
 
 
-@pytest.mark.parametrize("what", ["rounds", "clients"])
-def test_the_workers_memory_grows_with_neither(what, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [("rounds", {}), ("clients", {}), ("rounds", {"workers": 1}), ("clients", {"workers": 1})],
+)
+def test_memory_grows_with_neither_rounds_nor_clients(what, place, monkeypatch):
     # So that memory in use is what values need: these kernels come with a pool of their own.
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     size = 10_000_000  # so large that the system's allocator gives it back when it is freed
     client = tf.data.Dataset.from_tensors(([[1.0]], [[1.0]]))
-    with ResidentProcess(large_process(size), clients_per_step=2) as r, collector_off():
+    with ResidentProcess(large_process(size), clients_at_once=2, **place) as r, collector_off():
         state, _ = r.next(r.initialize(), [client] * 2)
+        pids = [os.getpid(), *(c.worker.pid for c in (connections_of(r) if place else ()))]
         used = []
         for n in [2] * 8 if what == "rounds" else [4, 12]:
             state, _ = r.next(state, [client] * n)
-            used.append(memory_in_use(hosts_of(r)[0].worker.pid))
+            used.append(sum(map(memory_in_use, pids)))
     # Kept, each round would add four tensors, and each client two: 28 and 16 of them.
     assert used[-1] - used[0] < 4 * size * 8, used
 

@@ -1,4 +1,4 @@
-"""Every algorithm of TFF, and of this package, in the Python process, against plain TFF."""
+"""Every algorithm of TFF and of this package, against plain TFF: bits and numbers."""
 
 import functools
 
@@ -6,11 +6,11 @@ import problems
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_close
+from resident_cases import assert_close, assert_equal
 
 import aggregators
 from aggregators import rules
-from tff_optim import ResidentProcess
+from tff_optim import ResidentProcess, build_keras_optimizer
 
 LIBRARY = tff.learning.algorithms
 SGD = tff.learning.optimizers.build_sgdm(0.05, momentum=0.5)
@@ -59,6 +59,35 @@ OURS = {
     "build_fed_nova": lambda f: f(problems.model_fn, SGD, momentum=0.5),
     "build_q_fed_avg": lambda f: f(problems.model_fn, SGD, q=1.0, learning_rate=0.05),
 }
+
+
+class Rewritten(tff.learning.optimizers.Optimizer):
+    """Steps that TFF's compiler writes in another way, which rounds to other bits."""
+
+    def initialize(self, specs):
+        del specs
+        return ()
+
+    def next(self, state, weights, gradients):
+        return state, tf.nest.map_structure(
+            lambda w, g: w - (g * 0.1 - g * g * 0.3) / 3.0 * 7.0, weights, gradients
+        )
+
+
+OTHERS = {
+    # Zeroing and clipping at norms that move with the rounds.
+    "robust aggregation": lambda: LIBRARY.build_weighted_fed_avg(
+        problems.model_fn, SGD, ADAM, model_aggregator=tff.learning.robust_aggregator()
+    ),
+    "Keras optimizers, KL weights": lambda: aggregators.build_fed_kl(
+        problems.model_fn,
+        build_keras_optimizer(tf.keras.optimizers.SGD(0.1)),
+        build_keras_optimizer(tf.keras.optimizers.Nadam(0.01)),
+    ),
+    "a server's step that the compiler rewrites": lambda: LIBRARY.build_weighted_fed_avg(
+        problems.model_fn, SGD, Rewritten()
+    ),
+}
 # What is no whole process, or is held against plain TFF elsewhere.
 NOT_HERE = {
     "build_personalization_eval_computation",  # one computation without a state
@@ -92,14 +121,17 @@ def test_no_algorithm_is_left_out():
 
 @functools.cache
 def build(name):
+    if name in OTHERS:
+        return OTHERS[name]()
     module, make = (LIBRARY, OF_TFF[name]) if name in OF_TFF else (aggregators, OURS[name])
     return make(getattr(module, name))
 
 
-@pytest.mark.parametrize("name", [*OF_TFF, *OURS])
-def test_rounds_are_those_of_plain_tff(name):
+@pytest.mark.parametrize("name", [*OF_TFF, *OURS, *OTHERS])
+def test_a_worker_gives_plain_tffs_bits_and_the_python_process_its_numbers(name):
     process = build(name)
     expected = run(process, name)
-    with ResidentProcess(process, device="CPU:1") as resident:
-        for ours, theirs in zip(run(resident, name), expected, strict=True):
-            assert_close(ours, theirs)
+    for check, place in ((assert_equal, {"workers": 1}), (assert_close, {"device": "CPU:1"})):
+        with ResidentProcess(process, **place) as resident:
+            for ours, theirs in zip(run(resident, name), expected, strict=True):
+                check(ours, theirs)

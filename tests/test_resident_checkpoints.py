@@ -1,10 +1,12 @@
-"""Checkpoints that the worker writes: the same states, and never half of one."""
+"""Checkpoints: the same states, and never half of one."""
 
 import asyncio
 import contextlib
 import hashlib
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -13,11 +15,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_equal, cohorts, hosts_of, model_fn, plain_run, process
+from resident_cases import assert_close, assert_equal, cohorts, model_fn, plain_run, process
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import CheckpointError, ResidentCheckpoints, maker
-from tff_optim.resident.clients.in_workers import handover
+from tff_optim.resident import CheckpointError, ResidentCheckpoints, leaves, maker
 from tff_optim.resident.versions import VersionDirectory
 
 
@@ -61,20 +62,20 @@ def test_a_checkpoint_is_tensorflows_and_holds_the_state(resident, tmp_path):
     assert_equal(resident.materialize(checkpoints.load_now(2)), plain)
 
 
-def test_saving_and_loading_never_pass_through_python(resident, tmp_path, monkeypatch):
-    checkpoints = ResidentCheckpoints(resident, tmp_path)
-    state = resident.restore(plain_run()[1][0])
-
-    async def refuse(*args):
-        raise AssertionError("the state came to Python")
-
-    monkeypatch.setattr(handover, "fetch", refuse)
-    monkeypatch.setattr(handover, "put", refuse)
-    checkpoints.save_now(state, 1)
-    state, version = checkpoints.resume()
-    monkeypatch.undo()
-    assert version == 1
-    assert_equal(resident.materialize(state), plain_run()[1][0])
+@pytest.mark.parametrize("home", ["of_a_worker", "of_a_device"])
+def test_what_the_first_version_of_the_package_saved_is_read_and_its_run_goes_on(home, tmp_path):
+    """States that lived in a worker, and on a device, after three rounds."""
+    shutil.copytree(pathlib.Path(__file__).parent / "old_checkpoints" / home, tmp_path / "run")
+    with ResidentProcess(process(), workers=1) as r:
+        checkpoints = ResidentCheckpoints(r, tmp_path / "run")
+        with pytest.warns(UserWarning, match="was saved with"):
+            state, last = checkpoints.resume()
+        assert last == 3
+        assert_close(r.materialize(state), plain_run()[3][0])
+        for number in (4, 5):
+            state, _ = r.next(state, list(cohorts()[number - 1]))
+            checkpoints.save_now(state, number)
+        assert_close(r.materialize(checkpoints.load_now(5)), plain_run()[5][0])
 
 
 def test_the_newest_are_kept_and_versions_are_not_overwritten(resident, tmp_path):
@@ -99,14 +100,14 @@ def test_the_newest_are_kept_and_versions_are_not_overwritten(resident, tmp_path
 
 
 def test_resume_ends_with_the_numbers_of_an_undisturbed_run(tmp_path):
-    with ResidentProcess(process()) as r:
+    with ResidentProcess(process(), workers=1) as r:
         checkpoints = ResidentCheckpoints(r, tmp_path)
         state, last = checkpoints.resume()
         assert last == 0
         for i in (1, 2, 3):
             state, _ = r.next(state, list(cohorts()[i - 1]))
             checkpoints.save_now(state, i)
-    with ResidentProcess(process()) as r:
+    with ResidentProcess(process(), workers=1) as r:
         state, last = ResidentCheckpoints(r, tmp_path).resume()
         assert last == 3
         for i in (4, 5):
@@ -127,23 +128,10 @@ def test_tffs_loop_resumes_by_itself(resident, tmp_path):
     asyncio.set_event_loop(loop)
     try:
         run(2)
-        assert_equal(resident.materialize(run(3)), plain_run()[3][0])
+        assert_close(resident.materialize(run(3)), plain_run()[3][0])
     finally:
         asyncio.set_event_loop(None)
         loop.close()
-
-
-def test_a_worker_without_our_files_writes_the_same(resident, tmp_path):
-    home = hosts_of(resident)[0]
-    state = resident.restore(plain_run()[4][0])
-    home.shares_files = False
-    try:
-        checkpoints = ResidentCheckpoints(resident, tmp_path)
-        checkpoints.save_now(state, 4)
-        assert_equal(resident.materialize(checkpoints.load_now(4)), plain_run()[4][0])
-    finally:
-        home.shares_files = True
-    assert_equal(resident.materialize(checkpoints.load_now(4)), plain_run()[4][0])
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_last_version(resident, tiny_disk):
@@ -158,47 +146,38 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_version(resident, tiny_disk
         checkpoints.save_now(state, 2)
     assert checkpoints.versions() == [1]
     os.remove(filler)
-    checkpoints.save_now(state, 2)  # the state was still in the worker
+    checkpoints.save_now(state, 2)  # the state is still there
     assert_equal(resident.materialize(checkpoints.load_now(2)), plain_run()[2][0])
 
 
-def test_a_worker_on_a_full_disk_reports_it_too(resident, tiny_disk, monkeypatch):
-    # The directory can be made, and the worker runs out of room while it writes.
+def test_a_disk_that_becomes_full_in_a_save_is_reported_too(resident, tiny_disk, monkeypatch):
+    # The directory can be made, and there is no room for what is written into it.
     checkpoints = ResidentCheckpoints(resident, tiny_disk / "run")
     state = resident.initialize()
-    real = handover.save_in_worker
+    real = leaves.write_checkpoint
 
-    async def fill_first(carrier, executor, value, prefix):
+    def fill_first(*args):
         fill(tiny_disk / "filler")
-        await real(carrier, executor, value, prefix)
+        return real(*args)
 
-    monkeypatch.setattr(handover, "save_in_worker", fill_first)
+    monkeypatch.setattr(leaves, "write_checkpoint", fill_first)
     with pytest.raises(CheckpointError, match="could not be written"):
         checkpoints.save_now(state, 1)
     assert checkpoints.versions() == []
 
 
-def test_a_killed_save_leaves_the_last_good_version(tmp_path, monkeypatch):
-    with ResidentProcess(process()) as r:
+def test_a_killed_save_leaves_the_last_good_version(tmp_path):
+    with ResidentProcess(process(), workers=1) as r:
         checkpoints = ResidentCheckpoints(r, tmp_path)
         state, _ = r.next(r.initialize(), list(cohorts()[0]))
         checkpoints.save_now(state, 1)
-        pid = hosts_of(r)[0].worker.pid
-        real = handover.save_in_worker
-
-        async def save_then_die(carrier, executor, value, prefix):
-            await real(carrier, executor, value, prefix)
-            os.kill(pid, signal.SIGKILL)
-            os.remove(prefix + ".index")  # as if the end had come before the second file
-            await real(carrier, executor, value, prefix)
-
-        monkeypatch.setattr(handover, "save_in_worker", save_then_die)
-        with pytest.raises(RuntimeError, match="ended by signal SIGKILL"):
-            checkpoints.save_now(state, 2)
-        monkeypatch.undo()
-        # What a killed Python process would have left behind:
-        (tmp_path / "unfinished_abc").mkdir()
-        (tmp_path / "unfinished_abc" / "state.index").write_bytes(b"half")
+        child = os.fork()
+        if child == 0:  # a process that is killed between the two files of a version
+            with checkpoints._directory.new(2) as path:
+                pathlib.Path(path, "state.index").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert [name for name in os.listdir(tmp_path) if name.startswith("unfinished_")]
         assert checkpoints.versions() == [1]
         state, last = checkpoints.resume()
         assert last == 1
@@ -412,7 +391,6 @@ def test_states_are_for_their_owner_alone(resident, tmp_path):
         assert os.stat(folder).st_mode & 0o077 == 0
         for name in files:
             assert os.stat(os.path.join(folder, name)).st_mode & 0o077 == 0
-    assert os.stat(hosts_of(resident)[0].worker.directory).st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(

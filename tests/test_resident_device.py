@@ -1,39 +1,32 @@
-"""A process on a device of the Python process, wholly or its server alone, against plain TFF."""
+"""What holds of states, and of a process whose clients are trained in the Python process."""
 
 import asyncio
 import copy
 import gc
 import os
 import pickle
-import signal
+import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import (
-    assert_close,
-    assert_equal,
-    cohorts,
-    hosts_of,
-    plain_run,
-    process,
-)
+from resident_cases import assert_close, assert_equal, cohorts, plain_run, process
 from tensorflow.core.framework import dataset_options_pb2
 
-from tff_optim import DevicePolicy, ResidentProcess
+from tff_optim import DevicePolicy, ResidentProcess, set_device_policy
 from tff_optim.resident import ResidentCheckpoints
-from tff_optim.resident.clients.in_process.cohort import ClientTensors
-from tff_optim.resident.parts import clients_at_once
+from tff_optim.resident import process as process_lib
+from tff_optim.resident.clients import sizes
+from tff_optim.resident.clients.in_process.data import ClientTensors
+from tff_optim.resident.state import variables as variables_lib
 
-# Where a process may run; the first is the truth of the others.
 PLACES = {
-    "worker": {},
-    "device": {"device": "CPU:1", "clients_per_step": 2},
-    "server": {"server_device": "CPU:1", "clients_per_step": 2},
+    "device": {"device": "CPU:1", "clients_at_once": 2},
+    "worker": {"device": "CPU:1", "workers": 1},
 }
-ON_DEVICES = ["device", "server"]
 
 
 @pytest.fixture(scope="module")
@@ -44,34 +37,12 @@ def places():
         resident.close()
 
 
-@pytest.fixture(params=ON_DEVICES)
-def on_device(request, places):
+@pytest.fixture(params=PLACES)
+def resident(request, places):
     return places[request.param]
 
 
-def test_rounds_give_the_numbers_and_metrics_of_the_plain_process(on_device):
-    state = on_device.initialize()
-    assert_equal(on_device.materialize(state), plain_run()[0][0])
-    for clients, (plain_state, plain_metrics) in zip(cohorts(), plain_run()[1:], strict=True):
-        output = on_device.next(state, list(clients))
-        assert isinstance(output, tff.learning.templates.LearningProcessOutput)
-        state, metrics = output
-        assert_close(metrics, plain_metrics)
-        assert_close(on_device.materialize(state), plain_state)
-    assert_close(on_device.get_model_weights(state), plain_run()[-1][0].global_model_weights)
-
-
-def test_the_state_is_on_the_device(on_device):
-    state, _ = on_device.next(on_device.initialize(), list(cohorts()[0]))
-    variables = tf.nest.flatten(state)[0].held.variables
-    assert len(variables) == len(tf.nest.flatten(state))
-    assert {v.device.rpartition(":")[2] for v in variables} == {"1"}
-    assert "CPU:1" in repr(tf.nest.flatten(state)[0])
-    assert "CPU:1" in repr(on_device)
-
-
-def test_a_state_that_is_kept_stays_what_it_was_and_the_others_take_turns(places):
-    resident = places["device"]
+def test_a_state_that_is_kept_stays_what_it_was_and_the_others_take_turns(resident):
     first = resident.initialize()
     plain = resident.materialize(first)
     state = first
@@ -91,31 +62,33 @@ def test_a_state_that_is_kept_stays_what_it_was_and_the_others_take_turns(places
     assert_equal(resident.materialize(first), plain)
 
 
-def test_weights_and_hparams_are_read_and_written(on_device):
+def test_weights_and_hparams_are_read_and_written(resident):
     plain = plain_run()[2][0]
-    state = on_device.restore(plain)
-    assert_equal(on_device.materialize(state), plain)
-    assert_equal(on_device.get_model_weights(state), process().get_model_weights(plain))
+    state = resident.restore(plain)
+    assert_equal(resident.materialize(state), plain)
+    assert_equal(resident.get_model_weights(state), process().get_model_weights(plain))
     hparams = process().get_hparams(plain)
-    assert_equal(on_device.get_hparams(state), hparams)
+    assert_equal(resident.get_hparams(state), hparams)
     hparams["client_work"]["learning_rate"] = 0.02
     hparams["finalizer"]["learning_rate"] = 0.3
-    changed = on_device.set_hparams(state, hparams)
+    changed = resident.set_hparams(state, hparams)
     expected = process().set_hparams(plain, hparams)
-    assert_equal(on_device.materialize(changed), expected)
+    assert_equal(resident.materialize(changed), expected)
     weights = tf.nest.map_structure(lambda w: w + 1, process().get_model_weights(plain))
-    changed = on_device.set_model_weights(changed, weights)
+    changed = resident.set_model_weights(changed, weights)
     expected = process().set_model_weights(expected, weights)
-    assert_equal(on_device.materialize(changed), expected)
-    after, _ = on_device.next(changed, list(cohorts()[0]))
+    assert_equal(resident.materialize(changed), expected)
+    partly = resident.set_hparams(changed, {"finalizer": {"learning_rate": np.float64(0.3)}})
+    assert_equal(resident.materialize(partly), expected)
+    after, _ = resident.next(changed, list(cohorts()[0]))
     expected, _ = process().next(expected, list(cohorts()[0]))
-    assert_close(on_device.materialize(after), expected)
-    assert_equal(on_device.materialize(state), plain)  # what was given stays as it was
+    assert_close(resident.materialize(after), expected)
+    assert_equal(resident.materialize(state), plain)  # what was given stays as it was
 
 
 def test_a_run_moves_from_place_to_place_by_checkpoints(places, tmp_path):
     # Every place writes once and reads what each other one wrote.
-    order = ["worker", "device", "worker", "server", "device", "server", "worker"]
+    order = ["worker", "device", "device", "worker", "worker"]
     plain = process().initialize()
     for version, name in enumerate(order, start=1):
         resident = places[name]
@@ -131,22 +104,14 @@ def test_a_run_moves_from_place_to_place_by_checkpoints(places, tmp_path):
         )
 
 
-def test_a_state_of_one_place_is_taken_over_by_the_others(places):
-    for source in PLACES:
-        state = places[source].restore(plain_run()[1][0])
-        for target in PLACES:
-            after, _ = places[target].next(state, list(cohorts()[1]))
-            assert_close(places[target].materialize(after), plain_run()[2][0])
-
-
-def test_tffs_manager_saves_and_loads(on_device, tmp_path):
+def test_tffs_manager_saves_and_loads(resident, tmp_path):
     manager = tff.program.FileProgramStateManager(str(tmp_path))
-    state, _ = on_device.next(on_device.initialize(), list(cohorts()[0]))
+    state, _ = resident.next(resident.initialize(), list(cohorts()[0]))
     asyncio.run(manager.save(state, 1))
     loaded = asyncio.run(manager.load(1, state))
-    assert_equal(loaded, on_device.materialize(state))
-    resumed, _ = on_device.next(loaded, list(cohorts()[1]))
-    assert_close(on_device.materialize(resumed), plain_run()[2][0])
+    assert_equal(loaded, resident.materialize(state))
+    resumed, _ = resident.next(loaded, list(cohorts()[1]))
+    assert_close(resident.materialize(resumed), plain_run()[2][0])
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -289,6 +254,9 @@ def test_what_a_client_prints_is_seen(capfd):
     assert capfd.readouterr().err.count("a client is here") == 2
 
 
+@pytest.mark.skipif(
+    os.environ.get("TF_NUM_INTEROP_THREADS") == "1", reason="TensorFlow has one thread for all"
+)
 def test_clients_run_side_by_side(places, tmp_path):
     def meet(name):
         """Comes, and goes on once two are there."""
@@ -321,34 +289,12 @@ def test_the_servers_step_compiled_or_not(compiled):
         assert_close(resident.materialize(state), plain_run()[3][0])
 
 
-def test_a_lost_worker_costs_only_time_where_the_server_is_elsewhere(places):
-    resident = places["server"]
-    state = resident.restore(plain_run()[1][0])
-    os.kill(hosts_of(resident)[0].worker.pid, signal.SIGKILL)
-    after, _ = resident.next(state, list(cohorts()[1]))
-    assert_close(resident.materialize(after), plain_run()[2][0])
-
-
-def test_two_workers_and_a_server_in_the_python_process():
-    with ResidentProcess(process(), server_device="CPU:1", workers=2) as resident:
-        state = resident.initialize()
-        for clients, (plain, metrics) in zip(cohorts()[:4], plain_run()[1:], strict=False):
-            state, measured = resident.next(state, list(clients))
-            assert_close(resident.materialize(state), plain)
-            assert_close(measured, metrics)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"device": "GPU:7"}, ValueError, r"`device` must be .*CPU:1; found /GPU:7"),
-        ({"server_device": "GPU:7"}, ValueError, r"`server_device` must be .*CPU:1; found /GPU:7"),
         ({"device": 0}, TypeError, r"`device` must be None, a string .* found int"),
-        ({"server_device": 0}, TypeError, r"`server_device` must be None, a string .* found int"),
-        ({"device": "CPU:0", "workers": 1}, ValueError, "`device` must be left out .*workers=1"),
-        ({"device": "CPU:0", "server_device": "CPU:0"}, ValueError, "`device` must be left out"),
-        ({"compile_step": True}, ValueError, "`compile_step` must be None without `device`"),
-        ({"device": "CPU:0", "compile_step": 1}, ValueError, "`compile_step` must be True"),
+        ({"compile_step": 1}, ValueError, "`compile_step` must be True"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -359,8 +305,11 @@ def test_bad_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (3, "data of client 1 must be .*; found int, 3. Give a `tf.data.Dataset`"),
-        (tf.data.Dataset.range(3), "data of client 1 must be elements of .*float32.*; found int64"),
+        (3, "data of client 1 must be .*; found 3. Give a `tf.data.Dataset`"),
+        (
+            tf.data.Dataset.range(3),
+            "data of client 1 must be .*float32.*; found a data set of int64",
+        ),
     ],
 )
 def test_bad_data_is_told_before_the_round(places, data, message):
@@ -374,11 +323,29 @@ def test_a_policy_chooses_the_device():
         assert "CPU:1" in repr(tf.nest.flatten(resident.initialize())[0])
 
 
+def test_without_a_device_it_is_the_one_of_the_policy_or_the_first_gpu_or_the_cpu(monkeypatch):
+    with ResidentProcess(process()) as one:
+        gpus = bool(tf.config.list_logical_devices("GPU"))
+        assert one.device == ("GPU:0" if gpus else "CPU:0")
+        assert one.device in repr(one)
+    set_device_policy(gpu=False, index=1)
+    try:
+        with ResidentProcess(process()) as one:
+            assert one.device == "CPU:1"
+    finally:
+        set_device_policy(gpu=None)
+    seen = tf.config.list_logical_devices
+    monkeypatch.setattr(
+        tf.config, "list_logical_devices", lambda kind=None: seen("CPU" if kind == "GPU" else kind)
+    )
+    assert process_lib._chosen(None) == "/GPU:0"  # as where there is one
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not tf.config.list_physical_devices("GPU"), reason="needs a GPU")
-@pytest.mark.parametrize("argument", ["device", "server_device"])
-def test_on_a_gpu(argument):
-    with ResidentProcess(process(), **{argument: "GPU:0"}) as resident:
+@pytest.mark.parametrize("place", [{}, {"workers": 1}])
+def test_on_a_gpu(place):
+    with ResidentProcess(process(), device="GPU:0", **place) as resident:
         state = resident.initialize()
         for clients, (plain, _) in zip(cohorts()[:3], plain_run()[1:], strict=False):
             state, _ = resident.next(state, list(clients))
@@ -399,12 +366,57 @@ def test_on_a_gpu(argument):
         (16, 10, 32),
         (16, 1 << 20, 32),
         (64, 10, 128),
+        (64, 11_000_000, 12),  # a ResNet-18: 512 MB
+        (2, 1 << 29, 1),
     ],
 )
-def test_more_clients_of_a_small_model_run_at_once(cores, parameters, expected, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+def test_clients_at_once_are_bounded_by_bytes_and_by_the_cores_that_may_be_used(
+    cores, parameters, expected, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     sent = tff.to_type([(np.float32, [parameters])])
-    assert clients_at_once(sent, least=2, most=32) == expected
+    assert sizes.at_once(sent, per_core=2, small=32) == expected
+
+
+@pytest.mark.parametrize(
+    ("cohorts", "most", "made"),
+    [
+        ([100], 32, [32]),
+        ([10], 32, [16]),
+        ([37, 36, 100, 10, 1], 32, [32]),  # the first cohort decides nothing that hurts the others
+        ([1, 3, 2, 5, 10, 7, 40], 32, [1, 4, 8, 16, 32]),
+        ([10, 4], 12, [12]),
+        ([3, 10], 12, [4, 12]),
+        ([9, 2], 1, [1]),
+    ],
+)
+def test_functions_are_made_in_powers_of_two_when_they_are_first_needed(cohorts, most, made):
+    found = []
+    for number in cohorts:
+        size = sizes.of_function(number, most, found)
+        assert 1 <= size <= most
+        if size not in found:
+            found.append(size)
+        assert size == most or number <= size  # none of them has to be trained alone
+    assert found == made
+
+
+def test_cohorts_of_every_size_are_trained_side_by_side_by_functions_that_are_there():
+    with ResidentProcess(process(), clients_at_once=4) as resident:
+        clients = resident._clients
+        state = plain_run()[0][0]
+        for number, expected in ((3, [4]), (5, [4]), (1, [4]), (2, [4])):
+            data = [cohorts()[0][i % 3] for i in range(number)]
+            ours, metrics = resident.next(state, data)
+            theirs, plain_metrics = process().next(state, data)
+            assert_close(resident.materialize(ours), theirs)
+            assert_close(metrics, plain_metrics)
+            assert sorted(clients._functions) == expected
+        before, metrics = resident.next(state, [])
+        theirs, plain_metrics = process().next(state, [])
+        assert_close(resident.materialize(before), theirs)
+        assert_close(metrics, plain_metrics)
 
 
 @pytest.mark.parametrize("autotune", [None, True, False])
@@ -431,3 +443,108 @@ def test_pipelines_are_left_as_they_are_unless_their_options_say_otherwise(autot
     assert found.autotune_options.enabled is bool(autotune)
     assert found.optimization_options.apply_default_optimizations is bool(optimised)
     assert found.threading_options.private_threadpool_size == 3
+
+
+def test_a_plain_state_that_is_read_keeps_its_variables_until_then(places, monkeypatch):
+    """Another thread takes variables as soon as any are given back."""
+    resident = places["device"]
+    state = plain_run()[2][0]
+    other = tf.nest.map_structure(lambda x: np.zeros_like(x), state)
+    held = []
+    real = resident._server._function
+
+    def interleaved(computation):
+        function = real(computation)
+
+        def call(arguments):
+            thread = threading.Thread(target=lambda: held.append(resident.restore(other)))
+            thread.start()
+            thread.join()
+            return function(arguments)
+
+        return call
+
+    monkeypatch.setattr(resident._server, "_function", interleaved)
+    found = resident.get_model_weights(state)
+    assert len(held) == 1
+    assert_equal(found, process().get_model_weights(state))
+    hparams = process().get_hparams(state)
+    changed = resident.set_hparams(state, hparams)
+    assert_equal(resident.materialize(changed), state)
+
+
+def test_threads_that_read_and_train_one_process_get_the_numbers_of_their_own_states(places):
+    resident = places["device"]
+    plain, found = [plain_run()[i][0] for i in range(3)], []
+
+    def play(number):
+        for _ in range(3):
+            weights = resident.get_model_weights(plain[number])
+            after, _ = resident.next(plain[number], list(cohorts()[number]))
+            found.append((number, weights, resident.materialize(after)))
+
+    threads = [threading.Thread(target=play, args=(i,)) for i in (0, 1, 2, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 12
+    for number, weights, after in found:
+        assert_equal(weights, plain[number].global_model_weights)
+        assert_close(after, plain_run()[number + 1][0])
+
+
+def test_weights_are_read_while_a_round_is_running(places):
+    resident, state = places["device"], plain_run()[1][0]
+    began, go_on = threading.Event(), threading.Event()
+
+    def wait():
+        began.set()
+        assert go_on.wait(60)
+        return np.int64(0)
+
+    def mapped(x, y):
+        with tf.control_dependencies([tf.numpy_function(wait, [], tf.int64)]):
+            return tf.identity(x), y
+
+    data = [cohorts()[1][0].map(mapped), cohorts()[1][1]]
+    thread = threading.Thread(target=resident.next, args=(state, data))
+    thread.start()
+    try:
+        assert began.wait(60)
+        assert_equal(resident.get_model_weights(state), state.global_model_weights)
+        assert_equal(resident.materialize(resident.restore(state)), state)
+        assert_equal(resident.materialize(resident.initialize()), plain_run()[0][0])
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def test_a_leaf_that_is_read_is_the_only_one_fetched(places, monkeypatch):
+    state = places["device"].restore(plain_run()[1][0])
+    read = []
+    real = variables_lib.plain
+    monkeypatch.setattr(variables_lib, "plain", lambda v: read.append(v) or real(v))
+    leaf = state.global_model_weights.trainable[1]
+    for _ in range(3):
+        np.testing.assert_array_equal(leaf, plain_run()[1][0].global_model_weights.trainable[1])
+    assert len(read) == 3
+    assert {v.shape.as_list()[0] for v in read} == {2}
+
+
+def variables_there():
+    return {id(x): weakref.ref(x) for x in gc.get_objects() if isinstance(x, tf.Variable)}
+
+
+def test_closing_gives_the_memory_back_of_states_that_are_kept_too():
+    before = variables_there()
+    resident = ResidentProcess(process(), device="CPU:1", clients_at_once=2)
+    state, _ = resident.next(resident.initialize(), list(cohorts()[0]))
+    state, _ = resident.next(state, list(cohorts()[0]))
+    resident.get_model_weights(state)
+    made = {key: ref for key, ref in variables_there().items() if key not in before}
+    assert len(made) > 3 * len(tf.nest.flatten(state))
+    resident.close()  # as in a notebook, where both names go on
+    gc.collect()
+    assert not [ref() for ref in made.values() if ref() is not None]
+    assert "closed" in repr(tf.nest.flatten(state)[0])

@@ -48,7 +48,7 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(process, tmp_
             busy.release()
 
     def run(at_once, folder):
-        with ResidentProcess(process) as shared:
+        with ResidentProcess(process, workers=1) as shared:
             processes = {
                 "plain": process,
                 "made": lambda seed: ResidentProcess(process, device="CPU:0"),

@@ -52,7 +52,7 @@ def test_all_processes_start_where_they_are_told_by_seed():
         asked.append(seed)
         return ModelWeights([np.float32([[seed], [2]]), np.float32([0])], [])
 
-    with ResidentProcess(build_fed_avg()) as resident:
+    with ResidentProcess(build_fed_avg(), workers=1) as resident:
         processes = {
             "plain": build_fed_avg(),
             "functional": build_fed_avg(functional=True),

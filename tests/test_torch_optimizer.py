@@ -387,10 +387,10 @@ def fed_avg(server):
 
 
 @needs_torch
-@pytest.mark.parametrize("place", ["server_device", "device"])
+@pytest.mark.parametrize("place", [{}, {"workers": 1}])
 @pytest.mark.parametrize("name", FEDERATED)
 def test_it_steps_on_the_server_of_a_resident_process_as_plain_torch_does(name, place, plain):
-    with tff_optim.ResidentProcess(fed_avg(make(name)), **{place: "CPU:0"}) as process:
+    with tff_optim.ResidentProcess(fed_avg(make(name)), device="CPU:0", **place) as process:
         state = process.initialize()
         for _ in range(ROUNDS):
             state = process.next(state, CLIENTS).state
@@ -430,14 +430,6 @@ def test_a_step_outlives_the_optimizer_and_the_graph_that_it_was_traced_in():
         values = [tf.constant(value) for value in tf.nest.flatten((state, [weight], [gradient]))]
         found = tf.function(functools.partial(run_defined, definition, inputs, outputs))(*values)
         contracts.assert_equal(list(found), tf.nest.flatten(expected))
-
-
-@needs_torch
-def test_a_resident_process_in_the_worker_refuses_it_when_it_is_built():
-    with pytest.raises(
-        ValueError, match=r"`server_device` must be given .* `build_keras_optimizer`"
-    ):
-        tff_optim.ResidentProcess(fed_avg(make("SGD")))
 
 
 @needs_torch

@@ -77,6 +77,10 @@ class Proxy:
     def freeze(self):
         self._flowing.clear()
 
+    def mend(self):
+        self.refuse = False
+        self._flowing.set()
+
     def cut(self):
         for sock in self._sockets:
             with contextlib.suppress(OSError):

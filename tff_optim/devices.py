@@ -2,8 +2,8 @@
 
 TFF's worker process is built without GPU support. A device scope inside a TFF computation is kept
 in its graph, but the worker places GPU operations on its CPU. A GPU is used by TensorFlow code that
-runs in the Python process: an optimizer called directly, in a `tf.function`, or on the server device
-of a resident process.
+runs in the Python process: an optimizer called directly, in a `tf.function`, or on the device of a
+resident process.
 """
 
 import contextlib

@@ -351,8 +351,8 @@ print(json.dumps({"start": started - before, "end": time.monotonic() - started, 
 
 _PLACES = {
     "of plain TFF": "contextlib.nullcontext(process)",
-    "with the state in the worker": "ResidentProcess(process)",
-    "in the Python process": "ResidentProcess(process, device=device)",
+    "in the Python process": "ResidentProcess(process)",
+    "with clients in a worker": "ResidentProcess(process, workers=1)",
 }
 
 _ROUND = """
@@ -360,7 +360,6 @@ print("# the package is imported", flush=True)
 import contextlib, json, time
 import tensorflow as tf, tensorflow_federated as tff
 from tff_optim import ResidentProcess
-device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
 tff.backends.native.set_sync_local_cpp_execution_context()
 print("# the process is built", flush=True)
 model = tff.learning.models.functional_model_from_keras(

@@ -251,7 +251,7 @@ def fed_avg_round(table, scale):
     with ResidentProcess(process) as resident, ResidentProcess(work_alone) as resident_work:
         plain, seconds, work = median_rounds([process, resident, resident_work], [data] * 3)
     table.row("FedAvg round, 7.5e6 parameters, 4 clients", plain, seconds)
-    table.row("FedAvg round, against the clients' work alone in a worker", work, seconds)
+    table.row("FedAvg round, against the clients' work alone", work, seconds)
 
 
 def small_rounds(table, scale):
@@ -289,13 +289,15 @@ def memory(table, scale):
     tff.test.set_no_default_context()
     for clients in (200, 400):
         before = set(workers())
-        with ResidentProcess(process, clients_per_step=10) as resident:
+        with ResidentProcess(process, workers=1, clients_at_once=10) as resident:
             state = resident.initialize()
             begin = time.perf_counter()
             resident.next(state, data[:clients])
             seconds = time.perf_counter() - begin
             peak = peak_gigabytes((set(workers()) - before).pop())
-        table.row(f"peak memory, 2e6 parameters, 200 / {clients} clients", plain, peak, "GB")
+        table.row(
+            f"peak memory of a worker, 2e6 parameters, 200 / {clients} clients", plain, peak, "GB"
+        )
         if clients == 200:
             table.row("time of that first round, 200 clients", plain_seconds, seconds)
 
@@ -360,7 +362,7 @@ def one_round_on_a_device(clients, scale):
     print(peak_gigabytes("self"))
 
 
-def server_device(table, scale):
+def clients_in_a_worker(table, scale):
     size = int(1e7 * scale)
     initial_weights = weights_of(size)
     weights_type = initial_weights.type_signature.result
@@ -398,15 +400,15 @@ def server_device(table, scale):
     start_plain()
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
     with (
-        ResidentProcess(process, server_device=device) as server,
+        ResidentProcess(process, device=device, workers=1) as with_worker,
         ResidentProcess(process, device=device) as whole,
     ):
         # Not in turn: while plain TFF takes its seconds, a virtual machine may give back the shared
         # memory's pages to its host, and get them again slowly.
-        plain, server_seconds, seconds = (
-            median_rounds([p], [data], 9)[0] for p in (process, server, whole)
+        plain, worker_seconds, seconds = (
+            median_rounds([p], [data], 9)[0] for p in (process, with_worker, whole)
         )
-    table.row(f"round with the server step on {device}, 1e7 parameters", plain, server_seconds)
+    table.row(f"round of 1e7 parameters, clients in a worker, {device}", plain, worker_seconds)
     table.row(f"all of that round on {device}", plain, seconds)
 
 
@@ -473,7 +475,7 @@ BENCHMARKS = (
     memory,
     device_step,
     memory_on_a_device,
-    server_device,
+    clients_in_a_worker,
     checkpoints,
     start_up,
 )

@@ -1,20 +1,24 @@
-"""One round in every place: plain TFF, a worker, the Python process, and TensorFlow by hand.
+"""One round in every place: plain TFF, the Python process, a worker, and TensorFlow by hand.
 
-    python examples/benchmarks/resident_places.py [--tasks A B C] [--rounds 9]
+    python examples/benchmarks/resident_places.py [--tasks A B C] [--rounds 9] [--memory]
 
 prints one table: median seconds of a round, and in brackets those of building and the first round in
-a program that has run a round before. Other simulators need environments of their own: `rivals` runs
-the same tasks in them, each in a fresh program.
+a program that has run a round before. `--memory` adds one of the largest memory in use, in GB, of a
+program of one contender with its workers. Other simulators need environments of their own: `rivals`
+runs the same tasks in them, each in a fresh program.
 """
 
 import argparse
 import collections
 import os
+import subprocess
+import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
+import psutil
 import tensorflow as tf
 import tensorflow_federated as tff
 from timing import table, time_side_by_side
@@ -135,14 +139,14 @@ def rounds_of(process, clients):
     return run
 
 
-def measure(task, rounds):
+def contenders(task, opened):
+    """What builds each contender and returns a function that runs a round of it."""
     clients = cohort(task)
     tuned = [client.with_options(as_they_are()) for client in clients]
     iterator = tff.learning.LoopImplementation.DATASET_ITERATOR
-    opened = []
 
     def resident(data, loop=None, **place):
-        process = ResidentProcess(fed_avg(task, loop), **place)
+        process = ResidentProcess(fed_avg(task, loop), device="CPU:0", **place)
         opened.append(process)
         return rounds_of(process, data)
 
@@ -150,18 +154,20 @@ def measure(task, rounds):
         run = by_hand(task)
         return lambda: run(tuned)
 
-    build = {
+    return {
         "plain TFF": lambda: rounds_of(fed_avg(task), clients),
         "plain TFF, tuned": lambda: rounds_of(fed_avg(task, iterator), tuned),
-        "a worker": lambda: resident(tuned, iterator),
-        "`device='CPU:0'`": lambda: resident(clients, device="CPU:0"),
-        "`server_device='CPU:0'`": lambda: resident(tuned, iterator, server_device="CPU:0"),
+        "the Python process": lambda: resident(clients),
+        "`workers=1`": lambda: resident(tuned, iterator, workers=1),
         "TensorFlow by hand": loop,
     }
+
+
+def measure(task, rounds):
+    opened, run, first = [], {}, {}
     tff.backends.native.set_sync_local_cpp_execution_context()
-    run, first = {}, {}
     try:
-        for name, builder in build.items():
+        for name, builder in contenders(task, opened).items():
             begin = time.perf_counter()
             run[name] = builder()
             run[name]()
@@ -171,7 +177,39 @@ def measure(task, rounds):
         for process in opened:
             process.close()
         tff.test.set_no_default_context()
-    return {name: f"{seconds[name]:.3g} ({first[name]:.2g})" for name in build}
+    return {name: f"{seconds[name]:.3g} ({first[name]:.2g})" for name in run}
+
+
+def peak(task, name, rounds=5):
+    """Prints the largest memory in use of this program and its workers, in GB."""
+    opened = []
+    tff.backends.native.set_sync_local_cpp_execution_context()
+    try:
+        run = contenders(task, opened)[name]()
+        for _ in range(rounds):
+            run()
+        tree = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+        print(sum(map(peak_gigabytes, tree)))
+    finally:
+        for process in opened:
+            process.close()
+        tff.test.set_no_default_context()
+
+
+def peak_gigabytes(pid):
+    with open(f"/proc/{pid}/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1e6
+
+
+def peak_of(task, name):
+    """Asks a program of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--tasks", task, "--peak-of", name],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return f"{float(done.stdout.split()[-1]):.2f}"
 
 
 def warm_up():
@@ -185,11 +223,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak-of", metavar="CONTENDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peak_of:
+        peak(TASKS[arguments.tasks[0]], arguments.peak_of)
+        return
     warm_up()
     results = {TASKS[name].what: measure(TASKS[name], arguments.rounds) for name in arguments.tasks}
     names = list(next(iter(results.values())))
     print(table(["task", *names], [[what, *found.values()] for what, found in results.items()]))
+    if arguments.memory:
+        rows = [[TASKS[t].what, *(peak_of(t, name) for name in names)] for t in arguments.tasks]
+        print(table(["peak memory, GB", *names], rows))
 
 
 if __name__ == "__main__":

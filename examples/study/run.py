@@ -120,7 +120,7 @@ def build_process(
 ) -> tff_optim.ResidentProcess:
     """One process for a task, a server's optimizer and a rule, run where its rounds are fastest."""
     plain = _plain_process(task, server, rule, client_rate)
-    return tff_optim.ResidentProcess(plain, device="CPU:0", clients_per_step=PER_ROUND)
+    return tff_optim.ResidentProcess(plain, device="CPU:0", clients_at_once=PER_ROUND)
 
 
 def _plain_process(

@@ -1,4 +1,4 @@
-"""A learning process whose server state stays where it is computed."""
+"""A learning process whose server state stays in the Python process."""
 
 from tff_optim.resident.checkpoints import ResidentCheckpoints
 from tff_optim.resident.clients.in_workers.worker import worker_binary

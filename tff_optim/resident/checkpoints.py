@@ -11,9 +11,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import leaves, maker
-from tff_optim.resident.clients.in_workers.connection import is_cut
 from tff_optim.resident.errors import CheckpointError
 from tff_optim.resident.process import ResidentProcess
+from tff_optim.resident.state.references import references_to
 from tff_optim.resident.versions import VersionDirectory, check_version
 
 _STATE = "state"
@@ -28,7 +28,7 @@ class _DamagedError(CheckpointError):
 
 
 class ResidentCheckpoints(tff.program.ProgramStateManager):
-    """Saves the states of a `ResidentProcess` without a trip through Python.
+    """Saves the states of a `ResidentProcess`.
 
     Each version is a directory `version_N` that holds one checkpoint in TensorFlow's format,
     `version_N/state`: `tf.train.load_checkpoint` reads it, under names such as
@@ -40,9 +40,6 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
 
     One run saves to a directory. Of two, the one that saves first goes on; the other gets a
     `CheckpointError` before anything of it is written.
-
-    A worker that does not share this machine's files sends the state through Python; the files
-    are the same.
 
     Example:
       >>> import tempfile
@@ -99,14 +96,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         if not os.fspath(directory):
             raise ValueError("`directory` must be a path; found an empty string.")
         self._leaves = leaves.leaves_of(process.state_type)
-        odd = [leaf.name for leaf in self._leaves if not leaf.is_tensor]
-        if odd:
-            raise ValueError(
-                "`process` must have a state of tensors alone, which is what checkpoints hold; "
-                f"found something else at {odd}."
-            )
         self._process, self._accept_changes = process, accept_changes
-        # The worker has a working directory of its own.
         self._directory = VersionDirectory(os.path.abspath(directory), keep)
         self._damaged: set[int] = set()
         self._made_by: dict[str, Any] | None = None
@@ -136,16 +126,14 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             with self._directory.new(version, self._damaged) as path:
                 with open(os.path.join(path, _MADE_BY), "w", encoding="ascii") as f:
                     json.dump(made_by | {"checksum": _checksum(made_by)}, f)
-                self._process._place.save(source, os.path.join(path, _STATE))
+                self._process._server.write(source, os.path.join(path, _STATE))
                 self._read_back(path)
-        except Exception as error:
-            if _came_from_files(error):
-                raise CheckpointError(
-                    f"Version {version} could not be written to {self._directory.path}: "
-                    f"{_reason(error)} The versions before it, {self.versions()}, are as they "
-                    "were, and the state can still be used: make room and save it again."
-                ) from error
-            raise
+        except (OSError, tf.errors.OpError) as error:
+            raise CheckpointError(
+                f"Version {version} could not be written to {self._directory.path}: "
+                f"{_reason(error)} The versions before it, {self.versions()}, are as they were, "
+                "and the state can still be used: make room and save it again."
+            ) from error
         self._damaged.clear()
 
     def load_now(self, version: int) -> Any:
@@ -167,11 +155,11 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         what = f"Version {version} in {self._directory.path}"
         try:
             self._check(what, path)
-            return self._process._place.load(os.path.join(path, _STATE)).references()
-        except Exception as error:
+            return references_to(self._process._server.read(os.path.join(path, _STATE)))
+        except (CheckpointError, OSError, tf.errors.OpError) as error:
             if not os.path.lexists(path):
                 raise tff.program.ProgramStateNotFoundError(version) from error
-            if isinstance(error, CheckpointError) or not _came_from_files(error):
+            if isinstance(error, CheckpointError):
                 raise
             raise _DamagedError(f"{what} cannot be read: {_reason(error)}") from error
 
@@ -267,7 +255,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             if name in (_MADE_BY, *_STATE_FILES):
                 os.chmod(os.path.join(path, name), 0o600)
             else:
-                os.remove(os.path.join(path, name))  # of a call that was cut off and repeated
+                os.remove(os.path.join(path, name))
 
     def _check(self, what: str, path: str) -> None:
         """Compares what a version holds with what the process needs."""
@@ -340,18 +328,9 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         )
 
 
-def _came_from_files(error: BaseException) -> bool:
-    """Whether the file system, here or in the worker, refused to take or to give a checkpoint."""
-    if isinstance(error, OSError | tf.errors.OpError):
-        return True
-    return hasattr(error, "details") and not is_cut(error)  # type: ignore[arg-type]
-
-
 def _checksum(made_by: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _reason(error: BaseException) -> str:
-    details = getattr(error, "details", None)
-    text = str(details() if callable(details) else error)
-    return text.rstrip(".") + "."
+    return str(error).rstrip(".") + "."

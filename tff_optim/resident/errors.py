@@ -6,7 +6,7 @@ class WorkerStartError(RuntimeError):
 
 
 class WorkerLostError(RuntimeError):
-    """A worker ended, or the connection to it was cut, and values that lived in it are gone."""
+    """Workers ended, or connections to them were cut, again and again in one round."""
 
 
 class CheckpointError(RuntimeError):

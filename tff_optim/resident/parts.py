@@ -1,12 +1,10 @@
 """A process cut into TensorFlow computations: TFF's own MapReduce form of its rounds.
 
 TFF's executor turns a value into a message and back wherever it is broadcast or aggregated: 0.15 s
-for 40 MB. In MapReduce form a round is a handful of TensorFlow computations without placements. In
-a worker they are called on handles; in the Python process they are functions. Nothing but the
-clients' data goes in, and nothing but the metrics comes out.
+for 40 MB. In MapReduce form a round is a handful of TensorFlow computations without placements, which
+are functions of the Python process, or are called on values in a worker.
 """
 
-import os
 import weakref
 from typing import Any
 
@@ -14,11 +12,9 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.resident import leaves
 from tff_optim.resident.graphs.first_values import without_unread
 
 _SECURE = "federated_secure_"
-_BYTES_AT_ONCE = 16 << 20
 
 
 class NoMapReduceFormError(ValueError):
@@ -61,20 +57,6 @@ class RoundParts:
         return self.zero.type_signature.result
 
 
-def clients_at_once(context_type: tff.Type, least: int, most: int) -> int:
-    """Chooses how many clients a place runs at once.
-
-    Args:
-      context_type: What a client is sent, and about what it returns.
-      least: How many to a processor core, however large that is.
-      most: How many of a small one: they share what has to be done for each step, and the wait for
-        its slowest client. No bound below what `least` asks for.
-    """
-    least *= os.cpu_count() or 1
-    fitting = _BYTES_AT_ONCE // max(leaves.num_bytes(context_type), 1)
-    return min(max(fitting, least), max(most, least))
-
-
 def no_grappler() -> tf.compat.v1.ConfigProto:
     """Leaves graphs as they are.
 
@@ -85,6 +67,23 @@ def no_grappler() -> tf.compat.v1.ConfigProto:
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.disable_meta_optimizer = True
     return config
+
+
+def compile_native(computation: Any) -> Any:
+    """Compiles a computation without aggregations as plain TFF does, for its worker.
+
+    The worker optimises nothing by itself. What plain TFF lets Grappler do is done here, but for
+    its way of saving memory, to compute values twice, which aborts the Python process on graphs
+    with a ResNet's gradient.
+    """
+    config = tf.compat.v1.ConfigProto()
+    options = config.graph_options.rewrite_options
+    options.memory_optimization = options.NO_MEM_OPT
+    options.constant_folding = options.AGGRESSIVE
+    options.arithmetic_optimization = options.AGGRESSIVE
+    options.loop_optimization = options.AGGRESSIVE
+    options.function_optimization = options.AGGRESSIVE
+    return tff.backends.native.transform_to_native_form(computation, grappler_config=config)
 
 
 def cut(next_computation: Any) -> RoundParts:
@@ -117,12 +116,13 @@ def _cut(next_computation: Any) -> RoundParts:
         chain = dependent_aggregations(next_computation)
         if chain is not None:
             raise NoMapReduceFormError(
-                f"{_NEEDED} whose aggregations do not depend on each other, but {chain[1]} depends "
-                f"on the result of {chain[0]}. Use one worker and none of these arguments, or a "
-                "one-pass aggregation rule."
+                "`process` must be one whose aggregations do not depend on each other; found "
+                f"{chain[1]}, which depends on the result of {chain[0]}. Use a one-pass aggregation "
+                "rule, or run it in plain TFF."
             ) from error
         raise NoMapReduceFormError(
-            f"{_NEEDED} that TFF can split at its aggregation, and it cannot split this one: {error}"
+            "`process` must be one that TFF can split at its broadcast and its aggregation; found "
+            f"that it cannot: {error}"
         ) from error
     return RoundParts(
         prepare=form.prepare,
@@ -133,9 +133,6 @@ def _cut(next_computation: Any) -> RoundParts:
         report=form.report,
         update=form.update,
     )
-
-
-_NEEDED = "`device`, `server_device`, `clients_per_step` and more than one worker need a process"
 
 
 def check_no_secure_sum(next_computation: Any) -> None:
@@ -153,7 +150,7 @@ def check_no_secure_sum(next_computation: Any) -> None:
     tff.framework.transform_postorder(next_computation.to_building_block(), look)
     if found:
         raise ValueError(
-            "`process` must be without secure sums, which TFF's worker cannot take; found "
+            "`process` must be without secure sums, which need clients of their own; found "
             f"`{found[0]}`. Simulate with the aggregator that is made secure."
         )
 

@@ -1,34 +1,42 @@
-"""ResidentProcess: a learning process whose server state stays where it is computed."""
+"""ResidentProcess: a learning process whose server state stays in the Python process."""
 
+import logging
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
 from tff_optim.client_data import ClientData, explain
-from tff_optim.devices import DevicePolicy
-from tff_optim.resident import forks, leaves, parts, places
-from tff_optim.resident.place import Source
-from tff_optim.resident.state import references
+from tff_optim.devices import DevicePolicy, select_device
+from tff_optim.resident import forks, leaves, parts
+from tff_optim.resident.clients import Clients
+from tff_optim.resident.clients.in_process.cohort import InProcess
+from tff_optim.resident.clients.in_workers.cohort import InWorkers
+from tff_optim.resident.clients.in_workers.workers import Workers
+from tff_optim.resident.server import Server
+from tff_optim.resident.state.references import held_by, references_to
+from tff_optim.resident.state.variables import OnDevice
 
 
 class ResidentProcess:
     """A `tff.learning.templates.LearningProcess` whose server state stays where it is computed.
 
-    It is used like the process it wraps, and gives the same numbers. The leaves of its states
-    are `tff.program.MaterializableValueReference`s: TFF's loops, program state managers and
-    release managers fetch them when they need them. A plain state, such as a manager loads,
-    can be given wherever a state is expected.
+    It is used like the process it wraps. State and server are in TensorFlow of the Python process,
+    on a GPU where there is one; clients are trained there too, or in workers of TFF. The leaves of
+    its states are `tff.program.MaterializableValueReference`s: TFF's loops, program state managers
+    and release managers fetch them when they need them. A plain state, such as a manager loads, can
+    be given wherever a state is expected, as can one of another `ResidentProcess`.
 
-    It lives in a worker of TFF, in the first of several, or with `device` in TensorFlow of the
-    Python process. A state of one place is taken over by every other, as are checkpoints.
+    With `workers=1` its numbers are plain TFF's to the bit; without workers, or with several, to
+    rounding. Where plain TFF draws anew in every run, nothing repeats it.
 
     Rounds run in TFF's MapReduce form, a few clients after the other, so that the memory needed
     depends on the model and not on the cohort. A process in which one aggregation depends on
-    another has no such form: its rounds run on all clients at once, as plain TFF runs them, in one
-    worker.
+    another has no such form, and is refused.
 
     Example:
       >>> import tensorflow as tf
@@ -51,29 +59,25 @@ class ResidentProcess:
 
     Args:
       process: The learning process.
-      device: A device of the Python process for all of it, such as `'GPU:0'` or `'CPU:0'`, or a
-        `DevicePolicy`: no worker is started, the state lives in variables on the device.
-      server_device: The same for the state and the server's half of a round alone; clients run
-        in workers.
-      workers: None or 1 for one local worker, N for N local workers, or a list of
-        `'host:port'` of running TFF workers. States live in the first one; every worker
-        takes an equal share of each cohort.
-      clients_per_step: The largest number of clients that a place runs at once, which
-        bounds its memory; None for 8 times the number of this machine's cores in a worker,
-        and about twice that number in the Python process, such that the first cohort falls
-        into equal groups where it can. Of small models it is as many as make 16 MB, up to 128
-        in a worker and 32 in the Python process. It makes no difference to the numbers.
-      compile_step: Whether XLA compiles the server's step on a device; None for states of 4 MB
-        and more in large tensors, where XLA can.
+      device: Where the state, the server and, without `workers`, the clients are: `'GPU:0'`,
+        `'CPU:0'`, or a `DevicePolicy`. None for that of `set_device_policy`, else the first GPU,
+        where there is one, else the CPU. The attribute `device` says which.
+      workers: None to train clients on the device too. N for N local workers of TFF, or a list of
+        `'host:port'` of running ones: every worker takes an equal share of each cohort. They hold
+        nothing between rounds.
+      clients_at_once: The largest number of clients that are trained at once, on the device or in
+        each worker, which bounds the memory needed; None to choose by cores and memory. It makes
+        no difference to the numbers.
+      compile_step: Whether XLA compiles the server's step; None for states of 4 MB and more in
+        large tensors, where XLA can and there are no workers.
       heartbeat: Seconds between two looks at a worker while it computes, and the time it
         has to answer before it counts as lost.
       start_timeout: Seconds that a worker has to start.
 
     Raises:
-      TypeError: `process` is not a learning process.
+      TypeError: `process` is not a learning process, or `device` no device.
       ValueError: An argument is out of range, there is no such device, or the process cannot be
-        split as asked.
-      WorkerStartError: A worker does not start or answer; raised at the first call.
+        split.
     """
 
     def __init__(
@@ -81,9 +85,8 @@ class ResidentProcess:
         process: tff.learning.templates.LearningProcess,
         *,
         device: str | DevicePolicy | None = None,
-        server_device: str | DevicePolicy | None = None,
         workers: int | Sequence[str] | None = None,
-        clients_per_step: int | None = None,
+        clients_at_once: int | None = None,
         compile_step: bool | None = None,
         heartbeat: float = 10.0,
         start_timeout: float = 60.0,
@@ -94,23 +97,47 @@ class ResidentProcess:
                 f"{type(process).__name__}. Build one with `tff.learning.algorithms` or "
                 "`tff.learning.templates.compose_learning_process`."
             )
-        self._settings = places.Settings(
-            device=device,
-            server_device=server_device,
-            workers=workers,
-            clients_per_step=clients_per_step,
-            compile_step=compile_step,
-            heartbeat=heartbeat,
-            start_timeout=start_timeout,
-        )
+        _check_positive("heartbeat", heartbeat)
+        _check_positive("start_timeout", start_timeout)
+        if clients_at_once is not None and (
+            not isinstance(clients_at_once, int)
+            or isinstance(clients_at_once, bool)
+            or clients_at_once < 1
+        ):
+            raise ValueError(
+                f"`clients_at_once` must be a positive integer or None; found {clients_at_once!r}."
+            )
+        if not isinstance(compile_step, bool | None):
+            raise ValueError(f"`compile_step` must be True, False or None; found {compile_step!r}.")
+        targets = _targets(workers)
+        self._device = _chosen(device)
         parts.check_no_secure_sum(process.next)
+        cut = parts.cut(process.next)
         self._process = process
         self._state_type = process.initialize.type_signature.result.member
         self._metrics_type = process.next.type_signature.result.metrics.member
         self._taken = ClientData(process.next.type_signature.parameter[1].member)
-        self._place = places.build_place(process, self._settings)
+        self._server = Server(process, cut, self._device, compile_step, exact=targets is not None)
+        self._clients: Clients
+        if targets is None:
+            self._clients = InProcess(cut, self._device, clients_at_once)
+        else:
+            self._clients = InWorkers(
+                cut,
+                Workers(targets, heartbeat, start_timeout),
+                clients_at_once,
+                self._server.merging(cut.merge),
+            )
         self._owner = os.getpid()
         self._closed = False
+        # The variables of the clients' functions are for one round at a time. What reads or makes
+        # states needs no lock: a state's variables are its own.
+        self._round = threading.RLock()
+
+    @property
+    def device(self) -> str:
+        """Where the state is, such as `'GPU:0'`."""
+        return self._device[1:]
 
     @property
     def process(self) -> tff.learning.templates.LearningProcess:
@@ -129,7 +156,7 @@ class ResidentProcess:
           A state with references as leaves.
         """
         self._check_open()
-        return self._place.initialize().references()
+        return references_to(self._server.initialize())
 
     def next(self, state: Any, client_data: Sequence[Any]) -> Any:
         """Runs one round.
@@ -145,7 +172,8 @@ class ResidentProcess:
         Raises:
           TypeError: An argument is not what the wrapped process takes; of data, the message
             names the client by its position.
-          WorkerLostError: The worker that held the state is gone.
+          WorkerStartError: A worker does not start or answer.
+          WorkerLostError: Workers were lost again and again.
         """
         if not isinstance(client_data, list | tuple):
             raise TypeError(
@@ -153,13 +181,19 @@ class ResidentProcess:
                 f"{type(client_data).__name__}."
             )
         data = [self._taken(one, client) for client, one in enumerate(client_data)]
+        held = self._taken_in(state)
         try:
-            new_state, metrics = self._place.next(self._source(state), data)
+            with self._round:
+                self._check_open()
+                context = self._server.prepare(held)
+                total = self._clients.add_up(context, data)
+                new, metrics = self._server.step(held, total)
         except Exception as error:
+            self._check_open()
             explain(error, enumerate(data))
             raise
         return tff.learning.templates.LearningProcessOutput(
-            new_state.references(), leaves.pack(metrics, self._metrics_type)
+            references_to(new), leaves.pack(metrics, self._metrics_type)
         )
 
     def get_model_weights(self, state: Any) -> Any:
@@ -191,8 +225,8 @@ class ResidentProcess:
 
     def materialize(self, state: Any) -> Any:
         """Brings a state to Python: the state of the wrapped process."""
-        source = self._source(state)
-        plain = source.fetch() if isinstance(source, references.Held) else source
+        found = self._source(state)
+        plain = found.fetch() if isinstance(found, OnDevice) else found
         return leaves.pack(plain, self._state_type)
 
     def restore(self, plain_state: Any) -> Any:
@@ -201,12 +235,16 @@ class ResidentProcess:
         Raises:
           TypeError: It is not a state of the wrapped process.
         """
-        return self._place.take_in(self._source(plain_state)).references()
+        return references_to(self._taken_in(plain_state))
 
     def close(self) -> None:
-        """Ends the local workers and closes the connections; states of this process are gone."""
+        """Ends the local workers, and gives back the memory of all states of this process."""
+        if os.getpid() != self._owner:
+            return  # all of it is the parent's
         self._closed = True
-        self._place.close()
+        self._clients.close()  # which ends a round that another thread is waiting for
+        with self._round:
+            self._server.close()
 
     def __enter__(self) -> "ResidentProcess":
         return self
@@ -215,7 +253,9 @@ class ResidentProcess:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<ResidentProcess on {'nothing: closed' if self._closed else self._place.name}>"
+        if self._closed:
+            return "<ResidentProcess on nothing: closed>"
+        return f"<ResidentProcess on {self.device}, clients in {self._clients.name}>"
 
     def __copy__(self) -> "ResidentProcess":
         raise TypeError(
@@ -238,22 +278,57 @@ class ResidentProcess:
                 "another one and go on from a checkpoint or a plain state."
             )
 
-    def _source(self, state: Any) -> Source:
+    def _source(self, state: Any) -> OnDevice | list[Any]:
         """Finds what a state's references stand for; checks a plain or mixed state."""
         self._check_open()
-        held = references.held_by(state, self._state_type)
-        if held is None:
-            plain = references.plain_leaves(state, self._state_type)
-            return leaves.as_arrays(leaves.pack(plain, self._state_type), self._state_type)
-        leaves.check_same(held.leaves, leaves.leaves_of(self._state_type))
-        held.check()
-        return held
+        found = held_by(state, self._state_type)
+        if isinstance(found, OnDevice):
+            leaves.check_same(found.leaves, self._server.leaves)
+            return found
+        return leaves.as_arrays(leaves.pack(found, self._state_type), self._state_type)
+
+    def _taken_in(self, state: Any) -> OnDevice:
+        return self._server.take_in(self._source(state))
 
     def _get(self, computation: Any, state: Any) -> Any:
-        result = self._place.get(computation, self._source(state))
+        result = self._server.get(computation, self._taken_in(state))
         return leaves.pack(result, computation.type_signature.result)
 
     def _set(self, name: str, computation: Any, state: Any, part: Any) -> Any:
         part_type = computation.type_signature.parameter[1]
         arrays = leaves.as_arrays(part, part_type, name)
-        return self._place.set(computation, self._source(state), arrays).references()
+        return references_to(self._server.set(computation, self._taken_in(state), arrays))
+
+
+def _chosen(device: str | DevicePolicy | None) -> str:
+    """The device that is asked for, or else the first GPU, or else the CPU."""
+    chosen = select_device(device)
+    if chosen is None:
+        chosen = "/GPU:0" if tf.config.list_logical_devices("GPU") else "/CPU:0"
+        logging.getLogger(__name__).info("A `ResidentProcess` runs on %s.", chosen[1:])
+    return chosen
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"`{name}` must be a positive number of seconds; found {value!r}.")
+
+
+def _targets(workers: int | Sequence[str] | None) -> list[str | None] | None:
+    """For each worker its `'host:port'`, or None for one to be started; None without workers."""
+    if workers is None:
+        return None
+    if isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1:
+        return [None] * workers
+    if isinstance(workers, list | tuple) and workers:
+        for target in workers:
+            host, _, port = target.rpartition(":") if isinstance(target, str) else ("", "", "")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise ValueError(f"`workers` must name each worker 'host:port'; found {target!r}.")
+        if len(set(workers)) < len(workers):
+            raise ValueError(f"`workers` must name each worker once; found {workers!r}.")
+        return list(workers)
+    raise ValueError(
+        "`workers` must be None, a positive number of local workers, or a list of 'host:port'; "
+        f"found {workers!r}."
+    )

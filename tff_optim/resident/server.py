@@ -1,42 +1,159 @@
-"""The server's step on a device: from one set of variables into another."""
+"""The server's half of a process: its state in variables on a device, and what is computed of it."""
 
 import logging
+import threading
 from typing import Any
 
 import tensorflow as tf
+import tensorflow_federated as tff
 
 from tff_optim import tracing
 from tff_optim.devices import device_scope
 from tff_optim.resident import leaves
-from tff_optim.resident.graphs.imported import ImportedComputation
-from tff_optim.resident.parts import RoundParts
-from tff_optim.resident.state.variables import OnDevice, VariableSets
+from tff_optim.resident import parts as parts_lib
+from tff_optim.resident.graphs.imported import ImportedComputation, as_function
+from tff_optim.resident.state.variables import (
+    CLOSED,
+    OnDevice,
+    Variables,
+    VariableSets,
+    plain,
+)
 
 # Below, a step takes no longer than XLA's call; of many small tensors, compiling takes seconds.
 _COMPILED_FROM_BYTES = 4 << 20
 _COMPILED_FROM_BYTES_A_TENSOR = 1 << 20
 
 
+class Server:
+    """The server of a process.
+
+    Args:
+      process: The learning process.
+      parts: Its round.
+      device: Where the state is, and where operations go.
+      compile_step: Whether XLA compiles the server's step; None where it pays.
+      exact: Whether computations are optimised as plain TFF's compiler does, and nowhere else, so
+        that results are plain TFF's to the bit.
+    """
+
+    def __init__(
+        self,
+        process: tff.learning.templates.LearningProcess,
+        parts: parts_lib.RoundParts,
+        device: str,
+        compile_step: bool | None,
+        exact: bool,
+    ):
+        state_type = process.initialize.type_signature.result.member
+        self._device = device
+        self._exact = exact
+        self._initialize = process.initialize
+        self._sets = VariableSets(state_type, device)
+        report, update = self._imported(parts.report), self._imported(parts.update)
+        self._step: Any = ServerStep(report, update, self._sets, device, compile_step)
+        self._prepare: Any = as_function(self._imported(parts.prepare))
+        self.leaves = self._sets.leaves
+        self._functions: dict[Any, Any] = {}
+        self._building = threading.RLock()
+
+    def initialize(self) -> OnDevice:
+        """Computes the initial state."""
+        return self._sets.hold(self._function(self._initialize)([]))
+
+    def take_in(self, state: OnDevice | list[Any]) -> OnDevice:
+        """Brings a state, of another process or plain, into variables of this one."""
+        if isinstance(state, OnDevice):
+            return state if state.sets is self._sets else self._sets.hold(state.variables)
+        return self._sets.hold(state)
+
+    def prepare(self, held: OnDevice) -> list[Any]:
+        """Computes what the clients are sent."""
+        return self._prepare(held.variables)
+
+    def step(self, held: OnDevice, total: list[Any]) -> tuple[OnDevice, list[Any]]:
+        """Computes the new state and the metrics from a cohort's aggregate."""
+        new = self._sets.take()
+        metrics = self._step(held.variables, new, total)
+        return self._sets.state(new), [plain(x) for x in metrics]
+
+    def get(self, computation: Any, held: OnDevice) -> list[Any]:
+        """Calls an unplaced `S -> T` and brings the result to Python."""
+        return [plain(x) for x in self._function(computation)(held.variables)]
+
+    def set(self, computation: Any, held: OnDevice, part: list[Any]) -> OnDevice:
+        """Calls an unplaced `<S, T> -> S` with a `T` from Python."""
+        part_type = computation.type_signature.parameter[1]
+        tensors = [
+            tf.convert_to_tensor(x, leaf.dtype)
+            for x, leaf in zip(part, leaves.leaves_of(part_type), strict=True)
+        ]
+        return self._sets.hold(self._function(computation)([*held.variables, *tensors]))
+
+    def merging(self, merge: Any) -> Any:
+        """Returns `<A, A> -> A` as a function of the leaves of two aggregates."""
+        return as_function(self._imported(merge))
+
+    def write(self, state: OnDevice | list[Any], prefix: str) -> None:
+        """Writes a state as the TensorFlow checkpoint `prefix`."""
+        values = state.variables if isinstance(state, OnDevice) else state
+        leaves.write_checkpoint(prefix, self._sets.leaves, values)
+
+    def read(self, prefix: str) -> OnDevice:
+        """Reads a state from the checkpoint `prefix`."""
+        return self._sets.hold(leaves.read_checkpoint(prefix, self._sets.leaves))
+
+    def close(self) -> None:
+        """Lets go of the states and of the functions."""
+        self._sets.close()
+        self._functions.clear()
+        self._prepare = self._step = _gone
+
+    def _imported(self, computation: Any) -> ImportedComputation:
+        if self._exact:
+            computation = parts_lib.compile_native(computation)
+        return ImportedComputation(computation, self._device, apart=self._exact)
+
+    def _function(self, computation: Any) -> Any:
+        with self._building:
+            if computation not in self._functions:
+                unplaced = computation
+                if computation is self._initialize:
+                    unplaced = tff.backends.mapreduce.get_state_initialization_computation(
+                        computation, grappler_config=parts_lib.no_grappler()
+                    )
+                self._functions[computation] = as_function(self._imported(unplaced))
+            return self._functions[computation]
+
+
+def _gone(*unused: Any) -> Any:
+    raise RuntimeError(CLOSED)
+
+
 class ServerStep:
     """`<S, A> -> <S, M>`, the aggregation's report and the update of the state.
 
     Args:
-      parts: The round.
+      report: `A -> R`.
+      update: `<S, R> -> <S, M>`.
       sets: Where states are.
-      device: Where the operations go; None to leave it to TensorFlow.
-      compiled: Whether XLA compiles the step; None where the state is large, in
-        few tensors, and XLA can.
+      device: Where the operations go.
+      compiled: Whether XLA compiles the step; None where the state is large, in few tensors, XLA
+        can, and the computations may be optimised here.
     """
 
     def __init__(
-        self, parts: RoundParts, sets: VariableSets, device: str | None, compiled: bool | None
+        self,
+        report: ImportedComputation,
+        update: ImportedComputation,
+        sets: VariableSets,
+        device: str,
+        compiled: bool | None,
     ):
-        self._sets = sets
+        self._leaves = sets.leaves
         self._device = device
         self._must = compiled is True
-        self.compiled = _is_large(sets) if compiled is None else compiled
-        report = ImportedComputation(parts.report, device)
-        update = ImportedComputation(parts.update, device)
+        self.compiled = not update.apart and _is_large(sets) if compiled is None else compiled
         self._inner_variables = (report.make_variables(), update.make_variables())
         num_state = len(sets.leaves)
 
@@ -49,18 +166,16 @@ class ServerStep:
                 variable.assign(value)
             return output[num_state:]
 
-        self._plain = tracing.function(step, autograph=False)
+        self._plain = step if update.apart else tracing.function(step, autograph=False)
         self._xla = tracing.function(step, autograph=False, jit_compile=True)
 
-    def __call__(self, held: OnDevice, total: list[Any]) -> tuple[OnDevice, list[Any]]:
-        """Takes a step; the old state stays what it was."""
-        new = self._sets.take()
-        metrics = self._run(held.variables, new, total)
-        _check_devices(self._sets.leaves, new, self._device)
-        return OnDevice(self._sets, new), metrics
+    def __call__(self, old: Variables, new: Variables, total: list[Any]) -> list[Any]:
+        """Takes a step from one set of variables into another; returns the metrics."""
+        metrics = self._run(list(old), list(new), total, self._inner_variables)
+        _check_devices(self._leaves, new, self._device)
+        return metrics
 
-    def _run(self, old: list[Any], new: list[Any], total: list[Any]) -> list[Any]:
-        arguments = (old, new, total, self._inner_variables)
+    def _run(self, *arguments: Any) -> list[Any]:
         with device_scope(self._device):
             if self.compiled:
                 try:
@@ -78,13 +193,11 @@ def _is_large(sets: VariableSets) -> bool:
     return leaves.num_bytes(sets.type) >= least
 
 
-def _check_devices(
-    names: list[leaves.Leaf], variables: list[tf.Variable], device: str | None
-) -> None:
+def _check_devices(names: list[leaves.Leaf], variables: Variables, device: str) -> None:
     """Raises unless every tensor is in the memory of the device."""
     for leaf, variable in zip(names, variables, strict=True):
         # TensorFlow keeps integers and texts of a GPU's steps in the host's memory.
-        if device is None or not leaf.dtype.is_floating:
+        if not leaf.dtype.is_floating:
             continue
         place = variable.device
         if not place.endswith(f"/device:{device[1:]}"):

@@ -1,4 +1,4 @@
-"""The same rounds here: `python ours.py plain|worker|device`. Plain TFF is the first of them."""
+"""The same rounds here: `python ours.py plain|device|worker`. Plain TFF is the first of them."""
 
 import importlib.metadata
 import os
@@ -17,8 +17,8 @@ from tff_optim import ResidentProcess
 
 PLACES = {
     "plain": "plain TFF",
-    "worker": "`ResidentProcess`, a worker",
-    "device": "`ResidentProcess`, `device='CPU:0'`",
+    "device": "`ResidentProcess`, on the CPU",
+    "worker": "`ResidentProcess`, `workers=1`",
 }
 PLACE = sys.argv.pop(1) if len(sys.argv) > 1 else ""
 
@@ -38,7 +38,7 @@ def simulate(task, clients, start, server, rounds, round_done):
     if PLACE == "plain":
         tff.backends.native.set_sync_local_cpp_execution_context()
     else:
-        process = ResidentProcess(process, device="CPU:0" if PLACE == "device" else None)
+        process = ResidentProcess(process, device="CPU:0", workers=1 if PLACE == "worker" else None)
     try:
         weights = tff.learning.models.ModelWeights(start, ())
         state = process.set_model_weights(process.initialize(), weights)

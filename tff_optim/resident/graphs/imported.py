@@ -4,11 +4,12 @@ A `tff.tensorflow.computation` is a serialized graph: names of the tensors that 
 those that are fetched, and an operation that gives the graph's variables their first values. TFF's
 worker runs it in a session, in which every call starts from fresh variables. Here the graph becomes
 the body of a function. Its variables become arguments: calls that may run beside each other are
-given variables of their own, and nothing else is shared between them.
+given variables of their own. Its tables and iterators are made in every call. Nothing else is shared.
 """
 
 import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -19,6 +20,7 @@ from tff_optim.devices import device_scope
 from tff_optim.resident import leaves, parts
 from tff_optim.resident.graphs import loops
 from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, unpack
+from tff_optim.resident.graphs.resources import own_in_every_call
 
 _names = itertools.count()
 # A function that is called in a graph several times is optimised once, not again at each call.
@@ -32,16 +34,16 @@ class ImportedComputation:
 
     Args:
       computation: A computation without placements.
-      device: Where operations go that the computation itself does not place; None to leave it
-        to TensorFlow.
-      several: Whether a function calls it several times.
+      device: Where operations go that the computation itself does not place.
+      apart: Whether it is kept out of the functions that call it. Called by none, it is run as it
+        is: TensorFlow's optimiser does not see it.
 
     Raises:
-      ValueError: The computation keeps something between its operations that is not a variable,
-        such as a lookup table.
+      ValueError: The computation keeps something between its operations that no call can have for
+        itself.
     """
 
-    def __init__(self, computation: Any, device: str | None = None, several: bool = False):
+    def __init__(self, computation: Any, device: str, apart: bool = False):
         parameter_type = computation.type_signature.parameter
         self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
         self.result = leaves.leaves_of(computation.type_signature.result)
@@ -76,31 +78,34 @@ class ImportedComputation:
                 ]
 
         self._function = tf.compat.v1.wrap_function(body, signature)
-        if several:
+        if apart:
             self._function = _apart(self._function, signature)
-        self._several = several
+        self.apart = apart
+
+    @property
+    def num_variables(self) -> int:
+        """How many variables a call needs."""
+        return len(self._variables)
 
     def make_variables(self) -> list[tf.Variable]:
         """Makes the variables that one call at a time may use."""
         with device_scope(self._device):
             return [
-                tf.Variable(
-                    # Every call begins by giving it its first value.
-                    tf.zeros([d or 0 for d in shape.as_list()], dtype)
-                    if dtype != tf.string
-                    else tf.fill([d or 0 for d in shape.as_list()], ""),
-                    trainable=False,
-                    shape=shape,
-                )
+                # Every call begins by giving it its first value.
+                tf.Variable(leaves.any_value(shape, dtype), trainable=False, shape=shape)
                 for shape, dtype in map(_variable_type, self._variables)
             ]
 
     def __call__(self, arguments: Sequence[Any], variables: Sequence[tf.Variable]) -> list[Any]:
         """Calls it on the leaves of a `T`; returns those of a `U`."""
+        return self.call(arguments, [v.handle for v in variables])
+
+    def call(self, arguments: Sequence[Any], handles: Sequence[Any]) -> list[Any]:
+        """Calls it with variables given by their handles."""
         if not self.result:
             return []
-        given = [*arguments, *(v.handle for v in variables)]
-        if not self._several:
+        given = [*arguments, *handles]
+        if not self.apart:
             return self._function(*given)
         specs = [spec_of(leaf) for leaf in self.result]
         results = tf.raw_ops.StatefulPartitionedCall(
@@ -131,14 +136,21 @@ def _apart(function: Any, signature: list[tf.TensorSpec]) -> Any:
     ).get_concrete_function()
 
 
-def as_function(computation: ImportedComputation) -> Any:
-    """Makes a function of a computation, for one call at a time."""
+def as_function(computation: ImportedComputation) -> Callable[[Sequence[Any]], list[Any]]:
+    """Makes a function of a computation; its variables are for one call at a time, which it sees to."""
     variables = computation.make_variables()
+    lock = threading.RLock()
 
-    def call(arguments: list[Any]) -> list[Any]:
+    def body(arguments: list[Any]) -> list[Any]:
         return computation([tf.convert_to_tensor(x) for x in arguments], variables)
 
-    return tracing.function(call, autograph=False)
+    function = body if computation.apart else tracing.function(body, autograph=False)
+
+    def call(arguments: Sequence[Any]) -> list[Any]:
+        with lock:
+            return function(list(arguments))
+
+    return call
 
 
 def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:
@@ -172,52 +184,35 @@ def _as_function_body(
     """Turns a session's graph into the body of a function.
 
     Returns:
-      The nodes of the variables, and the graph without them and without the inputs. What uses
-      a variable waits for the initialisation, as a session's second call would.
+      The nodes of the variables, and the graph without them and without the inputs. What uses a
+      variable or a table waits for the initialisation, as a session's second call would.
     """
     nodes = {node.name: node for node in graph.node}
     first = ancestors(nodes, [initializer])
     needed = first | ancestors(nodes, map(node_of, outputs))
-    fed = {node_of(name) for name in inputs}
-    variables = []
-    for name in sorted(needed):
-        node = nodes[name]
-        if node.op == "VarHandleOp":
-            variables.append(node)
-        elif _keeps_a_resource(node):
-            raise ValueError(
-                "`process` must keep nothing but variables in its graphs to run on a `device` or "
-                f"`server_device`; found the operation {node.op} ({name}). Run the process in TFF's "
-                "worker: leave the argument out."
-            )
-    handles = {node.name for node in variables}
+    variables = [nodes[name] for name in sorted(needed) if nodes[name].op == "VarHandleOp"]
+    given = {node_of(name) for name in inputs} | {node.name for node in variables}
     result = tf.compat.v1.GraphDef(versions=graph.versions)
     for node in graph.node:
-        if node.name not in needed or node.name in handles or node.name in fed:
-            continue
-        kept = result.node.add()
-        kept.CopyFrom(node)
-        _forget_colocation(kept)
-        uses_variable = any(node_of(tensor) in handles for tensor in node.input)
-        if initializer and uses_variable and node.name not in first:
-            kept.input.append(f"^{initializer}")
+        if node.name in needed and node.name not in given:
+            result.node.add().CopyFrom(node)
     result.library.CopyFrom(graph.library)
+    resources = {node.name for node in variables}
+    for node in itertools.chain(result.node, *(f.node_def for f in result.library.function)):
+        if own_in_every_call(node):
+            resources.add(node.name)
+    for node in result.node:
+        if "_class" in node.attr:
+            del node.attr["_class"]  # a node next to a variable follows the handle that it is given
+        kept = [t for t in node.input if not (t.startswith("^") and node_of(t) in given)]
+        uses = any(node_of(tensor) in resources for tensor in kept)
+        if initializer and uses and node.name not in first:
+            kept.append(f"^{initializer}")
+        del node.input[:]
+        node.input.extend(kept)
     loops.reductions_as_loops(result)
     _rename_functions(result)
     return variables, result
-
-
-def _keeps_a_resource(node: Any) -> bool:
-    """Whether a node makes a resource that later operations of a call share by its name."""
-    if "shared_name" not in node.attr or any(not t.startswith("^") for t in node.input):
-        return False
-    return not node.op.startswith("Anonymous")
-
-
-def _forget_colocation(node: Any) -> None:
-    """A node next to a variable follows the handle that it is given."""
-    if "_class" in node.attr:
-        del node.attr["_class"]
 
 
 def _rename_functions(graph: tf.compat.v1.GraphDef) -> None:

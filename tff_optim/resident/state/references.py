@@ -1,8 +1,7 @@
-"""References to values that live elsewhere, as TFF's own value references."""
+"""References to the tensors of a state on a device, as TFF's own value references."""
 
 import abc
 import asyncio
-import threading
 from typing import Any
 
 import numpy as np
@@ -10,49 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.resident import leaves
-
-CLOSED = (
-    "`state` lives in a `ResidentProcess` that was closed, and is gone with it. Bring a state that is "
-    "needed later to Python with `materialize`, or save it, while its process is open."
-)
-
-
-class Held(abc.ABC):
-    """A value that lives in a worker or on a device; it goes when nobody refers to it any more.
-
-    Args:
-      type_spec: Its type, without placement.
-    """
-
-    def __init__(self, type_spec: tff.Type, names: list[leaves.Leaf]):
-        self.type = type_spec
-        self.leaves = names
-        self._fetched: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    @property
-    @abc.abstractmethod
-    def where(self) -> str:
-        """How messages call the place."""
-
-    @abc.abstractmethod
-    def fetch(self) -> list[Any]:
-        """Brings all leaves to Python."""
-
-    @abc.abstractmethod
-    def check(self) -> None:
-        """Raises if the value is gone."""
-
-    def fetch_leaf(self, index: int) -> Any:
-        """Brings one leaf to Python; the others come along, each to be asked for once."""
-        with self._lock:
-            if index not in self._fetched:
-                self._fetched = dict(enumerate(self.fetch()))
-            return self._fetched.pop(index)
-
-    def references(self) -> Any:
-        """The value's structure with a reference at each leaf."""
-        return leaves.pack([Reference(self, i) for i in range(len(self.leaves))], self.type)
+from tff_optim.resident.state.variables import OnDevice
 
 
 class _Explained(abc.ABCMeta):
@@ -67,13 +24,13 @@ class _Explained(abc.ABCMeta):
 
 
 class Reference(tff.program.MaterializableValueReference, metaclass=_Explained):
-    """One tensor of a value that lives elsewhere.
+    """One tensor of a state on a device.
 
     It is as good as the tensor wherever NumPy or TensorFlow take one, which brings it to Python. It
     never changes, so that a copy is the reference itself; pickled, it becomes the tensor.
     """
 
-    def __init__(self, held: Held, index: int):
+    def __init__(self, held: OnDevice, index: int):
         self.held = held
         self.index = index
 
@@ -129,28 +86,27 @@ def _to_tensor(
 tf.register_tensor_conversion_function(Reference, _to_tensor)
 
 
-def held_by(state: object, type_spec: tff.Type) -> Held | None:
-    """Returns the value whose references `state` is made of, all of them and in order.
+def references_to(held: OnDevice) -> Any:
+    """The structure of a state with a reference at each leaf."""
+    found = [Reference(held, i) for i in range(len(held.leaves))]
+    return leaves.pack(found, held.sets.type)
 
-    None means that the state holds plain values, or references of more than one value.
+
+def held_by(state: object, type_spec: tff.Type) -> OnDevice | list[Any]:
+    """Returns the state whose references `state` is made of, all of them and in order.
+
+    Of a state that holds plain values, or references to more than one state, it lists the leaves,
+    which are plain values then.
     """
     found = leaves.flatten(state, type_spec)
-    if not found or not all(isinstance(x, Reference) for x in found):
-        return None
-    held = found[0].held
-    if len(held.leaves) != len(found):
-        return None
-    if any(x.held is not held or x.index != i for i, x in enumerate(found)):
-        return None
-    return held
-
-
-def plain_leaves(state: object, type_spec: tff.Type) -> list[Any]:
-    """Lists the leaves of a state as plain values, wherever they are now."""
-    held = held_by(state, type_spec)
-    if held is not None:
-        return held.fetch()
-    return [
-        x.held.fetch_leaf(x.index) if isinstance(x, Reference) else x
-        for x in leaves.flatten(state, type_spec)
-    ]
+    held = found[0].held if found and isinstance(found[0], Reference) else None
+    if (
+        held is not None
+        and len(held.leaves) == len(found)
+        and all(
+            isinstance(x, Reference) and x.held is held and x.index == i
+            for i, x in enumerate(found)
+        )
+    ):
+        return held
+    return [x.held.fetch_leaf(x.index) if isinstance(x, Reference) else x for x in found]

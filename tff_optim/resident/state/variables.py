@@ -1,5 +1,6 @@
 """States in variables on a device of the Python process."""
 
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -10,107 +11,138 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.devices import device_scope
-from tff_optim.resident import leaves
-from tff_optim.resident.state.references import CLOSED, Held
+from tff_optim.resident import forks, leaves
+
+CLOSED = (
+    "`state` lives in a `ResidentProcess` that was closed, and is gone with it. Bring a state that is "
+    "needed later to Python with `materialize`, or save it, while its process is open."
+)
+
+
+class Variables(list[tf.Variable]):
+    """Variables that nobody else uses, as long as somebody refers to this list."""
 
 
 class VariableSets:
-    """Sets of variables for values of one type; a set is used again once nobody holds its value.
+    """Sets of variables for states of one type; a set is used again once nobody holds its state.
 
     So a state that somebody keeps stays what it was, and a run that keeps none takes two sets in
     turn: nothing is allocated in a round, and nothing copied.
 
     Args:
       type_spec: The type, of tensors alone.
-      device: Where the variables are; None to leave it to TensorFlow.
+      device: Where the variables are.
 
     Raises:
       ValueError: The type has something else than tensors in it.
     """
 
-    def __init__(self, type_spec: tff.Type, device: str | None):
+    def __init__(self, type_spec: tff.Type, device: str):
         self.type = type_spec
         self.leaves = leaves.leaves_of(type_spec)
         odd = [leaf.name for leaf in self.leaves if not leaf.is_tensor]
         if odd:
             raise ValueError(
-                "`process` must have a state of tensors alone to run on a `device` or `server_device`; "
-                f"found something else at {odd}. Run the process in TFF's "
-                "worker: leave the argument out."
+                "`process` must have a state of tensors alone, which is what variables and "
+                f"checkpoints hold; found something else at {odd}. Keep the numbers themselves in "
+                "the state."
             )
         self._device = device
+        self._owner = os.getpid()
         self._free: list[list[tf.Variable]] = []
-        self._lock = threading.RLock()  # Python may collect a value inside of any call
-        self.closed = False
+        self._states: weakref.WeakSet[OnDevice] = weakref.WeakSet()
+        self._lock = threading.RLock()  # Python may collect a state inside of any call
+        self._closed = False
 
-    def take(self) -> list[tf.Variable]:
+    def take(self) -> Variables:
         """Returns variables that nobody else uses; their values are arbitrary."""
         with self._lock:
-            if self._free:
-                return self._free.pop()
-        with device_scope(self._device):
-            return [
-                tf.Variable(_any_value(leaf), trainable=False, shape=leaf.shape)
-                for leaf in self.leaves
-            ]
+            variables = self._free.pop() if self._free else None
+        if variables is None:
+            with device_scope(self._device):
+                variables = [
+                    tf.Variable(leaves.any_value(leaf.shape, leaf.dtype), False, shape=leaf.shape)
+                    for leaf in self.leaves
+                ]
+        taken = Variables(variables)
+        weakref.finalize(taken, self._give_back, variables).atexit = False
+        return taken
 
-    def give_back(self, variables: list[tf.Variable]) -> None:
-        """Lets variables be used again; more than one set is not kept."""
+    def _give_back(self, variables: list[tf.Variable]) -> None:
         with self._lock:
-            if not self._free and not self.closed:
+            if not self._free and not self._closed:  # more than one set is not kept
                 self._free.append(variables)
 
-    def hold(self, arrays: Sequence[Any]) -> "OnDevice":
-        """Brings leaves into variables."""
+    def hold(self, values: Sequence[Any]) -> "OnDevice":
+        """Brings the leaves of a state into variables."""
         variables = self.take()
         with device_scope(self._device):
-            for variable, array in zip(variables, arrays, strict=True):
-                variable.assign(tf.convert_to_tensor(array, variable.dtype))
-        return OnDevice(self, variables)
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(tf.convert_to_tensor(value, variable.dtype))
+        return self.state(variables)
+
+    def state(self, variables: Variables) -> "OnDevice":
+        """Makes a state of variables that hold its values."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(CLOSED)
+            state = OnDevice(self, variables, self._owner)
+            self._states.add(state)
+        return state
 
     def close(self) -> None:
-        """Lets go of the variables."""
+        """Lets go of all variables, those of states that somebody still refers to among them."""
         with self._lock:
-            self.closed = True
+            self._closed = True
             self._free.clear()
+            for state in self._states:
+                state.forget()
 
 
-class OnDevice(Held):
-    """A value in variables, which are used again when nobody refers to it any more."""
+class OnDevice:
+    """A state in variables, which are used again when nobody refers to it any more."""
 
-    def __init__(self, sets: VariableSets, variables: list[tf.Variable]):
-        super().__init__(sets.type, sets.leaves)
+    def __init__(self, sets: VariableSets, variables: Variables, owner: int):
         self.sets = sets
-        self.variables = variables
-        weakref.finalize(self, sets.give_back, variables).atexit = False
+        self.leaves = sets.leaves
+        self._variables: Variables | None = variables
+        self._owner = owner
+
+    @property
+    def variables(self) -> Variables:
+        """The variables, which stay what they are as long as somebody refers to the list.
+
+        Raises:
+          RuntimeError: The process of the state was closed, or belongs to another Python process.
+        """
+        forks.check_owner("This `state` of a `ResidentProcess`", self._owner)
+        if (variables := self._variables) is None:
+            raise RuntimeError(CLOSED)
+        return variables
 
     @property
     def where(self) -> str:
         """The devices of the variables."""
-        devices = sorted({_short(v.device) for v in self.variables}) or ["CPU:0"]
+        if self._variables is None:
+            return "`ResidentProcess` that was closed"
+        devices = sorted({v.device.partition("device:")[2] for v in self._variables})
         return f"Python process on {', '.join(devices)}"
-
-    def check(self) -> None:
-        """Raises if the place of the value was closed."""
-        if self.sets.closed:
-            raise RuntimeError(CLOSED)
 
     def fetch(self) -> list[Any]:
         """Brings all leaves to Python."""
-        self.check()
         return [plain(v) for v in self.variables]
+
+    def fetch_leaf(self, index: int) -> Any:
+        """Brings one leaf to Python."""
+        variables = self.variables  # the list, or they might be given back before they are read
+        return plain(variables[index])
+
+    def forget(self) -> None:
+        """Lets go of the variables."""
+        self._variables = None
 
 
 def plain(tensor: tf.Tensor | tf.Variable) -> Any:
     """Returns what plain TFF returns for a tensor."""
     value = tensor.numpy()
     return value[()] if isinstance(value, np.ndarray) else value
-
-
-def _any_value(leaf: leaves.Leaf) -> tf.Tensor:
-    shape = [size or 0 for size in leaf.shape.as_list()]
-    return tf.fill(shape, "") if leaf.dtype == tf.string else tf.zeros(shape, leaf.dtype)
-
-
-def _short(device: str) -> str:
-    return device.partition("device:")[2] or device

@@ -1,23 +1,30 @@
-"""The clients of a round in TFF's workers, where the server is somewhere else."""
+"""The clients of a round in TFF's workers, while the server is in the Python process."""
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.resident.clients.in_workers import compiled
+from tff_optim.resident.clients import sizes
+from tff_optim.resident.clients.in_workers import handover
+from tff_optim.resident.clients.in_workers.connection import Connection
 from tff_optim.resident.clients.in_workers.workers import Workers
-from tff_optim.resident.in_worker import rounds
-from tff_optim.resident.parts import RoundParts
+from tff_optim.resident.parts import RoundParts, compile_native
 
 
-class WorkerCohort:
+class InWorkers:
     """Trains each worker's share of a cohort there, and merges what comes back.
+
+    Memory in a worker: two aggregates, and what the clients need that it runs at once.
 
     Args:
       parts: The round.
       workers: Where the clients are trained.
-      clients_per_step: The largest number of clients that a worker runs at once, or None.
+      at_once: The largest number of clients that a worker runs at once, or None to choose by
+        cores and memory.
       merge: `<A, A> -> A` on the leaves of two aggregates, where the server is.
     """
 
@@ -25,26 +32,120 @@ class WorkerCohort:
         self,
         parts: RoundParts,
         workers: Workers,
-        clients_per_step: int | None,
-        merge: Callable[[list[Any]], list[Any]],
+        at_once: int | None,
+        merge: Callable[[list[tf.Tensor]], list[tf.Tensor]],
     ):
-        self._round = compiled.compile_round(parts)
         self._workers = workers
-        self._at_once = clients_per_step or rounds.clients_at_once(self._round)
         self._merge = merge
+        data_type, context_type = parts.work.type_signature.parameter
+        aggregate_type = parts.aggregate_type
+        self._at_once = at_once or sizes.at_once(context_type, per_core=8, small=128)
 
-    def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
-        """Returns the leaves of the aggregate of a cohort, given what the clients are sent."""
-        sent = [tensor.numpy() for tensor in context]
+        @tff.federated_computation(data_type, context_type)
+        def work(data: Any, context: Any) -> Any:
+            return parts.work(data, context)[0]  # the rest would be the inputs of secure sums
+
+        @tff.federated_computation(aggregate_type)
+        def detach(aggregate: Any) -> Any:
+            return [aggregate[i] for i in range(len(aggregate_type))]
+
+        self._zero = compile_native(parts.zero)
+        self._work = compile_native(work)
+        self._accumulate = compile_native(parts.accumulate)
+        self._detach = compile_native(detach)
+        self._context = handover.build_transfer(context_type)
+        self._aggregate = handover.build_transfer(aggregate_type)
+        # Built once for each number of clients.
+        self._adding = functools.cache(
+            functools.partial(_adding, self._work.type_signature, self._accumulate.type_signature)
+        )
+
+    @property
+    def name(self) -> str:
+        """The workers."""
+        return self._workers.name
+
+    def add_up(self, context: list[tf.Tensor], client_data: Sequence[Any]) -> list[tf.Tensor]:
+        """Returns the leaves of the aggregate of a cohort."""
         data = tff.tensorflow.transform_args(list(client_data))
-        shares = compiled.split(data, len(self._workers))
+        shares = split(data, len(self._workers))
 
-        def attempt() -> list[list[Any]]:
-            hosts = [self._workers.host(i) for i in range(len(shares))]
-            return rounds.aggregates(self._round, sent, shares, hosts, self._at_once)
+        def attempt() -> list[list[tf.Tensor]]:
+            connections = [self._workers.connection(i) for i in range(len(shares))]
+            calls = [
+                to.start(functools.partial(self._add_share, to, context, share))
+                for to, share in zip(connections, shares, strict=True)
+            ]
+            try:
+                return [to.finish(call) for to, call in zip(connections, calls, strict=True)]
+            except BaseException:
+                for call in calls:
+                    call.abandoned = True
+                raise
 
-        # Nothing lives in the workers between two rounds: a lost one costs only time.
-        total, *others = self._workers.run_round(attempt)
+        total, *others = self._workers.run(attempt)
         for other in others:
             total = self._merge([*total, *other])
         return total
+
+    def close(self) -> None:
+        """Ends the local workers and closes the connections."""
+        self._workers.close()
+
+    async def _add_share(
+        self, to: Connection, context: list[tf.Tensor], share: Sequence[Any]
+    ) -> list[tf.Tensor]:
+        """Adds up the clients of a worker, some side by side, in their order."""
+        sent = await handover.put(self._context, to, context)
+        functions = [await to.function(part) for part in (self._work, self._accumulate)]
+        total = await to.call(self._zero)
+        for number, clients in enumerate(_pieces(share, self._at_once)):
+            if number:
+                # Without this wait the worker would run all clients, and hold their memory, at once.
+                await handover.wait(self._aggregate, to, total)
+                # A value in TFF's worker keeps what it was computed from; once it is there, what is
+                # selected from it does not.
+                total = await to.call(self._detach, total)
+            # The worker begins with the first clients while others are still being sent: with so
+            # few that it need not wait long for a call, and so many that Python need not make many.
+            for group in _pieces(clients, max(4, self._at_once // 8)):
+                add = self._adding(len(group))
+                data = await to.create(list(group), add.type_signature.parameter[1])
+                total = await to.call(add, total, data, sent, *functions)
+        return await handover.fetch(self._aggregate, to, total)
+
+
+def _adding(work_type: tff.Type, accumulate_type: tff.Type, num_clients: int) -> Any:
+    """Builds `<A, [D, D, ...], C, (<D, C> -> U), (<A, U> -> A)> -> A`.
+
+    It adds the work of some clients to an aggregate, in their order, in one call: the worker runs
+    them side by side, and Python has little to do for each.
+    """
+    data_type, context_type = work_type.parameter
+    aggregate_type = accumulate_type.result
+
+    @tff.federated_computation(
+        aggregate_type, [data_type] * num_clients, context_type, work_type, accumulate_type
+    )
+    def add(aggregate: Any, cohort: Any, context: Any, work: Any, accumulate: Any) -> Any:
+        for i in range(num_clients):
+            aggregate = accumulate(aggregate, work(cohort[i], context))
+        return aggregate
+
+    return add
+
+
+def split(client_data: Sequence[Any], num_workers: int) -> list[Sequence[Any]]:
+    """Deals a cohort out to workers in equal shares, in order.
+
+    Returns:
+      One share for each worker that has any client; one empty share of no clients.
+    """
+    used = max(min(num_workers, len(client_data)), 1)
+    bounds = [len(client_data) * i // used for i in range(used + 1)]
+    return [client_data[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _pieces(clients: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for begin in range(0, len(clients), size):
+        yield clients[begin : begin + size]

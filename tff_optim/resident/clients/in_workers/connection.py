@@ -1,4 +1,4 @@
-"""One worker seen from Python: its executors, and calls that end when the worker does.
+"""One worker seen from Python: values in it, and calls that end when the worker does.
 
 TFF's executor classes block in gRPC without a time limit. Here every call runs in a thread of
 its own, and the caller watches it: an ended or unreachable worker becomes a
@@ -6,13 +6,11 @@ its own, and the caller watches it: an ended or unreachable worker becomes a
 """
 
 import asyncio
-import collections
 import contextlib
 import os
 import queue
 import random
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
@@ -20,14 +18,10 @@ from typing import Any, Generic, TypeVar
 import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
-from tff_optim.resident import forks
 from tff_optim.resident.clients.in_workers import worker as worker_lib
 from tff_optim.resident.errors import WorkerLostError
 
 _T = TypeVar("_T")
-
-# As many executors, one per cohort size, as TFF's own factory keeps.
-_NUM_EXECUTORS = 10
 
 
 def is_cut(error: Exception) -> bool:
@@ -40,26 +34,6 @@ def is_cut(error: Exception) -> bool:
 
 class ConnectionCutError(RuntimeError):
     """A call was cut off, but the worker still answers: the call may be tried again."""
-
-
-def through_cuts(attempt: Callable[[], _T], patience: float) -> _T:
-    """Repeats what a cut connection has broken off.
-
-    Raises:
-      WorkerLostError: It was cut off again and again for `patience` seconds.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return attempt()
-        except ConnectionCutError as error:
-            if time.monotonic() > deadline:
-                raise WorkerLostError(
-                    f"{error} It was cut again each time the call was repeated, for {patience:g} "
-                    "seconds. States in the worker may still be there: try again once the network "
-                    "is back."
-                ) from error
-            time.sleep(0.2)
 
 
 class _AbandonedError(RuntimeError):
@@ -127,55 +101,12 @@ class _Stub(tff.framework.RemoteExecutorStub):
 
 def _throw_away(garbage: "queue.SimpleQueue[Callable[[], Any] | None]") -> None:
     while (request := garbage.get()) is not None:
-        # The worker may be gone or the channel closed, and the value with it.
-        with contextlib.suppress(grpc.RpcError, tff.framework.RetryableError, ValueError):
+        with contextlib.suppress(Exception):  # the worker may be gone, and the value with it
             request()
 
 
-class Executor:
-    """A part of a worker that computes, for one number of clients, and holds what it computed."""
-
-    def __init__(self, host: "Host", num_clients: int, stub: _Stub):
-        self.host = host
-        # Every dropped state is given back at once: the default keeps the last 20.
-        self._executor = tff.framework.RemoteExecutor(stub, dispose_batch_size=1)
-        self._executor.set_cardinalities({tff.CLIENTS: num_clients})
-        self._functions: dict[int, tuple[Any, Any]] = {}
-        weakref.finalize(self, self._executor.close).atexit = False
-
-    async def create(self, value: object, type_spec: tff.Type) -> Any:
-        """Puts a Python value of the given type into the worker."""
-        return await self._executor.create_value(value, type_spec)
-
-    async def function(self, computation: Any) -> Any:
-        """Puts a compiled computation into the worker, once, to be called or passed on."""
-        known = self._functions.get(id(computation))
-        if known is None:
-            function = await self._executor.create_value(computation, computation.type_signature)
-            # The computation is kept as well, so that its id is not given to another one.
-            known = self._functions[id(computation)] = (computation, function)
-        return known[1]
-
-    async def call(self, computation: Any, *args: Any) -> Any:
-        """Calls a compiled computation on values of this executor."""
-        function = await self.function(computation)
-        if not args:
-            return await self._executor.create_call(function)
-        if len(args) == 1:
-            return await self._executor.create_call(function, args[0])
-        return await self._executor.create_call(function, await self.struct(*args))
-
-    async def struct(self, *elements: Any) -> Any:
-        """Makes an unnamed structure of values of this executor."""
-        return await self._executor.create_struct(list(elements))
-
-    async def select(self, value: Any, index: int) -> Any:
-        """Selects one element of a structure."""
-        return await self._executor.create_selection(value, index)
-
-
-class Host:
-    """A worker, the executors in it, and the state of the connection to it.
+class Connection:
+    """A worker, the values in it, and the state of the connection to it.
 
     Args:
       worker: The worker.
@@ -187,43 +118,55 @@ class Host:
         self.worker = worker
         self._heartbeat = heartbeat
         self._stub = _Stub(worker.channel)
-        # A worker has one executor for each number of clients, shared by all who connect to it,
-        # where one's call waits for another's to end. What has no placement can run under any
-        # number: one that nobody else will take.
-        self._own_number = random.SystemRandom().randrange(1 << 20, 1 << 31)
-        self._own: Executor | None = None
-        self._executors: collections.OrderedDict[int, Executor] = collections.OrderedDict()
-        # Of two executors for one number, the end of one would be that of the other.
-        self._making = threading.Lock()
-        self.lost: WorkerLostError | None = None
+        self._executor: Any = None
+        self._functions: dict[int, tuple[Any, Any]] = {}
         self._closed = False
-        # The values in this worker that somebody still refers to.
-        self.residents: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.lost = False
         # Filled in by `handover`: whether the worker sees this process's files.
-        self.shares_files: bool | None = None
+        self.shares_files = False
 
-    def own_executor(self) -> Executor:
-        """Returns the executor for values without placement; to be called inside `start`."""
-        with self._making:
-            if self._own is None:
-                self._own = Executor(self, self._own_number, self._stub)
-            return self._own
+    # The methods that follow are called by the work that `start` is given.
 
-    def executor(self, num_clients: int) -> Executor:
-        """Returns the executor for a number of clients; to be called inside `start`."""
-        with self._making:
-            executor = self._executors.pop(num_clients, None)
-            if executor is None:
-                executor = Executor(self, num_clients, self._stub)
-            self._executors[num_clients] = executor
-            while len(self._executors) > _NUM_EXECUTORS:
-                # It ends once the last state that lives in it is dropped.
-                self._executors.popitem(last=False)
-            return executor
+    async def create(self, value: object, type_spec: tff.Type) -> Any:
+        """Puts a Python value of the given type into the worker; returns its handle."""
+        return await self._values().create_value(value, type_spec)
+
+    async def function(self, computation: Any) -> Any:
+        """Puts a compiled computation into the worker, once, to be called or passed on."""
+        known = self._functions.get(id(computation))
+        if known is None:
+            function = await self.create(computation, computation.type_signature)
+            # The computation is kept as well, so that its id is not given to another one.
+            known = self._functions[id(computation)] = (computation, function)
+        return known[1]
+
+    async def call(self, computation: Any, *args: Any) -> Any:
+        """Calls a compiled computation on handles."""
+        function = await self.function(computation)
+        if not args:
+            return await self._values().create_call(function)
+        argument = args[0] if len(args) == 1 else await self.struct(*args)
+        return await self._values().create_call(function, argument)
+
+    async def struct(self, *elements: Any) -> Any:
+        """Makes an unnamed structure of handles."""
+        return await self._values().create_struct(list(elements))
+
+    def _values(self) -> Any:
+        if self._executor is None:
+            # A worker has one executor for each number of clients, shared by all who connect to it,
+            # where one's call waits for another's to end. What has no placement can run under any
+            # number: one that nobody else will take.
+            number = random.SystemRandom().randrange(1 << 20, 1 << 31)
+            # Every dropped value is given back at once: the default keeps the last 20.
+            self._executor = tff.framework.RemoteExecutor(self._stub, dispose_batch_size=1)
+            self._executor.set_cardinalities({tff.CLIENTS: number})
+            weakref.finalize(self, self._executor.close).atexit = False
+        return self._executor
 
     def start(self, work: Callable[[], Awaitable[_T]]) -> "Call[_T]":
         """Starts work on this worker in a thread of its own."""
-        self.check()
+        self._check()
         call = Call(work)
         call.start()
         return call
@@ -243,41 +186,31 @@ class Host:
             raise
         if call.error is None:
             return call.result
-        if isinstance(call.error, (grpc.RpcError, tff.framework.RetryableError)):
+        if isinstance(call.error, grpc.RpcError | tff.framework.RetryableError):
             self._explain(call.error)
         raise call.error
 
-    def run(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Runs work on this worker and waits for it; repeats it where the connection was cut.
-
-        Raises:
-          WorkerLostError: The worker ended or does not answer any more.
-        """
-        return through_cuts(lambda: self.finish(self.start(work)), self._heartbeat)
-
-    def check(self) -> None:
-        """Raises if the worker was closed or lost, or belongs to the parent of this process."""
-        forks.check_owner(f"The {self.worker.name}", self.worker.owner)
-        if self.lost is not None:
-            raise self.lost
+    def _check(self) -> None:
         if self._closed:
             raise RuntimeError("This `ResidentProcess` was closed.")
 
     def _look(self) -> None:
+        self._check()
         reason = self.worker.lost_reason(self._heartbeat)
         if reason is not None:
+            self._check()  # closed while it was looked at
             self._lose(reason)
 
     def _lose(self, reason: str) -> None:
-        self.lost = worker_lib.lost(self.worker, reason)
+        self.lost = True
         self.close()
-        raise self.lost
+        raise WorkerLostError(f"The {self.worker.name} is gone: {reason}.")
 
     def _explain(self, error: Exception) -> None:
         if is_cut(error):
-            self.check()
             self._look()
             # A channel that once failed waits, up to minutes, before it tries again.
+            self.worker.channel.close()
             self.worker.channel = worker_lib.open_channel(self.worker.target)
             self._stub.use(self.worker.channel)
             raise ConnectionCutError(
@@ -290,8 +223,8 @@ class Host:
         """Ends a local worker; closes the connection to a remote one."""
         if not self._closed and os.getpid() == self.worker.owner:
             self._closed = True
-            self._own = None
-            self._executors.clear()
+            self._executor = None
+            self._functions.clear()
             self._stub.close()
             self.worker.close()
 
@@ -305,14 +238,14 @@ class Call(threading.Thread, Generic[_T]):
         self.abandoned = False
         self.done = threading.Event()
         self.result: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         """Runs the work and keeps its result or error."""
         assert self._work is not None
         try:
             self.result = asyncio.run(_await(self._work))
-        except Exception as error:
+        except BaseException as error:
             self.error = error
         finally:
             self._work = None  # or the values it used would live on with the call

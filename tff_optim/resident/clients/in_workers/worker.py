@@ -19,7 +19,7 @@ import grpc  # type: ignore[import-untyped]
 import tensorflow_federated as tff
 
 from tff_optim.resident import forks
-from tff_optim.resident.errors import WorkerLostError, WorkerStartError
+from tff_optim.resident.errors import WorkerStartError
 
 _MAX_MESSAGE = 2**31 - 1  # TFF's own channels stop at 2e9 bytes; this is protobuf's limit.
 _CHANNEL_OPTIONS = (
@@ -319,14 +319,3 @@ def _connect(target: str, timeout: float, exit_reason: Callable[[], str | None])
 def open_channel(target: str) -> grpc.Channel:
     """Opens a connection of its own to a worker."""
     return grpc.insecure_channel(target, _CHANNEL_OPTIONS)
-
-
-def lost(worker: Worker, reason: str) -> WorkerLostError:
-    """Builds the error for a worker that is gone."""
-    next_call = "starts another one" if isinstance(worker, LocalWorker) else "connects again"
-    return WorkerLostError(
-        f"The {worker.name} is gone: {reason}. The server states that lived in it are lost. "
-        f"The next call {next_call}: continue from the last checkpoint "
-        "(`ResidentCheckpoints.resume`) or from a plain state (`restore`), or start again with "
-        "`initialize`."
-    )

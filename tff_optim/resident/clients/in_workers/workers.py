@@ -1,15 +1,14 @@
 """The workers of a process: started, replaced and ended."""
 
-import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from tff_optim.resident import forks
 from tff_optim.resident.clients.in_workers import handover
 from tff_optim.resident.clients.in_workers import worker as worker_lib
-from tff_optim.resident.clients.in_workers.connection import Host, through_cuts
+from tff_optim.resident.clients.in_workers.connection import Connection, ConnectionCutError
 from tff_optim.resident.errors import WorkerLostError
 
 _T = TypeVar("_T")
@@ -22,25 +21,15 @@ class Workers:
       targets: For each worker its `'host:port'`, or None for one to be started here.
       heartbeat: Seconds between two looks at a worker while it computes.
       start_timeout: Seconds that a worker has to start.
-      hold_states: Whether the first one holds states: then losing it is an error.
     """
 
-    def __init__(
-        self,
-        targets: Sequence[str | None],
-        heartbeat: float,
-        start_timeout: float,
-        hold_states: bool,
-    ):
+    def __init__(self, targets: Sequence[str | None], heartbeat: float, start_timeout: float):
         self._targets = targets
         self._heartbeat = heartbeat
         self._start_timeout = start_timeout
-        self._hosts: list[Host | None] = [None] * len(targets)
-        self._hold_states = hold_states
-        self._owner = os.getpid()
-        self._starting = threading.RLock()
+        self._connections: list[Connection | None] = [None] * len(targets)
+        self._starting = threading.RLock()  # a handler of signals may call `close`
         self._closed = False
-        self._interrupted = False
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -48,104 +37,88 @@ class Workers:
     @property
     def name(self) -> str:
         """How messages call them, with what runs."""
-        return ", ".join(map(_describe, self._targets, self._hosts))
+        return ", ".join(map(_describe, self._targets, self._connections))
 
-    def running(self) -> list[Host]:
-        """Lists the workers that have been started and not been lost."""
-        return [host for host in self._hosts if host is not None and host.lost is None]
-
-    def host(self, index: int) -> Host:
-        """Returns a worker, started if need be, once for all threads."""
-        forks.check_owner("This `ResidentProcess`", self._owner)
+    def connection(self, index: int) -> Connection:
+        """Returns the connection to a worker, which is started if need be."""
         with self._starting:
-            return self._started(index)
+            if self._closed:
+                raise RuntimeError("This `ResidentProcess` was closed.")
+            known = self._connections[index]
+            if known is None or known.lost:
+                known = self._connections[index] = self._started(self._targets[index])
+            return known
 
-    def _started(self, index: int) -> Host:
-        if self._closed:
-            raise RuntimeError("This `ResidentProcess` was closed.")
-        host = self._hosts[index]
-        if host is None or host.lost is not None:
-            target = self._targets[index]
-            worker: worker_lib.Worker
-            if target is None:
-                worker = worker_lib.LocalWorker(self._start_timeout)
-            else:
-                worker = worker_lib.RemoteWorker(target, self._start_timeout)
-            host = self._hosts[index] = Host(worker, self._heartbeat)
-            new = host
-
-            async def look() -> None:
-                await handover.look_for_files(new.own_executor())
-
-            try:
-                host.run(look)
-            except BaseException:
-                host.close()
-                self._hosts[index] = None
-                raise
-        return host
-
-    def persist(self, attempt: Callable[[], _T]) -> _T:
-        """Tries again where a cut connection, or a lost worker without state, costs only time."""
+    def _started(self, target: str | None) -> Connection:
+        worker: worker_lib.Worker
+        if target is None:
+            worker = worker_lib.LocalWorker(self._start_timeout)
+        else:
+            worker = worker_lib.RemoteWorker(target, self._start_timeout)
+        new = Connection(worker, self._heartbeat)
         try:
-            return through_cuts(attempt, self._heartbeat)
-        except WorkerLostError:
-            home, *others = self._hosts
-            if self._hold_states and home is not None and home.lost is not None:
-                raise
-            without_state = others if self._hold_states else self._hosts
-            if not any(host is not None and host.lost is not None for host in without_state):
-                raise
-        return through_cuts(attempt, self._heartbeat)
-
-    def run_round(self, attempt: Callable[[], _T]) -> _T:
-        """Does the same for a round, which Ctrl-C may break off."""
-        with self._starting:
-            if self._interrupted:
-                self._replace_busy()
-                self._interrupted = False
-        try:
-            return self.persist(attempt)
-        except KeyboardInterrupt:
-            self._interrupted = True
+            new.finish(new.start(lambda: handover.look_for_files(new)))
+        except BaseException:
+            new.close()
             raise
+        return new
 
-    def _replace_busy(self) -> None:
-        """Leaves local workers that a round was broken off in.
+    def run(self, attempt: Callable[[], _T]) -> _T:
+        """Runs a round; again where a connection was cut, and once more where a worker is lost.
 
-        Such a worker first finishes the clients that it has begun with. States are brought to
-        Python; what it does not give within the heartbeat is lost.
+        Nothing lives in the workers between two rounds, so that a lost one costs only time. After
+        Ctrl-C the next round has fresh workers: these first finish the clients that they have begun
+        with, however long that takes.
+
+        Raises:
+          WorkerLostError: A second worker was lost, or the connection was cut again and again.
         """
-        for index, host in enumerate(self._hosts):
-            if host is None or host.lost is not None or self._targets[index] is not None:
-                continue
-            deadline = time.monotonic() + self._heartbeat
-            kept = [
-                resident.rescue(deadline - time.monotonic()) for resident in list(host.residents)
-            ]
-            if not all(kept):
-                host.lost = worker_lib.lost(
-                    host.worker,
-                    f"a round in it was broken off, and it stayed busy for {self._heartbeat:g} "
-                    "seconds",
-                )
-            self._hosts[index] = None
-            host.close()
+        lost = False
+        deadline = None
+        while True:
+            try:
+                return attempt()
+            except ConnectionCutError as error:
+                deadline = deadline or time.monotonic() + self._heartbeat
+                if time.monotonic() > deadline:
+                    raise WorkerLostError(
+                        f"{error} It was cut again each time the round was run again, for "
+                        f"{self._heartbeat:g} seconds. {_KEPT}"
+                    ) from error
+                time.sleep(0.2)
+            except WorkerLostError as error:
+                if lost:
+                    raise WorkerLostError(
+                        f"{error} It is the second one in this round, which may need more memory "
+                        f"than there is: `clients_at_once` bounds it. {_KEPT}"
+                    ) from error
+                lost = True
+                warnings.warn(f"{error} The round is run again in a new one. {_KEPT}", stacklevel=4)
+            except Exception:
+                raise
+            except BaseException:
+                self._leave()
+                raise
+
+    def _leave(self) -> None:
+        with self._starting:
+            for index, known in enumerate(self._connections):
+                if known is not None:
+                    known.close()
+                self._connections[index] = None
 
     def close(self) -> None:
         """Ends the local workers and closes the connections."""
-        if os.getpid() != self._owner:
-            return  # a forked child, where the lock may be held by a thread that is not there
         self._closed = True
-        with self._starting:
-            for host in self._hosts:
-                if host is not None:
-                    host.close()
+        self._leave()
 
 
-def _describe(target: str | None, host: Host | None) -> str:
-    if host is None:
+_KEPT = "No state is lost: states are in the Python process."
+
+
+def _describe(target: str | None, known: Connection | None) -> str:
+    if known is None:
         return (
             "a local worker, not started" if target is None else f"worker {target}, not connected"
         )
-    return f"{host.worker.name}, lost" if host.lost is not None else host.worker.name
+    return f"{known.worker.name}, lost" if known.lost else known.worker.name

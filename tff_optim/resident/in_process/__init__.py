@@ -1,1 +1,0 @@
-"""Processes whose states live in the Python process."""

@@ -1,1 +1,0 @@
-"""Processes whose states live in a worker."""
