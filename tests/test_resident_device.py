@@ -379,34 +379,23 @@ def test_clients_at_once_are_bounded_by_bytes_and_by_the_cores_that_may_be_used(
     assert sizes.at_once(sent, per_core=2, small=32) == expected
 
 
-@pytest.mark.parametrize(
-    ("cohorts", "most", "made"),
-    [
-        ([100], 32, [32]),
-        ([10], 32, [16]),
-        ([37, 36, 100, 10, 1], 32, [32]),  # the first cohort decides nothing that hurts the others
-        ([1, 3, 2, 5, 10, 7, 40], 32, [1, 4, 8, 16, 32]),
-        ([10, 4], 12, [12]),
-        ([3, 10], 12, [4, 12]),
-        ([9, 2], 1, [1]),
-    ],
-)
-def test_functions_are_made_in_powers_of_two_when_they_are_first_needed(cohorts, most, made):
-    found = []
-    for number in cohorts:
-        size = sizes.of_function(number, most, found)
-        assert 1 <= size <= most
-        if size not in found:
-            found.append(size)
-        assert size == most or number <= size  # none of them has to be trained alone
-    assert found == made
+@pytest.mark.parametrize("most", [1, 2, 12, 32])
+def test_a_cohort_is_split_into_few_sizes_whatever_came_before(most):
+    made = set()
+    for number in range(100):
+        split = sizes.pieces(number, most)
+        assert sum(split) == number
+        assert split == sorted(split, reverse=True)
+        assert max(split, default=0) == min(number, most) or max(split) * 2 > number
+        made |= set(split)
+    assert made <= {most, *(1 << bit for bit in range(most.bit_length()))}
 
 
-def test_cohorts_of_every_size_are_trained_side_by_side_by_functions_that_are_there():
+def test_cohorts_of_every_size_are_trained_by_functions_that_are_there():
     with ResidentProcess(process(), clients_at_once=4) as resident:
         clients = resident._clients
         state = plain_run()[0][0]
-        for number, expected in ((3, [4]), (5, [4]), (1, [4]), (2, [4])):
+        for number, expected in ((3, [1, 2]), (5, [1, 2, 4]), (1, [1, 2, 4]), (11, [1, 2, 4])):
             data = [cohorts()[0][i % 3] for i in range(number)]
             ours, metrics = resident.next(state, data)
             theirs, plain_metrics = process().next(state, data)

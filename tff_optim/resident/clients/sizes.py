@@ -1,7 +1,6 @@
 """How many clients are trained at once."""
 
 import os
-from collections.abc import Iterable
 
 import tensorflow_federated as tff
 
@@ -39,25 +38,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def of_function(clients: int, most: int, made: Iterable[int]) -> int:
-    """Chooses the size of the function that trains a cohort, some clients in each call.
+def pieces(clients: int, most: int) -> list[int]:
+    """Splits a cohort into those who are trained at once.
 
-    A function trains as many clients or fewer, and costs a second to make where the model is large.
-    So it is one that is there, or else one that will do for cohorts of about this size too.
+    A function for each size is made when it is first needed, which takes a second where the model
+    is large. Powers of two keep them few, whatever sizes of cohorts follow each other.
 
     Args:
       clients: Clients in the cohort.
       most: The largest size.
-      made: The sizes of the functions that are there.
 
     Returns:
-      The smallest of those made that take all clients, or as many as any; else a power of two that
-      does, or `most`.
+      As often as it goes `most`, then falling powers of two.
 
     Example:
-      >>> of_function(10, 32, made=[]), of_function(100, 32, made=[]), of_function(10, 32, made=[32])
-      (16, 32, 32)
+      >>> pieces(100, 32), pieces(11, 32), pieces(15, 12), pieces(0, 12)
+      ([32, 32, 32, 4], [8, 2, 1], [12, 2, 1], [])
     """
-    needed = min(clients, most)
-    fitting = [size for size in made if size >= needed]
-    return min(fitting, default=min(most, 1 << (needed - 1).bit_length()))
+    full, rest = divmod(clients, most)
+    return [most] * full + [
+        1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1
+    ]
