@@ -5,15 +5,10 @@ from aggregators._requirements import check_tff
 check_tff()  # before the imports below, which would fail less readably
 
 from aggregators import privacy, rules, scores, weighted_mean, weighting
-from aggregators.candidates import Candidates, class_error
-from aggregators.client_memory import ClientMemory
-from aggregators.client_states import ClientStates
-from aggregators.client_work import build_client_work
-from aggregators.example_clipping import ExampleClipping
-from aggregators.hyperparameters import hparam
-from aggregators.measurements import PerLayer
-from aggregators.printing import federated_print
-from aggregators.processes import (
+from aggregators.builders.client_work import build_client_work
+from aggregators.builders.federated_print import federated_print
+from aggregators.builders.federated_rule import FederatedRule, federated_rule, rule_state
+from aggregators.builders.processes import (
     build_fed_att,
     build_fed_avg,
     build_fed_kl,
@@ -23,18 +18,23 @@ from aggregators.processes import (
     build_scaffold,
     compose_fed_avg,
 )
-from aggregators.reduction import (
+from aggregators.builders.rule_factory import RuleFactory
+from aggregators.builders.self_weighting import build_self_weighting_client_work
+from aggregators.client.example_clipping import ExampleClipping
+from aggregators.client.states import ClientStates
+from aggregators.core.candidates import Candidates, class_error
+from aggregators.core.client_memory import ClientMemory
+from aggregators.core.hyperparameters import hparam
+from aggregators.core.reduction import (
     Reduction,
     federated_reduce,
     reduction_from_merge,
     zip_reductions,
 )
-from aggregators.rule import Needs, Rule, RuleResult
-from aggregators.rule_factory import RuleFactory
-from aggregators.rule_in_rounds import FederatedRule, federated_rule, rule_state
+from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.update import ClientUpdate
 from aggregators.scores import Score
-from aggregators.self_weighting import build_self_weighting_client_work
-from aggregators.update import ClientUpdate
+from aggregators.weighted_mean.statistics import PerLayer
 from aggregators.weighting import Weighting
 
 __all__ = [

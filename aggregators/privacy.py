@@ -10,7 +10,7 @@ from typing import Any
 
 import dp_accounting
 
-from aggregators import checks
+from aggregators.core import checks
 
 __all__ = ["epsilon", "noise_multiplier_for"]
 

@@ -26,8 +26,8 @@ from typing import Any, Literal, NamedTuple
 import attrs
 import tensorflow as tf
 
-from aggregators import checks
-from aggregators.hyperparameters import Hparam, Number, hparam
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Hparam, Number, hparam
 
 __all__ = ["Seen", "Weighting", "power", "softmax", "uniform"]
 

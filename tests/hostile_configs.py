@@ -35,7 +35,7 @@ import tensorflow_federated as tff
 
 import tff_optim
 from tff_optim import transforms
-from tff_optim.torch_optimizer import TorchOptimizer
+from tff_optim.backends.torch.optimizer import TorchOptimizer
 
 SECONDS = 20
 LONGEST_MESSAGE = 3000
@@ -274,8 +274,8 @@ PATTERNS = [
 MODULES = [
     "os", "subprocess", "builtins", "sys", "importlib", "keras", "keras.optimizers", "keras.layers",
     "keras.optimizers.legacy", "keras.regularizers", "tensorflow", "tensorflow.keras.optimizers",
-    "keras.src.optimizers.adam", LAZY, f"{LAZY}.evil", f"{LAZY}.os", "tff_optim", "tff_optim.config", "",
-    ".", "..", "numpy", *CANARIES, "__main__", "tff_optim.schedules",
+    "keras.src.optimizers.adam", LAZY, f"{LAZY}.evil", f"{LAZY}.os", "tff_optim", "",
+    "tff_optim.config.optimizers", ".", "..", "numpy", *CANARIES, "__main__", "tff_optim.schedules",
 ]  # fmt: skip
 CLASSES = [
     "system", "Popen", "eval", "exec", "Lambda", "SGD", "Adam", "Optimizer", "LearningRateSchedule",

@@ -16,7 +16,7 @@ import tensorflow_federated as tff
 
 import aggregators
 from aggregators import rules, scores, weighting
-from aggregators.update import client_update
+from aggregators.core.update import client_update
 
 SHAPES = [(2, 3), (3,), (4,)]
 GROUPS = ((0, 1), (2,))

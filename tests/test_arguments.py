@@ -21,8 +21,8 @@ from aggregators import (
     scores,
     weighting,
 )
-from aggregators.candidates import Candidates
-from aggregators.layers import resolve_layers
+from aggregators.core.candidates import Candidates
+from aggregators.core.layers import resolve_layers
 
 SGD = tff.learning.optimizers.build_sgdm(0.1)
 MODEL = tff.to_type([(np.float32, (2,))])

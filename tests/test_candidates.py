@@ -12,7 +12,7 @@ import tensorflow_federated as tff
 
 import aggregators
 from aggregators import class_error, rules
-from aggregators.candidates import Candidates, errors_of_batch, mean_errors, no_errors
+from aggregators.core.candidates import Candidates, errors_of_batch, mean_errors, no_errors
 
 LABELS = np.int32([0, 2, 1, 2, 0])
 LOGITS = np.float32(np.random.default_rng(3).normal(size=(5, 3)) * 2.0)

@@ -11,7 +11,7 @@ from resident_cases import assert_close
 
 import aggregators
 from tff_optim import ResidentProcess, simulation
-from tff_optim.client_data import ClientData
+from tff_optim.resident.client_data import ClientData
 
 RNG = np.random.default_rng(1)
 X, Y = (RNG.normal(size=[4, n]).astype(np.float32) for n in (2, 1))

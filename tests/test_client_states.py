@@ -21,7 +21,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
-from aggregators import ClientMemory, ClientStates, Needs, client_memory, rules
+from aggregators import ClientMemory, ClientStates, Needs, rules
+from aggregators.core import client_memory
 
 SGD = tff.learning.optimizers.build_sgdm(0.1)
 SIZES = {"a": 12, "b": 7, "c": 5}

@@ -13,14 +13,9 @@ import pytest
 import tensorflow as tf
 
 import tff_optim
-from tff_optim import (
-    keras_arguments,
-    keras_classes,
-    projections,
-    regularizers,
-    schedules,
-    transforms,
-)
+from tff_optim import projections, regularizers, schedules, transforms
+from tff_optim.keras_objects import arguments as keras_arguments
+from tff_optim.keras_objects import classes as keras_classes
 
 K = tf.keras.optimizers
 DECAY = K.schedules.ExponentialDecay(0.3, 2, 0.5, staircase=True)

@@ -7,7 +7,9 @@ import pytest
 import tensorflow as tf
 
 import tff_optim
-from tff_optim import hyperparameters, keras_step, leaves, projections, schedules, transforms
+from tff_optim import hyperparameters, projections, schedules, transforms
+from tff_optim.backends import keras as keras_step
+from tff_optim.core import leaves
 
 K = tf.keras
 WEIGHTS = [np.array([0.5, -2.0, 0.0], "float32"), np.array(1.5, "float32")]

@@ -14,7 +14,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_optim
-from tff_optim import declearn_configs, schedules, transforms
+from tff_optim import schedules, transforms
+from tff_optim.config import declearn as declearn_configs
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "declearn_vectors.json").read_text())
 WEIGHTS = [np.array(w) for w in GOLDEN["weights"]]

@@ -10,7 +10,7 @@ import tensorflow_federated as tff
 
 import aggregators
 import tff_optim
-from tff_optim import registry
+from tff_optim.config import registry
 
 MODULES = [
     module.name

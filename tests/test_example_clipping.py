@@ -12,7 +12,7 @@ from problems import INPUT_SPEC, model_fn
 
 import aggregators
 from aggregators import ExampleClipping
-from aggregators.example_clipping import check_examples_are_apart, clip_examples
+from aggregators.client.example_clipping import check_examples_are_apart, clip_examples
 
 SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
 DATA = twin.make_data()

@@ -14,7 +14,7 @@ import tensorflow_federated as tff
 import aggregators
 import tff_optim
 from aggregators import ClientStates, ExampleClipping
-from aggregators.example_clipping import clip_examples
+from aggregators.client.example_clipping import clip_examples
 
 SIZE = 5000
 STDDEV = 1.5 * 2.0 / 10  # noise multiplier times norm over expected size

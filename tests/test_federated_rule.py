@@ -12,7 +12,7 @@ from nearness import assert_near
 
 import aggregators
 from aggregators import federated_rule, rule_state, rules, scores, weighting
-from aggregators.update import client_update, finite_tensors
+from aggregators.core.update import client_update, finite_tensors
 
 SHAPES = [(2, 3), (3,), (4,)]
 MODEL = tff.to_type([(np.float32, shape) for shape in SHAPES])

@@ -14,7 +14,8 @@ import tensorflow as tf
 from hostile_configs import LAZY, Case
 
 import tff_optim
-from tff_optim import entries, patterns, projections
+from tff_optim import projections
+from tff_optim.core import entries, patterns
 
 BASE = {"kind": "pipeline", "learning_rate": 0.1}
 OPTAX, TORCH = hostile_configs.OPTAX[0], hostile_configs.TORCH[0]

@@ -13,7 +13,7 @@ from problems import model_fn
 
 import aggregators
 from aggregators import rules, scores, weighting
-from aggregators.candidates import Candidates
+from aggregators.core.candidates import Candidates
 
 SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
 DATA = twin.make_data()

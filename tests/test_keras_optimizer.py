@@ -22,7 +22,8 @@ import tensorflow_federated as tff
 from nearness import assert_near
 
 import tff_optim
-from tff_optim import build_keras_optimizer, keras_step
+from tff_optim import build_keras_optimizer
+from tff_optim.backends import keras as keras_step
 
 K = tf.keras.optimizers
 SPECS = [tf.TensorSpec((2, 2), tf.float32), tf.TensorSpec((2,), tf.float32)]

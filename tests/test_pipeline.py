@@ -12,7 +12,8 @@ import tensorflow_federated as tff
 from nearness import assert_near
 
 import tff_optim
-from tff_optim import leaves, projections, regularizers, transforms
+from tff_optim import projections, regularizers, transforms
+from tff_optim.core import leaves
 
 K = tf.keras
 SCHEDULE = K.optimizers.schedules.PiecewiseConstantDecay([0, 1, 2], [0.5, 0.25, 0.125, 0.0625])

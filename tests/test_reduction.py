@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import aggregators
 from aggregators import federated_reduce
-from aggregators.measurements import ClientStatistics, statistics_reduction
-from aggregators.reduction import of_lifted
-from aggregators.streaming_mean import LogWeighted, mean_reduction
+from aggregators.core.reduction import of_lifted
+from aggregators.weighted_mean.statistics import ClientStatistics, statistics_reduction
+from aggregators.weighted_mean.streaming import LogWeighted, mean_reduction
 
 AT_CLIENTS = tff.FederatedType(np.float32, tff.CLIENTS)
 SPEC = tf.TensorSpec([2], tf.float64)

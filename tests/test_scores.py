@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as hnp
 from nearness import assert_near
 
 from aggregators import scores, weighting
-from aggregators.hyperparameters import values
-from aggregators.layers import names_of_variables, resolve_layers
+from aggregators.core.hyperparameters import values
+from aggregators.core.layers import names_of_variables, resolve_layers
 
 TWINS = {
     scores.kl_divergence: twins.kl,

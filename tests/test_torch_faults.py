@@ -19,7 +19,8 @@ import psutil
 import pytest
 import tensorflow as tf
 
-from tff_optim import build_torch_optimizer, torch_process
+from tff_optim import build_torch_optimizer
+from tff_optim.backends.torch import process as torch_process
 
 STAND_IN = pathlib.Path(__file__).with_name("torch_stand_in.py")
 RATE, MOMENTUM = 0.5, 0.25  # NumPy and the stand-in round alike
@@ -67,7 +68,7 @@ def children():
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if any("torch_child.py" in part for part in child.cmdline()):
+            if any("torch/child.py" in part for part in child.cmdline()):
                 found.append(child.pid)
     return found
 

@@ -22,7 +22,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_optim
-from tff_optim import build_torch_optimizer, torch_arguments, torch_optimizer
+from tff_optim import build_torch_optimizer
+from tff_optim.backends.torch import arguments as torch_arguments
+from tff_optim.backends.torch import optimizer as torch_optimizer
 from tff_optim.resident.graphs import fingerprints
 
 TORCH = os.environ.get("TORCH_PYTHON")

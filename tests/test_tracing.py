@@ -8,7 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_optim
-from tff_optim import tracing
+from tff_optim.core import tracing
 from tff_optim.resident.graphs import imported
 
 

@@ -10,7 +10,8 @@ import tensorflow as tf
 import twins
 from nearness import assert_near
 
-from tff_optim import comparison, hyperparameters, regularizers, transforms
+from tff_optim import hyperparameters, regularizers, transforms
+from tff_optim.core import comparison
 
 SCALES = [1e-3, 1.0, 1e3]
 STEPS = 9

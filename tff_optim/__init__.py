@@ -5,15 +5,15 @@ from tff_optim._requirements import check_tff
 check_tff()  # before the imports below, which would fail less readably
 
 from tff_optim import hyperparameters, projections, regularizers, schedules, transforms
+from tff_optim.backends.keras.optimizer import build_keras_optimizer
+from tff_optim.backends.optax.optimizer import build_optax_optimizer
+from tff_optim.backends.torch.optimizer import build_torch_optimizer
 from tff_optim.computations import build_optimizer_computations
-from tff_optim.config import from_config, get_config
-from tff_optim.devices import DevicePolicy, get_device_policy, select_device, set_device_policy
-from tff_optim.keras_optimizer import build_keras_optimizer
-from tff_optim.optax_optimizer import build_optax_optimizer
+from tff_optim.config.optimizers import from_config, get_config
+from tff_optim.config.registry import list_regularizers, list_transforms, register_transform
+from tff_optim.core.devices import DevicePolicy, get_device_policy, select_device, set_device_policy
 from tff_optim.pipeline import build_optimizer
-from tff_optim.registry import list_regularizers, list_transforms, register_transform
 from tff_optim.resident import ResidentProcess
-from tff_optim.torch_optimizer import build_torch_optimizer
 
 __all__ = [
     "DevicePolicy",

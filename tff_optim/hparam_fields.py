@@ -8,9 +8,9 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import comparison, entries, keras_arguments, keras_objects
-from tff_optim.hparam_values import STEP, Schedule, check_scalar
-from tff_optim.intervals import (
+from tff_optim.core import comparison, entries
+from tff_optim.core.hparam_values import STEP, Schedule, check_scalar
+from tff_optim.core.intervals import (
     FRACTION,
     NON_NEGATIVE,
     POSITIVE,
@@ -18,7 +18,9 @@ from tff_optim.intervals import (
     checked_number,
     to_float,
 )
-from tff_optim.messages import shown
+from tff_optim.core.messages import shown
+from tff_optim.keras_objects import arguments as keras_arguments
+from tff_optim.keras_objects import as_json as keras_objects
 
 _MARK = "tff_optim_hyperparameter"
 

@@ -19,19 +19,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import leaves
-from tff_optim.hparam_fields import (
-    constant,
-    field,
-    fields_of,
-    flag,
-    fraction,
-    has_schedule,
-    intervals,
-    non_negative,
-    positive,
-)
-from tff_optim.hparam_values import (
+from tff_optim.core import leaves
+from tff_optim.core.hparam_values import (
     STEP,
     Hparams,
     Schedule,
@@ -43,7 +32,7 @@ from tff_optim.hparam_values import (
     in_dtype_of,
     update,
 )
-from tff_optim.intervals import (
+from tff_optim.core.intervals import (
     FINITE,
     FRACTION,
     NON_NEGATIVE,
@@ -52,7 +41,18 @@ from tff_optim.intervals import (
     Interval,
     checked_number,
 )
-from tff_optim.tracing import as_written
+from tff_optim.core.tracing import as_written
+from tff_optim.hparam_fields import (
+    constant,
+    field,
+    fields_of,
+    flag,
+    fraction,
+    has_schedule,
+    intervals,
+    non_negative,
+    positive,
+)
 
 __all__ = [
     "FINITE",

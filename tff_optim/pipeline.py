@@ -7,9 +7,10 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import devices, hyperparameters, leaves, projections, tracing
+from tff_optim import hyperparameters, projections
+from tff_optim.core import devices, leaves, tracing
+from tff_optim.core.tracing import as_written, call_traced
 from tff_optim.pipeline_parts import Pipeline, as_parts
-from tff_optim.tracing import as_written, call_traced
 from tff_optim.transforms.interface import GradientTransform
 
 _PARTS = "parts"

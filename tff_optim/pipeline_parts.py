@@ -6,7 +6,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters, projections
-from tff_optim.messages import shown
+from tff_optim.core.messages import shown
 from tff_optim.regularizers import Penalty
 from tff_optim.transforms.interface import GradientTransform
 

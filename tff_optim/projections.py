@@ -7,9 +7,12 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import comparison, hyperparameters, keras_arguments, keras_objects, leaves, patterns
-from tff_optim.messages import shown
-from tff_optim.tracing import as_written
+from tff_optim import hyperparameters
+from tff_optim.core import comparison, leaves, patterns
+from tff_optim.core.messages import shown
+from tff_optim.core.tracing import as_written
+from tff_optim.keras_objects import arguments as keras_arguments
+from tff_optim.keras_objects import as_json as keras_objects
 
 __all__ = ["Ball", "Box", "Projection", "Simplex"]
 

@@ -6,9 +6,12 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import comparison, entries, hyperparameters, keras_arguments, keras_objects, leaves
-from tff_optim.messages import shown
-from tff_optim.tracing import as_written
+from tff_optim import hyperparameters
+from tff_optim.core import comparison, entries, leaves
+from tff_optim.core.messages import shown
+from tff_optim.core.tracing import as_written
+from tff_optim.keras_objects import arguments as keras_arguments
+from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
 
 __all__ = ["FedProx", "Penalty"]

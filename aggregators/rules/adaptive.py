@@ -7,12 +7,13 @@ from typing import Any, Literal, TypeAlias
 import attrs
 import tensorflow as tf
 
-from aggregators import checks, weighted_mean
-from aggregators.hyperparameters import Hparam
-from aggregators.layers import Layers, ModelLayers
-from aggregators.rule import LossAt, Needs, Rule, RuleResult
+from aggregators import weighted_mean
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Hparam
+from aggregators.core.layers import Layers, ModelLayers
+from aggregators.core.rule import LossAt, Needs, Rule, RuleResult
+from aggregators.core.update import ClientUpdate
 from aggregators.scores import Function, Score
-from aggregators.update import ClientUpdate
 from aggregators.weighting import (
     Weighting,
     check_weighting,
@@ -110,8 +111,8 @@ def adaptive_mean(
 
     The state holds `typical_score`, the running mean score per layer, and the weighting's numbers,
     which are hyperparameters. With the default running scale, the first round is plain averaging.
-    Measurements: see `aggregators.measurements.measure`. `weighting`'s `bound` limits how much
-    more one client may weigh than another, not how large its update is: for that put
+    Measurements: see `aggregators.weighted_mean.statistics.measure`. The `bound` of `weighting` limits
+    how much more one client may weigh than another, not how large its update is: for that put
     `tff.aggregators.clipping_factory(norm, ...)` around the factory.
 
     Args:
@@ -120,7 +121,7 @@ def adaptive_mean(
         model; or `"loss"`, the client's loss, in all layers.
       weighting: How scores become weights; from `aggregators.weighting`.
       layers: Which tensors are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
-        positions; see `aggregators.layers.resolve_layers`.
+        positions; see `aggregators.core.layers.resolve_layers`.
       loss_at: Where the loss is taken, for `score="loss"` and weightings of yours that look at
         `seen.loss`: `"training"` (the default for the score) or `"initial"`; see `Needs`.
       sample_size: How many clients the measurements list one by one.

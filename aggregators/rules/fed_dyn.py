@@ -6,12 +6,12 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from aggregators import checks
-from aggregators.client_memory import ClientMemory, Context, Correction, Finished
-from aggregators.hyperparameters import Number, hparam
-from aggregators.rule import Rule
+from aggregators.core import checks
+from aggregators.core.client_memory import ClientMemory, Context, Correction, Finished
+from aggregators.core.hyperparameters import Number, hparam
+from aggregators.core.rule import Rule
+from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain import plain_mean
-from aggregators.rules.remembering import add_sum, check_base
 
 
 def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None) -> Rule:

@@ -7,13 +7,14 @@ from typing import Any, Literal, TypeAlias
 import attrs
 import tensorflow as tf
 
-from aggregators import checks, weighted_mean
-from aggregators.candidates import Candidates, Error
-from aggregators.hyperparameters import Hparam, Number, hparam
-from aggregators.layers import Layers, ModelLayers
-from aggregators.measurements import PerLayer, statistics_reduction
-from aggregators.reduction import Reduction, zip_reductions
-from aggregators.rule import Needs, Rule, RuleResult
+from aggregators import weighted_mean
+from aggregators.core import checks
+from aggregators.core.candidates import Candidates, Error
+from aggregators.core.hyperparameters import Hparam, Number, hparam
+from aggregators.core.layers import Layers, ModelLayers
+from aggregators.core.reduction import Reduction, zip_reductions
+from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.update import ClientUpdate, length
 from aggregators.rules.adaptive import ScoreLike, Weighed, weighed
 from aggregators.rules.redescending import (
     shrinking,
@@ -21,7 +22,7 @@ from aggregators.rules.redescending import (
     shrunk_reduction,
     sums_reduction,
 )
-from aggregators.update import ClientUpdate, length
+from aggregators.weighted_mean.statistics import PerLayer, statistics_reduction
 from aggregators.weighting import Weighting, softmax
 
 Voices: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]

@@ -6,10 +6,10 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from aggregators.client_memory import ClientMemory, Context, Finished
-from aggregators.rule import Rule
+from aggregators.core.client_memory import ClientMemory, Context, Finished
+from aggregators.core.rule import Rule
+from aggregators.rules.client_sum import check_base
 from aggregators.rules.plain import plain_mean
-from aggregators.rules.remembering import check_base
 
 
 def kept_optimizer(rule: Rule | None = None) -> Rule:

@@ -4,8 +4,9 @@ from collections import OrderedDict
 
 import tensorflow as tf
 
-from aggregators import checks, weighted_mean
-from aggregators.rule import Needs, Rule, RuleResult
+from aggregators import weighted_mean
+from aggregators.core import checks
+from aggregators.core.rule import Needs, Rule, RuleResult
 
 
 def plain_mean(*, sample_size: int = 0) -> Rule:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import attrs
 import tensorflow as tf
 
-from aggregators import checks, weighted_mean
-from aggregators.hyperparameters import Hparam, Number, hparam
-from aggregators.layers import ModelLayers
-from aggregators.measurements import statistics_reduction
-from aggregators.reduction import Reduction, reduction_from_merge, zip_reductions
-from aggregators.rule import Needs, Rule, RuleResult
-from aggregators.streaming_mean import LogWeighted, log_add, mean_reduction, share
-from aggregators.update import ClientUpdate, length
+from aggregators import weighted_mean
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Hparam, Number, hparam
+from aggregators.core.layers import ModelLayers
+from aggregators.core.reduction import Reduction, reduction_from_merge, zip_reductions
+from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.update import ClientUpdate, length
+from aggregators.weighted_mean.statistics import statistics_reduction
+from aggregators.weighted_mean.streaming import LogWeighted, log_add, mean_reduction, share
 
 _LEAST_NORM = 1e-30
 

@@ -6,11 +6,11 @@ from typing import Any, Literal
 import attrs
 import tensorflow as tf
 
-from aggregators import checks
-from aggregators.client_memory import ClientMemory, Context, Correction, Finished
-from aggregators.rule import Rule
+from aggregators.core import checks
+from aggregators.core.client_memory import ClientMemory, Context, Correction, Finished
+from aggregators.core.rule import Rule
+from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain import plain_mean
-from aggregators.rules.remembering import add_sum, check_base
 
 Option = Literal["I", "II"]
 

@@ -19,7 +19,8 @@ import tensorflow_federated as tff
 from timing import table, time_side_by_side
 
 import tff_optim
-from aggregators import ClientStates, build_fed_avg, build_scaffold, client_memory
+from aggregators import ClientStates, build_fed_avg, build_scaffold
+from aggregators.core import client_memory
 
 layers = tf.keras.layers
 

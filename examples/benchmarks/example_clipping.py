@@ -30,7 +30,7 @@ import tensorflow_federated as tff
 from timing import table, time_side_by_side
 
 from aggregators import ExampleClipping
-from aggregators.example_clipping import clip_examples
+from aggregators.client.example_clipping import clip_examples
 
 layers = tf.keras.layers
 NORM = 1.0

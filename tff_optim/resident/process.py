@@ -10,9 +10,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.client_data import ClientData, explain
-from tff_optim.devices import DevicePolicy, select_device
+from tff_optim.core.devices import DevicePolicy, select_device
 from tff_optim.resident import forks, leaves, parts
+from tff_optim.resident.client_data import ClientData, explain
 from tff_optim.resident.clients import Clients
 from tff_optim.resident.clients.in_process.cohort import InProcess
 from tff_optim.resident.clients.in_workers.cohort import InWorkers

@@ -7,8 +7,8 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import tracing
-from tff_optim.devices import device_scope
+from tff_optim.core import tracing
+from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves
 from tff_optim.resident import parts as parts_lib
 from tff_optim.resident.graphs.imported import ImportedComputation, as_function

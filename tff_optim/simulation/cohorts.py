@@ -6,8 +6,8 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.client_data import ClientData, data_of_client
-from tff_optim.messages import shown
+from tff_optim.core.messages import shown
+from tff_optim.resident.client_data import ClientData, data_of_client
 from tff_optim.simulation import client_fingerprints
 
 

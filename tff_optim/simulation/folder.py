@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.messages import shown
+from tff_optim.core.messages import shown
 from tff_optim.resident import locks
 from tff_optim.simulation import same_run, stores
 from tff_optim.simulation.board import Board

@@ -8,10 +8,10 @@ from typing import Any
 
 import tensorflow_federated as tff
 
-from tff_optim.client_data import data_of_client
+from tff_optim.core.messages import shown
 from tff_optim.interrupts import end_worker_at_exit
-from tff_optim.messages import shown
 from tff_optim.resident import ResidentProcess
+from tff_optim.resident.client_data import data_of_client
 from tff_optim.simulation import cohorts, interrupts, starts
 from tff_optim.simulation.history import History, Table, join
 from tff_optim.simulation.threads import side_by_side

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from tff_optim.messages import shown
+from tff_optim.core.messages import shown
 
 _LARGEST = 256  # numbers of one metric that are shown one by one
 _SAMPLE = "sample_"

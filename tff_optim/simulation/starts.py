@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.messages import shown
+from tff_optim.core.messages import shown
 
 ModelWeights: TypeAlias = tff.learning.models.ModelWeights
 

@@ -11,8 +11,8 @@ from typing import Any
 import attrs
 import tensorflow_federated as tff
 
-from tff_optim import client_data
-from tff_optim.messages import shown
+from tff_optim.core.messages import shown
+from tff_optim.resident import client_data
 from tff_optim.simulation import metrics, same_run, stores
 from tff_optim.simulation.cohorts import Cohorts, check_whole, whole
 from tff_optim.simulation.folder import Folder

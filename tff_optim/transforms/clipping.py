@@ -7,7 +7,8 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim import hyperparameters, leaves
+from tff_optim import hyperparameters
+from tff_optim.core import leaves
 from tff_optim.transforms.interface import GradientTransform
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tff_optim import hyperparameters, leaves
-from tff_optim.tracing import as_written
+from tff_optim import hyperparameters
+from tff_optim.core import leaves
+from tff_optim.core.tracing import as_written
 from tff_optim.transforms.interface import GradientTransform
 
 

@@ -9,9 +9,12 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import entries, hyperparameters, keras_objects, keras_step
-from tff_optim.keras_optimizer import KerasOptimizer, build_keras_optimizer
-from tff_optim.tracing import eager_world
+from tff_optim import hyperparameters
+from tff_optim.backends import keras as keras_step
+from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer
+from tff_optim.core import entries
+from tff_optim.core.tracing import eager_world
+from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY

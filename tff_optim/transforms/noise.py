@@ -7,8 +7,9 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim import hyperparameters, leaves
-from tff_optim.messages import shown
+from tff_optim import hyperparameters
+from tff_optim.core import leaves
+from tff_optim.core.messages import shown
 from tff_optim.transforms.interface import GradientTransform
 
 # Named, because "auto_select" may give other numbers on another device.

@@ -15,8 +15,8 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim import tracing
-from tff_optim.devices import device_scope
+from tff_optim.core import tracing
+from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves, parts
 from tff_optim.resident.graphs import loops
 from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, unpack

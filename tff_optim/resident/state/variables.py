@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.devices import device_scope
+from tff_optim.core.devices import device_scope
 from tff_optim.resident import forks, leaves
 
 CLOSED = (

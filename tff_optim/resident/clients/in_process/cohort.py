@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tff_optim import tracing
+from tff_optim.core import tracing
 from tff_optim.resident import leaves
 from tff_optim.resident.clients import sizes
 from tff_optim.resident.clients.in_process.data import ClientTensors

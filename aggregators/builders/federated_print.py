@@ -1,0 +1,64 @@
+"""Values inside a federated computation, shown where a person sees them."""
+
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from aggregators.core import checks
+from aggregators.core.layers import names_in_type
+
+
+def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
+    """Prints a value each time a federated computation passes it, and returns it unchanged.
+
+    For use inside a `tff.federated_computation`. A value at clients prints one line per client, in
+    no particular order; one at the server one line. Lines look like `message: name=tensor ...`, the
+    tensors by their places in the structure (a tensor alone without), and go to the standard error
+    of the TFF worker, which is the terminal that started Python.
+
+    Only what is used runs: use the returned value in place of the one given, or nothing is printed.
+
+    Args:
+      value: A value placed at `tff.CLIENTS` or `tff.SERVER`.
+      message: What to print before it.
+      summarize: How many elements of each axis to show at either end; -1 for all.
+
+    Returns:
+      `value`.
+
+    Raises:
+      TypeError: If `value` is not placed, or `message` is no text.
+      ValueError: If `summarize` is out of its range.
+
+    Example:
+      >>> import numpy as np
+      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+      ... def mean(x):
+      ...     return tff.federated_mean(federated_print(x, "client"))
+      >>> str(mean.type_signature)
+      '({float32}@CLIENTS -> float32@SERVER)'
+    """
+    checks.instance("message", message, str)
+    summarize = checks.whole("summarize", summarize, -1)
+    value = tff.to_value(value, None)
+    if not isinstance(value.type_signature, tff.FederatedType):
+        raise TypeError(
+            f"`value` must be placed at clients or at the server; found {value.type_signature}. "
+            "Join a structure of placed values with `tff.federated_zip` first."
+        )
+
+    names = names_in_type(value.type_signature.member)
+
+    # TFF runs a bare graph without its side effects; those of a `tf.function` it keeps.
+    @tf.function
+    def show(tensors: Any) -> Any:
+        shown = []
+        for name, tensor in zip(names, tf.nest.flatten(tensors), strict=True):
+            shown += [f" {name}=" if name else " ", tensor]
+        tf.print(message + ":", *shown, summarize=summarize, sep="")
+        return tf.nest.map_structure(tf.identity, tensors)
+
+    return tff.federated_map(
+        tff.tensorflow.computation(lambda member: show(member), value.type_signature.member), value
+    )

@@ -1,0 +1,142 @@
+"""A rule as a factory for TFF's own builders."""
+
+from collections import OrderedDict
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from aggregators.core.rule import BoundRule, Rule, check_rule
+from aggregators.core.update import client_update, is_client_update
+
+
+class RuleFactory(tff.aggregators.WeightedAggregationFactory):
+    """A rule as a factory for TFF's builders.
+
+    The created process has type `<S@SERVER, {V}@CLIENTS, {W}@CLIENTS> -> <S@SERVER, R@SERVER,
+    M@SERVER>`: `W` is a number; `V` either a structure of floating tensors (`R` is `V`), for rules
+    that need no more than a score of the update alone, or a `ClientUpdate` with what the rule needs,
+    as `build_client_work(model_fn, optimizer, rule.needs)` sends it (`R` is the type of its `delta`).
+
+    One pass over clients, so it spreads over workers and sub-rounds. Not for a secure sum, since
+    weights are normalised while summing. Sensitivity: one client can move the mean as far as its weight
+    allows; its update is not clipped: wrap the factory in `tff.aggregators.clipping_factory` for that.
+
+    A client with an update, weight or loss that is not finite counts for nothing and is counted in
+    the measurements; one of weight 0 counts for nothing. If no client counts, the result is NaN and
+    `unchanged` is 1: that is how TFF's finalizers are told to leave model and optimizer as they were
+    (zeros would still be a step of momentum, Adam or weight decay). TFF's own client work sends a
+    non-finite update as zeros with weight 0, so in `build_weighted_fed_avg` such clients are seen as
+    `zero_weight_clients` only.
+
+    Example:
+      >>> import numpy as np
+      >>> from aggregators import rules, scores, weighting
+      >>> rule = rules.adaptive_mean(scores.l2_distance, weighting.softmax())
+      >>> update, weight = tff.to_type((np.float32, [3])), tff.to_type(np.float32)
+      >>> process = RuleFactory(rule).create(update, weight)
+      >>> list(process.initialize.type_signature.result.member._asdict())
+      ['round', 'temperature', 'memory', 'typical_score']
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        """Keeps the rule.
+
+        Args:
+          rule: The rule.
+
+        Raises:
+          TypeError: If it is none.
+        """
+        check_rule(rule)
+        self._rule = rule
+
+    def create(self, value_type: Any, weight_type: Any) -> tff.templates.AggregationProcess:
+        """Builds the process for these types; see the class.
+
+        Args:
+          value_type: TFF type of an update or of a `ClientUpdate`.
+          weight_type: TFF type of a number.
+
+        Returns:
+          A `tff.templates.AggregationProcess`.
+
+        Raises:
+          TypeError: If a type is not of this kind.
+          ValueError: If what the rule needs is not there.
+        """
+        if not isinstance(weight_type, tff.types.TensorType) or weight_type.shape:
+            raise TypeError(f"`weight_type` must be the type of one number; found {weight_type}.")
+        measured = is_client_update(value_type)
+        bound = BoundRule(self._rule, value_type.delta if measured else value_type)
+        _check_needs(bound, value_type.measured if measured else None)
+        score = self._rule.needs.score
+
+        @tff.tensorflow.computation(value_type, weight_type, bound.state_type)
+        def on_client(value: Any, weight: Any, state: Any) -> Any:
+            if measured:
+                update = value._replace(delta=tuple(tf.nest.flatten(value.delta)))
+                weight = tf.maximum(tf.cast(weight, tf.float64), 0.0)
+            else:
+                tensors = [tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(value)]
+                found = OrderedDict()
+                if score is not None:
+                    zeros = [tf.zeros_like(tensor) for tensor in tensors]
+                    found[score.name] = bound.measured_scores(tensors, zeros)
+                update, weight = client_update(tensors, weight, found)
+            return bound.client(update, weight, state)
+
+        @tff.federated_computation
+        def initialize() -> Any:
+            return tff.federated_eval(bound.initial_state, tff.SERVER)
+
+        @tff.federated_computation(
+            tff.FederatedType(bound.state_type, tff.SERVER),
+            tff.FederatedType(value_type, tff.CLIENTS),
+            tff.FederatedType(weight_type, tff.CLIENTS),
+        )
+        def next_fn(state: Any, value: Any, weight: Any) -> Any:
+            parts = tff.federated_map(on_client, (value, weight, tff.federated_broadcast(state)))
+            new_state, result, measured = bound.federated_server(state, parts)
+            return tff.templates.MeasuredProcessOutput(new_state, result, measured)
+
+        return tff.templates.AggregationProcess(initialize, next_fn)
+
+
+def _check_needs(bound: BoundRule, measured: Any) -> None:
+    """Raises `ValueError` unless what the rule needs comes with the update, or can be had from it."""
+    needs = bound.rule.needs
+    if measured is None:
+        more = [name for name in needs.names if needs.score is None or name != needs.score.name]
+        if needs.score is not None and needs.score.needs == "model":
+            more.append(f"{needs.score.name} (which needs the server's model)")
+        if more:
+            raise ValueError(
+                f"`rule` must need the update alone where clients send nothing else; found that it "
+                f"needs {', '.join(more)}. Build the process with `build_fed_avg(..., rule=rule)`, or "
+                "give it updates of `build_client_work(model_fn, optimizer, rule.needs)`. A score of "
+                'your own that looks at the difference only says so: `Score(f, needs="update")`.'
+            )
+        return
+    types = measured._asdict()
+    missing = [name for name in needs.names if name not in types]
+    if missing:
+        raise ValueError(
+            f"`value_type` must hold what the rule needs, {', '.join(needs.names)}; found "
+            f"{', '.join(types) or 'nothing'}. Build the client work with "
+            "`build_client_work(model_fn, optimizer, rule.needs)`."
+        )
+    if needs.score is not None:
+        found = tuple(types[needs.score.name].shape)
+        if found != (len(bound.layers.names),):
+            raise ValueError(
+                f"`value_type` must hold scores of {len(bound.layers.names)} layers; found scores of "
+                f"shape {found}. Use the rule's `needs` for the client work."
+            )
+    if needs.candidates is not None:
+        found = tuple(types["candidate_errors"].shape)
+        if found != (needs.candidates.number,):
+            raise ValueError(
+                f"`value_type` must hold errors of {needs.candidates.number} candidates; found "
+                f"`candidate_errors` of shape {found}."
+            )

@@ -1,0 +1,317 @@
+"""Gradients of single examples, clipped before they are summed: DP-SGD on a client."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from aggregators.client.batch_rows import check_parts, count_rows, take_rows
+from aggregators.core import checks
+
+# Named, because "auto_select" may give other numbers on another device.
+_ALGORITHM = "philox"
+_MOVING_AVERAGES = ("moving_mean", "moving_variance")
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    names = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in names):
+        raise TypeError(
+            f'`shared_parts` must be a sequence of names such as ["x/positions"]; found {value!r}.'
+        )
+    return names
+
+
+@attrs.frozen
+class ExampleClipping:
+    """Clips each example's gradient, sums, adds noise once a batch, and divides by the batch's size.
+
+    ```
+    g = (sum_i g_i min(1, C / |g_i|) + N(0, (z s)^2)) / B
+    ```
+
+    with `g_i` the gradient of the loss of example `i` alone, `C` the norm, `z` the noise multiplier,
+    `B` the expected size of a batch (without one, the number of its examples that are finite), and
+    `s` what one example can move the sum by: `C`, or `C sqrt(number of tensors)` with `per_tensor`.
+    An optimizer takes `g` for the gradient of the batch; it equals that for an infinite norm where
+    the model's loss is a mean over examples.
+
+    An example is a row: the first dimension of a batch's parts counts its examples. Parts that all
+    examples of a batch share, such as positions, class weights, an adjacency matrix or a scalar, have to
+    be named in `shared_parts`; each example is given them whole. Other parts that do not have the
+    batch's rows are refused: when the process is built if the model's `input_spec` shows it, else by
+    the client that meets them. A shared part must not be made of the examples beside it, or one example
+    moves the gradients of all, and the norm bounds nothing.
+
+    Examples go through the model one by one, in training mode, so any model that trains on a batch of
+    one can be clipped, dropout, recurrent layers and embeddings among them; memory is that of
+    one example and one gradient. The model's metrics see each batch whole, in one forward pass more:
+    they are those of training without clipping, at the same weights.
+
+    A model that looks at several examples at once, as batch normalisation does, has no gradient per
+    example and is refused.
+
+    An example whose gradient has no finite norm counts for nothing, in the sum, in `B` where that is
+    counted, in the client's weight, in its loss and in the model's metrics, and is counted in the
+    measurements. A batch of no other examples is no batch to the metrics.
+
+    The measurements `clipped_examples`, `non_finite_examples` and `mean_norm` are exact and not
+    protected by the noise. Nor is the client's weight, its number of examples: for a guarantee per
+    example use `ClientWeighting.UNIFORM` and keep the measurements to yourself. What the noise is
+    worth: `aggregators.privacy.epsilon`. TensorFlow's generator is not a cryptographic one.
+
+    Without a seed the noise comes from the system's entropy, anew for each batch: no client, round or
+    run repeats any of it. A run that goes on from a checkpoint draws on, other noise than an
+    undisturbed run would have drawn; so rounds that are trained once more tell twice of their data.
+
+    With a seed the noise is a function of the seed, of the round in the process's state, of the
+    client's number where it keeps a state (`ClientStates`), of the step, and of the bits of the batch
+    that it hides. A run that goes on from a checkpoint, in this place or another, draws what the
+    undisturbed one would have drawn. Clients differ by their data: those without a number that have
+    the same batch at the same step of a round have the same noise in it. The price: whoever knows the
+    seed can tell, for data that he guesses, whether they were there; and whoever sees two runs of one
+    seed, or one round trained by two rates, on the same data, sees their difference without noise. So
+    a seed is for experiments that must be repeated. If anything of such a run is shown to others,
+    draw its seed at random (`secrets.randbits(63)`), for this run alone, and keep it from them. It is
+    a constant of the process's computations, and not in its state.
+
+    Attributes:
+      clip_norm: `C`, above 0; infinity to only leave out what is not finite.
+      noise_multiplier: `z`, at least 0 and finite; above 0 needs a finite norm and an expected size.
+      expected_batch_size: `B`, above 0; None for the number of examples.
+      per_tensor: Whether each tensor of a gradient is clipped to `C` by itself, as declearn's
+        `sclip_norm` does, instead of all of them by one factor. It changes the gradient's direction, and
+        needs noise `sqrt(number of tensors)` as large, which it gets.
+      seed: Of the noise, from 0 to 2**63 - 1; None for the system's entropy. See above.
+      shared_parts: Names of the parts of a batch that have no rows, or of structures of them: keys, and
+        positions in a sequence, joined by `/`, such as `"x/positions"` or `"0/1"`.
+
+    Example:
+      >>> ExampleClipping(1.0, noise_multiplier=1.1, expected_batch_size=32).noise_stddev(2)
+      1.1
+
+    Example: batches of `{"x": {"image": ..., "class_weights": ...}, "y": ...}`
+
+      >>> ExampleClipping(1.0, shared_parts=["x/class_weights"]).shared_parts
+      ('x/class_weights',)
+
+    Source: Abadi et al., Deep Learning with Differential Privacy, CCS 2016, Algorithm 1.
+    """
+
+    clip_norm: float = attrs.field()
+    noise_multiplier: float = 0.0
+    expected_batch_size: float | None = None
+    per_tensor: bool = attrs.field(
+        default=False, kw_only=True, validator=checks.validated(checks.flag)
+    )
+    seed: int | None = attrs.field(default=None, kw_only=True)
+    shared_parts: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_names)
+
+    def __attrs_post_init__(self) -> None:
+        if self.clip_norm != math.inf:
+            checks.number("clip_norm", self.clip_norm, 0, math.inf, more=", or infinite")
+        checks.number("noise_multiplier", self.noise_multiplier, 0, math.inf, closed=True)
+        if self.expected_batch_size is not None:
+            checks.number("expected_batch_size", self.expected_batch_size, 0, math.inf)
+        if self.seed is not None and checks.whole("seed", self.seed, 0) >= 2**63:
+            raise ValueError(f"`seed` must be below 2**63; found {self.seed}.")
+        if self.noise_multiplier and self.expected_batch_size is None:
+            raise ValueError(
+                "`expected_batch_size` must be given with noise, since the number of examples in a "
+                "batch would tell whether one is there; found None. Give the size that batches "
+                "have, or have on average."
+            )
+        if self.noise_multiplier and math.isinf(self.clip_norm):
+            raise ValueError(
+                "`clip_norm` must be finite with noise, which is a multiple of it; found inf."
+            )
+
+    def noise_stddev(self, num_tensors: int) -> float:
+        """Standard deviation of the noise in the sum over a batch."""
+        sensitivity = self.clip_norm * (math.sqrt(num_tensors) if self.per_tensor else 1.0)
+        return self.noise_multiplier and self.noise_multiplier * sensitivity
+
+
+class Clipped(NamedTuple):
+    """A batch's gradient, by its examples.
+
+    Attributes:
+      gradients: As an optimizer takes them: dense, None for a weight that the loss does not see.
+      loss: float32: mean loss of the examples that count.
+      examples: int32: how many do.
+      counts: For `measurements`: int64 `examples`, `clipped`, `non_finite`, and float32 `norms`, the
+        sum of the norms.
+      kept: bool: for each row, whether it counts.
+    """
+
+    gradients: Sequence[tf.Tensor | None]
+    loss: tf.Tensor
+    examples: tf.Tensor
+    counts: OrderedDict[str, tf.Tensor]
+    kept: tf.Tensor
+
+
+def no_counts(clipping: ExampleClipping | None) -> OrderedDict[str, tf.Tensor]:
+    """The counts of no batch; empty where nothing is clipped."""
+    if clipping is None:
+        return OrderedDict()
+    return OrderedDict(
+        examples=tf.constant(0, tf.int64),
+        clipped=tf.constant(0, tf.int64),
+        non_finite=tf.constant(0, tf.int64),
+        norms=tf.constant(0.0),
+    )
+
+
+def clip_examples(
+    clipping: ExampleClipping,
+    batch: Any,
+    weights: Sequence[Any],
+    one: Callable[[Any], tuple[Any, Any]],
+    *,
+    moment: Sequence[Any] = (),
+) -> Clipped:
+    """The gradient of a batch; see `ExampleClipping`.
+
+    Args:
+      clipping: How to clip.
+      batch: Any structure of tensors; the first dimension of all but the shared parts counts examples.
+      weights: The trainable weights.
+      one: `batch of one -> (gradients, loss)`.
+      moment: Whole numbers by which batches differ, such as round and step: for noise of a seed.
+    """
+    known: list[bool] = []
+    wide = [tf.float32 if w.dtype.size < 4 else w.dtype for w in weights]  # what sums are taken in
+
+    size, batch = count_rows(batch, clipping.shared_parts)
+    positions = tf.range(size)
+
+    def step(i: tf.Tensor, sums: Any, loss: Any, counts: Any, kept: tf.Tensor) -> Any:
+        example = take_rows(batch, clipping.shared_parts, lambda x: x[i : i + 1])
+        gradients, its_loss = one(example)
+        known[:] = [g is not None for g in gradients]
+        dense = [
+            tf.zeros(w.shape, kind) if g is None else tf.cast(tf.convert_to_tensor(g), kind)
+            for w, g, kind in zip(weights, gradients, wide, strict=True)
+        ]
+        norms = tf.stack([tf.cast(tf.norm(g), tf.float64) for g in dense])
+        norm = tf.norm(norms)
+        counts_it = tf.math.is_finite(norm)
+        factors = tf.minimum(clipping.clip_norm / (norms if clipping.per_tensor else norm), 1.0)
+        factors = tf.broadcast_to(factors, norms.shape)
+        sums = tuple(
+            total + tf.where(counts_it, tf.cast(factors[k], g.dtype) * g, tf.zeros_like(g))
+            for k, (total, g) in enumerate(zip(sums, dense, strict=True))
+        )
+        its_loss = tf.cast(tf.reduce_mean(its_loss), tf.float32)
+        counts = OrderedDict(
+            examples=counts["examples"] + tf.cast(counts_it, tf.int64),
+            clipped=counts["clipped"] + tf.cast(counts_it & tf.reduce_any(factors < 1.0), tf.int64),
+            non_finite=counts["non_finite"] + tf.cast(~counts_it, tf.int64),
+            norms=counts["norms"] + tf.where(counts_it, tf.cast(norm, tf.float32), 0.0),
+        )
+        loss += tf.where(counts_it, its_loss, 0.0)
+        kept |= counts_it & tf.equal(positions, i)
+        return i + 1, sums, loss, counts, kept
+
+    zeros = tuple(tf.zeros(w.shape, kind) for w, kind in zip(weights, wide, strict=True))
+    state = (
+        tf.constant(0),
+        zeros,
+        tf.constant(0.0),
+        no_counts(clipping),
+        positions < 0,
+    )
+    _, sums, loss, counts, kept = tf.while_loop(lambda i, *_: i < size, step, state)
+    examples = tf.cast(counts["examples"], tf.int32)
+    stddev = clipping.noise_stddev(len(weights))
+    if stddev:
+        key = _noise_key(clipping.seed, moment, batch)
+        sums = [total + _noise(total, stddev, key, k) for k, total in enumerate(sums)]
+    divisor = clipping.expected_batch_size
+    divisor = tf.cast(examples if divisor is None else divisor, tf.float32)
+    gradients = tuple(
+        tf.cast(tf.math.divide_no_nan(total, tf.cast(divisor, total.dtype)), w.dtype)
+        if there
+        else None
+        for total, w, there in zip(sums, weights, known, strict=True)
+    )
+    mean_loss = tf.math.divide_no_nan(loss, tf.cast(examples, tf.float32))
+    return Clipped(gradients, mean_loss, examples, counts, kept)
+
+
+def add_counts(total: Any, found: Any) -> Any:
+    """Adds a batch's counts."""
+    return tf.nest.map_structure(tf.add, total, found)
+
+
+def _noise_key(seed: int | None, moment: Sequence[Any], batch: Any) -> tf.Tensor:
+    """int64 of shape [2], from which a batch's noise is drawn."""
+    if seed is None:
+        # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph,
+        # and all clients would draw the same.
+        return tf.raw_ops.NonDeterministicInts(shape=[2], dtype=tf.int64)
+    key = tf.constant([seed, 0], tf.int64)
+    for number in moment:
+        key = _fold(key, tf.cast(number, tf.int64))
+    for tensor in tf.nest.flatten(batch):
+        row = tf.reshape(tensor, [1, tf.size(tensor)])
+        key = _fold(key, tf.bitcast(tf.fingerprint(row), tf.int64)[0])
+    return key
+
+
+def _fold(key: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    return tf.random.experimental.stateless_fold_in(key, number, alg=_ALGORITHM)
+
+
+def _noise(like: tf.Tensor, stddev: float, key: tf.Tensor, position: int) -> tf.Tensor:
+    key = _fold(key, tf.constant(position, tf.int64))
+    return tf.random.stateless_normal(like.shape, key, 0.0, stddev, like.dtype, alg=_ALGORITHM)
+
+
+@tff.tensorflow.computation
+def _measurements(counts: Any) -> OrderedDict[str, tf.Tensor]:
+    return OrderedDict(
+        clipped_examples=counts["clipped"],
+        non_finite_examples=counts["non_finite"],
+        mean_norm=tf.math.divide_no_nan(counts["norms"], tf.cast(counts["examples"], tf.float32)),
+    )
+
+
+def measurements(counts: Any) -> Any:
+    """The round's measurements: `{counts}@CLIENTS -> M@SERVER`."""
+    return tff.federated_map(_measurements, tff.federated_sum(counts))
+
+
+def check_clipping(clipping: Any) -> None:
+    """Raises `TypeError` for anything but an `ExampleClipping`, or None for no clipping."""
+    if clipping is not None and not isinstance(clipping, ExampleClipping):
+        raise TypeError(
+            f"`example_clipping` must be an `ExampleClipping` or None; found {clipping!r}."
+        )
+
+
+def check_examples_are_apart(model_fn: Any, clipping: ExampleClipping) -> None:
+    """Raises `ValueError` for a model whose batches cannot be taken apart into examples.
+
+    Their parts do not all have rows, or the model has a batch normalisation, through which examples
+    look at each other. That is known by the names of its moving averages; TFF's functional models of
+    Keras cannot have it.
+    """
+    if isinstance(model_fn, tff.learning.models.FunctionalModel):
+        check_parts(model_fn.input_spec, clipping.shared_parts)
+        return
+    with tf.Graph().as_default():
+        model = model_fn()
+        check_parts(model.input_spec, clipping.shared_parts)
+        names = [v.name.split(":")[0] for v in model.non_trainable_variables]
+    found = [name for name in names if name.endswith(_MOVING_AVERAGES)]
+    if found:
+        raise ValueError(
+            "`example_clipping` must be given to a model that trains on each example alone; found "
+            f"batch normalisation, with {', '.join(found)}. Use layer or group normalisation."
+        )

@@ -1,0 +1,170 @@
+"""The two kinds of model that TFF knows, as the one training loop sees them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import attrs
+import tensorflow as tf
+import tensorflow_federated as tff
+import tree
+
+from aggregators.client.autograph import as_written
+from aggregators.client.batch_rows import common_rows
+from aggregators.core.candidates import labels_of
+
+_T = TypeVar("_T")
+
+
+class Output(NamedTuple):
+    """What a model makes of a batch.
+
+    Attributes:
+      loss: Of any shape that TFF trains.
+      predictions: Any structure of tensors.
+      labels: The batch's labels; None if it is of no form that tells.
+      examples: int64: the number of examples, as TFF counts them.
+    """
+
+    loss: Any
+    predictions: Any
+    labels: Any
+    examples: tf.Tensor
+
+
+class ModelAdapter(Protocol):
+    """A model whose weights and metrics go from batch to batch through a loop.
+
+    A functional model takes both as tensors. A variable model keeps both in variables of its own,
+    and empty tuples go through the loop in their place.
+    """
+
+    def start(self, weights: Any) -> Any:
+        """What goes through the loop for these `ModelWeights`, trainable and other."""
+
+    def trainable(self, held: Any) -> tuple[Any, ...]:
+        """The trainable weights, flat: tensors or variables."""
+
+    def assign(self, held: Any, trainable: Any) -> Any:
+        """What goes through the loop once these are the trainable weights."""
+
+    def forward(self, held: Any, batch: Any, *, training: bool) -> Output:
+        """One forward pass. That of a variable model updates its metrics as well."""
+
+    def start_metrics(self) -> Any:
+        """The metrics of no batch."""
+
+    def update_metrics(self, metrics: Any, output: Output) -> Any:
+        """The metrics with a batch's output, whose forward pass was the last one."""
+
+    def without_metrics(self, compute: Callable[[], _T]) -> _T:
+        """The result of a computation whose forward passes leave the metrics as they were."""
+
+    def report_metrics(self, metrics: Any) -> Any:
+        """The unfinalized metrics, as tensors of this moment."""
+
+
+def adapter_of(model_fn: Any) -> ModelAdapter:
+    """Adapts a functional model, or the variable model that a function makes here, once."""
+    if isinstance(model_fn, tff.learning.models.FunctionalModel):
+        return _FunctionalAdapter(model_fn)
+    model = model_fn()
+    return _VariableAdapter(model, tff.learning.models.ModelWeights.from_model(model))
+
+
+def _rows(predictions: Any) -> tf.Tensor:
+    """TFF's own count, the first dimension of the predictions; of several, that of them all."""
+    several = tree.flatten_with_path(predictions)
+    if len(several) == 1:
+        return tf.shape(several[0][1], tf.int64)[0]
+    rows, _ = common_rows(
+        "`predictions` must have a row for each example, in each of their parts",
+        [("/".join(map(str, path)), part) for path, part in several],
+        "Let the model predict what examples have, or a `VariableModel` say its `num_examples`.",
+        (),
+    )
+    return tf.cast(rows, tf.int64)
+
+
+@attrs.frozen
+class _FunctionalAdapter:
+    model: tff.learning.models.FunctionalModel
+
+    def start(self, weights: Any) -> Any:
+        return tuple(weights.trainable), tuple(weights.non_trainable)
+
+    def trainable(self, held: Any) -> tuple[Any, ...]:
+        return held[0]
+
+    def assign(self, held: Any, trainable: Any) -> Any:
+        return tuple(trainable), held[1]
+
+    def forward(self, held: Any, batch: Any, *, training: bool) -> Output:
+        x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
+        # TFF takes nothing but a `tf.function` for these two, so AutoGraph has seen them.
+        predictions = self.model.predict_on_batch(held, x, training=training)
+        loss = self.model.loss(output=predictions, label=y)
+        return Output(loss, predictions, y, _rows(predictions))
+
+    def start_metrics(self) -> Any:
+        return as_written(self.model.initialize_metrics_state)()
+
+    def update_metrics(self, metrics: Any, output: Output) -> Any:
+        batch_output = tff.learning.models.BatchOutput(
+            loss=output.loss,
+            predictions=output.predictions,
+            num_examples=tf.cast(output.examples, tf.int32),
+        )
+        update = as_written(self.model.update_metrics_state)
+        return update(metrics, labels=output.labels, batch_output=batch_output)
+
+    def without_metrics(self, compute: Callable[[], _T]) -> _T:
+        return compute()
+
+    def report_metrics(self, metrics: Any) -> Any:
+        return metrics
+
+
+@attrs.frozen
+class _VariableAdapter:
+    model: tff.learning.models.VariableModel
+    weights: tff.learning.models.ModelWeights
+
+    def start(self, weights: Any) -> Any:
+        tf.nest.map_structure(lambda variable, x: variable.assign(x), self.weights, weights)
+        return ()
+
+    def trainable(self, held: Any) -> tuple[Any, ...]:
+        return tuple(tf.nest.flatten(self.weights.trainable))
+
+    def assign(self, held: Any, trainable: Any) -> Any:
+        for variable, value in zip(self.trainable(held), trainable, strict=True):
+            variable.assign(value)
+        return held
+
+    def forward(self, held: Any, batch: Any, *, training: bool) -> Output:
+        output = as_written(self.model.forward_pass)(batch, training=training)
+        examples = output.num_examples
+        if examples is None:
+            examples = _rows(output.predictions)
+        examples = tf.cast(examples, tf.int64)
+        return Output(output.loss, output.predictions, labels_of(batch), examples)
+
+    def start_metrics(self) -> Any:
+        return ()
+
+    def update_metrics(self, metrics: Any, output: Output) -> Any:
+        del output  # the forward pass has updated them
+        return metrics
+
+    def without_metrics(self, compute: Callable[[], _T]) -> _T:
+        variables = list(self.model.local_variables)
+        before = [variable.read_value() for variable in variables]
+        result = compute()
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+        return result
+
+    def report_metrics(self, metrics: Any) -> Any:
+        found = as_written(self.model.report_local_unfinalized_metrics)()
+        # A model may return its variables, which later passes change.
+        return tf.nest.map_structure(tf.identity, found)

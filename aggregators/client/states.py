@@ -1,0 +1,365 @@
+"""States that belong to clients: kept by id, handed to the right client, taken back after a round."""
+
+import contextlib
+import numbers
+import os
+import threading
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from aggregators.client.state_files import Folder
+from aggregators.client.state_table import Contents, Entry, Table, few
+from aggregators.core import checks
+
+
+class ClientStates:
+    """The states of all clients, by id, for processes whose clients keep one.
+
+    A round reads and writes the states of its cohort where its clients train, in the worker, as
+    TensorFlow checkpoints: they never pass through Python, and memory is that of the clients at work.
+    What travels with a client's data is two paths and three numbers, so a cohort is the client data of
+    any `LearningProcess`, in TFF's runtimes, in sub-rounds, and on several workers that see the same
+    files.
+
+    A round is all or nothing: the cohort's states count from the end of the `with` block, in one
+    transaction, if nothing was raised and each client has written its own; before that, and after a
+    crash, all clients have the states that they had. One process at a time can open a store, and a fork
+    of it cannot use it.
+
+    States have versions, one a round: the states after round `r` go with the server's state after
+    round `r`, and clients refuse to train on any other. After a crash between the two, or from an
+    older checkpoint, go back with `restore`. A file says whose state it is and after which round, and
+    has a checksum: one that is damaged, or in the place of another, is refused.
+
+    Disk (or memory): one state per client that ever took part, and for `keep` rounds those it
+    replaced: SCAFFOLD and FedDyn have states as large as the trainable weights. A store in memory is
+    gone with the process, however that ends.
+
+    Example: clients that keep their optimizer's momentum
+
+      >>> import tensorflow_federated as tff
+      >>> from aggregators import build_fed_avg, rules
+      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+      >>> model = tff.learning.models.functional_model_from_keras(
+      ...     keras_model,
+      ...     tf.keras.losses.MeanSquaredError(),
+      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      ... )
+      >>> sgdm = tff.learning.optimizers.build_sgdm(0.1, momentum=0.9)
+      >>> process = build_fed_avg(model, sgdm, rule=rules.kept_optimizer())
+      >>> data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))
+      >>> state = process.initialize()
+      >>> with ClientStates(["ann", "bob", "eve"]) as states:
+      ...     with states.cohort(["eve", "ann"], [data, data]) as cohort:
+      ...         state = process.next(state, cohort).state
+      ...     print(states.round, states.seen())
+      1 ('ann', 'eve')
+    """
+
+    def __init__(
+        self,
+        client_ids: Sequence[str],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        keep: int = 1,
+    ):
+        """Opens a store, or makes one.
+
+        Args:
+          client_ids: All clients there ever are: strings, none repeated. A store that exists must have
+            the same.
+          path: A directory of its own, made if there is none; None for memory (`/dev/shm` if that is
+            there), dropped by `close`.
+          keep: For how many rounds a state that was replaced is kept, so that `restore` can go back to
+            it; at least as many as lie between two checkpoints of the server's state.
+
+        Raises:
+          TypeError: If an argument is of the wrong type.
+          ValueError: If an argument is out of its range, or the store is of other clients, was written
+            by another version, or is damaged, or the directory has other files and no store.
+          RuntimeError: If another process, or another `ClientStates`, has it open, or it cannot be read
+            and written.
+        """
+        ids = _checked_ids(client_ids)
+        self._keep = checks.whole("keep", keep, 1)
+        self._numbers = {one: number for number, one in enumerate(sorted(ids))}
+        self._owner: int | None = os.getpid()  # None once it is closed
+        self._changing = threading.Lock()
+        where = None if path is None else _checked_path(path)
+        with _in_words(f"`path` must be a directory that can be used; found {where or 'memory'}"):
+            self._files = Folder(where)
+        try:
+            self._table = Table(self._files.table, self.client_ids)
+            self._clean()
+        except BaseException:
+            self._files.close()
+            raise
+
+    @property
+    def client_ids(self) -> tuple[str, ...]:
+        """All clients there are, sorted."""
+        return tuple(self._numbers)
+
+    @property
+    def keep(self) -> int:
+        """For how many rounds a state that was replaced is kept."""
+        return self._keep
+
+    @property
+    def round(self) -> int:
+        """How many rounds these states have seen."""
+        return self._contents().round
+
+    @property
+    def oldest_round(self) -> int:
+        """The earliest round that `restore` can go back to."""
+        return self._contents().oldest
+
+    def seen(self) -> tuple[str, ...]:
+        """The clients that have a state, sorted."""
+        states = self._contents().states
+        return tuple(one for one, number in self._numbers.items() if number in states)
+
+    def get(self, client_id: str) -> OrderedDict[str, np.ndarray] | None:
+        """A client's state, its tensors by name, such as `control/0`; None if it has none.
+
+        Raises:
+          ValueError: If the id is unknown.
+          RuntimeError: If its file is damaged.
+        """
+        contents = self._contents()
+        self._check_ids([client_id])
+        entry = contents.latest(self._numbers[client_id])
+        return None if entry is None else self._read(entry)
+
+    @contextlib.contextmanager
+    def cohort(
+        self, client_ids: Sequence[str], client_data: Sequence[Any]
+    ) -> Iterator[list[OrderedDict[str, Any]]]:
+        """The client data of one round; at the end of the block the states that it made are kept.
+
+        Call `process.next` once inside.
+
+        Args:
+          client_ids: The round's clients, none repeated.
+          client_data: The data of each, as the process would take it if clients kept nothing.
+
+        Yields:
+          What `process.next` takes.
+
+        Raises:
+          ValueError: If an id is unknown or repeated, or there are more or fewer data than ids.
+          RuntimeError: If another cohort is still open, or a state is gone; at the end of the block, if
+            a client has not written its state, or it cannot be kept: then all states are as before.
+        """
+        ids, data = list(client_ids), list(client_data)
+        self._contents()
+        self._check_ids(ids)
+        if len(ids) != len(data):
+            raise ValueError(
+                f"`client_data` must have one entry for each id; found {len(data)} for {len(ids)}."
+            )
+        with self._alone("`cohort` must be the only one open"):
+            before = self._contents()
+            cohort = f"{self._table.token}-{uuid.uuid4().hex[:8]}"
+            after = before.after([self._numbers[one] for one in ids], cohort, self._keep)
+            files = {after.states[self._numbers[one]][-1].file: one for one in ids}
+            earlier = [before.latest(self._numbers[one]) for one in ids]
+            try:
+                given = [
+                    OrderedDict(
+                        data=its_data,
+                        client=OrderedDict(
+                            load=self._load(entry),
+                            save=self._files.at(file),
+                            round=np.int32(before.round),
+                            number=np.int32(self._numbers[one]),
+                            clients=np.int32(len(self._numbers)),
+                        ),
+                    )
+                    for its_data, entry, (file, one) in zip(
+                        data, earlier, files.items(), strict=True
+                    )
+                ]
+                try:
+                    yield given
+                except Exception as error:
+                    self._explain(error, earlier)
+                    raise
+                self._contents()  # raises if it was closed
+                with _in_words(f"The states of this round could not be kept in {self._files}"):
+                    missing = self._files.without(files)
+                if missing:
+                    raise RuntimeError(
+                        "Each client of a cohort must have written its state at the end of the block; "
+                        f"found none of {few(files[one] for one in missing)}. All states are as before: "
+                        "call `process.next` once inside, on workers that see the files of this store."
+                    )
+                self._table.write(after)
+            finally:
+                self._clean()
+
+    def restore(self, round_number: int) -> None:
+        """Goes back to the states after an earlier round, for good.
+
+        Args:
+          round_number: From `oldest_round` to the present one.
+
+        Raises:
+          ValueError: If it is none of these.
+          RuntimeError: If a cohort is open, or a state that it would go back to is damaged. All states
+            are as before, whichever error it is.
+        """
+        with self._alone("`restore` must come between two rounds"):
+            now = self._contents()
+            whole = isinstance(round_number, numbers.Integral) and not isinstance(
+                round_number, bool
+            )
+            if not whole or not now.oldest <= round_number <= now.round:
+                raise ValueError(
+                    f"`round_number` must be from {now.oldest} to {now.round}; found {round_number!r}. "
+                    f"What was replaced before round {now.oldest} is gone: a state is kept for `keep` "
+                    f"rounds, {self._keep} since the store was opened."
+                )
+            then = now.back_to(int(round_number))
+            for number in now.states:
+                entry = then.latest(number)
+                if entry is not None and entry != now.latest(number):
+                    self._read(entry)  # raises while nothing is lost yet
+            self._table.write(then)
+            self._clean()
+
+    def close(self) -> None:
+        """Lets go of the store; one in memory is dropped."""
+        if self._owner == os.getpid():
+            self._table.close()
+            self._files.close()
+        self._owner = None
+
+    def __enter__(self) -> "ClientStates":
+        self._contents()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _contents(self) -> Contents:
+        """What counts, if the store can be used."""
+        if self._owner is None:
+            raise RuntimeError(f"This `ClientStates` was closed, of {self._files}. Open it anew.")
+        if self._owner != os.getpid():
+            raise RuntimeError(
+                f"This `ClientStates` is that of process {self._owner}; found process {os.getpid()}, a "
+                "fork of it. Use it there, or close it before the fork and open one here."
+            )
+        if not self._table.certain:
+            raise RuntimeError(
+                f"What counts in {self._files} is not known since it could not be read. Close this "
+                "`ClientStates`, and open it anew."
+            )
+        return self._table.contents
+
+    @contextlib.contextmanager
+    def _alone(self, rule: str) -> Iterator[None]:
+        self._contents()
+        if not self._changing.acquire(blocking=False):
+            raise RuntimeError(f"{rule}; found another cohort open. End it first.")
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    def _load(self, entry: Entry | None) -> str:
+        """Where a client finds its state."""
+        if entry is None:
+            return ""
+        if not self._files.has(entry.file):
+            raise self._unreadable(entry, "it is gone.")
+        return self._files.at(entry.file)
+
+    def _read(self, entry: Entry) -> OrderedDict[str, np.ndarray]:
+        path = self._load(entry)
+        try:
+            reader = tf.train.load_checkpoint(path)
+            shapes = reader.get_variable_to_shape_map()
+            state = OrderedDict((name, reader.get_tensor(name)) for name in sorted(shapes))
+            name = state.pop("file").decode()
+            del state["signature"]
+        except (tf.errors.OpError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            raise self._unreadable(entry, error) from error
+        if name != entry.file:
+            raise self._unreadable(entry, f"it was written as {name}.")
+        return state
+
+    def _explain(self, error: Exception, earlier: Sequence[Entry | None]) -> None:
+        """Says of a round that failed which client's state is damaged: TensorFlow does not."""
+        for entry in filter(None, earlier if self._owner == os.getpid() else ()):
+            try:
+                self._read(entry)
+            except RuntimeError as damage:
+                raise damage from error
+
+    def _unreadable(self, entry: Entry, why: object) -> RuntimeError:
+        return RuntimeError(
+            f"The state of client {self.client_ids[entry.number]!r} must be readable; found "
+            f"{self._files.at(entry.file)}: {why} All states are as before. Bring a copy of the file "
+            f"back, or `restore` a round in which it was whole, from {self.oldest_round} on."
+        )
+
+    def _check_ids(self, ids: list[str]) -> None:
+        unknown = [one for one in ids if not isinstance(one, str) or one not in self._numbers]
+        if unknown:
+            raise ValueError(
+                "`client_ids` must be among those that the store was made for; found "
+                f"{few(map(str, unknown))}."
+            )
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"`client_ids` must not repeat a client; found {_repeated(ids)}.")
+
+    def _clean(self) -> None:
+        """Deletes what no client's state is in: of failed rounds, and what was replaced."""
+        if self._owner == os.getpid() and self._table.certain:
+            used = {entry.file for entry in self._table.contents.entries}
+            with contextlib.suppress(OSError):  # they are deleted after a later round then
+                self._files.keep_only(used, self._table.token)
+
+
+def _checked_ids(client_ids: Any) -> list[str]:
+    ids = list(client_ids) if hasattr(client_ids, "__iter__") else [client_ids]
+    if isinstance(client_ids, str) or not all(isinstance(one, str) for one in ids):
+        raise TypeError(f"`client_ids` must be a list of strings; found {client_ids!r}.")
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"`client_ids` must be at least one, and none repeated; found {_repeated(ids)}."
+        )
+    return ids
+
+
+def _checked_path(path: Any) -> str:
+    try:
+        text = os.fsdecode(path)
+        text.encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise TypeError(f"`path` must be the path of a directory; found {path!r}.") from error
+    if not text or "\0" in text or "://" in text:
+        raise ValueError(f"`path` must be a directory of this machine's files; found {path!r}.")
+    return os.path.abspath(text)
+
+
+@contextlib.contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"{what}: {error}. All states are as before: make room, or take another directory."
+        ) from error
+
+
+def _repeated(ids: list[str]) -> str:
+    return few(one for one, times in Counter(ids).items() if times > 1)

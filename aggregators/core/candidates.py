@@ -1,0 +1,302 @@
+"""Models that a rule has its clients score on their own data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import tensorflow as tf
+
+from aggregators.client.autograph import as_written
+from aggregators.core import checks
+
+Models = Sequence[Sequence[tf.Tensor]]
+Error = Callable[[Any, Any], Any]
+
+
+def _number(value: Any) -> int:
+    return checks.whole("number", value, 1)
+
+
+def _check_error(instance: Any, attribute: Any, value: Any) -> None:
+    del instance, attribute
+    if value is not None and not callable(value):
+        raise TypeError(
+            "`error` must be a function of predictions and labels, or None for 1 - p(true label) "
+            f"of a classifier and the loss of any other model; found {value!r}."
+        )
+
+
+@attrs.frozen
+class Candidates:
+    """Models that clients score, and by what.
+
+    Each client scores every one of them on all of its data, with the model's own forward pass, not
+    in training mode: one such pass for each. It does so after it has trained, so that its training sees
+    the batches that plain averaging would have seen.
+
+    Attributes:
+      models: `(weights, state) -> models`: from the flat trainable weights of the server's model and
+        the rule's state to `number` sequences of tensors of the same shapes and dtypes.
+      number: How many there are.
+      error: `(predictions, labels) -> errors`, one number per example, or their mean over a batch; or
+        `(predictions, labels) -> (errors, weights)`, where a weight of 0, or False, leaves out. None
+        takes `1 - p(true label)` of a classifier, and the loss of any other model.
+
+    A classifier is a model with whole numbers for labels, of shape `[..., 1]` or `[...]`, and floating
+    predictions `[..., classes]`. They are probabilities if in all of a client's data, and for all
+    candidates, they lie in 0 to 1 and add up to 1; logits if some lie outside of 0 to 1. If they are
+    neither the client falls back to the loss. Labels that are no class, such as -1 or 255 of ten,
+    count for nothing; of a label that is a class, and that the loss leaves out, nothing tells: give
+    `class_error(from_logits=..., ignore_class=...)`. It reads labels of one row per example too.
+    What `errors_are_losses` among the measured says is whether errors are the loss.
+
+    `1 - p` is a symmetric loss: its mean over labels drawn at random is the same for every model.
+
+    Example:
+      >>> def without_last_step(weights, state):
+      ...     return [weights, [w + step for w, step in zip(weights, state["step"])]]
+      >>> Candidates(without_last_step, 2).number
+      2
+    """
+
+    models: Callable[[Sequence[tf.Tensor], Mapping[str, Any]], Models] = attrs.field(
+        validator=checks.validated(checks.function, "(weights, state)")
+    )
+    number: int = attrs.field(converter=_number)
+    error: Error | None = attrs.field(default=None, validator=_check_error)
+
+    def of(self, weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> Models:
+        """The models of this round, checked."""
+        models = tuple(tuple(model) for model in self.models(weights, state))
+        specs = [[(w.shape, w.dtype) for w in model] for model in (weights, *models)]
+        if len(models) != self.number or any(found != specs[0] for found in specs[1:]):
+            raise ValueError(
+                f"`models` must return {self.number} models of the shapes and dtypes of the server's, "
+                f"{specs[0]}; found {specs[1:]}."
+            )
+        return models
+
+
+class ErrorSums(NamedTuple):
+    """Errors of one model over batches of one client, as sums: what merges by addition.
+
+    Attributes:
+      errors: float64 of shape `[3]`: errors times weights, of predictions read as logits, as
+        probabilities, and not at all (the loss). All alike where there is one way only.
+      weights: float64 of shape `[3]`: the weights behind them.
+      rows: float64 of shape `[3]`: rows of predictions that can be nothing but logits; rows that are
+        probabilities; rows that may be either, or neither.
+    """
+
+    errors: Any
+    weights: Any
+    rows: Any
+
+
+_AS_MANY = "`labels` must be as many as the predictions of a classifier"
+_NOT_READ = (0.0, 0.0, 0.0)
+_IS_LOSS = (0.0, 0.0, 1.0)
+
+
+def no_errors() -> ErrorSums:
+    """Of no batch."""
+    return ErrorSums(*(tf.zeros([3], tf.float64),) * 3)
+
+
+def errors_of_batch(
+    error: Error | None, loss: tf.Tensor, predictions: Any, labels: Any, examples: tf.Tensor
+) -> ErrorSums:
+    """A batch's errors by a function of the user's, or by default; see `Candidates`.
+
+    Args:
+      error: The function, or None.
+      loss: The batch's loss, of any shape.
+      predictions: The model's predictions, or any structure of them.
+      labels: The batch's labels; None if not known.
+      examples: How many examples it has.
+
+    Raises:
+      TypeError: If the function has no labels to look at, or returns something else.
+    """
+    if error is not None:
+        ways, rows = [_by_function(error, predictions, labels, examples)] * 3, _NOT_READ
+    elif _are_classes(predictions, labels):
+        outputs = tf.cast(predictions, tf.float32)
+        logits = tf.nn.softmax(outputs)
+        total = tf.reduce_sum(outputs, -1, keepdims=True)
+        shares = tf.where(tf.equal(total, 0.0), logits, tf.math.divide_no_nan(outputs, total))
+        ways = [_of_labels(p, labels) for p in (logits, shares)]
+        ways.append(_mean(loss, examples))
+        rows = _rows(outputs, predictions.dtype)
+    else:
+        ways, rows = [_mean(loss, examples)] * 3, _IS_LOSS
+    sums = []
+    for errors, weights in ways:
+        errors, weights = tf.cast(errors, tf.float64), tf.cast(weights, tf.float64)
+        # What does not count leaves no trace, and a batch of no example has no mean.
+        sums.append(
+            (tf.reduce_sum(tf.math.multiply_no_nan(errors, weights)), tf.reduce_sum(weights))
+        )
+    totals, weights = zip(*sums, strict=True)
+    return ErrorSums(tf.stack(totals), tf.stack(weights), tf.cast(rows, tf.float64))
+
+
+def mean_errors(sums: Sequence[ErrorSums]) -> tuple[tf.Tensor, tf.Tensor]:
+    """The mean error of each model, all of them read in one way, and whether it is their loss.
+
+    Returns:
+      float32 of shape `[models]`, 0 where nothing counted; and a bool.
+    """
+    as_logits, as_probabilities, unclear = tf.unstack(tf.add_n([one.rows for one in sums]))
+    within = tf.equal(as_logits, 0.0)
+    is_loss = within & (unclear > 0.0)
+    way = tf.where(is_loss, 2, tf.where(within & (as_probabilities > 0.0), 1, 0))
+    found = [tf.math.divide_no_nan(one.errors, one.weights)[way] for one in sums]
+    return tf.cast(tf.stack(found), tf.float32), is_loss
+
+
+def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
+    """`1 - p(true label)` of a classifier, for models of which it must be told how to read them.
+
+    ```
+    error = 1 - sum_c y_c p_c
+    ```
+
+    with `p` the probabilities and `y` the labels. For `Candidates(error=...)` and
+    `rules.jury_mean(votes=...)`. Predictions are `[..., classes]`, or `[..., 1]` for the second of two
+    classes. Labels are positions of classes, `[...]` or `[..., 1]`, or rows `[..., classes]` such as
+    those of `tf.keras.losses.CategoricalCrossentropy`.
+
+    Left out are labels that are no position of a class, as -1 or 255 of ten, and rows of zeros.
+
+    Args:
+      from_logits: As in Keras: whether predictions are logits, or else probabilities.
+      ignore_class: As in Keras: a position that does not count either; None for none.
+
+    Returns:
+      A function `(predictions, labels) -> (errors, counts)`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If `ignore_class` is no whole number.
+
+    Example:
+      >>> error = class_error(from_logits=True, ignore_class=0)
+      >>> errors, counts = error(tf.constant([[9.0, 0.0], [0.0, 0.0]]), tf.constant([0, 1]))
+      >>> errors.numpy().round(3)[counts]
+      array([0.5], dtype=float32)
+
+    Source: Ghosh, Kumar, Sastry, Robust Loss Functions under Label Noise for Deep Neural Networks, 2017.
+    """
+    checks.flag("from_logits", from_logits)
+    if ignore_class is not None:
+        ignore_class = checks.whole("ignore_class", ignore_class, -(2**31))
+
+    @tf.autograph.experimental.do_not_convert
+    def error(predictions: Any, labels: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        if not all(tf.is_tensor(x) and x.shape.rank for x in (predictions, labels)):
+            raise TypeError(
+                "`predictions` and `labels` must be one tensor each, of known rank, for `class_error`; "
+                f"found {predictions!r} and {labels!r}. Write a function of your own."
+            )
+        outputs = tf.cast(predictions, tf.float32)
+        if outputs.shape[-1] == 1:
+            second = tf.sigmoid(outputs) if from_logits else outputs
+            shares = tf.concat([1.0 - second, second], -1)
+        else:
+            shares = tf.nn.softmax(outputs) if from_logits else outputs
+        rank, of_labels = predictions.shape.rank, labels.shape.rank
+        if of_labels == rank - 1 or (of_labels == rank and labels.shape[-1] == 1):
+            return _of_labels(shares, labels, ignore_class)
+        if of_labels != rank or labels.shape[-1] != shares.shape[-1]:
+            raise TypeError(
+                "`labels` must be positions of classes, or rows of as many numbers as there are "
+                f"classes; found shape {labels.shape} for predictions of shape {predictions.shape}."
+            )
+        rows = _of_shape(_AS_MANY, tf.shape(shares), tf.cast(labels, tf.float32))
+        counts = tf.reduce_any(tf.not_equal(rows, 0.0), -1)
+        if ignore_class is not None:
+            counts &= tf.not_equal(tf.argmax(rows, -1), ignore_class)
+        return 1.0 - tf.reduce_sum(rows * shares, -1), counts
+
+    return error
+
+
+def _by_function(error: Error, predictions: Any, labels: Any, examples: Any) -> tuple[Any, Any]:
+    """Errors and their weights, by a function of the user's."""
+    if labels is None:
+        raise TypeError(
+            "`error` must have labels to look at: a batch must be a mapping with `x` and `y`, or a "
+            "pair; found neither. Take None for the model's own loss."
+        )
+    returned = as_written(error)(predictions, labels)
+    is_pair = isinstance(returned, tuple) and len(returned) == 2
+    found, weights = returned if is_pair else (returned, None)
+    found = tf.convert_to_tensor(found)
+    if not found.dtype.is_floating:
+        raise TypeError(f"`error` must return floating numbers; found {found.dtype.name}.")
+    if weights is None:
+        return _mean(found, examples)
+    weights = tf.convert_to_tensor(weights)
+    if found.shape.rank != weights.shape.rank or not found.shape.is_compatible_with(weights.shape):
+        raise TypeError(
+            f"`error` must return weights of the errors' shape, {found.shape}; found {weights.shape}."
+        )
+    rule = "`error` must return weights of the errors' shape"
+    return found, _of_shape(rule, tf.shape(found), weights)
+
+
+def _of_shape(rule: str, shape: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor as it is. One of another shape, which would be broadcast, ends the computation."""
+    found = tf.shape(tensor)
+    same = tf.equal(tf.size(found), tf.size(shape)) & tf.reduce_all(
+        tf.raw_ops.Equal(x=found, y=shape, incompatible_shape_error=False)
+    )
+    return checks.only_if(same, [f"{rule},", shape, "; found", found], tensor)
+
+
+def _mean(values: Any, examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """A mean over a batch, and its examples for its weight."""
+    return tf.reduce_mean(tf.cast(values, tf.float32)), examples
+
+
+def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None) -> tuple[Any, Any]:
+    """`1 - p(label)`, of shape `[...]`, and which of the labels count: those that are a class."""
+    rank = shares.shape.rank
+    labels = tf.cast(labels[..., 0] if labels.shape.rank == rank else labels, tf.int64)
+    labels = _of_shape(_AS_MANY, tf.shape(shares)[:-1], labels)
+    counts = (labels >= 0) & (labels < tf.shape(shares, tf.int64)[-1])
+    if ignored is not None:
+        counts &= tf.not_equal(labels, ignored)
+    # Of what does not count the first class: a GPU reads past the end without a word.
+    found = tf.gather(shares, tf.where(counts, labels, 0), axis=rank - 1, batch_dims=rank - 1)
+    return 1.0 - found, counts
+
+
+def _rows(outputs: tf.Tensor, dtype: tf.DType) -> Any:
+    """How many rows of predictions, computed in `dtype`, are which; see `ErrorSums`."""
+    # A softmax in bfloat16 adds up to 1 within 0.011, one in half precision within 0.002.
+    room = 2.0**-5 if dtype == tf.bfloat16 else 2.0**-8
+    within = tf.reduce_all((outputs >= -room) & (outputs <= 1.0 + room), -1)
+    whole = within & (tf.abs(tf.reduce_sum(outputs, -1) - 1.0) <= room)
+    blank = tf.reduce_all(tf.equal(outputs, 0.0), -1)  # of either kind, and alike as both
+    kinds = (~within, whole, within & ~whole & ~blank)
+    return [tf.math.count_nonzero(kind, dtype=tf.float64) for kind in kinds]
+
+
+def labels_of(batch: Any) -> Any:
+    """What a batch holds as its labels; None if it is of no form that tells."""
+    if isinstance(batch, Mapping):
+        return batch.get("y")
+    return batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+
+
+def _are_classes(predictions: Any, labels: Any) -> bool:
+    if not all(tf.is_tensor(value) for value in (predictions, labels)):
+        return False
+    if not predictions.dtype.is_floating or not labels.dtype.is_integer:
+        return False
+    rank, of_labels = predictions.shape.rank, labels.shape.rank
+    if rank is None or rank < 2 or (predictions.shape[-1] or 2) < 2:
+        return False
+    return of_labels == rank - 1 or (of_labels == rank and labels.shape[-1] == 1)

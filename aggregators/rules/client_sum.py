@@ -1,0 +1,78 @@
+"""What rules whose clients keep a state have in common: a sum over clients beside another rule."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import tensorflow as tf
+
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Hparam
+from aggregators.core.layers import ModelLayers
+from aggregators.core.reduction import Reduction, reduction_from_merge, zip_reductions
+from aggregators.core.rule import Rule, RuleResult, check_rule
+from aggregators.core.update import ClientUpdate
+
+
+def check_base(rule: Any) -> None:
+    """Raises for what is no rule, or one whose clients keep a state already."""
+    check_rule(rule)
+    if rule.needs.memory is not None:
+        raise ValueError(
+            f"`rule` must not have clients keep a state of its own; found {rule.needs.memory!r}."
+        )
+
+
+def add_sum(
+    rule: Rule,
+    *,
+    of: Callable[[ClientUpdate], Any],
+    start: Callable[[ModelLayers], OrderedDict[str, Any]],
+    end: Callable[[Any, Any, Any], tuple[OrderedDict[str, Any], Any]],
+    hparams: Mapping[str, Hparam] | None = None,
+) -> Rule:
+    """The rule with the sum of something over clients beside it, and a state that sum goes to.
+
+    Args:
+      rule: What makes the update of the clients' deltas.
+      of: What is summed of a client that counts: flat tensors in the shapes of the weights.
+      start: `layers -> OrderedDict`: what the server's state starts from, besides the rule's own.
+      end: `(state, sum, update) -> (that part of the state, update)`, the update flat.
+      hparams: Numbers beside the rule's.
+
+    Returns:
+      A `Rule`.
+    """
+    numbers = checks.joined("rule", rule.hparams, hparams or {})
+
+    def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
+        return checks.joined("rule", rule.initial_state(layers), start(layers))
+
+    def client(update: ClientUpdate, weight: tf.Tensor, state: Any) -> OrderedDict[str, Any]:
+        counts = weight > 0
+        summed = tuple(tf.where(counts, x, tf.zeros_like(x)) for x in of(update))
+        return OrderedDict(rule=rule.client(update, weight, state), sum=summed)
+
+    def reduction(layers: ModelLayers) -> Reduction:
+        total = reduction_from_merge(
+            lambda: tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs),
+            tuple,
+            lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+        )
+        return zip_reductions(rule=rule.reduction(layers), sum=total)
+
+    def server(state: Any, reduced: Any) -> RuleResult:
+        own, update, measured = rule.server(state, reduced["rule"])
+        more, update = end(state, reduced["sum"], update)
+        return RuleResult(OrderedDict(**own, **more), update, measured)
+
+    return attrs.evolve(
+        rule,
+        client=client,
+        reduction=reduction,
+        server=server,
+        initial_state=initial_state,
+        hparams=numbers,
+        is_mean=False,
+    )

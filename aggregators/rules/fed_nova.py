@@ -1,0 +1,81 @@
+"""FedNova: averaging normalised by steps."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from aggregators import weighted_mean
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Number, hparam
+from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.update import ClientUpdate
+
+
+def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None, sample_size: int = 0) -> Rule:
+    """FedNova: updates are averaged per step, so that clients with more steps do not pull harder.
+
+    ```
+    update = (sum_k p_k a_k) sum_k p_k d_k / a_k,   p_k = n_k / sum_j n_j
+    a_k = t_k                                          for plain SGD
+    a_k = (t_k - r (1 - r^t_k) / (1 - r)) / (1 - r)    for SGD with momentum r
+    ```
+
+    with `d_k` the update, `t_k` the number of optimizer steps and `n_k` the client's weight. A
+    client without steps counts for nothing. `score_*` of the measurements is `a_k`. One pass.
+    `momentum` is a hyperparameter. `a_k` is at least 1, so divided updates are never longer than the
+    updates were. A client that claims many steps lengthens the step of all, up to `max_steps`.
+
+    Args:
+      momentum: Momentum of the clients' SGD, at least 0 and below 1.
+      max_steps: The most that a client can have done, at least 1: who claims more, or fewer than 0,
+        counts for nothing, and is counted in `bad_score_clients`. None for no limit.
+      sample_size: How many clients the measurements list one by one.
+
+    Returns:
+      A `Rule` for `build_fed_avg` or `federated_rule`.
+
+    Raises:
+      ValueError: If a number is out of its range.
+
+    Example:
+      >>> fed_nova(0.9).needs.names
+      ('steps',)
+
+    Source: Wang, Liu, Liang, Joshi, Poor, Tackling the Objective Inconsistency Problem in
+    Heterogeneous Federated Optimization, 2020.
+    """
+    sample_size = checks.whole("sample_size", sample_size, 0)
+    most = math.inf if max_steps is None else checks.whole("max_steps", max_steps, 1)
+
+    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+        # Differences of nearly equal numbers at high momentum: float32 would be off by percents.
+        steps = tf.cast(update.measured["steps"], tf.float64)
+        rate = state["momentum"]
+        lost = rate * (1.0 - tf.pow(rate, steps)) / (1.0 - rate)
+        effective = tf.cast((steps - lost) / (1.0 - rate), tf.float32)
+        per_step = [tf.math.divide_no_nan(x, tf.cast(effective, x.dtype)) for x in update.delta]
+        weight = tf.where(steps > 0.0, weight, 0.0)
+        return weighted_mean.weigh(
+            update,
+            tf.math.log(weight)[tf.newaxis],
+            tensors=(*per_step, effective),
+            scores=effective[tf.newaxis],
+            sound=(steps >= 0.0) & (steps <= most),
+        )
+
+    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+        del state  # nothing is carried from round to round
+        (*tensors, effective), measured = weighted_mean.report(reduced)
+        tensors = [x * tf.cast(effective, x.dtype) for x in tensors]
+        return RuleResult(OrderedDict(), tensors, measured)
+
+    return Rule(
+        client,
+        lambda layers: weighted_mean.reduction(layers, sample_size=sample_size, numbers=1),
+        server,
+        needs=Needs(layers="model", steps=True),
+        hparams={"momentum": hparam("momentum", momentum, 0.0, 1.0, below=True)},
+    )

@@ -1,0 +1,211 @@
+"""The adaptive mean behind a gate that looks at the round, FedMed-style."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import tensorflow as tf
+
+from aggregators import weighted_mean
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Number, hparam
+from aggregators.core.layers import Layers, ModelLayers
+from aggregators.core.reduction import Reduction, zip_reductions
+from aggregators.core.rule import LossAt, Rule, RuleResult
+from aggregators.core.update import ClientUpdate
+from aggregators.rules.adaptive import ScoreLike, weighed
+from aggregators.scores import js_divergence
+from aggregators.weighted_mean.streaming import LogWeighted, mean_reduction
+from aggregators.weighting import Weighting, softmax
+
+
+class Round(NamedTuple):
+    """What a gate sees of this round and of those before, all float64 but `round`.
+
+    Attributes:
+      round: int32 scalar: rounds done before this one.
+      loss: Mean loss of the clients that counted, by their weights.
+      previous_loss: The same of the last round in which a client counted; NaN if there was none.
+      scores: Their mean score, shape `[num_layers]`.
+      typical_score: Running mean score of earlier rounds, shape `[num_layers]`; 0 where not known.
+    """
+
+    round: tf.Tensor
+    loss: tf.Tensor
+    previous_loss: tf.Tensor
+    scores: tf.Tensor
+    typical_score: tf.Tensor
+
+
+Gate = Callable[[Round], tf.Tensor]
+
+_ADVICE = (
+    "Write `def gate(seen)`, a function of a `Round`, with TensorFlow operations, that returns one "
+    "number from 0 (plain mean) to 1 (adaptive mean), or one bool."
+)
+
+
+def loss_gated(
+    weighting: Weighting | None = None,
+    *,
+    score: ScoreLike = js_divergence,
+    layers: Layers = "tensor",
+    loss_at: LossAt = "training",
+    gate: Literal["not_fallen", "fallen"] | Gate = "not_fallen",
+    min_decrease: Number = 0.0,
+    sample_size: int = 0,
+) -> Rule:
+    """Goes between the plain and the adaptive mean, as the clients' loss, or a gate of yours, says.
+
+    ```
+    update = plain + share (adaptive - plain),   plain = sum_k n_k d_k / sum_k n_k
+    loss_t = sum_k n_k F_k / sum_k n_k
+    fell = loss_t < loss_(t-1) - min_decrease |loss_(t-1)|
+    share = 1 if not fell else 0            for gate="not_fallen"
+    share = 1 if fell else 0                for gate="fallen"
+    share = gate(Round)                     for a function of yours
+    ```
+
+    with `F_k` the loss that came with client `k`'s update, `n_k` its weight, `d_k` its update, and
+    `adaptive` the mean of `adaptive_mean`. Both means and the loss are accumulated in one pass, so the
+    gate costs no second one. A gate by name is shut in the first round, as is any before a loss is
+    known; a function is asked in every round.
+
+    The state is that of `adaptive_mean` and `previous_loss` (NaN if none). The measurements are those of
+    the adaptive mean, also in plain rounds (but `sample_weights` are those really used), and `loss`,
+    `previous_loss`, `share`, `adaptive` (int32, 1 if the share was above 0) and `gate_out_of_range`
+    (int32, 1 if the gate gave a number outside of 0 to 1, which was moved to the nearer end; or
+    none, which was taken for 0).
+
+    Args:
+      weighting: Of the adaptive mean; a softmax that prefers near clients if None.
+      score: As for `adaptive_mean`.
+      layers: As for `adaptive_mean`.
+      loss_at: Where the clients' loss is taken; see `Needs`.
+      gate: `"not_fallen"`, `"fallen"`, or a function of a `Round` that returns a share or a bool.
+      min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1: a
+        hyperparameter of the gates by name.
+      sample_size: As for `adaptive_mean`.
+
+    Returns:
+      A `Rule` for `build_fed_avg` or `federated_rule`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument is out of its range.
+
+    Example:
+      >>> def late(seen):
+      ...     return tf.minimum(tf.cast(seen.round, tf.float64) / 10.0, 1.0)
+      >>> loss_gated(gate=late).needs.names
+      ('js_divergence', 'training_loss')
+
+    Source: the gates by name follow Algorithm 1 of Wu, Liang, Wang, FedMed: A Federated Learning
+    Framework for Language Modeling, 2020. What the algorithm leaves open is an argument here, and
+    the defaults are this package's choice: no claim is made to reproduce the source's numbers.
+    """
+    sample_size = checks.whole("sample_size", sample_size, 0)
+    if not callable(gate) and (not isinstance(gate, str) or gate not in ("not_fallen", "fallen")):
+        raise ValueError(
+            f'`gate` must be "not_fallen", "fallen" or a function; found {gate!r}. {_ADVICE}'
+        )
+    by_score = weighed(score, softmax() if weighting is None else weighting, layers, loss_at)
+    least_fall = hparam("min_decrease", min_decrease, 0.0, 1.0, below=True)
+    if callable(gate) and min_decrease != 0.0:
+        raise ValueError(
+            f"`min_decrease` must be 0 for a gate of yours, which does not look at it; found "
+            f"{min_decrease!r}."
+        )
+
+    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+        scores, logs, sound = by_score.weights(update, weight, state)
+        plain_log = tf.where(sound, tf.math.log(weight), -math.inf)
+        loss = tf.cast(by_score.loss(update), tf.float32)
+        adaptive = weighted_mean.weigh(
+            update, logs, scores=scores, sound=sound, others=(plain_log,)
+        )
+        # One weight for all layers: those of the plain mean do not differ between them.
+        plain = LogWeighted((*update.delta, loss), plain_log[tf.newaxis])
+        return OrderedDict(adaptive=adaptive, plain=plain)
+
+    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+        *plain, loss = reduced["plain"].tensors
+        totals = reduced["adaptive"]["statistics"]
+        previous = state["previous_loss"]
+        counted = totals.sums[0]
+        seen = Round(
+            round=state["round"],
+            loss=tf.cast(loss, tf.float64),
+            previous_loss=tf.cast(previous, tf.float64),
+            scores=totals.sums[4:] / counted,
+            typical_score=tf.cast(state["typical_score"], tf.float64),
+        )
+        if callable(gate):
+            asked = _ask(gate, seen)
+        else:
+            fell = seen.loss < seen.previous_loss - state["min_decrease"] * tf.abs(
+                seen.previous_loss
+            )
+            opened = (fell if gate == "fallen" else ~fell) & ~tf.math.is_nan(previous)
+            asked = tf.cast(opened, tf.float64)
+        some = counted > 0.0
+        asked = tf.where(some, asked, 0.0)
+        in_range = (asked >= 0.0) & (asked <= 1.0)
+        number = tf.where(tf.math.is_nan(asked), tf.zeros_like(asked), asked)
+        share = tf.clip_by_value(number, 0.0, 1.0)
+        adaptive, measured = weighted_mean.report(
+            reduced["adaptive"], by_score.scale(state), shares=(share, 1.0 - share)
+        )
+        update = [
+            # Neither mean leaves a trace of rounding where the other one is taken whole.
+            tf.where(share == 1.0, a, p + tf.cast(share, p.dtype) * (a - p))
+            for a, p in zip(adaptive, plain, strict=True)
+        ]
+        own = by_score.next_state(state, measured)
+        own["previous_loss"] = tf.where(some, loss, previous)
+        measured["loss"] = tf.where(some, loss, math.nan)
+        measured["previous_loss"] = previous
+        measured["share"] = tf.cast(share, tf.float32)
+        measured["adaptive"] = tf.cast(share > 0.0, tf.int32)
+        measured["gate_out_of_range"] = tf.cast(~in_range, tf.int32)
+        return RuleResult(own, update, measured)
+
+    def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
+        return OrderedDict(by_score.initial_state(layers), previous_loss=tf.constant(math.nan))
+
+    def reduction(layers: ModelLayers) -> Reduction:
+        specs = [*layers.specs, tf.TensorSpec([], tf.float32)]
+        return zip_reductions(
+            adaptive=weighted_mean.reduction(layers, sample_size=sample_size, others=1),
+            plain=mean_reduction(specs, (tuple(range(len(specs))),)),
+        )
+
+    own = {} if callable(gate) else {"min_decrease": least_fall}
+    return Rule(
+        client,
+        reduction,
+        server,
+        needs=by_score.needs,
+        initial_state=initial_state,
+        hparams=checks.joined("weighting", by_score.hparams, own),
+        is_mean=True,
+    )
+
+
+def _ask(gate: Gate, seen: Round) -> tf.Tensor:
+    """Calls a gate and checks what it returns: one float64 number."""
+    try:
+        # A function, for the control flow that people write in Python.
+        found = tf.convert_to_tensor(tf.function(gate)(seen))
+    except Exception as error:
+        raise TypeError(
+            f"`gate` must be a function of a `Round`; found {gate!r}, which failed. {_ADVICE} "
+            f"The error was: {error}"
+        ) from error
+    if found.shape.rank != 0 or not (found.dtype.is_floating or found.dtype == tf.bool):
+        raise TypeError(
+            f"`gate` must return one floating number or bool; found {found.dtype.name} of shape "
+            f"{found.shape} from {gate!r}. {_ADVICE}"
+        )
+    return tf.cast(found, tf.float64)

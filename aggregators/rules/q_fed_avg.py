@@ -1,0 +1,91 @@
+"""q-FedAvg: fair losses across clients."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from aggregators import weighted_mean
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Number, hparam
+from aggregators.core.reduction import reduction_from_merge, zip_reductions
+from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.update import ClientUpdate, finite_tensors
+
+
+def q_fed_avg(q: Number, learning_rate: Number, *, sample_size: int = 0) -> Rule:
+    """q-FedAvg: clients with a high loss count more, and the step shrinks to fit.
+
+    ```
+    update = sum_k D_k / sum_k h_k
+    D_k = F_k^q L d_k,   h_k = q F_k^(q-1) |L d_k|^2 + L F_k^q
+    ```
+
+    with `F_k` the client's loss at the server's weights (plus 1e-10), `d_k` its update, and `L`
+    one over the client's learning rate. Computed as `mean(d) / mean(1 + q L |d|^2 / F)`, both means
+    with log-weight `q log F`, which no loss over- or underflows. `q = 0` is the unweighted mean.
+
+    The client's weight only tells whether it counts (0: no). `score_*` of the measurements is the
+    loss; `step` the factor `1 / mean(1 + q L |d|^2 / F)`; `largest_term` the largest of the terms in
+    that mean: a single client with a huge update or a tiny loss can shrink the step of all to
+    nothing, and shows there. One pass. `q` and `learning_rate` are hyperparameters.
+
+    Args:
+      q: At least 0; 0 is plain averaging, large values even out clients' losses.
+      learning_rate: The clients' learning rate, above 0.
+      sample_size: How many clients the measurements list one by one.
+
+    Returns:
+      A `Rule` for `build_fed_avg` or `federated_rule`.
+
+    Raises:
+      ValueError: If a number is out of its range.
+
+    Example:
+      >>> q_fed_avg(0.5, learning_rate=0.1).needs.names
+      ('initial_loss',)
+
+    Source: Li, Sanjabi, Beirami, Smith, Fair Resource Allocation in Federated Learning, 2020.
+    """
+    sample_size = checks.whole("sample_size", sample_size, 0)
+    hparams = OrderedDict(
+        q=hparam("q", q, 0.0), learning_rate=hparam("learning_rate", learning_rate, 0.0, above=True)
+    )
+
+    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+        loss = tf.cast(update.measured["initial_loss"], tf.float32) + 1e-10
+        tensors = update.delta
+        square = 2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(x, tf.float32)) for x in tensors])
+        shrink = 1.0 + tf.cast(state["q"] / state["learning_rate"], tf.float32) * square / loss
+        # A negative loss has no power, and an infinite term would end the round for all.
+        sound = ((loss > 0.0) & finite_tensors([shrink])) | (weight <= 0.0)
+        logs = state["q"] * tf.math.log(tf.cast(tf.where(loss > 0.0, loss, 1.0), tf.float64))
+        logs = tf.where(weight > 0.0, logs, -math.inf)
+        mean = weighted_mean.weigh(
+            update,
+            logs[tf.newaxis],
+            tensors=(*tensors, shrink),
+            scores=loss[tf.newaxis],
+            sound=sound,
+        )
+        return OrderedDict(mean=mean, largest=tf.where(sound & (weight > 0.0), shrink, 0.0))
+
+    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+        (*tensors, shrink), measured = weighted_mean.report(reduced["mean"])
+        step = tf.math.reciprocal_no_nan(shrink)
+        measured["step"] = tf.where(measured["clients"] > 0, step, 0.0)
+        measured["largest_term"] = reduced["largest"]
+        return RuleResult(OrderedDict(), [x * tf.cast(step, x.dtype) for x in tensors], measured)
+
+    return Rule(
+        client,
+        lambda layers: zip_reductions(
+            mean=weighted_mean.reduction(layers, sample_size=sample_size, numbers=1),
+            largest=reduction_from_merge(lambda: tf.constant(0.0), tf.identity, tf.maximum),
+        ),
+        server,
+        needs=Needs(layers="model", loss="initial"),
+        hparams=hparams,
+    )

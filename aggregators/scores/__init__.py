@@ -1,0 +1,403 @@
+"""How far a client's layer is from the server's.
+
+A score is a function `score(server_layer, client_layer)` of two sequences of tensors (the tensors
+of one layer, in the model's order) that returns one non-negative number, in a `Score` that says
+what it looks at. Any such function of TensorFlow operations can stand where the ones below do.
+
+The result is float32, or float64 for layers of float64; half precision is computed in float32. A
+layer of several tensors is read as one long vector, except by `spectral_distance`.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import attrs
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from aggregators.core import checks
+from aggregators.core.layers import Groups
+from aggregators.scores import divergences
+
+__all__ = [
+    "Score",
+    "cosine_distance",
+    "js_divergence",
+    "kl_divergence",
+    "l2_distance",
+    "score",
+    "spectral_distance",
+]
+
+Layer = Sequence[tf.Tensor]
+Function = Callable[[Layer, Layer], tf.Tensor]
+
+_WRITE = (
+    "Write it as `def score(server, client)`, two sequences of tensors, with TensorFlow operations, "
+    "and reduce it to one number of at least 0."
+)
+
+
+def _check_function(instance: Any, attribute: Any, value: Any) -> None:
+    del instance, attribute  # attrs passes them to every validator
+    if not callable(value) or isinstance(value, tff.framework.ConcreteComputation):
+        raise TypeError(
+            f"`score` must be a function of two sequences of tensors; found {value!r}. "
+            "Use one from `aggregators.scores`, such as `scores.kl_divergence`, or a plain function "
+            "of your own: it is called for layers of all shapes, which no tff.Computation takes."
+        )
+    try:
+        inspect.signature(value).bind((), ())
+    except TypeError as error:
+        raise TypeError(
+            f"`score` must take two arguments; found {_name_of(value)}, which does not ({error}). "
+            f"{_WRITE}"
+        ) from error
+    except ValueError:
+        pass  # a builtin that does not tell
+
+
+def _check_name(argument: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.isidentifier():
+        raise ValueError(
+            f"`{argument}` must be a name as Python's variables have; found {value!r}."
+        )
+
+
+def _name_of(function: Any) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return name if name.isidentifier() else "score"
+
+
+@attrs.frozen(slots=False)
+class Score:
+    """A score and what it looks at.
+
+    Attributes:
+      function: `(server_layer, client_layer) -> number`, of TensorFlow operations.
+      needs: `"model"` if it must see the server's model; `"update"` if it depends on the difference
+        of the two alone, and so can be taken where only an update is known.
+      name: Under which a client sends it.
+      over_layers: A faster form over all layers at once, `(server_layers, client_layers)` to a list
+        of numbers; None to call `function` for each.
+
+    Example:
+      >>> largest = Score(lambda s, c: tf.reduce_max(tf.abs(s[0] - c[0])), needs="update")
+      >>> largest([tf.constant([1.0, 5.0])], [tf.constant([2.0, 2.0])]).numpy()
+      3.0
+    """
+
+    function: Function = attrs.field(validator=_check_function)
+    needs: Literal["model", "update"] = attrs.field(
+        default="model", validator=checks.validated(checks.word, "model", "update"), kw_only=True
+    )
+    name: str = attrs.field(kw_only=True, validator=checks.validated(_check_name))
+    over_layers: Callable[[Sequence[Layer], Sequence[Layer]], list[tf.Tensor]] | None = attrs.field(
+        default=None,
+        validator=checks.validated(
+            checks.function, "(server_layers, client_layers)", optional=True
+        ),
+        kw_only=True,
+    )
+
+    @name.default
+    def _own_name(self) -> str:
+        return _name_of(self.function)
+
+    def __attrs_post_init__(self) -> None:
+        named = ("__module__", "__name__", "__qualname__", "__doc__")
+        found = {
+            name: getattr(self.function, name) for name in named if hasattr(self.function, name)
+        }
+        vars(self).update(found, __wrapped__=self.function)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles a score that stands in a module, such as those below, by its name there."""
+        name = getattr(self.function, "__qualname__", "")
+        at_home = getattr(sys.modules.get(self.function.__module__), name, None) is self
+        return name if at_home else super().__reduce_ex__(protocol)
+
+    def __call__(self, server: Layer, client: Layer) -> tf.Tensor:
+        """Scores one layer."""
+        return self.function(server, client)
+
+
+def score(
+    *, needs: Literal["model", "update"], over_layers: Any = None
+) -> Callable[[Function], Score]:
+    """Makes a `Score` of the function below it.
+
+    Args:
+      needs: As in `Score`.
+      over_layers: As in `Score`.
+
+    Returns:
+      A decorator.
+
+    Example:
+      >>> @score(needs="update")
+      ... def manhattan(server, client):
+      ...     return tf.add_n([tf.reduce_sum(tf.abs(s - c)) for s, c in zip(server, client)])
+      >>> manhattan.needs
+      'update'
+    """
+    return lambda function: Score(function, needs=needs, over_layers=over_layers)
+
+
+@score(needs="model", over_layers=functools.partial(divergences.of_layers, divergences.KL))
+def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Kullback-Leibler divergence of the softmaxed client layer from the softmaxed server layer.
+
+    ```
+    d = sum_i p_i log(p_i / q_i),   p = softmax(server),   q = softmax(client)
+    ```
+
+    over all `i` elements of the layer. Models that were trained a little apart have `d` of 1e-6
+    or less, where the textbook sum is lost in rounding, so it is taken as
+
+    ```
+    d = log(1 + E_p[exp(c) - 1 - c]),   c = (client - server) - E_p[client - server]
+    ```
+
+    whose terms are all positive and small, in float64 for layers of up to 2^14 elements. Larger ones
+    of which none changed by more than 0.2 take
+
+    ```
+    d = k2 / 2 + k3 / 6 + k4 / 24 + ...
+    ```
+
+    up to there, `kj` the j-th cumulant of `client - server` under `p`, a few sums instead of an
+    exponential per element. What is left out is below 0.2 % of `d`, and below 1e-6 of it for
+    bell-shaped changes.
+
+    Blind to a constant added to the whole layer, and always 0 for a layer of one element.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar, 0 or more; not finite when an input is not.
+
+    Example:
+      >>> kl_divergence([tf.constant([0.0, 0.0])], [tf.math.log([0.25, 0.75])]).numpy().round(4)
+      0.1438
+
+    Source: Kullback and Leibler, 1951.
+    """
+    return _one_layer(divergences.KL, server, client)
+
+
+@score(needs="model", over_layers=functools.partial(divergences.of_layers, divergences.JS))
+def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Jensen-Shannon divergence between the softmaxed layers.
+
+    ```
+    d = KL(p || m) / 2 + KL(q || m) / 2,   m = (p + q) / 2
+    ```
+
+    with `p = softmax(server)` and `q = softmax(client)`. Symmetric, and never above log 2. Large
+    layers that changed little take `k2 / 8 + k3 / 16 + (k4 - k2^2) / 64`; see `kl_divergence`.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar between 0 and log 2; not finite when an input is not.
+
+    Example:
+      >>> js_divergence([tf.constant([0.0, 0.0])], [tf.constant([0.0, 9.0])]).numpy().round(4)
+      0.2152
+
+    Source: Lin, Divergence measures based on the Shannon entropy, 1991.
+    """
+    return _one_layer(divergences.JS, server, client)
+
+
+@score(needs="update")
+def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Euclidean (Frobenius) distance: `d = sqrt(sum_i (server_i - client_i)^2)`.
+
+    Depends on the difference only, so it also works where only the update is known.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar, 0 or more.
+
+    Example:
+      >>> l2_distance([tf.constant([3.0, 4.0])], [tf.zeros(2)]).numpy()
+      5.0
+    """
+    squares = [
+        2.0 * tf.nn.l2_loss(_wide(s) - _wide(c)) for s, c in zip(server, client, strict=True)
+    ]
+    return tf.sqrt(tf.add_n([tf.cast(square, squares[0].dtype) for square in squares]))
+
+
+@score(needs="update")
+def spectral_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Largest singular value of the difference.
+
+    ```
+    d = max_t sigma_max(server_t - client_t)
+    ```
+
+    over the tensors `t` of the layer. A tensor of rank 0 or 1 is a vector (its norm); of rank 3 or
+    more, a matrix whose columns are the last axis (a convolution's output channels). The maximum
+    is the spectral norm of the block-diagonal matrix of the tensors.
+
+    Depends on the difference only. Costs a matrix product with the smaller side squared and an
+    eigenvalue decomposition of that side per tensor and client: dear for layers wider than about
+    1000.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar, 0 or more.
+
+    Example:
+      >>> spectral_distance([tf.linalg.diag([3.0, -4.0])], [tf.zeros([2, 2])]).numpy().round(4)
+      4.0
+    """
+    norms = [_spectral_norm(_wide(s) - _wide(c)) for s, c in zip(server, client, strict=True)]
+    return tf.reduce_max(tf.stack([tf.cast(norm, norms[0].dtype) for norm in norms]))
+
+
+@score(needs="update")
+def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
+    """One minus the cosine of the angle between the layers.
+
+    ```
+    d = 1 - <server, client> / (|server| |client|)
+    ```
+
+    The angle to an all-zero layer is not defined: `d` is 1 if one layer is zero and 0 if both are.
+
+    Args:
+      server: Tensors of the server's layer, floating.
+      client: Tensors of the client's layer, same shapes and dtypes.
+
+    Returns:
+      A scalar between 0 and 2.
+
+    Example:
+      >>> cosine_distance([tf.constant([1.0, 0.0])], [tf.constant([0.0, 2.0])]).numpy()
+      1.0
+    """
+    # Divided by their largest elements first: squares of large or small ones leave float32.
+    s, c = _unit_peak(_flat(server)), _unit_peak(_flat(client))
+    # 1 - cos is |s/|s| - c/|c||^2 / 2: exact near 0, where 1 minus a cosine is mostly rounding.
+    unit_s = tf.math.divide_no_nan(s, tf.norm(s))
+    unit_c = tf.math.divide_no_nan(c, tf.norm(c))
+    half = 0.5 * tf.reduce_sum(tf.math.squared_difference(unit_s, unit_c))
+    one_is_zero = tf.not_equal(tf.reduce_any(s != 0), tf.reduce_any(c != 0))
+    return _as_wide_as(server, tf.where(one_is_zero, tf.ones_like(half), half))
+
+
+ALL = (kl_divergence, js_divergence, l2_distance, spectral_distance, cosine_distance)
+
+
+def as_score(given: Any) -> Score:
+    """A `Score` of what was given for one: a bare function is taken to need the server's model.
+
+    Raises:
+      TypeError: If it cannot be called as a score.
+    """
+    return given if isinstance(given, Score) else Score(given)
+
+
+def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
+    """Scores every layer of a client's model.
+
+    Args:
+      score: The score.
+      server: Structure of tensors: the model the client started from.
+      client: Structure of tensors: the model it trained.
+      groups: The positions of each layer's tensors.
+
+    Returns:
+      float32 of shape `[len(groups)]`.
+
+    Raises:
+      TypeError: If `score` fails, or does not return one number per layer.
+    """
+    servers, clients = (
+        [[tf.convert_to_tensor(flat[i]) for i in group] for group in groups]
+        for flat in (tf.nest.flatten(server), tf.nest.flatten(client))
+    )
+    if score.over_layers is not None:
+        found = score.over_layers(servers, clients)
+    else:
+        function = score.function
+        if score not in ALL:
+            function = tf.function(function)  # for the control flow that people write in Python
+        found = [_one(score, function, *pair) for pair in zip(servers, clients, strict=True)]
+    return tf.stack([tf.cast(number, tf.float32) for number in found])
+
+
+def _one(score: Score, function: Function, server: Layer, client: Layer) -> tf.Tensor:
+    shapes = ", ".join(f"{tensor.dtype.name}{list(tensor.shape)}" for tensor in server)
+    try:
+        number = tf.convert_to_tensor(function(server, client))
+    except Exception as error:
+        raise TypeError(
+            f"`score` must be a function of TensorFlow operations; found {score.name}, which failed "
+            f"on a layer of {shapes}. {_WRITE} The error was: {error}"
+        ) from error
+    if number.shape.rank != 0 or not number.dtype.is_floating:
+        raise TypeError(
+            f"`score` must return one floating number per layer; found {number.dtype.name} of shape "
+            f"{number.shape} from {score.name} for a layer of {shapes}. {_WRITE}"
+        )
+    return number
+
+
+def _wide(tensor: tf.Tensor) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(tensor)
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+
+
+def _as_wide_as(tensors: Sequence[tf.Tensor], found: tf.Tensor) -> tf.Tensor:
+    """Gives a score the precision of its layer, float32 or float64, whatever it was computed in."""
+    double = any(tf.convert_to_tensor(tensor).dtype == tf.float64 for tensor in tensors)
+    return tf.cast(found, tf.float64 if double else tf.float32)
+
+
+def _one_layer(
+    divergence: divergences.Divergence, server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    server, client = ([tf.convert_to_tensor(x) for x in layer] for layer in (server, client))
+    (found,) = divergences.of_layers(divergence, [server], [client])
+    return _as_wide_as(server, found)
+
+
+def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The layer as one vector, in float64 if it is small."""
+    vector = divergences.flat([tf.convert_to_tensor(tensor) for tensor in tensors])
+    return tf.cast(vector, tf.float64) if vector.shape[0] <= divergences.SMALL else vector
+
+
+def _unit_peak(vector: tf.Tensor) -> tf.Tensor:
+    """The vector divided by its largest absolute value; itself if that is 0."""
+    return tf.math.divide_no_nan(vector, tf.reduce_max(tf.abs(vector)))
+
+
+def _spectral_norm(difference: tf.Tensor) -> tf.Tensor:
+    if difference.shape.rank < 2:
+        return tf.norm(difference)
+    matrix = tf.reshape(difference, [-1, difference.shape[-1]])
+    rows, columns = matrix.shape
+    gram = tf.matmul(matrix, matrix, transpose_a=columns <= rows, transpose_b=columns > rows)
+    # The decomposition raises on a non-finite input, which would end the round for all clients.
+    finite = tf.reduce_all(tf.math.is_finite(gram))
+    largest = tf.reduce_max(tf.linalg.eigvalsh(tf.where(finite, gram, tf.zeros_like(gram))))
+    return tf.where(finite, tf.sqrt(tf.maximum(largest, 0.0)), tf.cast(float("nan"), gram.dtype))

@@ -1,0 +1,105 @@
+"""The weighted mean over clients as one associative pass, with weights given as logarithms.
+
+The accumulator is the mean itself, `M`, and the logarithm of the weight behind it, `L`:
+
+```
+L' = log(exp(L_a) + exp(L_b))
+M' = M_a + (M_b - M_a) exp(L_b - L')
+```
+
+The factor lies in [0, 1], so no weight, however large or small, over- or underflows, and neither
+does a sum of large values. `accumulate` is this merge with `M_b` a client's value and `L_b` its
+log-weight. A log-weight of -inf (weight 0) removes the value altogether, NaN included.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from aggregators.core.layers import Groups
+from aggregators.core.reduction import Reduction, reduction_from_merge
+
+# Below any logarithm of a weight, and finite: -inf minus -inf would be no number.
+_LOWEST = -1e300
+
+
+class LogWeighted(NamedTuple):
+    """Tensors with log-weights: what a client sends, and what accumulates.
+
+    Attributes:
+      tensors: Tuple of floating tensors.
+      log_weights: float64 of shape `[num_layers]`; -inf stands for weight 0.
+    """
+
+    tensors: Any
+    log_weights: Any
+
+
+def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
+    """The weighted mean per layer, over values of type `LogWeighted`.
+
+    Args:
+      specs: Shapes (fully defined) and dtypes (floating) of the tensors. Half precision
+        accumulates in float32.
+      groups: Which tensors share a log-weight, from `resolve_layers`.
+
+    Returns:
+      A `Reduction` that reports `LogWeighted`: the means in the dtypes of `specs`, and the
+      logarithms of the summed weights. With no weight at all these are zeros and -inf.
+
+    Raises:
+      TypeError: If a shape or a dtype is not of this kind.
+
+    Source: the running log-sum-exp of Milakov and Gimelshein, Online normalizer calculation for
+    softmax, 2018, applied to means, so that they stay normalised.
+    """
+    for position, spec in enumerate(specs):
+        if not spec.dtype.is_floating or not spec.shape.is_fully_defined():
+            raise TypeError(
+                "A mean must have floating tensors of known shape; found "
+                f"{spec.dtype.name} of shape {spec.shape} at position {position}. "
+                "Cast it, or leave it out of the update."
+            )
+    owner = {position: layer for layer, group in enumerate(groups) for position in group}
+    wide = [tf.float32 if spec.dtype.size < 4 else spec.dtype for spec in specs]
+
+    def zero() -> LogWeighted:
+        return LogWeighted(
+            tuple(tf.zeros(spec.shape, dtype) for spec, dtype in zip(specs, wide, strict=True)),
+            tf.fill([len(groups)], tf.constant(-math.inf, tf.float64)),
+        )
+
+    def lift(value: LogWeighted) -> LogWeighted:
+        tensors = (tf.cast(x, dtype) for x, dtype in zip(value.tensors, wide, strict=True))
+        return LogWeighted(tuple(tensors), value.log_weights)
+
+    def merge(a: LogWeighted, b: LogWeighted) -> LogWeighted:
+        total = log_add(a.log_weights, b.log_weights)
+        of_b = share(b.log_weights, total)
+        by_dtype = {dtype: tf.unstack(tf.cast(of_b, dtype)) for dtype in dict.fromkeys(wide)}
+        tensors = []
+        for position, (x, y) in enumerate(zip(a.tensors, b.tensors, strict=True)):
+            of_y = by_dtype[wide[position]][owner[position]]
+            # 0 times NaN is 0 here: a client of weight 0 leaves no trace.
+            tensors.append(x + tf.math.multiply_no_nan(y - x, of_y))
+        return LogWeighted(tuple(tensors), total)
+
+    def report(total: LogWeighted) -> LogWeighted:
+        tensors = (tf.cast(x, s.dtype) for x, s in zip(total.tensors, specs, strict=True))
+        return LogWeighted(tuple(tensors), total.log_weights)
+
+    return reduction_from_merge(zero, lift, merge, report)
+
+
+def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """log(exp(a) + exp(b)), element by element; -inf where both are. Float64."""
+    largest = tf.maximum(a, b)
+    # softplus(x) is log(1 + exp(x)).
+    return largest + tf.math.softplus(tf.minimum(a, b) - tf.maximum(largest, _LOWEST))
+
+
+def share(log_part: tf.Tensor, log_total: tf.Tensor) -> tf.Tensor:
+    """exp(part - total), and 0 where both are -inf; `[..., num_layers]` and `[num_layers]`. Float64."""
+    return tf.exp(log_part - tf.maximum(log_total, _LOWEST))

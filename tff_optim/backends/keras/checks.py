@@ -1,0 +1,182 @@
+"""What a Keras optimizer must be to be run as a pure function, and which of its numbers may change."""
+
+import collections
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.backends.keras.cells import NumberCell
+from tff_optim.backends.keras.copies import (
+    all_cells,
+    build_template,
+    depends_on,
+    excluded_patterns,
+    read_variables,
+)
+from tff_optim.backends.keras.steps import run_step
+from tff_optim.core import patterns
+from tff_optim.core.tracing import scratch_graph
+from tff_optim.keras_objects import arguments as keras_arguments
+
+_Keras = tf.keras.optimizers.Optimizer
+
+# The methods of Keras' base classes that a pure step calls as Keras does, or that have no part in a
+# step. A subclass that overrides any other one would be silently ignored, so it is refused: clipping
+# in `compute_gradients` may be there for privacy.
+_HONOURED = {
+    "__init__",
+    "_build_index_dict",
+    "_build_learning_rate",
+    "_clip_gradients",
+    "_compute_current_learning_rate",
+    "_create_iteration_variable",
+    "_create_or_restore_slot_variable",
+    "_deduplicate_sparse_grad",
+    "_process_kwargs",
+    "_serialize_hyperparameter",
+    "_var_key",
+    "add_variable",
+    "add_variable_from_reference",
+    "build",
+    "exclude_from_weight_decay",
+    "from_config",
+    "get_config",
+    "iterations",
+    "learning_rate",
+    "load_own_variables",
+    "lr",
+    "save_own_variables",
+    "set_weights",
+    "update_step",
+    "variables",
+}
+
+
+# Entries of a state that no number may replace.
+_ENTRIES = ("learning_rate", "iterations", "slots")
+
+
+def not_called() -> set[str]:
+    """The methods that Keras defines for an optimizer and a pure step does not call."""
+    bases = [base for base in _Keras.__mro__ if keras_arguments.of_keras(base)]
+    defined = {name for base in bases for name, value in vars(base).items() if callable(value)}
+    return {name for name in defined if not name.startswith("__")} - _HONOURED
+
+
+def check_arguments(optimizer: Any) -> None:
+    """Raises if the optimizer or its schedule has an argument that no step can be taken with."""
+    keras_arguments.check_object(optimizer)
+    for pattern in excluded_patterns(optimizer):
+        patterns.check("exclude_from_weight_decay", pattern)
+    rate = optimizer._learning_rate
+    if isinstance(rate, tf.Variable):
+        if rate.shape.rank != 0:
+            raise ValueError(
+                f"`learning_rate` of `{type(optimizer).__name__}` must be one number; found a tensor "
+                f"of shape {rate.shape}."
+            )
+        keras_arguments.check_argument(type(optimizer), "learning_rate", rate)
+    elif isinstance(rate, tf.keras.optimizers.schedules.LearningRateSchedule):
+        keras_arguments.check_object(rate)
+
+
+def find_numbers(
+    optimizer: Any, initial: Mapping[int, np.ndarray]
+) -> "collections.OrderedDict[str, float]":
+    """Finds the numbers that a step reads in its graph, by tracing a step for each candidate."""
+    try:
+        config = optimizer.get_config()
+    except NotImplementedError:  # a subclass need not be serializable
+        config = {}
+    numbers: collections.OrderedDict[str, float] = collections.OrderedDict()
+    for name, value in config.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_candidate = is_number and name not in _ENTRIES and vars(optimizer).get(name) == value
+        if is_candidate and _reads_in_graph(optimizer, initial, name):
+            numbers[name] = float(value)
+    return numbers
+
+
+def _probe(
+    optimizer: Any, initial: Mapping[int, np.ndarray], name: str | None = None
+) -> tuple[Any, bool]:
+    """Traces a step on two small weights, with one number replaced by a tensor.
+
+    Returns the graph, and whether what the step computes depends on the number.
+    """
+    specs = [tf.TensorSpec((2, 3), tf.float32), tf.TensorSpec((3,), tf.float32)]
+    template = build_template(optimizer, initial, specs, ["0", "1"])
+    with scratch_graph() as graph:
+        for cell in all_cells(template):
+            cell.bind(tf.compat.v1.placeholder(cell.dtype, cell.shape))
+        number = tf.compat.v1.placeholder(tf.float64, ())
+        if name is not None:
+            template.optimizer.__dict__[name] = NumberCell(number)
+        gradients = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
+        run_step(template, template.weights, gradients)
+        return graph, depends_on([cell.value() for cell in all_cells(template)], [number])
+
+
+def _reads_in_graph(optimizer: Any, initial: Mapping[int, np.ndarray], name: str) -> bool:
+    try:
+        return _probe(optimizer, initial, name)[1]
+    except (TypeError, ValueError, NotImplementedError):
+        return False  # the step needs a Python number, to branch on for example
+
+
+def check_closed(optimizer: Any, initial: Mapping[int, np.ndarray]) -> None:
+    """Raises if a step reads or assigns a variable that could not be replaced by state."""
+    try:
+        graph, _ = _probe(optimizer, initial)
+    except Exception:
+        return  # what is wrong is told by the first step, with the weights that it happens to
+    if any(tensor.dtype == tf.resource for tensor, _ in graph.captures):
+        raise ValueError(
+            f"`optimizer` of class {type(optimizer).__name__} must hold its variables in attributes, "
+            "or in lists, tuples or dictionaries that are; found that a step uses another "
+            "`tf.Variable`: a schedule's, for example. It would be read as it is at the moment, not "
+            "as state."
+        )
+
+
+def check_supported(optimizer: Any) -> Any:
+    """Returns the optimizer, or raises if a pure step would not do what Keras does with it."""
+    cls = type(optimizer)
+    name = cls.__name__
+    overridden = [
+        method
+        for method in sorted(not_called())
+        if inspect.getattr_static(cls, method, None) is not inspect.getattr_static(_Keras, method)
+    ]
+    if overridden:
+        raise ValueError(
+            f"`optimizer` of class {name} must leave Keras' own what a pure step does not call; found "
+            f"that it overrides {', '.join(overridden)}. Keras' extension points "
+            "are `build`, `update_step` and `get_config`."
+        )
+    replaced = [key for key in vars(optimizer) if callable(getattr(_Keras, key, None))]
+    if replaced:
+        raise ValueError(
+            f"`optimizer` must have the methods of its class {name}; found one with {replaced[0]} "
+            "replaced on the instance. Override it in a subclass."
+        )
+    steps = int(read_variables(optimizer)[id(optimizer.iterations)])
+    if getattr(optimizer, "_built", False) or steps:
+        raise ValueError(
+            f"`optimizer` must be fresh; found one of class {name} that was built or has taken "
+            f"{steps} steps. Its slots would be lost: pass a callable that makes a new one."
+        )
+    if getattr(optimizer, "_mesh", None) is not None:
+        raise ValueError(
+            "`optimizer` must not be laid out on a DTensor mesh; found one with `mesh`."
+        )
+    if getattr(optimizer, "_exclude_from_weight_decay", None):
+        raise ValueError(
+            "`optimizer` must exclude weights from decay by `var_names`; found `var_list`. The weights "
+            "of a TFF process are tensors, not those variables. Pass `weight_names` if they have no "
+            "names."
+        )
+    return optimizer

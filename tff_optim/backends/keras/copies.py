@@ -1,0 +1,251 @@
+"""A copy of a Keras optimizer, with stand-ins for its variables.
+
+A step works on a shallow copy of the optimizer whose variables are replaced by cells
+(`state_cells.py`), so that its `build` fills the copy with slots and leaves the optimizer as it is.
+"""
+
+import collections
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.backends.keras.cells import VariableCell, current_graph
+from tff_optim.core import comparison, patterns
+from tff_optim.core.tracing import scratch_graph
+
+
+@attrs.define
+class Copy:
+    """A shallow copy of a Keras optimizer, built for some weights, with cells for its variables."""
+
+    optimizer: Any
+    weights: list[VariableCell]
+    slots: "collections.OrderedDict[str, VariableCell]"
+    # The slots whose initial value is made from the weights, such as their moving average.
+    from_weights: list[str]
+
+
+def copy_containers(optimizer: Any) -> Any:
+    """Copies an optimizer and its lists and dictionaries; their elements stay the same."""
+    clone = copy.copy(optimizer)
+    for name, value in vars(optimizer).items():
+        if name.startswith("_self_"):  # what Keras tracks for checkpoints, with the same variables
+            del clone.__dict__[name]
+        elif isinstance(value, list):
+            clone.__dict__[name] = list(value)
+        elif isinstance(value, dict):
+            clone.__dict__[name] = dict(value)
+    clone.__dict__["_self_setattr_tracking"] = False  # lists stay plain lists
+    return clone
+
+
+def _replace_variables(optimizer: Any, replace: Callable[[tf.Variable], Any]) -> None:
+    """Replaces every `tf.Variable` in attributes, and in lists, tuples and dictionaries in them."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, tf.Variable):
+            return replace(value)
+        if isinstance(value, list):
+            return [replaced(element) for element in value]
+        if type(value) is tuple:
+            return tuple(replaced(element) for element in value)
+        if isinstance(value, dict):
+            return {key: replaced(element) for key, element in value.items()}
+        return value
+
+    for name, value in list(vars(optimizer).items()):
+        optimizer.__dict__[name] = replaced(value)
+
+
+def _attribute_of(optimizer: Any, cell: VariableCell) -> str:
+    for name, value in vars(optimizer).items():
+        if value is cell:
+            return name.lstrip("_")
+    return "variable"
+
+
+def has_rate_variable(optimizer: Any) -> bool:
+    """Whether the learning rate is a number, which Keras keeps in a variable, not a schedule."""
+    return isinstance(optimizer._learning_rate, tf.Variable)
+
+
+def own_learning_rate(optimizer: Any, value: Any) -> None:
+    """Gives a copied optimizer a rate of its own: this value, or the one that it has if None."""
+    if not has_rate_variable(optimizer):
+        raise ValueError(
+            "`learning_rate` must be None for an `optimizer` with a schedule; found "
+            f"{value}. Make the optimizer with a number as its rate."
+        )
+    shared = optimizer._learning_rate
+    initial = value if value is not None else read_variables(optimizer)[id(shared)]
+    optimizer.__dict__["_learning_rate"] = tf.Variable(
+        initial, dtype=shared.dtype, name="learning_rate", trainable=False
+    )
+
+
+def read_variables(optimizer: Any) -> dict[int, np.ndarray]:
+    """The values of the variables that the optimizer's constructor has made, by identity."""
+    values: dict[int, np.ndarray] = {}
+
+    def read(variable: tf.Variable) -> tf.Variable:
+        with tf.init_scope():
+            if tf.is_symbolic_tensor(variable.handle):
+                raise ValueError(
+                    "`optimizer` must have variables with values; found that it was made inside a "
+                    "TFF computation or another graph. Pass what makes it, and a rate that is a tensor "
+                    "of that graph apart: `build_keras_optimizer(tf.keras.optimizers.SGD, "
+                    "learning_rate=r)`."
+                )
+            values[id(variable)] = variable.numpy()
+        return variable
+
+    _replace_variables(optimizer, read)
+    return values
+
+
+def build(
+    optimizer: Any,
+    initial: Mapping[int, np.ndarray],
+    values: Sequence[tf.Tensor],
+    names: Sequence[str],
+) -> Copy:
+    """Copies `optimizer` and builds the copy for weights of these values."""
+    clone = copy_containers(optimizer)
+    created: list[VariableCell] = []
+    cells: dict[int, VariableCell] = {}
+
+    def cell_for(variable: tf.Variable) -> VariableCell:
+        if id(variable) not in cells:
+            name = variable.name.split(":")[0]
+            cells[id(variable)] = VariableCell(initial[id(variable)], name)
+        return cells[id(variable)]
+
+    graph = current_graph()
+
+    def create(next_creator: Any, **arguments: Any) -> VariableCell:
+        del next_creator  # no variable is made
+        if current_graph() is not graph:
+            raise ValueError(
+                "`build` must make its variables directly; found that it makes "
+                f"{arguments.get('name')!r} in a `tf.init_scope` or a `tf.function` of its own, where "
+                "a pure optimizer cannot replace it by state. Make it without, with `add_variable`."
+            )
+        value = arguments["initial_value"]
+        value = value() if callable(value) else value
+        created.append(VariableCell(value, arguments.get("name") or "", arguments.get("dtype")))
+        return created[-1]
+
+    _replace_variables(clone, cell_for)
+    weights = [VariableCell(value, name) for value, name in zip(values, names)]
+    if weights:
+        with tf.variable_creator_scope(create):
+            clone.build(weights)
+    own = {id(clone._iterations), id(clone._learning_rate)}
+    own.add(id(getattr(clone, "_current_learning_rate", None)))  # follows from the iterations
+    slots: collections.OrderedDict[str, VariableCell] = collections.OrderedDict()
+    for cell in [*(c for c in cells.values() if id(c) not in own), *created]:
+        name = cell.name if cell.name not in ("", "Variable") else _attribute_of(clone, cell)
+        while name in slots:  # Keras gives two placeholders of Adafactor one name
+            name += "_"
+        slots[name] = cell
+    return Copy(clone, weights, slots, [])
+
+
+def depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> bool:
+    """Whether any output of a graph is computed from any of the sources."""
+    targets = {source.op for source in sources}
+    seen: set[Any] = set()
+    todo = [output.op for output in outputs]
+    while todo:
+        op = todo.pop()
+        if op in targets:
+            return True
+        if op not in seen:
+            seen.add(op)
+            todo.extend(tensor.op for tensor in op.inputs)
+    return False
+
+
+def build_template(
+    optimizer: Any,
+    initial: Mapping[int, np.ndarray],
+    specs: Sequence[tf.TensorSpec],
+    names: Sequence[str],
+) -> Copy:
+    """Builds a copy in a graph that is thrown away: it costs no memory and its cells hold no data."""
+    with scratch_graph():
+        values = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
+        template = build(optimizer, initial, values, names)
+        template.from_weights = [
+            name for name, cell in template.slots.items() if depends_on([cell.value()], values)
+        ]
+    return template
+
+
+def constructor_arguments(optimizer: Any) -> dict[str, Any]:
+    """The arguments that the class of `optimizer` makes it of, a schedule as it is.
+
+    Raises:
+      ValueError: If its `get_config` does not tell all of them.
+    """
+    config = comparison.full_config(optimizer)
+    if config is None:
+        raise ValueError(
+            f"`get_config` of `{type(optimizer).__qualname__}` must return every argument of its "
+            "constructor; found it missing or incomplete. Override it."
+        )
+    if "learning_rate" in config and not has_rate_variable(optimizer):
+        config["learning_rate"] = optimizer._learning_rate
+    return config
+
+
+def excluded_patterns(optimizer: Any) -> list[str]:
+    """The regular expressions of weights' names whose weights do not decay."""
+    return list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
+
+
+def exclude(copied: Copy, names: Sequence[str]) -> None:
+    """Excludes from decay the weights whose names match."""
+    optimizer = copied.optimizer
+    found = excluded_patterns(optimizer)
+    optimizer.__dict__["_exclude_from_weight_decay"] = [
+        optimizer._var_key(cell)
+        for cell, name in zip(copied.weights, names)
+        if any(patterns.search(pattern, name) for pattern in found)
+    ]
+    optimizer.__dict__["_exclude_from_weight_decay_names"] = []
+
+
+def initial_rate(optimizer: Any, initial: Mapping[int, np.ndarray]) -> np.ndarray | None:
+    """The learning rate before the first step, or None if it is a schedule."""
+    return initial.get(id(optimizer._learning_rate))
+
+
+def at_unit_rate(optimizer: Any) -> Any:
+    """A copy at learning rate 1, without decay and moving average of weights.
+
+    A copy, rather than one made of its configuration: that of a subclass may not tell everything.
+    """
+    clone = copy_containers(optimizer)
+    rate = tf.Variable(1.0, dtype=tf.keras.backend.floatx(), name="learning_rate", trainable=False)
+    clone.__dict__.pop("_current_learning_rate", None)  # that of a schedule
+    # AdamW insists on a number, also when it is made of its configuration again.
+    decay = 0.0 if isinstance(clone, tf.keras.optimizers.AdamW) else None
+    # Into `__dict__`, past Keras' setters: they would change the old variable.
+    clone.__dict__.update(_learning_rate=rate, weight_decay=decay)
+    clone.__dict__.update(use_ema=False, ema_momentum=0.99, ema_overwrite_frequency=None)
+    return clone
+
+
+def all_cells(copied: Copy) -> Iterator[VariableCell]:
+    """The cells that a step reads or assigns."""
+    for name in ("_iterations", "_learning_rate", "_current_learning_rate"):
+        cell = getattr(copied.optimizer, name, None)
+        if isinstance(cell, VariableCell):  # a rate may be a schedule
+            yield cell
+    yield from copied.weights
+    yield from copied.slots.values()

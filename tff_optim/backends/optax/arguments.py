@@ -1,0 +1,102 @@
+"""The arguments of a factory of optax: which numbers they may be, and what the factory makes."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim import hyperparameters
+from tff_optim.core.intervals import to_float
+from tff_optim.core.messages import shown
+from tff_optim.hyperparameters import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, UNIT, Interval
+
+_LR = tff.learning.optimizers.LEARNING_RATE_KEY
+_OWNER = "build_optax_optimizer"
+
+# What optax's own factories take; a name means the same in each.
+_INTERVALS: Mapping[str, Interval] = {
+    **dict.fromkeys(("b1", "b2"), FRACTION),  # 1 makes NaN of a mean without bias
+    **dict.fromkeys(("decay", "rho", "momentum", "slow_step_size"), UNIT),
+    **dict.fromkeys(("eps", "eps_root", "epsilon", "min_norm", "min_scale"), NON_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "weight_decay_rate", "noise_multiplier"), NON_NEGATIVE),
+    **dict.fromkeys(("initial_accumulator_value", "initial_scale", "eta"), NON_NEGATIVE),
+    **dict.fromkeys(("clipping", "max_delta", "max_norm", "l2_norm_clip"), POSITIVE),
+}
+
+
+def interval_of(transformation_or_factory: Any, name: str) -> Interval:
+    """Which numbers are allowed for an argument of a factory."""
+    if name == _LR:
+        return NON_NEGATIVE
+    made = getattr(transformation_or_factory, "func", transformation_or_factory)
+    if not str(getattr(made, "__module__", "")).startswith("optax.") or name not in _INTERVALS:
+        return FINITE
+    # Numbers of a ready transformation are those that `optax.inject_hyperparams` keeps.
+    parameter = inspect.signature(made).parameters.get(name) if callable(made) else None
+    default = None if parameter is None else parameter.default
+    # `optax.scale_by_sm3` has a `b2` of 1, which stands for no decay there.
+    is_unlike = isinstance(default, float) and default not in _INTERVALS[name]
+    return FINITE if is_unlike else _INTERVALS[name]
+
+
+def make(transformation_or_factory: Any, arguments: Mapping[str, Any]) -> Any:
+    """The transformation, from its factory if one is given."""
+    import optax
+
+    made = transformation_or_factory
+    if not isinstance(made, optax.GradientTransformation | optax.MultiSteps):
+        made = made(**arguments)
+    if isinstance(made, optax.MultiSteps):
+        made = made.gradient_transformation()
+    if not isinstance(made, optax.GradientTransformation):
+        raise TypeError(
+            "`transformation_or_factory` must be an optax.GradientTransformation or a callable that "
+            f"returns one; found that it returned {shown(made)}."
+        )
+    return made
+
+
+def bind(factory: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All named arguments of a factory, with its defaults; integers as floats where it takes those."""
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise TypeError(
+            "`kwargs` must be the arguments of `transformation_or_factory`, which takes "
+            f"{signature}; found {sorted(given)}: {error}."
+        ) from error
+    arguments = {}
+    for name, parameter in signature.parameters.items():
+        if name in given:
+            value = given[name]
+            arguments[name] = to_float(value) if _takes_float(parameter) else value
+        elif parameter.default is not parameter.empty:
+            arguments[name] = parameter.default
+    return {**arguments, **{name: given[name] for name in given if name not in arguments}}
+
+
+def _takes_float(parameter: inspect.Parameter) -> bool:
+    if parameter.name == _LR or isinstance(parameter.default, float):
+        return True
+    # `optax.adafactor` says float of a flag.
+    return parameter.annotation is float and not isinstance(parameter.default, bool)
+
+
+def check_argument(transformation_or_factory: Any, name: str, value: Any) -> Any:
+    """Returns an argument of a factory, or raises if it is a number that is not allowed."""
+    if isinstance(value, hyperparameters.Schedule):
+        raise TypeError(
+            f"`{name}` must be a number or an optax schedule; found the Keras schedule "
+            f"{type(value).__name__}, which cannot be traced by jax. See `optax.schedules`."
+        )
+    parameter = inspect.signature(transformation_or_factory).parameters.get(name)
+    is_number = isinstance(value, float | np.floating) or tf.is_tensor(value)
+    is_wrong = isinstance(value, str | bytes | bool | list | tuple | Mapping)
+    if is_number or (is_wrong and parameter is not None and _takes_float(parameter)):
+        interval = interval_of(transformation_or_factory, name)
+        return hyperparameters.checked(_OWNER, name, value, interval)
+    return value

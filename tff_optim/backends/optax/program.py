@@ -1,0 +1,296 @@
+"""An optax transformation as plain TensorFlow operations.
+
+jax traces `init` and `update` for weights of given shapes and dtypes, and `jax2tf` writes what it
+has traced in operations that every TensorFlow runtime knows: no XLA, which TFF's worker lacks.
+"""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import jax
+import numpy as np
+import optax
+import tensorflow as tf
+from jax.experimental import enable_x64
+
+from tff_optim.backends.optax.tracing import (
+    Layout,
+    StateChangedError,
+    Traced,
+    flatten_with_path,
+    spec_of,
+    trace,
+)
+from tff_optim.hyperparameters import STEP
+
+# From numbers by name to a transformation.
+Factory = Callable[[Mapping[str, Any]], optax.GradientTransformation]
+
+# Entries of a state that are no numbers of the transformation.
+_RESERVED = (STEP, "slots")
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+
+
+@attrs.frozen(eq=False)
+class _Step:
+    """An `update` that jax has traced for the weights that have a gradient.
+
+    Attributes:
+      traced: From numbers, slots, weights and gradients to slots and weights.
+      slots: The paths of its slots.
+      handed_on: Those of them that it returns as it was given them.
+    """
+
+    traced: Traced
+    slots: tuple[str, ...]
+    handed_on: frozenset[str]
+
+
+@attrs.frozen(eq=False)
+class Program:
+    """A transformation for weights of one layout.
+
+    Attributes:
+      factory: Makes the transformation from the numbers that may change between steps.
+      layout: How optax sees the weights.
+      numbers: Those numbers, before the first step.
+      init: `init` of the transformation, from numbers and weights.
+      slots: Shapes and dtypes of optax's state by path, without what is `injected`.
+      injected: Numbers that `optax.inject_hyperparams` keeps in that state and a step hands on: the
+        paths in it by name.
+      from_weights: Paths of the slots whose first values are made of those of the weights.
+    """
+
+    factory: Factory
+    layout: Layout
+    numbers: Mapping[str, float]
+    init: Traced
+    slots: Mapping[str, tf.TensorSpec]
+    injected: Mapping[str, str]
+    from_weights: tuple[str, ...]
+    _steps: dict[tuple[int, ...], _Step]
+
+    def initial_injected(self) -> dict[str, Any]:
+        """The injected numbers before the first step, as NumPy scalars."""
+        if not self.injected:
+            return {}
+        zeros = [np.zeros(s.shape, s.dtype.as_numpy_dtype) for s in self.layout.specs]
+        with enable_x64(self.layout.is_wide):
+            state = self.factory(self.numbers).init(self.layout.pack(zeros))
+        values = flatten_with_path(state)
+        return {name: np.asarray(values[path])[()] for name, path in self.injected.items()}
+
+    def initial_slots(self) -> "collections.OrderedDict[str, tf.Tensor]":
+        """The slots before the first step; zeros where they are made of weights not yet known."""
+        found = self._initialize([tf.zeros(s.shape, s.dtype) for s in self.layout.specs])
+        return collections.OrderedDict(
+            (path, tf.zeros(spec.shape, spec.dtype) if path in self.from_weights else found[path])
+            for path, spec in self.slots.items()
+        )
+
+    def _initialize(self, weights: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        numbers = [tf.constant(value, self._number_dtype) for value in self.numbers.values()]
+        values = self.init([*numbers, *weights])
+        return dict(zip(flatten_with_path(self.init.outputs), values, strict=True))
+
+    @property
+    def _number_dtype(self) -> tf.DType:
+        return tf.float64 if self.layout.is_wide else tf.float32
+
+    def start(
+        self, slots: Mapping[str, tf.Tensor], weights: Sequence[tf.Tensor], first: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """`slots`, with those that are made of the weights made now if this is the first step."""
+        fresh = self._initialize(weights)
+        return {
+            path: tf.where(first, fresh[path], slot) if path in self.from_weights else slot
+            for path, slot in slots.items()
+        }
+
+    def step(
+        self,
+        numbers: Mapping[str, Any],
+        slots: Mapping[str, Any],
+        weights: Sequence[tf.Tensor],
+        gradients: Sequence[tf.Tensor | None],
+    ) -> tuple["collections.OrderedDict[str, tf.Tensor]", list[tf.Tensor]]:
+        """One `update`, and the weights after it; where there is no gradient nothing changes."""
+        given = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        step = self._step(given)
+        state = {**slots, **{path: numbers[name] for name, path in self.injected.items()}}
+        outputs = step.traced(
+            [
+                *(tf.cast(numbers[name], self._number_dtype) for name in self.numbers),
+                *(state[path] for path in step.slots),
+                *(weights[i] for i in given),
+                *(gradients[i] for i in given),
+            ]
+        )
+        state.update(zip(step.slots, outputs))
+        new_weights = list(weights)
+        for position, value in zip(given, outputs[len(step.slots) :]):
+            new_weights[position] = value
+        return collections.OrderedDict((path, state[path]) for path in self.slots), new_weights
+
+    def _step(self, given: tuple[int, ...]) -> _Step:
+        if given not in self._steps:
+            init = _trace_init(self.factory, self.numbers, self.layout, given)
+            of_all = _slot_specs(self.init)
+            for path, spec in _slot_specs(init).items():
+                if of_all.get(path) != spec:
+                    raise ValueError(
+                        "`gradients` must not be None for a weight if the state of the optimizer "
+                        f"is of several weights together; found None, and the slot {path!r} of all. "
+                        "Give zeros."
+                    )
+            self._steps[given] = _trace_step(self.factory, self.numbers, self.layout, given, init)
+        return self._steps[given]
+
+
+def build_program(factory: Factory, candidates: Mapping[str, float], layout: Layout) -> Program:
+    """Traces a transformation for weights of one layout.
+
+    A candidate becomes one of the program's numbers if the transformation can be made from a value
+    that is not known yet, and the initial state does not depend on it. Whether a step reads it may
+    depend on the weights, by a mask for example: TFF's client work, which asks by one scalar, must find
+    the numbers of all.
+
+    Args:
+      factory: Makes the transformation from numbers: any part of `candidates`. What is left out
+        has the value that it has there.
+      candidates: Numbers by name.
+      layout: How optax sees the weights.
+
+    Raises:
+      ValueError: If the transformation cannot be made into a program, with the reason.
+    """
+    program = _with_numbers(factory, _traceable(factory, candidates, layout), layout)
+    fixed = set().union(*program.init.sources)
+    names = [name for i, name in enumerate(program.numbers) if i not in fixed]
+    if names == list(program.numbers):
+        return program
+    return _with_numbers(factory, {name: candidates[name] for name in names}, layout)
+
+
+def _traceable(
+    factory: Factory, candidates: Mapping[str, float], layout: Layout
+) -> Mapping[str, float]:
+    """Those candidates that need not be known when the transformation is traced."""
+
+    def can(numbers: Mapping[str, float]) -> bool:
+        try:
+            _with_numbers(factory, numbers, layout)
+        except ValueError:
+            return False
+        return True
+
+    if not candidates or can(candidates):
+        return candidates
+    _with_numbers(factory, {}, layout)  # raises if it is not for the numbers that it fails
+    alone = {name: value for name, value in candidates.items() if can({name: value})}
+    return alone if can(alone) else {}
+
+
+def _with_numbers(factory: Factory, numbers: Mapping[str, float], layout: Layout) -> Program:
+    everything = tuple(range(len(layout.specs)))
+    init = _trace_init(factory, numbers, layout, everything)
+    step = _trace_step(factory, numbers, layout, everything, init)
+    slots = _slot_specs(init)
+    injected = {}
+    if isinstance(init.outputs, _INJECTED):
+        paths = {path.removeprefix("hyperparams/"): path for path in step.handed_on}
+        injected = {
+            name: path
+            for name, path in sorted(paths.items())
+            if path.startswith("hyperparams/")
+            and name not in _RESERVED
+            and slots[path].dtype.is_floating
+            and slots[path].shape.rank == 0
+            and name not in numbers
+        }
+    sources = dict(zip(slots, init.sources, strict=True))
+    return Program(
+        factory=factory,
+        layout=layout,
+        numbers=numbers,
+        init=init,
+        slots={path: spec for path, spec in slots.items() if path not in injected.values()},
+        injected=injected,
+        from_weights=tuple(
+            path for path in slots if any(source >= len(numbers) for source in sources[path])
+        ),
+        steps={everything: step},
+    )
+
+
+def _slot_specs(init: Traced) -> dict[str, tf.TensorSpec]:
+    return {path: spec_of(shaped) for path, shaped in flatten_with_path(init.outputs).items()}
+
+
+def _trace_init(
+    factory: Factory, numbers: Mapping[str, float], layout: Layout, given: Sequence[int]
+) -> Traced:
+    def init(*inputs: Any) -> Any:
+        weights: list[Any] = [None] * len(layout.specs)
+        for position, weight in zip(given, inputs[len(numbers) :]):
+            weights[position] = weight
+        return factory(dict(zip(numbers, inputs))).init(layout.pack(weights))
+
+    inputs = [*numbers.values(), *(layout.specs[i] for i in given)]
+    return trace(init, inputs, layout.is_wide, "init")
+
+
+def _trace_step(
+    factory: Factory,
+    numbers: Mapping[str, float],
+    layout: Layout,
+    given: Sequence[int],
+    init: Traced,
+) -> _Step:
+    slots = _slot_specs(init)
+    structure = jax.tree_util.tree_structure(init.outputs)
+
+    def step(*inputs: Any) -> list[Any]:
+        values = iter(inputs)
+        transformation = factory({name: next(values) for name in numbers})
+        state = jax.tree_util.tree_unflatten(structure, [next(values) for _ in slots])
+        weights: list[Any] = [None] * len(layout.specs)
+        gradients: list[Any] = [None] * len(layout.specs)
+        for column in (weights, gradients):
+            for position in given:
+                column[position] = next(values)
+        packed = layout.pack(weights)
+        updates, new_state = transformation.update(layout.pack(gradients), state, packed)
+        new_weights = layout.unpack(optax.apply_updates(packed, updates))
+        new_slots = flatten_with_path(new_state)
+        _check_slots({path: spec_of(slot) for path, slot in new_slots.items()}, slots)
+        return [*new_slots.values(), *(new_weights[i] for i in given)]
+
+    of_given = [layout.specs[i] for i in given]
+    inputs = [*numbers.values(), *slots.values(), *of_given, *of_given]
+    traced = trace(step, inputs, layout.is_wide, "update")
+    for position, spec in zip(given, traced.outputs[len(slots) :]):
+        if spec_of(spec) != layout.specs[position]:
+            raise ValueError(
+                "`transformation_or_factory` must keep the shapes of the weights; found "
+                f"{spec_of(spec)} after a step for {layout.specs[position]}."
+            )
+    unchanged = zip(slots, traced.jaxpr.jaxpr.invars[len(numbers) :], traced.jaxpr.jaxpr.outvars)
+    return _Step(traced, tuple(slots), frozenset(p for p, old, new in unchanged if old is new))
+
+
+def _check_slots(new: Mapping[str, tf.TensorSpec], old: Mapping[str, tf.TensorSpec]) -> None:
+    changed = [path for path in [*old, *new] if new.get(path) != old.get(path)]
+    if changed:
+        path = changed[0]
+
+        def describe(spec: tf.TensorSpec | None) -> str:
+            return "nothing" if spec is None else f"{spec.dtype.name}{spec.shape}"
+
+        raise StateChangedError(
+            "`transformation_or_factory` must keep the shapes and dtypes of its state from step to "
+            f"step; found {describe(old.get(path))} at {path!r} before a step and "
+            f"{describe(new.get(path))} after it."
+        )

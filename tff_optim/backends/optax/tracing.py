@@ -1,0 +1,208 @@
+"""What jax has traced, as plain TensorFlow operations; and how jax sees the weights of a model."""
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import jax
+import tensorflow as tf
+from jax.experimental import enable_x64, jax2tf
+
+from tff_optim.core.messages import shorten, shown
+
+_QUOTED = re.compile(r"'(\w+)'")
+
+
+@attrs.frozen(eq=False)
+class Layout:
+    """How optax sees the weights.
+
+    Attributes:
+      tree: Positions of the weights in the order of `tf.nest.flatten`, nested in dictionaries and
+        lists: one mask or label tree fits a model whether TFF hands its weights over in a list, as
+        on the server, or in a tuple, as on a client.
+      specs: Shapes and dtypes by position.
+    """
+
+    tree: Any
+    specs: tuple[tf.TensorSpec, ...]
+
+    def pack(self, values: Sequence[Any]) -> Any:
+        """Values by position as optax sees them; None is an empty tree to jax."""
+        return jax.tree_util.tree_map(lambda position: values[position], self.tree)
+
+    def unpack(self, tree: Any) -> list[Any]:
+        """What optax returns, by position; None where it returns nothing."""
+        values: list[Any] = [None] * len(self.specs)
+        for path, value in flatten_with_path(tree).items():
+            values[self._positions[path]] = value
+        return values
+
+    @property
+    def _positions(self) -> dict[str, int]:
+        return flatten_with_path(self.tree)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two layouts of one key have in common: all of it."""
+        return repr(self.tree), self.specs
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a weight has 64 bits, which jax would narrow unless told not to."""
+        return any(spec.dtype.size > 4 for spec in self.specs)
+
+
+def arrange(weights: Any, names: Sequence[str] | None) -> Layout:
+    """The layout of `weights`, a structure of tensors or specs: by name if there are names."""
+    flat = tf.nest.flatten(weights)
+    specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in flat)
+    if names is None:
+        return Layout(_containers(tf.nest.pack_sequence_as(weights, range(len(flat)))), specs)
+    if len(names) != len(flat):
+        raise ValueError(
+            f"`weight_names` must name every weight; found {len(names)} names for {len(flat)} "
+            "weights."
+        )
+    return Layout({name: position for position, name in enumerate(names)}, specs)
+
+
+def _containers(structure: Any) -> Any:
+    if isinstance(structure, Mapping):
+        return {str(key): _containers(value) for key, value in structure.items()}
+    if attrs.has(type(structure)):
+        names = [field.name for field in attrs.fields(type(structure))]
+        return {name: _containers(getattr(structure, name)) for name in names}
+    if hasattr(structure, "_asdict"):
+        return {name: _containers(value) for name, value in structure._asdict().items()}
+    if isinstance(structure, list | tuple):
+        return [_containers(value) for value in structure]
+    return structure
+
+
+def flatten_with_path(tree: Any) -> "collections.OrderedDict[str, Any]":
+    """Leaves by readable path: keys, positions and names of fields, joined by a slash."""
+    found: collections.OrderedDict[str, Any] = collections.OrderedDict()
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = "/".join(str(_key(key)) for key in keys)
+        if path in found:
+            raise ValueError(
+                "`transformation_or_factory` must keep a state whose paths stay apart when joined by "
+                f"'/'; found {shown(path)} twice."
+            )
+        found[path] = leaf
+    return found
+
+
+def _key(key: Any) -> Any:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key
+
+
+# --------------------------------------------------------------------------------- traced functions
+
+
+class StateChangedError(ValueError):
+    """A step would return a state of other shapes or dtypes than it was given."""
+
+
+@attrs.frozen(eq=False)
+class Traced:
+    """A function that jax has traced.
+
+    Attributes:
+      jaxpr: What it computes.
+      outputs: Shapes and dtypes of what it returns, nested as it returns them.
+      sources: For each leaf of the outputs, the positions of the inputs that it is computed from.
+      wide: Whether 64-bit numbers are kept.
+    """
+
+    jaxpr: Any
+    outputs: Any
+    sources: list[set[int]]
+    wide: bool
+
+    def __call__(self, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Computes the leaves of the outputs in TensorFlow."""
+        translated = jax2tf.convert(
+            jax.core.jaxpr_as_fun(self.jaxpr),
+            with_gradient=False,
+            native_serialization=False,
+            enable_xla=False,
+        )
+        with enable_x64(self.wide):
+            try:
+                return list(translated(*inputs))
+            except NotImplementedError as error:
+                raise ValueError(
+                    "`transformation_or_factory` must be made of operations that jax2tf can write "
+                    f"without XLA, which TFF's worker lacks; found one that it cannot: {error} "
+                    "Write the transformation without it."
+                ) from error
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any], wide: bool, method: str) -> Traced:
+    """Traces a method of a transformation, as a function of flat inputs.
+
+    Inputs are specs, or Python numbers, which take the dtypes of what they meet, as plain numbers do.
+    """
+    shaped = [
+        jax.ShapeDtypeStruct(tuple(x.shape), x.dtype.as_numpy_dtype)
+        if isinstance(x, tf.TensorSpec)
+        else x
+        for x in inputs
+    ]
+    try:
+        with enable_x64(wide):
+            jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*shaped)
+    except StateChangedError:
+        raise
+    except Exception as error:  # of optax, of jax, or of the user's own transformation
+        raise _failure(error, method) from error
+    return Traced(jaxpr, outputs, _sources(jaxpr.jaxpr), wide)
+
+
+def _failure(error: Exception, method: str) -> ValueError:
+    """What an exception in a method of a transformation means here."""
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, TypeError) and "required" in text and "argument" in text:
+        names = ", ".join(_QUOTED.findall(text)) or text
+        return ValueError(
+            "`transformation_or_factory` must do with gradients, state and weights, which are all "
+            f"that TFF hands to an optimizer; found that its `{method}` needs the extra arguments: "
+            f"{names}."
+        )
+    # TensorFlow was given what jax traces: the transformation holds a tensor.
+    advice = ""
+    if "Tracer" in text and ("Tensor" in text or " of op " in text):
+        advice = (
+            " A rate that is a tensor of a TFF computation is given apart: "
+            "`build_optax_optimizer(optax.adam, learning_rate=r)`."
+        )
+    return ValueError(
+        f"`transformation_or_factory` must run on these weights; found that its `{method}` fails: "
+        f"{type(error).__name__}: {shorten(text)}{advice}"
+    )
+
+
+def _sources(jaxpr: Any) -> list[set[int]]:
+    """For each output of a jaxpr, the positions of the inputs that it may depend on."""
+    known = {variable: {i} for i, variable in enumerate(jaxpr.invars)}
+
+    def of(atoms: Iterable[Any]) -> set[int]:
+        variables = [a for a in atoms if not isinstance(a, jax.core.Literal)]
+        return set().union(*(known.get(variable, set()) for variable in variables))
+
+    for equation in jaxpr.eqns:
+        sources = of(equation.invars)
+        known.update((variable, sources) for variable in equation.outvars)
+    return [of([variable]) for variable in jaxpr.outvars]
+
+
+def spec_of(shaped: Any) -> tf.TensorSpec:
+    """Shape and dtype of what jax has traced, as TensorFlow writes them."""
+    return tf.TensorSpec(shaped.shape, tf.as_dtype(shaped.dtype))

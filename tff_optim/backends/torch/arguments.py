@@ -1,0 +1,99 @@
+"""What an optimizer of torch is made of: names, plain arguments, and the Python that runs it."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from tff_optim.core.messages import shown
+
+# Public names of torch that cannot run from gradients alone, and why.
+REFUSED = {
+    "LBFGS": "it calls the loss several times in a step, and a server has no loss",
+    "SparseAdam": "it takes sparse gradients, and the update of a server is dense",
+}
+REFUSED_SCHEDULERS = {
+    "ReduceLROnPlateau": "it follows a metric, which no TFF optimizer is given",
+    "LambdaLR": "it is made of a function, which cannot be handed to another process",
+    "MultiplicativeLR": "it is made of a function, which cannot be handed to another process",
+    "SequentialLR": "it is made of other schedulers",
+    "ChainedScheduler": "it is made of other schedulers",
+}
+
+
+def find_python(python: str | os.PathLike | None) -> str:
+    """The Python that runs torch, after checking what can be told without starting it."""
+    if python is not None:
+        found = shutil.which(os.fspath(python))
+        if found is None:
+            raise ValueError(
+                f"`python` must be a Python that can be run; found {shown(os.fspath(python))}. Give the "
+                "path of `bin/python` in an environment with torch."
+            )
+        return found
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            "`python` must be the Python of an environment with torch; found None, and no torch "
+            "beside TensorFlow Federated. Make one: `python3 -m venv torch-env`, "
+            "`torch-env/bin/pip install torch`; then give `python='torch-env/bin/python'`."
+        )
+    version = importlib.metadata.version("typing_extensions")
+    newer = tuple(int(part) for part in version.split(".")[:2]) >= (4, 6)
+    if newer and os.environ.get("WRAPT_DISABLE_EXTENSIONS") not in ("1", "true"):
+        raise ValueError(
+            "`python` must be given where torch has brought typing_extensions 4.6 or newer; found "
+            f"None and {version}, with which TensorFlow 2.14 fails to write a SavedModel, and "
+            "tff.program.FileProgramStateManager a state. Give torch an environment of its own, or "
+            "set WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
+        )
+    return sys.executable
+
+
+def check_name(
+    argument: str, name: Any, where: str, trusted: Collection[str], refused: Mapping[str, str]
+) -> None:
+    """Raises unless a class of torch or of a trusted package may be named so."""
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`{argument}` must be the name of a class of {where}, or its full name in a trusted "
+            f"package; found {shown(name)}. torch is not imported here, so that names do."
+        )
+    if not all(part.isidentifier() and part[0] != "_" for part in name.split(".")):
+        raise ValueError(
+            f"`{argument}` must be a public name, with dots between; found {shown(name)}."
+        )
+    if name.rpartition(".")[2] in refused:
+        short = name.rpartition(".")[2]
+        raise ValueError(
+            f"`{argument}` must be an optimizer or scheduler that runs from gradients alone; found "
+            f"{short}: {refused[short]}."
+        )
+    package = name.partition(".")[0]
+    if "." in name and package not in trusted:
+        raise ValueError(
+            f"`{argument}` must be a class of {where} or of a package in `trusted_packages` "
+            f"{sorted(trusted)}; found {shown(name)}."
+        )
+
+
+def check_arguments(argument: str, given: Any) -> dict[str, Any]:
+    """Arguments as JSON holds them; NumPy numbers become Python's, tuples lists."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{argument}` must be a mapping of arguments; found {shown(given)}.")
+    arguments = {}
+    for name, value in given.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        try:
+            arguments[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"`{name}` of `{argument}` must be a number, a text, True, False, None or a list of "
+                f"such, to be handed to another process; found {shown(value)}."
+            ) from error
+    return arguments

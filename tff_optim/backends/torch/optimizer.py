@@ -1,0 +1,337 @@
+"""Any torch optimizer as a TFF optimizer for the server, in a Python process of its own."""
+
+import atexit
+import collections
+import functools
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim import hyperparameters
+from tff_optim.backends.torch import arguments as torch_arguments
+from tff_optim.backends.torch.process import TorchProcess
+from tff_optim.core import leaves
+from tff_optim.core.intervals import to_float
+from tff_optim.core.messages import shown
+from tff_optim.hyperparameters import NON_NEGATIVE
+
+_LR = tff.learning.optimizers.LEARNING_RATE_KEY
+_STARTED = "started"
+_SLOTS = "slots"
+_GROUP_RATE = "group/lr"
+_OWNER = "build_torch_optimizer"
+# What TensorFlow tells of an operation that it cannot run is its name.
+NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
+
+
+class TorchOptimizer(tff.learning.optimizers.Optimizer):
+    """A torch optimizer as a TFF optimizer; see `build_torch_optimizer`.
+
+    Optimizers of one class with equal arguments, scheduler and Python are equal.
+    """
+
+    def __init__(self, python: str, recipe: Mapping[str, Any]):
+        self._recipe = recipe
+        self._key = python, json.dumps(recipe, sort_keys=True)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What torch builds: `optimizer`, `arguments`, `scheduler`, and the packages `trusted`."""
+        return self._recipe
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, TorchOptimizer) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        scheduler = self._recipe["scheduler"]
+        then = f", lr_scheduler={scheduler!r}" if scheduler else ""
+        return f"TorchOptimizer({self._recipe['optimizer']}, {self._recipe['arguments']}{then})"
+
+    @tf.autograph.experimental.do_not_convert
+    def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the state before the first step.
+
+        Args:
+          specs: A structure of `tf.TensorSpec`s of the weights, with known shapes.
+
+        Returns:
+          An `OrderedDict`: `learning_rate`, unless a scheduler sets it; `started`, which tells for
+          each weight whether it has had a gradient; and `slots`, the tensors and numbers of torch's
+          state by path.
+
+        Raises:
+          ValueError: If a weight has no floating dtype or known shape, torch refuses the optimizer,
+            or a client's work asks.
+          RuntimeError: If the Python process of torch does not start within the time limit.
+        """
+        if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
+            # TFF's client work asks for hparams by one scalar weight.
+            raise ValueError(
+                "`optimizer` must be one of Keras or optax on clients, since one of torch steps on the "
+                "server, in the Python process; found that a client's work is built of it. Use "
+                "`build_keras_optimizer` or `build_optax_optimizer` there."
+            )
+        leaves.check_specs(specs, floating=True)
+        process = _process(self._layout(specs))
+        state: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        if not self._recipe["scheduler"]:
+            state[_LR] = np.float64(process.numbers[_GROUP_RATE])
+        state[_STARTED] = tf.zeros(len(tf.nest.flatten(specs)), tf.bool)
+        state[_SLOTS] = collections.OrderedDict(
+            (path, tf.zeros(spec.shape, spec.dtype) if number is None else tf.constant(number))
+            for path, (spec, number) in self._entries(process, specs).items()
+        )
+        return state
+
+    def _layout(self, weights: Any) -> "_Layout":
+        specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(weights))
+        return (*self._key, os.environ.get("PYTHONPATH"), specs)
+
+    def _entries(
+        self, process: TorchProcess, weights: Any
+    ) -> "collections.OrderedDict[str, tuple[tf.TensorSpec, Any]]":
+        """The slots by path: tensors first, then numbers with their first values."""
+        paths = [path for path, _ in leaves.named_leaves(weights)]
+        entries: collections.OrderedDict[str, tuple[tf.TensorSpec, Any]] = collections.OrderedDict()
+        for slot in process.slots:
+            path = f"{slot.key}/{paths[slot.weight]}".rstrip("/")
+            entries[path] = (slot.spec, None)
+        for path, number in process.numbers.items():
+            if path != _GROUP_RATE or self._recipe["scheduler"]:
+                value = np.int64(number) if isinstance(number, int) else np.float64(number)
+                entries[path] = (tf.TensorSpec((), value.dtype), value)
+        return entries
+
+    @tf.autograph.experimental.do_not_convert
+    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+        """Takes one step of the torch optimizer, and one of its scheduler.
+
+        Args:
+          state: What `initialize` or the previous `next` returned; it is not changed.
+          weights: A structure of tensors or variables; variables are read, not assigned.
+          gradients: The same structure with the same shapes and dtypes. A leaf may be None: that
+            weight and its slots stay as they are. Rows of a `tf.IndexedSlices` are added up.
+
+        Returns:
+          The new state and the new weights, as tensors.
+
+        Raises:
+          ValueError: If structures, shapes or dtypes do not fit each other, no gradient is given, or
+            torch fails.
+          RuntimeError: If the Python process of torch ends before it has taken the step, or does not
+            take it within the time limit. In a graph, TensorFlow raises an error of its own with the
+            same words.
+        """
+        weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
+        gradients = leaves.read_gradients(gradients, weights)
+        gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
+        flat, flat_gradients = tf.nest.flatten(weights), tf.nest.flatten(gradients)
+        if not flat:
+            return state, weights
+        layout = self._layout(weights)
+        entries = self._entries(_process(layout), weights)
+        rate = [] if self._recipe["scheduler"] else [_LR]
+        leaves.check_keys(state, [*rate, _STARTED, _SLOTS], "state")
+        leaves.check_slots(state, {path: spec for path, (spec, _) in entries.items()})
+        given = tuple(i for i, gradient in enumerate(flat_gradients) if gradient is not None)
+        inputs = [
+            *(state[name] for name in rate),
+            state[_STARTED],
+            *(state[_SLOTS][path] for path in entries),
+            *flat,
+            *(flat_gradients[i] for i in given),
+            # Not read: a graph holds a number for the callback, and says with this what it does.
+            tf.constant(layout[1]),
+        ]
+        like = [*inputs[len(rate) : len(rate) + 1 + len(entries)], *flat]
+        outputs = _call(_callback(layout, tuple(entries), bool(rate), given), inputs, like)
+        new_state = collections.OrderedDict(state)
+        for name in rate:
+            new_state[name] = tf.convert_to_tensor(state[name])
+        new_state[_STARTED] = outputs[0]
+        new_state[_SLOTS] = collections.OrderedDict(zip(entries, outputs[1:]))
+        return new_state, tf.nest.pack_sequence_as(weights, outputs[1 + len(entries) :])
+
+    def get_hparams(self, state: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the learning rate, unless a scheduler sets it."""
+        return collections.OrderedDict((name, state[name]) for name in (_LR,) if name in state)
+
+    def set_hparams(self, state: Any, hparams: Any) -> "collections.OrderedDict[str, Any]":
+        """Returns the state with this learning rate; see `hyperparameters.update`."""
+        intervals = dict.fromkeys(self.get_hparams(state), NON_NEGATIVE)
+        return hyperparameters.update(state, hparams, intervals, _OWNER)
+
+
+# The Python of torch, the recipe as JSON, the search path of modules, and the weights.
+_Layout = tuple[str, str, str | None, tuple[tf.TensorSpec, ...]]
+
+
+# Few, since each holds memory for weights, gradients and slots. The state is not in it: one that is
+# needed again is made again.
+@functools.lru_cache(maxsize=4)
+def _process(layout: _Layout) -> TorchProcess:
+    python, recipe, _, specs = layout
+    return TorchProcess(python, json.loads(recipe), list(specs))
+
+
+atexit.register(_process.cache_clear)
+
+
+# What graphs call, kept for ever: TFF keeps the definition of a graph, in which a callback is a number,
+# and lets go of the optimizer and the graph that it was traced in. TensorFlow keeps neither.
+@functools.cache
+def _callback(
+    layout: _Layout, paths: tuple[str, ...], has_rate: bool, given: tuple[int, ...]
+) -> Callable[..., list[np.ndarray]]:
+    return lambda *values: _step(_process(layout), paths, has_rate, given, values[:-1])
+
+
+def _call(callback: Callable[..., Any], inputs: list[Any], like: list[Any]) -> list[tf.Tensor]:
+    """Runs a callback at once, or from the graph that is traced; it returns what is `like` these."""
+    if tf.executing_eagerly():
+        return [tf.convert_to_tensor(x) for x in callback(*(np.asarray(x) for x in inputs))]
+    specs = [leaves.spec_of(value) for value in like]
+    outputs = tf.numpy_function(callback, inputs, [spec.dtype for spec in specs], name=NODE)
+    for output, spec in zip(outputs, specs):
+        output.set_shape(spec.shape)
+    return list(outputs)
+
+
+def _step(
+    process: TorchProcess,
+    paths: Sequence[str],
+    has_rate: bool,
+    given: Sequence[int],
+    values: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """A step on arrays: rate, started, slots, weights, gradients; in that order, as in `next`."""
+    rest = list(values)
+    rate = [rest.pop(0)] if has_rate else []
+    started = rest.pop(0)
+    slots, rest = rest[: len(paths)], rest[len(paths) :]
+    tensors, numbers = slots[: len(process.slots)], slots[len(process.slots) :]
+    names = paths[len(process.slots) :]
+    weights, gradients = rest[: process.num_weights], rest[process.num_weights :]
+    by_path = {name: number.item() for name, number in zip(names, numbers)}
+    if rate:
+        by_path[_GROUP_RATE] = rate[0].item()
+    result = process.step(weights, dict(zip(given, gradients)), tensors, started, by_path)
+    if rate and result.numbers.get(_GROUP_RATE) != by_path[_GROUP_RATE]:
+        raise ValueError(
+            "`optimizer` must leave its learning rate as it is; found that a step makes it "
+            f"{result.numbers.get(_GROUP_RATE)!r} of {by_path[_GROUP_RATE]!r}. Change the rate by an "
+            "`lr_scheduler`."
+        )
+    new_numbers = [_number(name, result.numbers, old.dtype) for name, old in zip(names, numbers)]
+    now = np.array([bool(s) or i in given for i, s in enumerate(started)])
+    return [now, *result.slots, *new_numbers, *result.weights]
+
+
+def _number(name: str, numbers: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    value = numbers.get(name)
+    try:
+        new = np.asarray(value, dtype)
+    except (TypeError, ValueError, OverflowError):  # None, and what is no whole number
+        new = None
+    if new is None or (new != value and value == value):
+        raise ValueError(
+            f"`optimizer` must keep its numbers what they are, whole numbers whole; found "
+            f"{shown(value)} for {name!r} of {dtype}. Give it as a float."
+        )
+    return new
+
+
+def build_torch_optimizer(
+    optimizer: str,
+    *,
+    python: str | os.PathLike | None = None,
+    trusted_packages: Collection[str] = (),
+    lr_scheduler: tuple[str, Mapping[str, Any]] | None = None,
+    **kwargs: Any,
+) -> TorchOptimizer:
+    """Makes a TFF optimizer of a torch optimizer, for the server.
+
+    torch needs newer packages than TensorFlow Federated can bear, so it lives in a Python environment
+    and a process of its own. Weights, gradients and the state of the optimizer go there and back
+    through shared memory, bit for bit; the arithmetic is torch's own.
+
+    It runs where TensorFlow runs in the Python process: called directly, in a `tf.function`, or on
+    the server device of a resident process. TFF's worker knows no other process; there, and on
+    clients, use `build_keras_optimizer` or `build_optax_optimizer`.
+
+    The state in: named tensors that torch would keep, the numbers of its parameter group and its
+    scheduler, and `started`, for torch makes the state of a weight with its first gradient. The
+    learning rate is the one hparam, unless a scheduler sets it; its other numbers are fixed.
+
+    A step is taken once, or raises and leaves the state as it was, even if the process of torch is
+    killed or stopped, several threads take steps, or this process is forked. torch has 300 seconds to
+    start, and as many for each step; the environment variable TFF_OPTIM_TORCH_TIMEOUT sets another
+    number.
+
+    Args:
+      optimizer: The name of a class of `torch.optim`, or the full name of a class of a trusted
+        package: `"Adam"`, `"mypackage.optimizers.Fancy"`.
+      python: The Python of an environment with torch 2; None for the one that runs, if torch is
+        installed there without what breaks TensorFlow.
+      trusted_packages: Names of top-level packages that may be imported, in that environment.
+      lr_scheduler: A class of `torch.optim.lr_scheduler` or of a trusted package, by name, with its
+        arguments: `("StepLR", {"step_size": 10})`. It takes one step with each step.
+      **kwargs: The arguments of the class, such as `lr`: numbers, texts, lists, True, False, None.
+
+    Returns:
+      A `tff.learning.optimizers.Optimizer`.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+      ValueError: If an optimizer or scheduler cannot run from gradients alone or is not trusted, a
+        rate is not allowed, or there is no torch.
+
+    Source: https://docs.pytorch.org/docs/stable/optim.html.
+
+    >>> import sys
+    >>> import tff_optim
+    >>> tff_optim.build_torch_optimizer("Adam", lr=0.1, betas=(0.8, 0.99), python=sys.executable)
+    TorchOptimizer(Adam, {'lr': 0.1, 'betas': [0.8, 0.99]})
+    """
+    if isinstance(trusted_packages, str):
+        raise TypeError(
+            f"`trusted_packages` must be a collection of names; found {shown(trusted_packages)}."
+        )
+    trusted = sorted(trusted_packages)
+    torch_arguments.check_name(
+        "optimizer", optimizer, "torch.optim", trusted, torch_arguments.REFUSED
+    )
+    arguments = torch_arguments.check_arguments("kwargs", kwargs)
+    if "lr" in arguments:
+        rate = to_float(arguments["lr"])
+        arguments["lr"] = hyperparameters.checked_number(_OWNER, "lr", rate, NON_NEGATIVE)
+    scheduler = None
+    if lr_scheduler is not None:
+        if isinstance(lr_scheduler, str) or len(lr_scheduler) != 2:
+            raise TypeError(
+                "`lr_scheduler` must be a pair of a name and arguments, such as "
+                f'("StepLR", {{"step_size": 10}}); found {shown(lr_scheduler)}.'
+            )
+        name, given = lr_scheduler
+        where = "torch.optim.lr_scheduler"
+        torch_arguments.check_name(
+            "lr_scheduler", name, where, trusted, torch_arguments.REFUSED_SCHEDULERS
+        )
+        scheduler = [name, torch_arguments.check_arguments("lr_scheduler", given)]
+    named = [optimizer] if lr_scheduler is None else [optimizer, lr_scheduler[0]]
+    recipe = {
+        "optimizer": optimizer,
+        "arguments": arguments,
+        "scheduler": scheduler,
+        # No more than is needed, so that equal optimizers are equal whatever else was trusted.
+        "trusted": sorted({name.partition(".")[0] for name in named if "." in name}),
+    }
+    return TorchOptimizer(torch_arguments.find_python(python), recipe)

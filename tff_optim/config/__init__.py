@@ -1,0 +1,1 @@
+"""Optimizers to JSON and back."""

@@ -1,0 +1,1 @@
+"""What optimizers are made of: leaves, numbers, entries of configurations, tracing, messages."""

@@ -1,0 +1,137 @@
+"""Where an optimizer's state and step are placed: the only file that says `tf.device`.
+
+TFF's worker process is built without GPU support. A device scope inside a TFF computation is kept
+in its graph, but the worker places GPU operations on its CPU. A GPU is used by TensorFlow code that
+runs in the Python process: an optimizer called directly, in a `tf.function`, or on the device of a
+resident process.
+"""
+
+import contextlib
+from typing import Any
+
+import attrs
+import tensorflow as tf
+
+from tff_optim.core.messages import shown
+
+
+def _optional_index(instance: Any, attribute: Any, value: Any) -> None:
+    del instance, attribute
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"`index` must be None or an integer of at least 0; found {shown(value)}.")
+
+
+def _optional_bool(instance: Any, attribute: Any, value: Any) -> None:
+    del instance, attribute
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"`gpu` must be True, False or None; found {shown(value)}.")
+
+
+@attrs.frozen
+class DevicePolicy:
+    """Which kind of device is used, and which one of that kind.
+
+    Attributes:
+      gpu: True for a GPU, False for a CPU, None to leave the placement to TensorFlow.
+      index: The number of the device among those of its kind; None for the first.
+
+    Example:
+      >>> DevicePolicy(gpu=False, index=0)
+      DevicePolicy(gpu=False, index=0)
+    """
+
+    gpu: bool | None = attrs.field(default=None, validator=_optional_bool)
+    index: int | None = attrs.field(default=None, validator=_optional_index)
+
+    def __attrs_post_init__(self) -> None:
+        if self.gpu is None and self.index is not None:
+            raise ValueError(
+                f"`index` must be None where `gpu` is; found {self.index}. Give `gpu` True or False."
+            )
+
+
+_policy = DevicePolicy()
+
+
+def set_device_policy(gpu: bool | None, index: int | None = None) -> None:
+    """Sets the policy that every optimizer built from now on without `device` follows.
+
+    Args:
+      gpu: True for a GPU, False for a CPU, None to leave the placement to TensorFlow.
+      index: The number of the device among those of its kind; None for the first.
+
+    Raises:
+      ValueError: If an argument is malformed or there is no such device.
+
+    >>> import tff_optim
+    >>> tff_optim.set_device_policy(gpu=False)
+    >>> tff_optim.select_device()
+    '/CPU:0'
+    >>> tff_optim.set_device_policy(gpu=None)
+    """
+    policy = DevicePolicy(gpu, index)
+    select_device(policy)  # raises where there is no such device
+    global _policy
+    _policy = policy
+
+
+def get_device_policy() -> DevicePolicy:
+    """Returns the policy that optimizers built without `device` follow.
+
+    Example:
+      >>> get_device_policy()
+      DevicePolicy(gpu=None, index=None)
+    """
+    return _policy
+
+
+def select_device(device: str | DevicePolicy | None = None) -> str | None:
+    """Returns the device that a request names, after checking that it is there.
+
+    Args:
+      device: A device's name such as `"/GPU:0"` or `"CPU:1"`; a `DevicePolicy`; or None for the
+        policy in force.
+
+    Returns:
+      `"/KIND:INDEX"`, or None where the placement is left to TensorFlow.
+
+    Raises:
+      TypeError: If `device` is of another type.
+      ValueError: If TensorFlow in this process sees no such device.
+
+    Example:
+      >>> select_device("cpu:0")
+      '/CPU:0'
+    """
+    if device is None:
+        device = get_device_policy()
+    if isinstance(device, DevicePolicy):
+        if device.gpu is None:
+            return None
+        kind, index = ("GPU" if device.gpu else "CPU"), device.index or 0
+    elif isinstance(device, str):
+        try:
+            spec = tf.DeviceSpec.from_string(device if device.startswith("/") else f"/{device}")
+        except ValueError as error:
+            raise ValueError(f'`device` must be like "/GPU:0"; found {shown(device)}.') from error
+        elsewhere = spec.job not in (None, "localhost") or spec.task or spec.replica
+        if spec.device_type is None or elsewhere:
+            raise ValueError(f'`device` must be like "/GPU:0"; found {shown(device)}.')
+        kind, index = spec.device_type, spec.device_index or 0
+    else:
+        raise TypeError(
+            f"`device` must be None, a string or a `DevicePolicy`; found {type(device).__name__}."
+        )
+    there = tf.config.list_logical_devices(kind)
+    if not 0 <= index < len(there):
+        names = ", ".join(d.name for d in tf.config.list_logical_devices())
+        raise ValueError(
+            f"`device` must be one that TensorFlow sees in this process, {names}; found "
+            f"/{kind}:{index}. Choose one of those, or leave `device` out."
+        )
+    return f"/{kind}:{index}"
+
+
+def device_scope(device: str | None) -> contextlib.AbstractContextManager:
+    """A `tf.device` scope, or none where the placement is left to TensorFlow."""
+    return contextlib.nullcontext() if device is None else tf.device(device)

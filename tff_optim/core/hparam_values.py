@@ -1,0 +1,187 @@
+"""Values of hyper-parameters: how they are checked, and set in a state or in a whole process.
+
+The public names are those of `tff_optim.hyperparameters`.
+"""
+
+import collections
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.core import leaves
+from tff_optim.core.intervals import Interval, checked_number, to_float
+from tff_optim.core.messages import at, shown
+
+Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
+Hparams = collections.OrderedDict[str, Any]
+STEP = "step"
+
+
+def check_scalar(owner: str, name: str, value: tf.Tensor) -> None:
+    """Raises `ValueError` unless a tensor is one real number."""
+    if value.shape.rank != 0 or not (value.dtype.is_floating or value.dtype.is_integer):
+        raise ValueError(
+            f"`{name}` of `{owner}` must be one real number if it is a tensor; found "
+            f"{value.dtype.name}{value.shape}."
+        )
+
+
+def checked_where_run(owner: str, name: str, value: tf.Tensor, allowed: Interval) -> tf.Tensor:
+    """A scalar tensor of a graph, which checks its value where the graph is run."""
+    check_scalar(owner, name, value)
+    number = tf.cast(value, tf.float32)
+    good = tf.math.is_finite(number) & allowed.holds(number)
+    message = f"`{name}` of `{owner}` must be {allowed.words}; found:"
+    with tf.control_dependencies([tf.debugging.Assert(good, [message, value])]):
+        return tf.identity(value)
+
+
+def checked(owner: str, name: str, value: Any, allowed: Interval) -> Any:
+    """A value that a hyper-parameter is set to: a Python float, or a tensor if it is one of a graph.
+
+    Raises:
+      TypeError: If it is neither a number nor a tensor.
+      ValueError: If it is not allowed, or a tensor is not a scalar.
+
+    Example:
+      >>> from tff_optim.hyperparameters import FRACTION
+      >>> checked("Momentum", "beta", np.float16(0.5), FRACTION)
+      0.5
+    """
+    if tf.is_symbolic_tensor(value):
+        return checked_where_run(owner, name, value, allowed)
+    if isinstance(value, Schedule):
+        raise TypeError(
+            f"`{name}` of `{owner}` must be set to a number or a tensor; found a schedule. Give "
+            "schedules when the optimizer is built."
+        )
+    if tf.is_tensor(value):
+        check_scalar(owner, name, value)
+        value = value.numpy()
+    return checked_number(owner, name, value, allowed)
+
+
+def in_dtype_of(value: Any, number: Any) -> Any:
+    """`value`, a number or scalar tensor, in the dtype of `number`: a tensor or a NumPy scalar.
+
+    Example:
+      >>> in_dtype_of(2, np.float16(0.5)).dtype
+      dtype('float16')
+    """
+    dtype = leaves.spec_of(number).dtype
+    return tf.cast(value, dtype) if tf.is_tensor(value) else dtype.as_numpy_dtype(value)
+
+
+def update(
+    state: Mapping[str, Any],
+    hparams: Mapping[str, Any],
+    intervals: Mapping[str, Interval],
+    owner: str,
+) -> Hparams:
+    """Returns `state` with some of its numbers set: what every `set_hparams` does.
+
+    Args:
+      state: A mapping that holds the numbers by name, and possibly more.
+      hparams: New values by name: Python or NumPy numbers, or scalar tensors. What is left out
+        stays as it is.
+      intervals: The names that may be set, and which numbers are allowed for each.
+      owner: Whose hyper-parameters they are, for messages.
+
+    Returns:
+      An `OrderedDict`, with every number in the dtype that it has in `state`.
+
+    Raises:
+      TypeError: If a value is neither a number nor a tensor.
+      ValueError: If a name is unknown, a number is not allowed, or a tensor is not a scalar.
+
+    Example:
+      >>> from tff_optim.hyperparameters import FRACTION
+      >>> state = collections.OrderedDict(beta=np.float32(0.5), step=np.int64(3))
+      >>> float(update(state, {"beta": 0.25}, {"beta": FRACTION}, "Momentum")["beta"])
+      0.25
+    """
+    check_names(hparams, intervals, owner)
+    new_state = collections.OrderedDict(state)
+    for name, value in hparams.items():
+        value = checked(owner, name, value, intervals[name])
+        new_state[name] = in_dtype_of(value, state[name])
+    return new_state
+
+
+def complete(known: Any, given: Any, path: str = "") -> Any:
+    """The hyper-parameters of a whole process, from some of them.
+
+    TFF's own processes take nothing but all of them, each in its very dtype.
+
+    Args:
+      known: What `get_hparams` of the process returns: numbers in mappings.
+      given: Some of them, in the same mappings: Python or NumPy numbers of any width.
+      path: Where they stand, for messages.
+
+    Returns:
+      All of them, structured and typed like `known`.
+
+    Raises:
+      TypeError: If a value is not a number.
+      ValueError: If a name is unknown, or a number is not finite or not whole where it must be.
+
+    Example:
+      >>> known = {"finalizer": {"learning_rate": np.float32(1.0), "beta_1": np.float64(0.5)}}
+      >>> complete(known, {"finalizer": {"learning_rate": 2}})["finalizer"]["learning_rate"].dtype
+      dtype('float32')
+    """
+    where = at("hparams", path)
+    if isinstance(known, Mapping):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{where} must be a mapping; found {shown(given)}.")
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(
+                f"{where} must hold some of {', '.join(known) or 'nothing'}; found {shown(unknown)}."
+            )
+        return collections.OrderedDict(
+            (
+                key,
+                complete(value, given[key], f"{path}/{key}".lstrip("/")) if key in given else value,
+            )
+            for key, value in known.items()
+        )
+    old = np.asarray(known)
+    if old.ndim or old.dtype.kind not in "fiu":
+        return given  # not a number: TFF compares its type
+    number = to_float(given.numpy() if isinstance(given, tf.Tensor) else given)
+    if not isinstance(number, float):
+        raise TypeError(f"{where} must be a number; found {shown(given)}.")
+    if old.dtype.kind != "f":
+        if not math.isfinite(number) or number != int(number):
+            raise ValueError(f"{where} must be a whole number; found {shown(given)}.")
+        return old.dtype.type(int(number))
+    with np.errstate(over="ignore"):
+        new = old.dtype.type(number)
+    if not np.isfinite(new):
+        raise ValueError(f"{where} must be a finite number in {old.dtype}; found {shown(given)}.")
+    return new
+
+
+def check_names(hparams: Any, known: Mapping[str, Any], owner: str) -> None:
+    """Raises `ValueError` unless `hparams` is a mapping from some of the names in `known`.
+
+    Example:
+      >>> from tff_optim.hyperparameters import FRACTION
+      >>> check_names({"gamma": 0.5}, {"beta": FRACTION}, "Momentum")
+      Traceback (most recent call last):
+        ...
+      ValueError: `hparams` of `Momentum` must hold some of beta; found ...
+    """
+    if not isinstance(hparams, Mapping):
+        raise ValueError(
+            f"`hparams` of `{owner}` must be a mapping from names to numbers; found "
+            f"{shown(hparams)}."
+        )
+    if unknown := [name for name in hparams if name not in known]:
+        raise ValueError(
+            f"`hparams` of `{owner}` must hold some of {', '.join(known) or 'nothing'}; found "
+            f"{', '.join(map(str, unknown))}. What else there is, is fixed when it is built."
+        )

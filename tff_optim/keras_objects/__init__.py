@@ -1,0 +1,1 @@
+"""Schedules, regularizers, constraints and optimizers of Keras as values."""

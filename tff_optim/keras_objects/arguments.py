@@ -1,0 +1,232 @@
+"""What Keras' own optimizers, schedules, regularizers and constraints take as arguments.
+
+Keras checks few of them: a text as `beta_1` fails in the first step, NaN as the norm of a constraint
+makes all weights NaN, a `clipnorm` of 0 does not clip. Its classes share names of arguments, and a
+name means the same in each.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.core.intervals import (
+    FINITE,
+    FRACTION,
+    NON_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    Interval,
+    checked_number,
+)
+from tff_optim.core.messages import shown
+from tff_optim.core.tracing import eager_world
+
+_Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
+# Arguments that count something: what is 2 there is not 2.0.
+_COUNTS = ("decay_steps", "first_decay_steps", "warmup_steps", "boundaries")
+# Steps at which a schedule must give a rate. One that leaves the finite numbers stays outside.
+_STEPS = (0, 1, 10, 1000, 10**6, 10**9)
+_PACKAGE = __name__.partition(".")[0]
+
+
+@attrs.frozen
+class _Argument:
+    """The values of an argument: of one Python type, numbers of an interval, lists, or None."""
+
+    words: str
+    allowed: Interval | None = None
+    types: tuple[type, ...] = (int, float)
+    optional: bool = False
+    several: bool = False
+    most: int = 100
+    schedule: bool = False
+
+
+def _number(allowed: Interval, words: str = "", **options: Any) -> _Argument:
+    allowed = attrs.evolve(allowed, words=allowed.words + words)
+    return _Argument(allowed.words, allowed, **options)
+
+
+_FLAG = _Argument("True or False", types=(bool,))
+_STEPS_OF_DECAY = _number(POSITIVE)
+_OPTIONAL = _number(POSITIVE, " or None", optional=True)
+_PENALTY = _number(NON_NEGATIVE, " or None", optional=True)
+
+ARGUMENTS: Mapping[str, _Argument] = {
+    # Optimizers.
+    "learning_rate": _number(NON_NEGATIVE, " or a schedule", schedule=True),
+    "momentum": _number(UNIT),
+    "beta_1": _number(FRACTION),
+    "beta_2": _number(FRACTION),
+    "rho": _number(FRACTION),
+    "epsilon": _number(NON_NEGATIVE),
+    "epsilon_1": _number(NON_NEGATIVE),
+    "epsilon_2": _number(NON_NEGATIVE),
+    "clip_threshold": _number(POSITIVE),
+    "beta_2_decay": _number(FINITE),
+    "learning_rate_power": _number(FINITE),
+    "initial_accumulator_value": _number(NON_NEGATIVE),
+    "l1_regularization_strength": _number(NON_NEGATIVE),
+    "l2_regularization_strength": _number(NON_NEGATIVE),
+    "l2_shrinkage_regularization_strength": _number(NON_NEGATIVE),
+    "beta": _number(NON_NEGATIVE),
+    "weight_decay": _number(NON_NEGATIVE, " or None", optional=True),
+    "clipnorm": _OPTIONAL,
+    "clipvalue": _OPTIONAL,
+    "global_clipnorm": _OPTIONAL,
+    "ema_momentum": _number(UNIT),
+    "ema_overwrite_frequency": _Argument(
+        "a whole number of at least 0 or None", NON_NEGATIVE, types=(int,), optional=True
+    ),
+    "nesterov": _FLAG,
+    "amsgrad": _FLAG,
+    "centered": _FLAG,
+    "relative_step": _FLAG,
+    "use_ema": _FLAG,
+    "jit_compile": _FLAG,
+    "name": _Argument("a string or None", types=(str,), optional=True),
+    # Schedules.
+    "initial_learning_rate": _number(NON_NEGATIVE),
+    "end_learning_rate": _number(NON_NEGATIVE),
+    "warmup_target": _number(NON_NEGATIVE, " or None", optional=True),
+    "decay_steps": _STEPS_OF_DECAY,
+    "first_decay_steps": _STEPS_OF_DECAY,
+    "warmup_steps": _number(NON_NEGATIVE),
+    "decay_rate": _number(NON_NEGATIVE),
+    "power": _number(NON_NEGATIVE),
+    "alpha": _number(NON_NEGATIVE),
+    "t_mul": _number(POSITIVE),
+    "m_mul": _number(NON_NEGATIVE),
+    "staircase": _FLAG,
+    "cycle": _FLAG,
+    # Keras nests a branch for each boundary: 100 take 40 s to trace, and 200 are too deep for Python.
+    "boundaries": _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True),
+    "values": _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True, most=101),
+    # Regularizers.
+    "l1": _PENALTY,
+    "l2": _PENALTY,
+    "factor": _number(NON_NEGATIVE),
+    "mode": _Argument("a string", types=(str,)),
+    # Constraints.
+    "min_value": _number(NON_NEGATIVE),
+    "max_value": _number(NON_NEGATIVE),
+    "rate": _number(UNIT),
+    "axis": _Argument("a whole number or a list of them", FINITE, types=(int,), several=True),
+}
+
+
+def package_of(cls: type) -> str:
+    """The top-level package that defines `cls`."""
+    return cls.__module__.partition(".")[0]
+
+
+def of_keras(cls: type) -> bool:
+    """Whether Keras defines `cls`."""
+    return package_of(cls) == "keras"
+
+
+def parameters(cls: Any) -> dict[str, inspect.Parameter]:
+    """The named parameters of the constructor of `cls`."""
+    if cls.__init__ is object.__init__:  # its signature is a catch-all, though it takes nothing
+        return {}
+    found = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {p.name: p for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+def _argument_of(cls: type, name: str) -> _Argument | None:
+    """What Keras' own class among the bases of `cls` takes under this name."""
+    for base in cls.__mro__:
+        if of_keras(base) and name in parameters(base):
+            return ARGUMENTS.get(name)
+    return ARGUMENTS[name] if name == "learning_rate" else None
+
+
+def interval_of(cls: type, name: str) -> Interval:
+    """Which numbers are allowed as the argument `name` of `cls`."""
+    argument = _argument_of(cls, name)
+    return FINITE if argument is None or argument.allowed is None else argument.allowed
+
+
+def check_argument(cls: type, name: str, value: Any) -> None:
+    """Raises `TypeError` or `ValueError` unless `value` is one that `cls` can work with."""
+    if isinstance(value, tf.Tensor) and tf.is_symbolic_tensor(value):
+        return  # its value is not known
+    if isinstance(value, np.ndarray | np.generic | tf.Tensor | tf.Variable):
+        value = np.asarray(value).tolist()
+    argument = _argument_of(cls, name)
+    if argument is None:
+        if isinstance(value, float):
+            checked_number(cls.__name__, name, value, FINITE)
+        return
+    if (value is None and argument.optional) or (
+        argument.schedule and isinstance(value, _Schedule | Mapping)
+    ):
+        return
+    values = value if argument.several and isinstance(value, list | tuple) else [value]
+    if len(values) > argument.most:
+        raise ValueError(
+            f"`{name}` of `{cls.__name__}` must have at most {argument.most} elements; found "
+            f"{len(values)}."
+        )
+    for one in values:
+        if not isinstance(one, argument.types) or (isinstance(one, bool) and argument is not _FLAG):
+            raise TypeError(
+                f"`{name}` of `{cls.__name__}` must be {argument.words}; found {shown(value)}."
+            )
+        if argument.allowed is not None:
+            checked_number(cls.__name__, name, one, argument.allowed)
+
+
+def as_given_in_json(cls: type, name: str, value: Any) -> Any:
+    """A number of JSON, which may have been written without its point, as `cls` takes it.
+
+    Schedules of Keras compute with integers where a rate is one, and fail.
+    """
+    argument = _argument_of(cls, name)
+    if argument is None or float not in argument.types or name in _COUNTS:
+        return value
+    if isinstance(value, list):
+        return [as_given_in_json(cls, name, item) for item in value]
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole else value
+
+
+def check_object(value: Any) -> None:
+    """Raises unless the arguments of a Keras object are ones that its class can work with.
+
+    An argument that a subclass has added is checked only for being finite, if it is a number. The
+    rates of a schedule of Keras or of this package are tried up to step 1e9.
+    """
+    cls = type(value)
+    try:
+        config = value.get_config()
+    except NotImplementedError:  # a subclass need not be serializable
+        config = {}
+    for name, argument in config.items():
+        check_argument(cls, name, argument)
+    if isinstance(value, _Schedule) and package_of(cls) in ("keras", _PACKAGE):
+        _check_rates(value)
+
+
+def _check_rates(schedule: Any) -> None:
+    name = type(schedule).__name__
+    with eager_world(), tf.init_scope():
+        for step in _STEPS:
+            try:
+                rate = float(schedule(tf.constant(step, tf.int64)))
+            except (TypeError, ValueError, tf.errors.OpError) as error:
+                raise ValueError(
+                    f"The schedule `{name}` must give a rate at every step; found that it fails at "
+                    f"step {step}: {shown(str(error))}."
+                ) from error
+            if not math.isfinite(rate) or rate < 0:
+                raise ValueError(
+                    f"The schedule `{name}` must give a finite rate of at least 0 at every step; "
+                    f"found {rate} at step {step}. One that grows needs an end, as `PolynomialDecay` "
+                    "to a greater rate has."
+                )

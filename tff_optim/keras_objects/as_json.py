@@ -1,0 +1,239 @@
+"""Keras objects by name, as JSON, and back: optimizers, schedules, regularizers and constraints.
+
+Keras' own `deserialize` imports whatever module a configuration names, cannot read back AdamW, Lion
+and Adafactor, and changes its input. This writes the same entries (`module`, `class_name`, `config`)
+and builds classes of Keras and of trusted packages only (`keras_classes.py`).
+"""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim.core import comparison, entries
+from tff_optim.core.entries import Entry
+from tff_optim.core.messages import shown
+from tff_optim.keras_objects import arguments as keras_arguments
+from tff_optim.keras_objects.classes import (
+    KINDS,
+    OPTIMIZER,
+    REGULARIZER,
+    SCHEDULE,
+    Kind,
+    class_of,
+    class_of_keras,
+    instead_of,
+    nouns,
+)
+
+# Arguments that a schedule is given as, in short forms too.
+_RATES = ("learning_rate", "then")
+# What every Keras optimizer writes and its constructor takes through `**kwargs`.
+_LEGACY_FLAG = "is_legacy_optimizer"
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def is_keras_object(value: Any) -> bool:
+    """Whether `value` is of a kind that this module writes."""
+    return isinstance(value, tuple(kind.base for kind in KINDS))
+
+
+def to_json(value: Any, name: str) -> Any:
+    """`value` in plain Python types: NumPy and tensor scalars as numbers, Keras objects as dicts.
+
+    Raises:
+      ValueError: If `value`, called `name` in the message, has no such form.
+    """
+    if tf.is_symbolic_tensor(value):
+        raise ValueError(
+            f"`{name}` must be something that JSON can hold; found a tensor of the computation in "
+            f"which the optimizer was built: {value!r}."
+        )
+    if isinstance(value, np.ndarray | np.generic | tf.Tensor | tf.Variable):
+        value = np.asarray(value).tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, list | tuple):
+        return [to_json(item, name) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item, f"{name}.{key}") for key, item in value.items()}
+    if is_keras_object(value):
+        return object_to_json(value)
+    raise ValueError(f"`{name}` must be something that JSON can hold; found {shown(value)}.")
+
+
+def object_to_json(value: Any) -> dict[str, Any]:
+    """A Keras object's class and configuration.
+
+    Raises:
+      ValueError: If its class cannot be found again by name, or its `get_config` leaves out
+        arguments of its constructor.
+    """
+    cls = type(value)
+    if keras_arguments.of_keras(cls):
+        module = next(kind.module for kind in KINDS if isinstance(value, kind.base))
+    elif "<locals>" in cls.__qualname__:
+        raise ValueError(
+            f"`{cls.__qualname__}` must be defined at the top of a module to be found again; "
+            "found it inside of a function."
+        )
+    else:
+        module = cls.__module__
+    config = comparison.full_config(value)
+    if config is None:
+        raise ValueError(
+            f"`get_config` of `{cls.__qualname__}` must return every argument of its constructor to "
+            "be written to a configuration; found it missing or incomplete. Override it."
+        )
+    return {
+        "module": module,
+        "class_name": cls.__qualname__,
+        "config": to_json(config, cls.__name__),
+    }
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def is_described(entry: Entry) -> bool:
+    """Whether an entry describes a Keras object in the long form."""
+    return isinstance(entry.value, dict) and "class_name" in entry.value
+
+
+def from_json(entry: Entry, *kinds: Kind) -> Any:
+    """Builds a Keras object from what describes it.
+
+    Args:
+      entry: The long form that `object_to_json` writes, in which `module` may be left out for a
+        class of Keras, and arguments at their defaults too; `[name, arguments]`; or a name.
+      *kinds: What it may be.
+
+    Raises:
+      TypeError: If an argument is of the wrong type.
+      ValueError: If the class is unknown, of another kind, legacy or not trusted, or an argument is
+        unknown, missing, or out of range.
+    """
+    empty = attrs.evolve(entry, value={})
+    if isinstance(entry.value, str):
+        cls, arguments = class_of_keras(entry, kinds), empty
+    elif isinstance(entry.value, list) and len(entry.value) == 2:
+        cls, arguments = class_of_keras(entry.at(0), kinds), entry.at(1)
+    elif is_described(entry):
+        parts = entry.fields(
+            {"module", "class_name", "config", "registered_name"}, required={"class_name"}
+        )
+        cls, arguments = class_of(entry, kinds), parts.get("config", empty)
+    else:
+        entry.refuse(
+            f"be {nouns(kinds)}: a name, [name, arguments], or a mapping with `class_name` and "
+            "`config`",
+            ValueError if isinstance(entry.value, dict) else TypeError,
+        )
+    return entry.build(_build, cls, arguments_from_json(cls, arguments), kinds)
+
+
+def arguments_from_json(cls: Any, entry: Entry) -> dict[str, Any]:
+    """The arguments for the constructor of a class, each checked as far as it is known."""
+    known = keras_arguments.parameters(cls)
+    more = not keras_arguments.of_keras(cls) and any(
+        p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.__init__).parameters.values()
+    )
+    required = [name for name, p in known.items() if p.default is p.empty]
+    names = {*known, _LEGACY_FLAG} if issubclass(cls, OPTIMIZER.base) else set(known)
+    given = entry.value if more and isinstance(entry.value, dict) else ()
+    parts = entry.fields({*names, *given}, required)
+    if _LEGACY_FLAG in parts and parts[_LEGACY_FLAG].value is not False:
+        parts[_LEGACY_FLAG].refuse("be False: legacy optimizers cannot be run as pure functions")
+    arguments = {}
+    for name, part in parts.items():
+        if name in _RATES and issubclass(cls, (OPTIMIZER.base, SCHEDULE.base)):
+            arguments[name] = rate_from_json(part)
+        else:
+            arguments[name] = value_from_json(part)
+        part.build(keras_arguments.check_argument, cls, name, arguments[name])
+        arguments[name] = keras_arguments.as_given_in_json(cls, name, arguments[name])
+    return arguments
+
+
+def rate_from_json(entry: Entry) -> Any:
+    """A number as it is, or the schedule that an entry describes."""
+    if isinstance(entry.value, str) or (isinstance(entry.value, list) and len(entry.value) != 2):
+        entry.refuse("be a number or a schedule, like ['ExponentialDecay', {...}]", TypeError)
+    return from_json(entry, SCHEDULE) if isinstance(entry.value, dict | list) else entry.value
+
+
+def optimizer_from_json(entry: Entry) -> Any:
+    """The Keras optimizer that an entry describes."""
+    return from_json(entry, OPTIMIZER)
+
+
+def regularizer_from_json(entry: Entry) -> Any:
+    """The Keras regularizer that an entry describes."""
+    return from_json(entry, REGULARIZER)
+
+
+def value_from_json(entry: Entry) -> Any:
+    """A plain value, in which everything that describes a Keras object is built.
+
+    So Keras, which would import and run what such a mapping names, is never given one.
+    """
+    if is_described(entry):
+        return from_json(entry, *KINDS)
+    if isinstance(entry.value, dict):
+        return {key: value_from_json(entry.at(key)) for key in entry.value}
+    if isinstance(entry.value, list):
+        return [value_from_json(item) for item in entry.items()]
+    return entry.value
+
+
+def _build(cls: Any, arguments: dict[str, Any], kinds: Sequence[Kind]) -> Any:
+    built = cls.from_config(arguments)
+    if not isinstance(built, tuple(kind.base for kind in kinds)):
+        raise TypeError(
+            f"`from_config` of `{cls.__name__}` must return {nouns(kinds)}; found {shown(built)}."
+        )
+    keras_arguments.check_object(built)
+    return built
+
+
+# ------------------------------------------------------------------- what an argument may stand for
+
+
+def resolve(optimizer: Any) -> Any:
+    """Returns the Keras optimizer that `optimizer` stands for; see `build_keras_optimizer`."""
+    if isinstance(optimizer, str | Mapping | list | tuple):
+        return from_json(entries.read(optimizer, name="optimizer"), OPTIMIZER)
+    if isinstance(optimizer, OPTIMIZER.base):
+        return optimizer
+    if isinstance(optimizer, tf.keras.optimizers.legacy.Optimizer):
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"`optimizer` must be a Keras optimizer that can be run as a pure function; found the "
+            f"legacy {name}{instead_of(name)}."
+        )
+    if isinstance(optimizer, tff.learning.optimizers.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a Keras optimizer; found one of TFF already, "
+            f"{type(optimizer).__name__}. Use it as it is."
+        )
+    if callable(optimizer):
+        made = optimizer()
+        if callable(made) or isinstance(made, str | Mapping | list | tuple):
+            raise TypeError(
+                "`optimizer` as a callable must return a Keras optimizer; found "
+                f"{type(made).__name__}."
+            )
+        return resolve(made)
+    raise TypeError(
+        "`optimizer` must be a Keras optimizer, its name, its config, or a callable without "
+        f"arguments that returns one; found {type(optimizer).__name__}."
+    )

@@ -1,0 +1,169 @@
+"""Takes the data of clients for a process: makes data sets of lists, refuses what does not fit."""
+
+import collections
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim.core.messages import shown
+from tff_optim.resident import data_cures
+
+
+def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
+    """The type of a client's data, and whether a place for a state comes with it."""
+    if isinstance(client_type, tff.StructType):
+        members = dict(tff.structure.iter_elements(client_type))
+        if list(members) == ["data", "client"]:
+            return members["data"], True
+    return client_type, False
+
+
+class ClientData:
+    """Takes the data of clients for one process, wherever it runs.
+
+    What plain TFF takes is taken: a `tf.data.Dataset` of batches, or a list of batches, of which a
+    data set is made in the dtypes that the process wants. A batch in a list is a mapping in any
+    order, a tuple or a list; its parts are arrays, tensors or Python's numbers.
+
+    Conversions that change values are refused, which plain TFF makes without a word: text and
+    fractions for whole numbers, whole numbers that are too large, None for a batch.
+
+    Example:
+      >>> taken = ClientData(tff.SequenceType(tff.TensorType(np.float32, [None, 2])))
+      >>> taken([[[1, 2], [3, 4]], [[5, 6]]], "ann").element_spec
+      TensorSpec(shape=(None, 2), dtype=tf.float32, name=None)
+      >>> data = tf.data.Dataset.from_tensor_slices(np.ones([4, 2], np.float32))
+      >>> taken(data.batch(2), "bob") is not None
+      True
+      >>> taken(data, "bob")
+      Traceback (most recent call last):
+        ...
+      TypeError: The data of client 'bob' must be batches of float32[?,2]; found a data set of
+      float32[2]. The elements are examples and no batches: The element has 1 dimension and not
+      2. Give `dataset.batch(32)`.
+
+    Args:
+      data_type: What the process takes of one client. Members of it that are no `tff.SequenceType`
+        are left to TFF.
+    """
+
+    def __init__(self, data_type: tff.Type):
+        self._type = data_type
+        self._accepted: set[tuple[str, int]] = set()  # what `element_spec` and type say
+
+    def __call__(self, data: Any, client: Any) -> Any:
+        """The data of a client, for the process.
+
+        Args:
+          data: A `tf.data.Dataset` or a list of batches; with its place for a state, where the
+            process wants one.
+          client: The client's id or position, for the message.
+
+        Raises:
+          TypeError: The process does not take the data. The message names the client, what was
+            found, and what to give instead.
+        """
+        of_client, keeps_state = data_of_client(self._type)
+        if not keeps_state:
+            return self._taken(data, of_client, client)
+        if not isinstance(data, Mapping) or list(data) != ["data", "client"]:
+            raise TypeError(
+                f"The data of client {client!r} must come with the place of its state, since the "
+                f"clients of this process keep one; found {_outline(data)}. Give what `with "
+                "store.cohort(ids, data) as cohort:` yields, of `store = "
+                "aggregators.ClientStates(ids)`, or train with `simulation.run(..., "
+                "client_states=aggregators.ClientStates)`."
+            )
+        taken = self._taken(data["data"], of_client, client)
+        return collections.OrderedDict(data=taken, client=data["client"])
+
+    def _taken(self, data: Any, data_type: tff.Type, client: Any) -> Any:
+        if not isinstance(data_type, tff.SequenceType):
+            return data
+        wanted = data_type.element
+        try:
+            if isinstance(data, list):
+                return _dataset_of(data_cures.arrays_of_list(data, wanted), wanted)
+            if not isinstance(data, tf.data.Dataset):
+                data_cures.refuse(data, wanted)
+            key = (repr(data.element_spec), id(wanted))
+            if key not in self._accepted:
+                data_cures.check_dataset(data, wanted)
+                self._accepted.add(key)
+            return data
+        except data_cures.Unlike as problem:
+            raise TypeError(
+                f"The data of client {client!r} must be batches of {wanted}; found "
+                f"{_outline(data)}. {problem}"
+            ) from None
+
+
+def explain(error: BaseException, data: Iterable[tuple[Any, Any]]) -> None:
+    """Raises a better error if a round has failed since a worker was to call Python.
+
+    Args:
+      error: What the round has raised.
+      data: Clients and their data.
+
+    Raises:
+      TypeError: The data of the client that it names call functions of the Python process.
+    """
+    if not any("No OpKernel was registered" in str(one) for one in (error, error.__cause__)):
+        return
+    for client, one in data:
+        if isinstance(one, Mapping):
+            one = one.get("data")  # with the place of a state
+        if isinstance(one, tf.data.Dataset) and data_cures.calls_python(one):
+            raise TypeError(
+                f"The data of client {client!r} must be those that a worker can read; found "
+                f"{_outline(one)}. {data_cures.OF_PYTHON} Give `list(dataset)`."
+            ) from error
+
+
+def _dataset_of(batches: list[list[Any]], wanted: tff.Type) -> tf.data.Dataset:
+    """A data set of batches, whose sizes may differ."""
+    if not batches:
+        return _dataset_of([_nothing(wanted)], wanted).take(0)
+    # One piece for each run of batches of the same size: often all but the last one.
+    pieces = []
+    for _, same in itertools.groupby(batches, key=lambda arrays: [one.shape for one in arrays]):
+        stacked = iter([np.stack(arrays) for arrays in zip(*same, strict=True)])
+        pieces.append(tf.data.Dataset.from_tensor_slices(_packed(stacked, wanted)))
+    return functools.reduce(tf.data.Dataset.concatenate, pieces)
+
+
+def _nothing(wanted: tff.Type) -> list[np.ndarray]:
+    """A batch of no examples."""
+    if isinstance(wanted, tff.StructType):
+        parts = [_nothing(member) for _, member in tff.structure.iter_elements(wanted)]
+        return list(itertools.chain(*parts))
+    shape = [size or 0 for size in wanted.shape or []]
+    return [np.zeros(shape, tf.as_dtype(wanted.dtype.type).as_numpy_dtype)]
+
+
+def _packed(values: Iterator[Any], wanted: tff.Type) -> Any:
+    """Values in the containers in which TFF keeps the order of names."""
+    if not isinstance(wanted, tff.StructType):
+        return next(values)
+    members = [
+        (name, _packed(values, member)) for name, member in tff.structure.iter_elements(wanted)
+    ]
+    return tff.structure.to_odict_or_tuple(tff.structure.Struct(members), recursive=False)
+
+
+def _outline(data: Any) -> str:
+    if isinstance(data, tf.data.Dataset):
+        try:
+            return f"a data set of {tff.types.tensorflow_to_type(data.element_spec)}"
+        except TypeError:  # TFF knows no such elements
+            return f"a data set of {data.element_spec}"
+    if isinstance(data, np.ndarray | tf.Tensor):
+        return f"an array of shape {list(data.shape)}"
+    if isinstance(data, list | tuple | Mapping):
+        return f"a {type(data).__name__} of {len(data)}"
+    return shown(data)
