@@ -8,8 +8,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 import tree
 
-from aggregators.client.autograph import as_written
 from aggregators.client.batch_rows import common_rows
+from aggregators.core.autograph import as_written
 from aggregators.core.candidates import labels_of
 
 _T = TypeVar("_T")

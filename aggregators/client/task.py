@@ -7,9 +7,9 @@ import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators.client.autograph import as_written
 from aggregators.client.example_clipping import ExampleClipping
 from aggregators.core import client_memory
+from aggregators.core.autograph import as_written
 from aggregators.core.candidates import Error
 from aggregators.core.client_memory import ClientMemory, Finished
 from aggregators.core.rule import LossAt

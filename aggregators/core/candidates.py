@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import attrs
 import tensorflow as tf
 
-from aggregators.client.autograph import as_written
 from aggregators.core import checks
+from aggregators.core.autograph import as_written
 
 Models = Sequence[Sequence[tf.Tensor]]
 Error = Callable[[Any, Any], Any]
