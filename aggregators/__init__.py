@@ -28,7 +28,6 @@ from aggregators.core.hyperparameters import hparam
 from aggregators.core.reduction import (
     Reduction,
     federated_reduce,
-    reduction_from_merge,
     zip_reductions,
 )
 from aggregators.core.rule import Needs, Rule, RuleResult
@@ -68,7 +67,6 @@ __all__ = [
     "federated_rule",
     "hparam",
     "privacy",
-    "reduction_from_merge",
     "rule_state",
     "rules",
     "scores",

@@ -50,7 +50,7 @@ def score_called(name):
 
 
 NO_MEMORY = (lambda weights, state: OrderedDict(), lambda context, done: (OrderedDict(), ()))
-FOLD = (lambda: 0.0, tf.add, tf.add)
+FOLD = (lambda: 0.0, tf.add)
 
 WRONG = {
     "no rule": (lambda: Rule(None, None, None), r"`client` must be a function of \(update, weight"),
@@ -104,19 +104,15 @@ WRONG = {
     ),
     "layers by flag": (lambda: Needs(layers=[(False,), (True,)]), "`layers` must be"),
     "layers by half": (lambda: Needs(layers=[(0.5,)]), "`layers` must be"),
-    "zero itself": (lambda: Reduction(0.0, tf.add, tf.add), r"`zero` must be a function of \(\)"),
-    "a zero of one": (lambda: Reduction(tf.zeros, tf.add, tf.add), r"`zero` must be a function of"),
-    "no accumulation": (lambda: Reduction(FOLD[0], None, None), "`accumulate` must be a function"),
-    "a merge by name": (lambda: Reduction(*FOLD[:2], "add"), "`merge` must be a function of"),
+    "zero itself": (lambda: Reduction(0.0, tf.add), r"`zero` must be a function of \(\)"),
+    "a zero of one": (lambda: Reduction(tf.zeros, tf.add), r"`zero` must be a function of"),
+    "no merge": (lambda: Reduction(FOLD[0], None), r"`merge` must be a function of \(accum.*None"),
+    "a merge by name": (lambda: Reduction(FOLD[0], "add"), "`merge` must be a function of"),
     "a report of two": (
-        lambda: Reduction(*FOLD, tf.add),
+        lambda: Reduction(*FOLD, tuple, tf.add),
         r"`report` must be a function of \(accum",
     ),
-    "a lift by name": (lambda: Reduction(*FOLD, tuple, "x"), r"`lift` must be a function of"),
-    "no merge to make it from": (
-        lambda: aggregators.reduction_from_merge(FOLD[0], tuple, None),
-        r"`merge` must be a function of \(accumulator, accumulator\); found None",
-    ),
+    "a lift by name": (lambda: Reduction(*FOLD, "x"), r"`lift` must be a function of"),
     "a zip of folds by hand": (
         lambda: aggregators.zip_reductions(a=tf.add),
         "`a` must be a `Reduction`; found",

@@ -381,9 +381,7 @@ def test_clients_score_candidates_by_probabilities_and_not_in_training_mode(vari
         return collections.OrderedDict(mean=rule.client(update, weight, state), errors=errors)
 
     def reduction(layers):
-        total = aggregators.reduction_from_merge(
-            lambda: tf.zeros([3], tf.float64), tf.identity, tf.add
-        )
+        total = aggregators.Reduction(lambda: tf.zeros([3], tf.float64), tf.add)
         return aggregators.zip_reductions(mean=rule.reduction(layers), errors=total)
 
     spy = aggregators.Rule(client, reduction, server, needs=seen)

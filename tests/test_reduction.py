@@ -1,6 +1,7 @@
-"""Reductions: the law that ties `accumulate` to `merge`, and the doors into TFF."""
+"""Reductions: a merge in any order and in any pieces, and the ways into TFF."""
 
 import collections
+import contextlib
 import math
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import runtimes
 import tensorflow as tf
 import tensorflow_federated as tff
 from hypothesis import given, settings
@@ -15,7 +17,6 @@ from hypothesis import strategies as st
 
 import aggregators
 from aggregators import federated_reduce
-from aggregators.core.reduction import of_lifted
 from aggregators.weighted_mean.statistics import ClientStatistics, statistics_reduction
 from aggregators.weighted_mean.streaming import LogWeighted, mean_reduction
 
@@ -39,7 +40,7 @@ def lifted(value, log):
 def fold(reduction, values):
     total = reduction.zero()
     for value in values:
-        total = reduction.accumulate(total, value)
+        total = reduction.merge(total, reduction.lift(value))
     return total
 
 
@@ -193,11 +194,9 @@ def test_the_form_that_tff_had_works_as_it_was_written():
 
 
 def test_reductions_run_in_one_pass_together():
-    add = aggregators.reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
-    count = aggregators.Reduction(lambda: 0, lambda n, x: n + 1, None, lambda n: 10 * n)
+    add = aggregators.Reduction(lambda: 0.0, tf.add)
+    count = aggregators.Reduction(lambda: 0, tf.add, lambda x: 1, lambda n: 10 * n)
     both = aggregators.zip_reductions(total=add, tens=count)
-    assert both.merge is None
-    assert aggregators.zip_reductions(a=add, b=add).merge is not None
 
     @tff.federated_computation(AT_CLIENTS)
     def run(x):
@@ -207,6 +206,34 @@ def test_reductions_run_in_one_pass_together():
     assert run([1.0, 2.5]) == collections.OrderedDict(total=3.5, tens=20)
     with pytest.raises(ValueError, match="must have at least one reduction"):
         aggregators.zip_reductions()
+
+
+ROWS = (lambda a, b: tf.concat([a, b], 0), lambda x: tf.fill([1, 3], x))
+
+
+@pytest.mark.parametrize("place", ["here", *runtimes.IN_PIECES])
+def test_a_zero_of_no_rows_takes_any_number_of_them(place):
+    rows = aggregators.Reduction(lambda: tf.zeros([0, 3]), *ROWS)
+
+    @tff.federated_computation(AT_CLIENTS)
+    def run(x):
+        appended = federated_reduce(
+            x,
+            collections.OrderedDict(all=np.zeros([0], np.float32), last=np.float32(0.0)),
+            lambda found, y: collections.OrderedDict(all=tf.concat([found["all"], [y]], 0), last=y),
+            merge=lambda a, b: collections.OrderedDict(
+                all=tf.concat([a["all"], b["all"]], 0), last=b["last"]
+            ),
+        )
+        return federated_reduce(x, rows), appended
+
+    kinds = [str(kind.member) for kind in run.type_signature.result]
+    assert kinds == ["float32[?,3]", "<all=float32[?],last=float32>"]
+    here = contextlib.nullcontext if place == "here" else lambda: runtimes.IN_PIECES[place](2)
+    with here():
+        found, appended = run([1.0, 2.0, 5.0])
+    assert sorted(appended["all"]) == [1.0, 2.0, 5.0]
+    np.testing.assert_array_equal(found[np.argsort(found[:, 0])], [[1] * 3, [2] * 3, [5] * 3])
 
 
 @pytest.mark.parametrize(
@@ -248,17 +275,29 @@ def test_reductions_run_in_one_pass_together():
         (
             lambda x: federated_reduce(
                 x,
-                of_lifted(
-                    aggregators.reduction_from_merge(
-                        lambda: 0.0, tf.identity, lambda a, b: tf.cast(a + b, tf.float64)
-                    )
-                ),
+                aggregators.Reduction(lambda: 0.0, lambda a, b: tf.cast(a + b, tf.float64)),
             ),
             "`merge` must return the type of `zero`, float32; found that it returns float64",
         ),
         (
-            lambda x: federated_reduce(x, aggregators.Reduction(lambda: 0.0, tf.equal, None)),
-            "`accumulate` must return the type of `zero`, float32; found that it returns bool",
+            lambda x: federated_reduce(x, aggregators.Reduction(lambda: 0.0, tf.add, tf.is_tensor)),
+            "`lift` must return the type of `zero`, float32; found that it returns bool",
+        ),
+        (
+            lambda x: federated_reduce(x, aggregators.Reduction(lambda: 0, tf.add)),
+            r"`lift` must return the type of `zero`, int32; found .* float32\..*client's own value",
+        ),
+        (  # a zero of no rows may grow, and only there
+            lambda x: federated_reduce(x, aggregators.Reduction(lambda: tf.zeros([0, 2]), *ROWS)),
+            r"`lift` must return the type of `zero`, float32\[\?,2\]; found .* float32\[1,3\]",
+        ),
+        (
+            lambda x: federated_reduce(x, aggregators.Reduction(lambda: tf.zeros([1, 3]), *ROWS)),
+            r"`merge` must return the type of `zero`, float32\[1,3\]; found .* float32\[2,3\]",
+        ),
+        (
+            lambda x: federated_reduce(x, np.zeros([0]), lambda a, b: tf.fill([1, 1], b)),
+            r"`op` must return the type of `zero`, float64\[0\]; found",
         ),
     ],
 )
@@ -295,6 +334,6 @@ def test_only_placed_values_are_printed():
 
 
 def test_a_reduction_takes_nothing_beside_it():
-    add = aggregators.reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+    add = aggregators.Reduction(lambda: 0.0, tf.add)
     with pytest.raises(TypeError, match="`op` and `merge` must be left out beside a `Reduction`"):
         tff.federated_computation(lambda x: federated_reduce(x, add, tf.add), AT_CLIENTS)

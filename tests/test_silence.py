@@ -182,14 +182,14 @@ AT_CONSTRUCTION = {
         lambda: hparam("mine", "1", 0.0),
         (ValueError, "`mine` must be a finite number of at least 0; found '1'"),
     ),
-    "a reduction that clients cannot lift": (
+    "a reduction of something else": (
         lambda: factory(
             attrs.evolve(
                 rules.plain_mean(),
-                reduction=lambda layers: aggregators.Reduction(lambda: 0.0, tf.add, tf.add),
+                reduction=lambda layers: aggregators.Reduction(lambda: 0.0, tf.add),
             )
         ),
-        (TypeError, "`reduction` must return a `Reduction` with a `lift`.*`reduction_from_merge`"),
+        (TypeError, "`lift` must return the type of `zero`, float32; found that it returns <mean="),
     ),
     "a reduction that is none": (
         lambda: factory(attrs.evolve(rules.plain_mean(), reduction=lambda layers: tf.add)),

@@ -53,10 +53,8 @@ def only_looks(rule):
     given = {"round", *rule.hparams}
     return aggregators.Rule(
         client,
-        lambda layers: aggregators.reduction_from_merge(
-            lambda: zero(layers),
-            lambda part: part,
-            lambda a, b: tf.nest.map_structure(tf.add, a, b),
+        lambda layers: aggregators.Reduction(
+            lambda: zero(layers), lambda a, b: tf.nest.map_structure(tf.add, a, b)
         ),
         server,
         needs=rule.needs,

@@ -8,7 +8,7 @@ import tensorflow_federated as tff
 
 from aggregators.core import checks, hyperparameters
 from aggregators.core.layers import Layers, layers_of_type
-from aggregators.core.reduction import federated_reduce, of_lifted
+from aggregators.core.reduction import federated_reduce
 from aggregators.core.update import finite_tensors
 from aggregators.scores import Function, Score, as_score, score_layers
 from aggregators.weighted_mean.statistics import (
@@ -190,7 +190,7 @@ def build_self_weighting_client_work(
         )
         # The logarithms of the weights that are sent, clipped as those are.
         logs = tf.math.log(new)[tf.newaxis]
-        return weighted, reduction.lift(ClientStatistics(mean, logs, bad, ~sound & ~bad))  # type: ignore[misc]
+        return weighted, reduction.lift(ClientStatistics(mean, logs, bad, ~sound & ~bad))
 
     inner_measured = signature.result.measurements.member
 
@@ -203,7 +203,7 @@ def build_self_weighting_client_work(
         output = client_work.next(state["client_work"], weights, data)
         own = tff.federated_broadcast(tff.federated_map(without_inner, state))
         weighted, parts = tff.federated_map(weigh_client, (output.result, weights, data, own))
-        totals = federated_reduce(parts, of_lifted(reduction))
+        totals = federated_reduce(parts, reduction.of_lifted)
 
         @tff.tensorflow.computation
         def on_server(state: Any, inner: Any, measured: Any, totals: Any) -> Any:

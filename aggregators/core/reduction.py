@@ -1,7 +1,7 @@
 """Reductions: how clients' values become one, in pieces and in any order.
 
-`Reduction` is the four functions of `tff.federated_aggregate` as one value that can be tested,
-combined and handed around. `federated_reduce` is the primitive of the same name that TFF dropped.
+`federated_reduce` is the primitive of the same name that TFF dropped; `Reduction` is the form of it
+that a rule takes: a value that can be tested, combined and handed around.
 """
 
 from collections import OrderedDict
@@ -26,85 +26,46 @@ def _unchanged(value: Any) -> Any:
 
 @attrs.frozen
 class Reduction:
-    """A fold over clients.
+    """What becomes of the clients' values: each is lifted, all are merged, the last is reported.
 
-    `accumulate` and `merge` must agree: folding some clients, folding the others and merging the
-    two accumulators must give what folding all would. `reduction_from_merge` makes that so.
+    ```
+    result = report(merge(... merge(merge(zero, lift(x_1)), lift(x_2)) ..., lift(x_n)))
+    ```
+
+    `merge` must be associative and `zero` must leave it unchanged. Workers and sub-rounds then merge
+    their clients apart, and what they found after that.
 
     Attributes:
-      zero: Function of nothing that returns the accumulator of no clients: constant tensors.
-      accumulate: `(accumulator, value) -> accumulator`.
-      merge: `(accumulator, accumulator) -> accumulator`; None if there is no such function, and
-        then the reduction works on one worker only, and says so elsewhere.
-      report: `accumulator -> result`.
-      lift: `value -> accumulator` of that client alone, if `accumulate` is `merge` after it; else
-        None. Lets clients lift their own values; see `of_lifted`.
+      zero: Function of nothing that returns the accumulator of no clients: constant tensors. A
+        dimension of 0 may grow: `tf.zeros([0, 3])` starts an accumulator of any number of rows.
+      merge: `(accumulator, accumulator) -> accumulator`.
+      lift: `value -> accumulator` of one client alone, which runs on that client; the value itself if
+        not given.
+      report: `accumulator -> result`; the accumulator itself if not given.
 
     All are functions of TensorFlow operations.
 
     Example:
-      >>> largest = reduction_from_merge(lambda: float("-inf"), lambda x: x, tf.maximum)
-      >>> largest.accumulate(largest.zero(), tf.constant(3.0)).numpy()
+      >>> largest = Reduction(lambda: float("-inf"), tf.maximum)
+      >>> largest.merge(largest.zero(), largest.lift(tf.constant(3.0))).numpy()
       3.0
     """
 
     zero: Callable[[], Any] = attrs.field(validator=checks.validated(checks.function, "()"))
-    accumulate: Callable[[Any, Any], Any] = attrs.field(
-        validator=checks.validated(checks.function, "(accumulator, value)")
+    merge: Callable[[Any, Any], Any] = attrs.field(
+        validator=checks.validated(checks.function, "(accumulator, accumulator)")
     )
-    merge: Callable[[Any, Any], Any] | None = attrs.field(
-        validator=checks.validated(checks.function, "(accumulator, accumulator)", optional=True)
+    lift: Callable[[Any], Any] = attrs.field(
+        default=_unchanged, validator=checks.validated(checks.function, "(value)")
     )
     report: Callable[[Any], Any] = attrs.field(
         default=_unchanged, validator=checks.validated(checks.function, "(accumulator)")
     )
-    lift: Callable[[Any], Any] | None = attrs.field(
-        default=None, validator=checks.validated(checks.function, "(value)", optional=True)
-    )
 
-
-def reduction_from_merge(
-    zero: Callable[[], Any],
-    lift: Callable[[Any], Any],
-    merge: Callable[[Any, Any], Any],
-    report: Callable[[Any], Any] = _unchanged,
-) -> Reduction:
-    """Makes a `Reduction` whose `accumulate(a, x)` is `merge(a, lift(x))`.
-
-    The default TFF runtime never calls `merge`, so one written apart from `accumulate` is only
-    ever run where clients are spread over workers. Here every run of either runs both.
-
-    Args:
-      zero: Function of nothing: the accumulator of no clients, which merging leaves unchanged.
-      lift: Turns one client's value into the accumulator of that client alone.
-      merge: Joins two accumulators; associative.
-      report: Turns the last accumulator into the result.
-
-    Returns:
-      A `Reduction`.
-
-    Example:
-      >>> count = reduction_from_merge(lambda: 0, lambda x: 1, tf.add)
-      >>> int(count.accumulate(count.accumulate(count.zero(), 5.0), 7.0))
-      2
-    """
-    checks.function("merge", merge, "(accumulator, accumulator)")
-    checks.function("lift", lift, "(value)")
-    return Reduction(zero, lambda total, value: merge(total, lift(value)), merge, report, lift)
-
-
-def of_lifted(reduction: Reduction) -> Reduction:
-    """The same reduction over values that the clients have lifted: accumulating is merging.
-
-    One graph less to trace, to optimize and to send, wherever a process is built and first run.
-
-    Args:
-      reduction: A `Reduction` that has a `lift`.
-
-    Returns:
-      A `Reduction` over what `lift` returns.
-    """
-    return Reduction(reduction.zero, reduction.merge, reduction.merge, reduction.report)  # type: ignore[arg-type]
+    @property
+    def of_lifted(self) -> "Reduction":
+        """The same reduction of values that the clients have lifted."""
+        return attrs.evolve(self, lift=_unchanged)
 
 
 def zip_reductions(**reductions: Reduction) -> Reduction:
@@ -115,13 +76,16 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
 
     Returns:
       A reduction over dictionaries: each value is a mapping from the names to what each takes, and
-      the result one from the names to what each gives. It has a `merge` if all of them have, and
-      a `lift` if all of them have.
+      the result one from the names to what each gives.
+
+    Raises:
+      ValueError: If there is none.
+      TypeError: If one is no `Reduction`.
 
     Example:
-      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+      >>> add = Reduction(lambda: 0.0, tf.add)
       >>> both = zip_reductions(a=add, b=add)
-      >>> float(both.accumulate(both.zero(), {"a": 1.0, "b": 2.0})["b"])
+      >>> float(both.merge(both.zero(), {"a": 1.0, "b": 2.0})["b"])
       2.0
     """
     if not reductions:
@@ -132,20 +96,11 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
     def each(call: Callable[[str, Reduction], Any]) -> OrderedDict[str, Any]:
         return OrderedDict((name, call(name, part)) for name, part in reductions.items())
 
-    def merge(a: Any, b: Any) -> Any:
-        return each(lambda name, part: part.merge(a[name], b[name]))  # type: ignore[misc]
-
-    def lift(value: Any) -> Any:
-        return each(lambda name, part: part.lift(value[name]))  # type: ignore[misc]
-
     return Reduction(
         zero=lambda: each(lambda name, part: part.zero()),
-        accumulate=lambda total, value: each(
-            lambda name, part: part.accumulate(total[name], value[name])
-        ),
-        merge=None if any(part.merge is None for part in reductions.values()) else merge,
+        merge=lambda a, b: each(lambda name, part: part.merge(a[name], b[name])),
+        lift=lambda value: each(lambda name, part: part.lift(value[name])),
         report=lambda total: each(lambda name, part: part.report(total[name])),
-        lift=None if any(part.lift is None for part in reductions.values()) else lift,
     )
 
 
@@ -156,13 +111,14 @@ def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -
     result = op(... op(op(zero, x_1), x_2) ..., x_n)
     ```
 
-    For use inside a `tff.federated_computation`.
+    For use inside a `tff.federated_computation`. With a `Reduction` in place of `zero`, which brings
+    all that follows, the result is what that reports.
 
     Args:
       value: Value placed at `tff.CLIENTS`.
       zero: What to start from: a structure of constants; a computation of no arguments that
-        returns one, or what calling it gives. Its type is `U`. Or a `Reduction`, which brings all
-        that follows, and a report.
+        returns one, or what calling it gives. Its type is `U`, but for dimensions of 0 that `op`
+        makes grow: these may be of any length in `U`. Or a `Reduction`.
       op: Function of TensorFlow operations or `tff.Computation`, `(U, T) -> U`.
       merge: Function or computation `(U, U) -> U` that joins two folds, each started from `zero`.
         Without one, the reduction works on one worker, and a second worker or sub-round raises an
@@ -182,35 +138,57 @@ def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -
       ...     return federated_reduce(x, np.float32(-np.inf), tf.maximum, merge=tf.maximum)
       >>> str(largest.type_signature)
       '({float32}@CLIENTS -> float32@SERVER)'
-      >>> add = reduction_from_merge(lambda: 0.0, lambda x: x, tf.add)
+      >>> collected = Reduction(
+      ...     lambda: tf.zeros([0]), lambda a, b: tf.concat([a, b], 0), lambda x: x[tf.newaxis]
+      ... )
       >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
-      ... def total(x):
-      ...     return federated_reduce(x, add)
-      >>> str(total.type_signature)
-      '({float32}@CLIENTS -> float32@SERVER)'
+      ... def all_of(x):
+      ...     return federated_reduce(x, collected)
+      >>> str(all_of.type_signature)
+      '({float32}@CLIENTS -> float32[?]@SERVER)'
     """
     value = tff.to_value(value, None)
     member = _client_member(value)
-    first = "op"
     if isinstance(zero, Reduction):
         if op is not None or merge is not None:
             raise TypeError(
                 "`op` and `merge` must be left out beside a `Reduction`, which brings its own; found "
                 f"{op!r} and {merge!r}."
             )
-        start = tff.tensorflow.computation(lambda: zero.zero())()
-        # Of values that were lifted, and in no words of a caller who has never said "accumulate".
-        first = "merge" if zero.accumulate is zero.merge else "accumulate"
-        op, report, wrap, merge = zero.accumulate, zero.report, _bare, zero.merge
-    else:
-        report, wrap = _unchanged, tf.function
-        start = _start(zero)
+        return _reduce(value, member, zero)
+    first = _start(zero)
+    accumulate = _computation("op", op, first.type_signature, member)
+    start = _grown(first, accumulate.type_signature.result)
     total = start.type_signature
-    accumulate = _checked(first, op, (total, member), total, wrap)
-    same = merge is op and member.is_equivalent_to(total)
-    joined = accumulate if same else _merge_computation(merge, total, wrap)
-    reported = tff.tensorflow.computation(lambda total: report(total), total)
-    return tff.federated_aggregate(value, start, accumulate, joined, reported)
+    if start is not first:
+        accumulate = _computation("op", op, total, member)
+    _check_result("op", accumulate, total)
+    if merge is None:
+        joined = tff.tensorflow.computation(_refuse, [total, total])
+    elif merge is op and member.is_equivalent_to(total):
+        joined = accumulate
+    else:
+        joined = _check_result("merge", _computation("merge", merge, total, total), total)
+    report = tff.tensorflow.computation(_unchanged, total)
+    return tff.federated_aggregate(value, start, accumulate, joined, report)
+
+
+def _reduce(value: Any, member: Any, reduction: Reduction) -> Any:
+    if reduction.lift is not _unchanged:
+        lift = tff.tensorflow.computation(lambda x: reduction.lift(x), member)
+        value, member = tff.federated_map(lift, value), lift.type_signature.result
+    start = _grown(tff.tensorflow.computation(lambda: reduction.zero())(), member)
+    total = start.type_signature
+    if not total.is_assignable_from(member):
+        raise TypeError(
+            f"`lift` must return the type of `zero`, {total}; found that it returns {member}. Cast or "
+            "reshape one of them; without a `lift`, it is the client's own value."
+        )
+    joined = _check_result("merge", _bare_computation(reduction.merge, total, total), total)
+    same = member.is_equivalent_to(total)
+    accumulate = joined if same else _bare_computation(reduction.merge, total, member)
+    report = tff.tensorflow.computation(lambda total: reduction.report(total), total)
+    return tff.federated_aggregate(value, start, accumulate, joined, report)
 
 
 def _start(zero: Any) -> Any:
@@ -234,6 +212,32 @@ def _start(zero: Any) -> Any:
     return tff.tensorflow.computation(lambda: tf.nest.map_structure(tf.convert_to_tensor, zero))()
 
 
+def _grown(start: Any, found: Any) -> Any:
+    """The start, with any length for its dimensions of 0 that are of another in what was found."""
+    empty = [spec for spec in _specs(start.type_signature) if 0 in (spec.shape.dims or ())]
+    if not empty:
+        return start
+    shapes = [spec.shape for spec in _specs(start.type_signature)]
+    others = [spec.shape for spec in _specs(found)]
+    if [shape.rank for shape in shapes] != [shape.rank for shape in others]:
+        return start
+    wide = [
+        tf.TensorShape([None if m == 0 and n != 0 else m for m, n in zip(shape, other)])
+        for shape, other in zip(shapes, others, strict=True)
+    ]
+
+    def widen(zero: Any) -> Any:
+        tensors = tf.nest.flatten(zero)
+        same = map(tf.compat.v1.placeholder_with_default, tensors, wide)
+        return tf.nest.pack_sequence_as(zero, list(same))
+
+    return tff.tensorflow.computation(widen, start.type_signature)(start)
+
+
+def _specs(kind: Any) -> list[tf.TensorSpec]:
+    return tf.nest.flatten(tff.types.type_to_tf_tensor_specs(kind))
+
+
 def _client_member(value: Any) -> Any:
     """Returns T of a `{T}@CLIENTS`."""
     signature = value.type_signature
@@ -245,14 +249,14 @@ def _client_member(value: Any) -> Any:
     return signature.member
 
 
-def _checked(
-    argument: str,
-    function: Any,
-    parameter: tuple[Any, Any],
-    result: Any,
-    wrap: Callable[[Any], Any] = tf.function,
-) -> Any:
-    """Makes a computation of `function` and checks that it takes and returns these types."""
+def _bare_computation(merge: Any, a: Any, b: Any) -> Any:
+    """No `tf.function`: a `Reduction` is TensorFlow operations, and half the graph without it."""
+    # Of one argument, since names of two would make TFF wrap every call once more.
+    return tff.tensorflow.computation(lambda pair: merge(pair[0], pair[1]), (a, b))
+
+
+def _computation(argument: str, function: Any, *parameter: Any) -> Any:
+    """Makes a computation of a function of two, and checks that it takes these types."""
     if not callable(function):
         raise TypeError(
             f"`{argument}` must be a function of TensorFlow operations or a tff.Computation; "
@@ -265,14 +269,13 @@ def _checked(
                 f"`{argument}` must take {tff.to_type(parameter)}; found that it takes {takes}. "
                 "Its first argument is the type of `zero`."
             )
-        computation = function
-    else:
-        # The lambda since TFF takes no functions with default arguments, as most of TensorFlow's own
-        # have, and of one argument since names of two would make TFF wrap every call once more;
-        # `tf.function` around it is for the control flow that people write in Python.
-        computation = tff.tensorflow.computation(
-            wrap(lambda pair: function(pair[0], pair[1])), tff.to_type(parameter)
-        )
+        return function
+    # `tf.function` is for the control flow that people write in Python.
+    return _bare_computation(tf.function(function), *parameter)
+
+
+def _check_result(argument: str, computation: Any, result: Any) -> Any:
+    """The computation, which must return this type."""
     returns = computation.type_signature.result
     if not result.is_assignable_from(returns):
         raise TypeError(
@@ -282,18 +285,7 @@ def _checked(
     return computation
 
 
-def _bare(function: Any) -> Any:
-    """No `tf.function`: a `Reduction` is TensorFlow operations, and half the graph without it."""
-    return function
-
-
-def _merge_computation(merge: Any, total: Any, wrap: Callable[[Any], Any] = tf.function) -> Any:
-    if merge is not None:
-        return _checked("merge", merge, (total, total), total, wrap)
-
-    def refuse(a: Any, b: Any) -> Any:
-        del b  # both are of one type, and neither is right
-        with tf.control_dependencies([tf.debugging.Assert(False, [_NO_MERGE])]):
-            return tf.nest.map_structure(tf.identity, a)
-
-    return tff.tensorflow.computation(refuse, [total, total])
+def _refuse(a: Any, b: Any) -> Any:
+    del b  # both are of one type, and neither is right
+    with tf.control_dependencies([tf.debugging.Assert(False, [_NO_MERGE])]):
+        return tf.nest.map_structure(tf.identity, a)

@@ -25,7 +25,7 @@ from aggregators.core.candidates import Candidates
 from aggregators.core.client_memory import ClientMemory
 from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import Layers, ModelLayers, check_layers, layers_of_type
-from aggregators.core.reduction import Reduction, federated_reduce, of_lifted
+from aggregators.core.reduction import Reduction, federated_reduce
 from aggregators.core.update import ClientUpdate
 from aggregators.scores import Score, as_score, score_layers
 from aggregators.weighted_mean.statistics import PerLayer
@@ -140,8 +140,7 @@ class Rule:
     Attributes:
       client: `(update, weight, state) -> part`, on each client. `update` is a `ClientUpdate`, its
         delta flat; `weight` a float64 scalar, 0 if the client must not count.
-      reduction: `layers -> Reduction` of the parts; with a `lift`, which runs on the clients too, and
-        a `merge`, which joins workers and sub-rounds.
+      reduction: `layers -> Reduction` of the parts; its `lift` runs on the clients too.
       server: `(state, reduced) -> RuleResult`.
       needs: What clients measure.
       initial_state: `layers -> OrderedDict` of the rule's own state.
@@ -201,12 +200,8 @@ class BoundRule:
         self.rule = rule
         self.layers = layers_of_type(rule.needs.layers, update_type, names)
         self.reduction = rule.reduction(self.layers)
-        found = self.reduction
-        if not isinstance(found, Reduction) or found.lift is None or found.merge is None:
-            raise TypeError(
-                "`reduction` must return a `Reduction` with a `lift`, which clients run, and a `merge`, "
-                f"which joins workers; found {found!r}. Make one with `reduction_from_merge`."
-            )
+        if not isinstance(self.reduction, Reduction):
+            raise TypeError(f"`reduction` must return a `Reduction`; found {self.reduction!r}.")
         self.initial_state = tff.tensorflow.computation(lambda: self._initial_state())
         self.state_type = self.initial_state.type_signature.result
 
@@ -222,7 +217,7 @@ class BoundRule:
     def client(self, update: ClientUpdate, weight: tf.Tensor, state: State) -> Any:
         """One client's part, lifted to an accumulator."""
         part = self.rule.client(update, weight, state)
-        return self.reduction.lift(part)  # type: ignore[misc]
+        return self.reduction.lift(part)
 
     def server(self, state: State, reduced: Any) -> tuple[Any, Any, Any]:
         """The new state, the flat update, and the named measurements."""
@@ -261,7 +256,7 @@ class BoundRule:
         Returns:
           The new state, the result in its structure, and the measurements.
         """
-        reduced = federated_reduce(parts, of_lifted(self.reduction))
+        reduced = federated_reduce(parts, self.reduction.of_lifted)
         inputs = [state, reduced, *([] if model is None else [model])]
 
         def on_server(inputs: Any) -> Any:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
-from aggregators.core.reduction import Reduction, reduction_from_merge, zip_reductions
+from aggregators.core.reduction import Reduction, zip_reductions
 from aggregators.core.rule import Rule, RuleResult, check_rule
 from aggregators.core.update import ClientUpdate
 
@@ -55,9 +55,8 @@ def add_sum(
         return OrderedDict(rule=rule.client(update, weight, state), sum=summed)
 
     def reduction(layers: ModelLayers) -> Reduction:
-        total = reduction_from_merge(
+        total = Reduction(
             lambda: tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs),
-            tuple,
             lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
         )
         return zip_reductions(rule=rule.reduction(layers), sum=total)

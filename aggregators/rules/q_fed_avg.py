@@ -10,7 +10,7 @@ import tensorflow as tf
 from aggregators import weighted_mean
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
-from aggregators.core.reduction import reduction_from_merge, zip_reductions
+from aggregators.core.reduction import Reduction, zip_reductions
 from aggregators.core.rule import Needs, Rule, RuleResult
 from aggregators.core.update import ClientUpdate, finite_tensors
 
@@ -83,7 +83,7 @@ def q_fed_avg(q: Number, learning_rate: Number, *, sample_size: int = 0) -> Rule
         client,
         lambda layers: zip_reductions(
             mean=weighted_mean.reduction(layers, sample_size=sample_size, numbers=1),
-            largest=reduction_from_merge(lambda: tf.constant(0.0), tf.identity, tf.maximum),
+            largest=Reduction(lambda: tf.constant(0.0), tf.maximum),
         ),
         server,
         needs=Needs(layers="model", loss="initial"),

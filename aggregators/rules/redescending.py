@@ -12,7 +12,7 @@ from aggregators import weighted_mean
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam, Number, hparam
 from aggregators.core.layers import ModelLayers
-from aggregators.core.reduction import Reduction, reduction_from_merge, zip_reductions
+from aggregators.core.reduction import Reduction, zip_reductions
 from aggregators.core.rule import Needs, Rule, RuleResult
 from aggregators.core.update import ClientUpdate, length
 from aggregators.weighted_mean.statistics import statistics_reduction
@@ -126,9 +126,7 @@ def shrunk_reduction(layers: ModelLayers) -> Reduction:
     none = [-math.inf] * len(layers.groups)
     both = zip_reductions(
         mean=mean_reduction(layers.specs, layers.groups),
-        plain=reduction_from_merge(
-            lambda: tf.constant(none, tf.float64), lambda logs: logs, log_add
-        ),
+        plain=Reduction(lambda: tf.constant(none, tf.float64), log_add),
     )
     owner = {position: layer for layer, group in enumerate(layers.groups) for position in group}
 
@@ -148,9 +146,8 @@ def shrunk_reduction(layers: ModelLayers) -> Reduction:
 
 def sums_reduction(shapes: Mapping[str, Sequence[int]]) -> Reduction:
     """Adds up float64 tensors of these shapes, by name, over clients."""
-    return reduction_from_merge(
+    return Reduction(
         lambda: OrderedDict((name, tf.zeros(shape, tf.float64)) for name, shape in shapes.items()),
-        lambda value: value,
         lambda a, b: OrderedDict((name, a[name] + b[name]) for name in shapes),
     )
 

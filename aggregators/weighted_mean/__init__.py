@@ -83,7 +83,7 @@ def reduction(
       >>> total = fold.zero()
       >>> for number, weight in ((0.0, 1.0), (8.0, 3.0)):
       ...     update = ClientUpdate((tf.constant([number]),), {}, tf.constant(False))
-      ...     total = fold.accumulate(total, weigh(update, tf.math.log([weight])))
+      ...     total = fold.merge(total, fold.lift(weigh(update, tf.math.log([weight]))))
       >>> (mean,), measured = report(fold.report(total))
       >>> mean.numpy(), int(measured["clients"])
       (array([6.], dtype=float32), 2)

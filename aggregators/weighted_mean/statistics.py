@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from aggregators.core.reduction import Reduction, reduction_from_merge
+from aggregators.core.reduction import Reduction
 from aggregators.weighted_mean.streaming import log_add, share
 
 
@@ -125,7 +125,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int =
             sample=sample,
         )
 
-    return reduction_from_merge(zero, lift, merge)
+    return Reduction(zero, merge, lift)
 
 
 def measure(

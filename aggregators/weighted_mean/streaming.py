@@ -8,8 +8,8 @@ M' = M_a + (M_b - M_a) exp(L_b - L')
 ```
 
 The factor lies in [0, 1], so no weight, however large or small, over- or underflows, and neither
-does a sum of large values. `accumulate` is this merge with `M_b` a client's value and `L_b` its
-log-weight. A log-weight of -inf (weight 0) removes the value altogether, NaN included.
+does a sum of large values. A client alone is its value and its log-weight. A log-weight of -inf
+(weight 0) removes the value altogether, NaN included.
 """
 
 import math
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from aggregators.core.layers import Groups
-from aggregators.core.reduction import Reduction, reduction_from_merge
+from aggregators.core.reduction import Reduction
 
 # Below any logarithm of a weight, and finite: -inf minus -inf would be no number.
 _LOWEST = -1e300
@@ -90,7 +90,7 @@ def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
         tensors = (tf.cast(x, s.dtype) for x, s in zip(total.tensors, specs, strict=True))
         return LogWeighted(tuple(tensors), total.log_weights)
 
-    return reduction_from_merge(zero, lift, merge, report)
+    return Reduction(zero, merge, lift, report)
 
 
 def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
