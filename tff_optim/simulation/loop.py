@@ -3,21 +3,17 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.interrupts import end_worker_at_exit
-from tff_optim.resident import ResidentProcess
-from tff_optim.resident.client_data import data_of_client
-from tff_optim.simulation import cohorts, interrupts, starts
+from tff_optim.simulation import arguments, cohorts, interrupts, starts
 from tff_optim.simulation.history import History, Table, join
 from tff_optim.simulation.threads import side_by_side
-from tff_optim.simulation.training import Plan, train
-
-_NAME = "process"  # of a process that is given without one
+from tff_optim.simulation.training import train
 
 
 def run(
@@ -126,12 +122,16 @@ def run(
         damage. An error of a round is raised once the rounds before it are saved.
       RuntimeError: Another run has `directory`.
     """
-    processes, seeds, path = _processes(process), _seeds(seed), _path(directory)
+    processes, seeds, path = (
+        arguments.as_processes(process),
+        arguments.as_seeds(seed),
+        arguments.as_path(directory),
+    )
     clients_per_round = cohorts.whole(clients_per_round)
     by_seed = {number: clients(number) if callable(clients) else clients for number in seeds}
     for some in by_seed.values():
         cohorts.check_size(clients_per_round, len(cohorts.clients_by_id(some)[0]))
-    plan = Plan(
+    plan = arguments.Plan(
         rounds=rounds,
         clients_per_round=clients_per_round,
         evaluate=evaluate,
@@ -148,7 +148,7 @@ def run(
             compared=len(processes) > 1,
         ),
     )
-    _check_states_are_kept(client_states, processes)
+    arguments.check_states_are_kept(client_states, processes)
     end_worker_at_exit()
     half = max(len(os.sched_getaffinity(0)) // 2, 1)
     at_once: int = half if runs_at_once is None else cohorts.whole(runs_at_once)
@@ -162,12 +162,14 @@ def run(
         if folder is not None and several:
             folder = os.path.join(folder, name, f"seed_{number}")
         with _built(processes[name], number, name, plan) as one:
-            drawn = cohorts.Cohorts(by_seed[number], clients_per_round, number, _data_type(one))
+            drawn = cohorts.Cohorts(
+                by_seed[number], clients_per_round, number, arguments.data_type(one)
+            )
             history = train(one, drawn, plan, folder, interrupt, name, number)
             is_closed = one is not processes[name] and hasattr(one, "materialize")
             return [history.materialized(one) if is_closed else history]
 
-    lanes = _lanes(processes, seeds)
+    lanes = arguments.lanes(processes, seeds)
     with interrupts.let_rounds_end() as interrupt:
         if at_once == 1 or len(lanes) == 1:
             histories = [one for run in itertools.chain(*lanes) for one in train_one(*run)]
@@ -179,118 +181,8 @@ def run(
     return join(histories)
 
 
-def no_better(name: str, rounds: int, *, larger_is_better: bool = False) -> Callable[[Table], bool]:
-    """Ends a run whose metric has had no new best value for a number of rounds.
-
-    Example:
-      >>> stop = no_better("evaluation/loss", rounds=2)
-      >>> losses = [0.5, 0.4, 0.45, 0.41]
-      >>> records = [{"round": i, "evaluation/loss": loss} for i, loss in enumerate(losses)]
-      >>> [stop(Table(records[:n])) for n in (1, 2, 3, 4)]
-      [False, False, False, True]
-
-    Args:
-      name: Of the metric. Rounds without it, or where it is not finite, are no new best.
-      rounds: How many rounds may pass.
-      larger_is_better: As for an accuracy.
-
-    Returns:
-      A function for `stop` of `run`.
-    """
-    cohorts.check_whole("rounds", cohorts.whole(rounds), 1)
-    sign = 1.0 if larger_is_better else -1.0
-
-    def stop(table: Table) -> bool:
-        values = [(record["round"], sign * record[name]) for record in table if name in record]
-        if not values and len(table) > rounds:
-            raise ValueError(
-                f"`name` must be a metric of the run; found {name!r}, and there are {table.columns}."
-            )
-        finite = [(number, value) for number, value in values if abs(value) < float("inf")]
-        first = table[0]["round"] if len(table) else 0
-        best = max(finite, key=lambda pair: pair[1])[0] if finite else first
-        return len(table) > 0 and table[-1]["round"] - best >= rounds
-
-    return stop
-
-
-def _processes(process: Any) -> dict[str, Any]:
-    named = dict(process) if isinstance(process, Mapping) else {_NAME: process}
-    for name, one in named.items():
-        if not _is_file_name(name):
-            raise ValueError(
-                "`process` must have names that can be those of folders: texts of at most 255 bytes "
-                f"without '/', and not '.' or '..'; found {shown(name)}."
-            )
-        if not (hasattr(one, "next") and hasattr(one, "initialize")) and not callable(one):
-            raise TypeError(
-                "`process` must be a learning process, a function from a seed to one, or a mapping "
-                f"from names to such; found {shown(one)}."
-            )
-    if not named:
-        raise ValueError("`process` must hold at least one process; found none.")
-    return named
-
-
-def _path(directory: Any) -> str | None:
-    """The folder as a text."""
-    path = directory.__fspath__() if isinstance(directory, os.PathLike) else directory
-    try:
-        if path is None or (isinstance(path, str) and path and b"\0" not in os.fsencode(path)):
-            return path
-    except UnicodeEncodeError:  # half a surrogate
-        pass
-    raise TypeError(
-        "`directory` must be the path of a folder, a text or a `pathlib.Path`, or None; found "
-        f"{shown(directory)}."
-    )
-
-
-def _is_file_name(name: Any) -> bool:
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
-        return False
-    try:
-        return len(os.fsencode(name)) <= 255
-    except UnicodeEncodeError:  # half a surrogate
-        return False
-
-
-def _seeds(seed: int | Sequence[int]) -> list[int]:
-    given: Iterable[Any] = seed if isinstance(seed, Iterable) else [seed]
-    seeds = [cohorts.whole(one) for one in given]
-    whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            "`seed` must be a whole number from 0 to 2**32 - 1, or several different ones; found "
-            f"{shown(seed)}."
-        )
-    return seeds
-
-
-def _lanes(processes: dict[str, Any], seeds: list[int]) -> list[list[tuple[str, int]]]:
-    """Runs by name and seed, those together that must go one after the other."""
-    lanes: dict[Any, list[tuple[str, int]]] = {}
-    for name, seed in itertools.product(processes, seeds):
-        one = processes[name]
-        key = id(one) if isinstance(one, ResidentProcess) else (name, seed)
-        lanes.setdefault(key, []).append((name, seed))
-    return list(lanes.values())
-
-
-def _check_states_are_kept(client_states: Any, processes: dict[str, Any]) -> None:
-    """Raises `ValueError` if it can be told that no process has a use for clients' states."""
-    made = [one for one in processes.values() if hasattr(one, "next")]
-    if client_states is None or len(made) < len(processes):
-        return  # what a function of the seed makes is not known yet
-    if not any(data_of_client(_data_type(one))[1] for one in made):
-        raise ValueError(
-            "`client_states` must be None unless the clients of a process keep a state; found "
-            f"{shown(client_states)} for {sorted(processes)}. Leave it out."
-        )
-
-
 @contextlib.contextmanager
-def _built(made: Any, seed: int, name: str, plan: Plan) -> Iterator[Any]:
+def _built(made: Any, seed: int, name: str, plan: arguments.Plan) -> Iterator[Any]:
     """The process as given, or made for this seed and closed in the end."""
     if hasattr(made, "next"):
         yield made
@@ -307,8 +199,3 @@ def _built(made: Any, seed: int, name: str, plan: Plan) -> Iterator[Any]:
     finally:
         if hasattr(one, "close"):
             one.close()
-
-
-def _data_type(process: Any) -> tff.Type:
-    """What a process takes of one client; that of the process it wraps, if it wraps one."""
-    return getattr(process, "process", process).next.type_signature.parameter[1].member

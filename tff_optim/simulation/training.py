@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,53 +13,17 @@ import tensorflow_federated as tff
 from tff_optim.core.messages import shown
 from tff_optim.resident import client_data
 from tff_optim.simulation import metrics, same_run, stores
-from tff_optim.simulation.cohorts import Cohorts, check_whole, whole
+from tff_optim.simulation.arguments import Plan
+from tff_optim.simulation.cohorts import Cohorts
 from tff_optim.simulation.folder import Folder
 from tff_optim.simulation.history import History, Table
 from tff_optim.simulation.interrupts import Interrupt
 from tff_optim.simulation.progress import ProgressBar
-from tff_optim.simulation.starts import Starts
 from tff_optim.simulation.threads import on_a_loop, wait
 
 _TIME = tff.simulation.TRAINING_TIME_KEY
 _EVALUATION = "evaluation/"
 _STUCK = 3  # rounds without a change that are told
-
-
-def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
-    del plan
-    if value is not None and not callable(value):
-        raise TypeError(f"`{attribute.name}` must be a function or None; found {shown(value)}.")
-
-
-def _resume(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
-    del plan, attribute
-    if not (isinstance(value, bool) or value == "changed"):
-        raise ValueError(f"`resume` must be True, False or 'changed'; found {shown(value)}.")
-
-
-def _at_least(least: int) -> Callable[[Any, attrs.Attribute, Any], None]:
-    return lambda plan, attribute, value: check_whole(attribute.name, value, least)
-
-
-@attrs.frozen
-class Plan:
-    """The arguments that all runs of a call share; see `run`."""
-
-    rounds: int = attrs.field(converter=whole, validator=_at_least(0))
-    clients_per_round: int = attrs.field(converter=whole, validator=_at_least(1))
-    evaluate: Callable[[Any], Mapping[str, Any]] | None = attrs.field(validator=_function)
-    rounds_per_evaluation: int = attrs.field(converter=whole, validator=_at_least(1))
-    rounds_per_checkpoint: int = attrs.field(converter=whole, validator=_at_least(1))
-    resume: bool | str = attrs.field(validator=_resume)
-    compare_data: bool
-    progress: bool
-    stop: Callable[[Table], bool] | None = attrs.field(validator=_function)
-    managers: tuple[tff.program.ReleaseManager, ...]
-    client_states: Callable[..., Any] | None = attrs.field(validator=_function)
-    starts: Starts
-    # Held by whatever the caller has written: one call at a time, however many runs there are.
-    lock: threading.RLock = attrs.field(factory=threading.RLock)
 
 
 class _StopTraining(Exception):  # noqa: N818

@@ -1,0 +1,146 @@
+"""The arguments of `run`, checked before anything is built or read."""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import tensorflow_federated as tff
+
+from tff_optim.core.messages import shown
+from tff_optim.resident import ResidentProcess
+from tff_optim.resident.client_data import data_of_client
+from tff_optim.simulation.cohorts import check_whole, whole
+from tff_optim.simulation.history import Table
+from tff_optim.simulation.starts import Starts
+
+_NAME = "process"  # of a process that is given without one
+
+
+def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+    del plan
+    if value is not None and not callable(value):
+        raise TypeError(f"`{attribute.name}` must be a function or None; found {shown(value)}.")
+
+
+def _resume(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+    del plan, attribute
+    if not (isinstance(value, bool) or value == "changed"):
+        raise ValueError(f"`resume` must be True, False or 'changed'; found {shown(value)}.")
+
+
+def _at_least(least: int) -> Callable[[Any, attrs.Attribute, Any], None]:
+    return lambda plan, attribute, value: check_whole(attribute.name, value, least)
+
+
+@attrs.frozen
+class Plan:
+    """The arguments that all runs of a call share; see `run`."""
+
+    rounds: int = attrs.field(converter=whole, validator=_at_least(0))
+    clients_per_round: int = attrs.field(converter=whole, validator=_at_least(1))
+    evaluate: Callable[[Any], Mapping[str, Any]] | None = attrs.field(validator=_function)
+    rounds_per_evaluation: int = attrs.field(converter=whole, validator=_at_least(1))
+    rounds_per_checkpoint: int = attrs.field(converter=whole, validator=_at_least(1))
+    resume: bool | str = attrs.field(validator=_resume)
+    compare_data: bool
+    progress: bool
+    stop: Callable[[Table], bool] | None = attrs.field(validator=_function)
+    managers: tuple[tff.program.ReleaseManager, ...]
+    client_states: Callable[..., Any] | None = attrs.field(validator=_function)
+    starts: Starts
+    # Held by whatever the caller has written: one call at a time, however many runs there are.
+    lock: threading.RLock = attrs.field(factory=threading.RLock)
+
+
+def as_processes(process: Any) -> dict[str, Any]:
+    """Processes by name.
+
+    Raises:
+      TypeError: One is none.
+      ValueError: A name cannot be that of a folder, or there is no process.
+    """
+    named = dict(process) if isinstance(process, Mapping) else {_NAME: process}
+    for name, one in named.items():
+        if not _is_file_name(name):
+            raise ValueError(
+                "`process` must have names that can be those of folders: texts of at most 255 bytes "
+                f"without '/', and not '.' or '..'; found {shown(name)}."
+            )
+        if not (hasattr(one, "next") and hasattr(one, "initialize")) and not callable(one):
+            raise TypeError(
+                "`process` must be a learning process, a function from a seed to one, or a mapping "
+                f"from names to such; found {shown(one)}."
+            )
+    if not named:
+        raise ValueError("`process` must hold at least one process; found none.")
+    return named
+
+
+def as_path(directory: Any) -> str | None:
+    """The folder as a text."""
+    path = directory.__fspath__() if isinstance(directory, os.PathLike) else directory
+    try:
+        if path is None or (isinstance(path, str) and path and b"\0" not in os.fsencode(path)):
+            return path
+    except UnicodeEncodeError:  # half a surrogate
+        pass
+    raise TypeError(
+        "`directory` must be the path of a folder, a text or a `pathlib.Path`, or None; found "
+        f"{shown(directory)}."
+    )
+
+
+def _is_file_name(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
+        return False
+    try:
+        return len(os.fsencode(name)) <= 255
+    except UnicodeEncodeError:  # half a surrogate
+        return False
+
+
+def as_seeds(seed: int | Sequence[int]) -> list[int]:
+    """The seeds, each once.
+
+    Raises:
+      ValueError: One is out of range or repeated, or there is none.
+    """
+    given: Iterable[Any] = seed if isinstance(seed, Iterable) else [seed]
+    seeds = [whole(one) for one in given]
+    in_range = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
+    if not seeds or not in_range or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            "`seed` must be a whole number from 0 to 2**32 - 1, or several different ones; found "
+            f"{shown(seed)}."
+        )
+    return seeds
+
+
+def lanes(processes: dict[str, Any], seeds: list[int]) -> list[list[tuple[str, int]]]:
+    """Runs by name and seed, those together that must go one after the other."""
+    lanes: dict[Any, list[tuple[str, int]]] = {}
+    for name, seed in itertools.product(processes, seeds):
+        one = processes[name]
+        key = id(one) if isinstance(one, ResidentProcess) else (name, seed)
+        lanes.setdefault(key, []).append((name, seed))
+    return list(lanes.values())
+
+
+def check_states_are_kept(client_states: Any, processes: dict[str, Any]) -> None:
+    """Raises `ValueError` if it can be told that no process has a use for clients' states."""
+    made = [one for one in processes.values() if hasattr(one, "next")]
+    if client_states is None or len(made) < len(processes):
+        return  # what a function of the seed makes is not known yet
+    if not any(data_of_client(data_type(one))[1] for one in made):
+        raise ValueError(
+            "`client_states` must be None unless the clients of a process keep a state; found "
+            f"{shown(client_states)} for {sorted(processes)}. Leave it out."
+        )
+
+
+def data_type(process: Any) -> tff.Type:
+    """What a process takes of one client; that of the process it wraps, if it wraps one."""
+    return getattr(process, "process", process).next.type_signature.parameter[1].member
