@@ -144,8 +144,9 @@ def jury(
     margin=0.3,
     vote_memory=0.8,
     gap_memory=0.5,
-    limit=3.0,
+    limit=6.0,
     floor=1e-3,
+    vote_rate=0.5,
     **numbers,
 ):
     """`voices`: raw weights `[clients, layers]` each, 0 for no part; `vote(k, memory)` -> `[voices]`.
@@ -157,8 +158,8 @@ def jury(
     memory.setdefault("share", 1 / (np.exp(slope * margin) + number) * np.ones(number))
     memory.setdefault("gap", [[np.zeros(np.shape(x)) for x in deltas[0]] for _ in voices])
     memory.setdefault("norm", numbers.get("start", 1.0))
-    for name in ("agreement", "size", "scale"):
-        memory.setdefault(name, np.zeros(number))
+    for name, start in (("agreement", 0.0), ("size", 0.0), ("scale", floor)):
+        memory.setdefault(name, np.full(number, start))
     if not len(kept):
         return None
     raw = np.array([vote(k, memory) for k in kept])
@@ -175,13 +176,14 @@ def jury(
 
     first = mean(plain)
     others = [mean(by) if by[kept].sum() > 0 else first for by in voices]
-    cap = limit * np.maximum(memory["scale"], floor)
+    cap = limit * memory["scale"]
     cast, part = np.clip(raw, -cap, cap), weights[kept] / weights[kept].sum()
     memory["agreement"] = vote_memory * memory["agreement"] + part @ cast
     memory["size"] = vote_memory * memory["size"] + part @ np.abs(cast)
-    found = np.minimum(part @ np.abs(raw), 10 * np.maximum(memory["scale"], floor))
-    known = memory["scale"] > 0
-    memory["scale"] = np.where(known, 0.5 * memory["scale"] + 0.5 * found, found)
+    if memory.setdefault("rounds", 0):
+        usual = np.mean(np.abs(raw) <= memory["scale"], 0)
+        memory["scale"] = np.maximum(memory["scale"] * np.exp(-vote_rate * (usual - 0.5)), floor)
+    memory["rounds"] += 1
     trust = memory["agreement"] / np.maximum(memory["size"], floor)
     powers = np.exp(slope * (trust - margin))
     memory["share"] = powers / (1 + powers.sum())

@@ -158,8 +158,8 @@ def test_votes_by_a_function_of_ones_own():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def jury_run(cohorts, **numbers):
-    """Rounds of the jury mean over `(errors, losses)` of three clients with given updates."""
+def jury_run(cohorts, weights=None, **numbers):
+    """Rounds of the jury mean over `(errors, losses)` of clients with made-up updates."""
     case = CASES["jury"]
     rng = np.random.default_rng(5)
     made = []
@@ -168,7 +168,7 @@ def jury_run(cohorts, **numbers):
         for c, error, loss in zip(clients, errors, losses, strict=True):
             c["errors"] = np.array([0.5, 0.5 - error, 0.0], np.float32)
             c["loss"] = np.float32(loss)
-        made.append((clients, [5.0] * len(clients)))
+        made.append((clients, weights or [5.0] * len(clients)))
     rule = rules.jury_mean(**numbers)
     process = aggregators.RuleFactory(rule).create(
         contracts.value_type(case), contracts.WEIGHT_TYPE
@@ -190,7 +190,37 @@ def test_rounding_in_the_second_round_does_not_lock_the_vote():
     # The first real votes count for what they say, not for what noise was.
     assert outputs[3].measurements["trust"] < -0.9
     assert outputs[3].measurements["share"] < 1e-8
-    np.testing.assert_allclose(outputs[3].state["vote_scale"], 0.5 * 10.0 * 1e-3, rtol=0.01)
+    np.testing.assert_allclose(outputs[2].state["vote_scale"], 1e-3)  # the floor
+    np.testing.assert_allclose(outputs[3].state["vote_scale"], 1e-3 * np.exp(0.25), rtol=1e-6)
+
+
+@pytest.mark.parametrize("liars", [1, 2])
+def test_a_few_liars_do_not_outvote_the_honest(liars):
+    rng = np.random.default_rng(liars)
+    cohorts = []
+    for _ in range(16):
+        # Each of the honest says that the voice is worse by a little; liars, that it is all right.
+        errors = [*-rng.uniform(0.01, 0.03, 10 - liars), *[1.0] * liars]
+        losses = [*rng.uniform(0.5, 1.5, 10 - liars), *[0.0] * liars]
+        cohorts.append((errors, losses))
+    outputs = jury_run(cohorts)
+    assert all(output.measurements["share"] < 0.05 for output in outputs)
+    assert all(output.measurements["trust"] < 0.15 for output in outputs)
+    # The typical vote is one of the honest, in spite of two of ten that are fifty times as large.
+    assert 0.01 < outputs[-1].state["vote_scale"] < 0.03
+
+
+def test_the_typical_vote_counts_every_client_once():
+    grown = np.exp(3.0 * (1 / 2 - 1 / 3))
+    for votes, scales in (
+        ([1e-4, -2e-4, 0.5], [1e-2] * 3),  # which never falls below the floor
+        ([0.3, -0.4, 1e-4], [1e-2, 1e-2 * grown, 1e-2 * grown**2]),
+    ):
+        outputs = jury_run(
+            [(votes, [1.0, 1.1, 0.9])] * 3, [1.0, 2.0, 90.0], vote_floor=1e-2, vote_rate=3.0
+        )
+        found = [float(output.state["vote_scale"]) for output in outputs]
+        np.testing.assert_allclose(found, scales, rtol=1e-6)
 
 
 def test_the_first_gap_is_nothing_to_the_last_bit():

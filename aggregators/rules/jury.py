@@ -27,8 +27,6 @@ from aggregators.weighting import Weighting, softmax
 
 Voices: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]
 
-_LARGEST_GROWTH = 10.0
-
 
 @attrs.frozen
 class _Voice:
@@ -69,8 +67,9 @@ def jury_mean(
     margin: Number = 0.3,
     vote_memory: Number = 0.8,
     gap_memory: Number = 0.5,
-    vote_limit: Number = 3.0,
+    vote_limit: Number = 6.0,
     vote_floor: Number = 1e-3,
+    vote_rate: Number = 0.5,
     cutoff: Number = 2.5,
     power: Number = 3.0,
     initial_norm: float = 1.0,
@@ -84,20 +83,27 @@ def jury_mean(
     A      = sum_k n_k f_k d_k / sum_k n_k                   the redescending mean
     B_j    = sum_k n_k t_jk f_k d_k / sum_k n_k t_jk         one for each voice; t_jk its weights
     a      = w - sum_j share_j gap_j,   b_j = a - gap_j      models, scored before training
-    v_jk   = clip(E_k(a) - E_k(b_j), +-vote_limit max(s_j, vote_floor))
+    v_jk   = clip(E_k(a) - E_k(b_j), +-vote_limit s_j)
     agree_j <- vote_memory agree_j + sum_k n_k v_jk / sum_k n_k
     size_j  <- vote_memory size_j + sum_k n_k |v_jk| / sum_k n_k
     trust_j = agree_j / max(size_j, vote_floor)
     share  = softmax over 0 and slope (trust_j - margin)     without that of 0, which is A's
     update = A + sum_j share_j (B_j - A)
     gap_j  <- gap_memory gap_j + (B_j - A)
+    s_j    <- max(s_j exp(-vote_rate (share of clients with |v_jk| <= s_j  -  0.5)), vote_floor)
     ```
 
     with `d_k` the update and `n_k` the weight of client `k`, `f_k` as in `redescending_mean`, `w` the
-    server's model, `E_k` the mean error of a model over the client's examples, and `s_j` the running
-    mean of the votes' size before clipping (memory 0.5, at most tenfold in a round). For one voice,
-    `share` is `sigmoid(slope (trust - margin))`. `a` is the model that the server would have had, had it
-    gone by `A` alone lately, and `b_j` the one by `B_j`. One pass over clients, any number of workers.
+    server's model, `E_k` the mean error of a model over the client's examples, and `s_j` the typical
+    vote: the running median of the votes' size before clipping, every client counting once, from
+    `vote_floor` on. For one voice, `share` is `sigmoid(slope (trust - margin))`. `a` is the model that
+    the server would have had, had it gone by `A` alone lately, and `b_j` the one by `B_j`. One pass over
+    clients, any number of workers.
+
+    A median of many clients cannot be taken in one pass and little memory. `s_j` follows it instead, as
+    the typical norm of `redescending_mean` does: by a count of clients, so that any split over workers
+    gives the same, and by a factor of at most `exp(vote_rate / 2)` in a round. It is one number for each
+    voice, and costs clients one comparison.
 
     The default voice is the mean of clients with a low training loss, `t_k = exp(-l_k / (T L))`, `L`
     the running mean loss: clients whose labels are wrong do not get that low. Whether to hear it is
@@ -115,8 +121,13 @@ def jury_mean(
     and for votes by models `loss_voting_clients` (int32), who fell back to the loss.
     Hyperparameters: all numbers but `initial_norm`, and those of the weightings as `<voice>_<number>`.
 
-    It guards against bad data and crude faults, not against adversaries: clients that lie about
-    their loss take the gain away. Not for a secure sum.
+    It guards against bad data and crude faults, not against adversaries. A client counts for its whole
+    weight in whatever it says: where clients may lie about their number of examples, give all the same
+    (`client_weighting=UNIFORM`). What a lying vote can do is limited to `vote_limit` typical votes.
+    But a client that reports a loss of 0 counts for more in the voice, and enough of them that vote
+    for it too steer the update: in a simulation, two liars of ten cost up to 8.7 points of accuracy
+    against plain averaging and four up to 69, where `redescending_mean` lost at most 0.5. Not for a
+    secure sum.
 
     Args:
       voices: Pairs of a score and a weighting, as `adaptive_mean` takes them; at most one score
@@ -135,8 +146,10 @@ def jury_mean(
       margin: What trust must exceed for a share of more than that of `A`, from -1 to 1.
       vote_memory: Share of earlier rounds in agreement and size, at least 0 and below 1.
       gap_memory: Share of the earlier gap, at least 0 and below 1.
-      vote_limit: Above 0: how many times a typical vote one may count.
-      vote_floor: Above 0: votes below it are rounding, and prove nothing.
+      vote_limit: Above 0: how many typical votes one may count for.
+      vote_floor: Above 0: what is typical at first, and the least that is ever: votes below it are
+        rounding, and prove nothing.
+      vote_rate: How fast the typical vote moves, from 0 (never) to 100.
       cutoff: Above 0: how many typical norms an update may have before it is shrunk.
       power: From 0 to 1000. 0 shrinks nothing; 1 clips to `cutoff` typical norms; above 1 the pull of
         an update falls again the longer it is.
@@ -173,6 +186,7 @@ def jury_mean(
         gap_memory=hparam("gap_memory", gap_memory, 0.0, 1.0, below=True),
         vote_limit=hparam("vote_limit", vote_limit, 0.0, above=True),
         vote_floor=hparam("vote_floor", vote_floor, 0.0, above=True),
+        vote_rate=hparam("vote_rate", vote_rate, 0.0, 100.0),
         **shrink.hparams,
     )
     for voice in heard:
@@ -194,14 +208,16 @@ def jury_mean(
             others=[log + factor for log in logs],
         )
         raw = vote(update, norm, state)
-        limit = state["vote_limit"] * tf.maximum(state["vote_scale"], state["vote_floor"])
+        limit = state["vote_limit"] * state["vote_scale"]
         cast = tf.clip_by_value(raw, -limit, limit)
+        is_usual = tf.abs(raw) <= state["vote_scale"]
         has_part = counts & tf.stack(sound)
         by_loss = votes == "model" and update.measured["errors_are_losses"]
         sums = OrderedDict(
             shrink.counts(norm, counts, state),
             weight=tf.where(counts, weight, 0.0),
-            votes=tf.where(counts, weight * tf.stack([cast, tf.abs(cast), tf.abs(raw)]), 0.0),
+            votes=tf.where(counts, weight * tf.stack([cast, tf.abs(cast)]), 0.0),
+            usual=tf.cast(counts & is_usual, tf.float64),
             heard=tf.cast(has_part, tf.float64),
             by_loss=tf.cast(counts & by_loss, tf.float64),
             scores=tf.where(has_part[:, tf.newaxis], tf.cast(tf.stack(scores), tf.float64), 0.0),
@@ -236,9 +252,6 @@ def jury_mean(
         size = state["vote_memory"] * state["vote_size"] + voted[1]
         trust = agreement / tf.maximum(size, state["vote_floor"])
         shares = _shares(state["slope"], state["margin"], trust)
-        before = state["vote_scale"]
-        spread = tf.minimum(voted[2], _LARGEST_GROWTH * tf.maximum(before, state["vote_floor"]))
-        spread = tf.where(before > 0.0, 0.5 * (before + spread), spread)
 
         first, *others = [reduced[name] for name in _numbered([None] * (1 + len(heard)))]
         update, gaps = list(first.tensors), []
@@ -261,7 +274,11 @@ def jury_mean(
             {"mean": first, "statistics": reduced["statistics"]}, shares=used
         )
         moved = OrderedDict(
-            gap=tuple(gaps), share=shares, agreement=agreement, vote_size=size, vote_scale=spread
+            gap=tuple(gaps),
+            share=shares,
+            agreement=agreement,
+            vote_size=size,
+            vote_scale=next_vote_scale(state, measured["clients"], sums["usual"]),
         )
         some = measured["clients"] > 0
         kept = OrderedDict((name, _as_tuples(state[name])) for name in moved)
@@ -281,13 +298,22 @@ def jury_mean(
             measured["loss_voting_clients"] = tf.cast(sums["by_loss"], tf.int32)
         return RuleResult(own, update, measured)
 
+    def next_vote_scale(state: Mapping[str, Any], clients: tf.Tensor, usual: tf.Tensor) -> Any:
+        """The typical votes after a round, of which so many clients cast no larger ones."""
+        share = tf.math.divide_no_nan(usual, tf.cast(clients, tf.float64))
+        moved = state["vote_scale"] * tf.exp(-state["vote_rate"] * (share - 0.5))
+        # In the first round all candidates are one model, and votes are none.
+        moved = tf.where(state["round"] > 0, moved, state["vote_scale"])
+        return tf.maximum(moved, state["vote_floor"])
+
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
         start, number = tf.constant(0), len(heard)
         none = tf.zeros([number], tf.float64)
         shares = _shares(hparams["slope"].at(start), hparams["margin"].at(start), none)
         gap = tuple(tuple(tf.zeros(s.shape, s.dtype) for s in layers.specs) for _ in heard)
         own = shrink.initial_state()
-        own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=none)
+        typical = none + hparams["vote_floor"].at(start)
+        own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=typical)
         for voice in heard:
             own = checks.joined("voices", own, voice.initial_state(layers))
         return own
@@ -301,7 +327,8 @@ def jury_mean(
                     within=[],
                     shrunk=[],
                     weight=[],
-                    votes=[3, number],
+                    votes=[2, number],
+                    usual=[number],
                     heard=[number],
                     by_loss=[],
                     scores=[number, size],
