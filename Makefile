@@ -1,5 +1,7 @@
 # make example   trains a federated classifier and draws its curves
-# make test      lint, types and tests: what CI runs
+# make test      lint, types, and the tests for every change
+# make test-all  lint, types, and every test: what CI runs
+# make durations the processor seconds of every test, into output/durations.json
 # make attack    every attack on configurations, checkpoints, workers and runs, with a table
 # make test-torch  the tests of build_torch_optimizer, with torch in a folder of its own
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
@@ -10,11 +12,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example test test-torch attack bench bench-rivals study study-quick build lock clean
+.PHONY: example lint test test-all durations test-torch attack bench bench-rivals study study-quick build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 EXAMPLE_ARGS ?=
 ATTACK_ARGS ?=
 TORCH ?= torch==2.13.0
@@ -25,11 +27,21 @@ BENCHMARKS ?= keras_optimizer pipeline aggregation resident resident_places clie
 example: .venv/installed
 	$(BIN)/python examples/train_digits.py $(EXAMPLE_ARGS)
 
-test: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-all: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# One process, so that what tests share is built once and counts for one of them.
+durations: .venv/installed
+	@mkdir -p output
+	$(BIN)/python -m pytest --durations-json output/durations.json
 
 attack: .venv/installed
 	$(BIN)/python tests/attacks.py $(ATTACK_ARGS)

@@ -9,6 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from processor_time import ProcessorTime
 
 from tff_optim.interrupts import let_workers_end
 
@@ -24,6 +25,16 @@ tf.config.set_logical_device_configuration(
 
 # `make test &` in a script: TFF would wait for ever for its worker to end.
 let_workers_end()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--durations-json", metavar="FILE", help="where to write each test's processor seconds"
+    )
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(ProcessorTime(config))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,7 +70,7 @@ ALARM = Alarm()
 _EXECUTE = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "os.fork")
 
 
-def _audit(event: str, arguments: Any) -> None:
+def audit(event: str, arguments: Any) -> None:
     if not ALARM.armed:
         return
     if event in _EXECUTE or (event == "import" and arguments[0] in CANARIES):
@@ -208,14 +208,14 @@ def _starts() -> list[Any]:
 # ----------------------------------------------------------------------------------- ways to change
 
 
-def _deep(depth: int, wrap: str) -> Any:
+def deep(depth: int, wrap: str) -> Any:
     value: Any = 0.1
     for _ in range(depth):
         value = [value] if wrap == "list" else {"config": value, "class_name": "SGD"}
     return value
 
 
-def _doubling() -> Any:
+def doubling() -> Any:
     """A small object that holds itself 2^60 times."""
     value: Any = [0.1]
     for _ in range(60):
@@ -223,7 +223,7 @@ def _doubling() -> Any:
     return value
 
 
-def _cycle() -> Any:
+def cycle() -> Any:
     value: list[Any] = []
     value.append(value)
     return value
@@ -259,11 +259,11 @@ VALUES = [
     {"lrate": 0.1}, {"function": "NonNeg"}, {"function": {"function": "NonNeg"}},
 ]  # fmt: skip
 MAKERS = [
-    lambda: _deep(40, "list"),
-    lambda: _deep(40, "dict"),
-    lambda: _deep(100_000, "list"),
-    _doubling,
-    _cycle,
+    lambda: deep(40, "list"),
+    lambda: deep(40, "dict"),
+    lambda: deep(100_000, "list"),
+    doubling,
+    cycle,
 ]
 PATTERNS = [
     "(a+)+$", "(a|a)*$", "(a|aa)+$", "(.*)*x", "(([a-z])+.)+[A-Z]([a-z])+$", "(", ")", "[", "*", "a{,3}",
@@ -487,7 +487,7 @@ def judge(case: Case) -> str:
 
 def attack(count: int, seed: int = 0, show: Any = None) -> collections.Counter:
     """Judges `count` cases; calls `show(case, verdict)` for each that was not handled rightly."""
-    sys.addaudithook(_audit)
+    sys.addaudithook(audit)
     found: collections.Counter = collections.Counter()
     with lazy_package():
         # What TensorFlow and optax import when they are first used.

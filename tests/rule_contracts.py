@@ -393,6 +393,21 @@ CASES = [
     ),
 ]
 
+# One for each kind of part that a rule may have: a score, layers, a scale, a bound, a reduction.
+QUICK = [
+    "softmax-near",
+    "softmax-bounded",
+    "update-spectral",
+    "loss-softmax",
+    "plain",
+    "fed-att",
+    "q-fed-avg",
+    "fed-nova-momentum",
+    "loss-gated",
+    "redescending-otherwise",
+    "jury-three-voices",
+]
+
 _processes: dict[str, tff.templates.AggregationProcess] = {}
 
 

@@ -12,17 +12,16 @@ _BINARY = os.path.join(os.path.dirname(tff.__file__), "data", "worker_binary")
 
 
 @contextlib.contextmanager
-def subrounds(number):
-    """Runs cohorts in `number` pieces on one worker of their own."""
+def subrounds_context(number):
+    """A context that runs cohorts in `number` pieces on one worker of their own."""
     context = tff.backends.native.create_async_local_cpp_execution_context()
-    mergeable = tff.backends.native.create_mergeable_comp_execution_context([context], number)
-    with tff.framework.get_context_stack().install(mergeable):
-        yield
+    yield tff.backends.native.create_mergeable_comp_execution_context([context], number)
 
 
 @contextlib.contextmanager
-def two_workers():
-    """Runs half of each cohort on each of two worker processes, reached over loopback."""
+def two_workers_context(number=2):
+    """A context that runs half of each cohort on each of two worker processes, over loopback."""
+    del number  # a piece for each worker
     ports = [_free_port() for _ in range(2)]
     workers = [subprocess.Popen([_BINARY, f"--port={port}"]) for port in ports]
     channels = [grpc.insecure_channel(f"localhost:{port}", _UNLIMITED) for port in ports]
@@ -30,9 +29,7 @@ def two_workers():
         for channel in channels:
             grpc.channel_ready_future(channel).result(timeout=30)
         contexts = [_remote_context(channel) for channel in channels]
-        mergeable = tff.backends.native.create_mergeable_comp_execution_context(contexts)
-        with tff.framework.get_context_stack().install(mergeable):
-            yield
+        yield tff.backends.native.create_mergeable_comp_execution_context(contexts)
     finally:
         for channel in channels:
             channel.close()
@@ -42,8 +39,22 @@ def two_workers():
             worker.wait(timeout=30)
 
 
-# Those in which merges run, by name: functions of the number of pieces, where that is to choose.
-IN_PIECES = {"subrounds": subrounds, "two-workers": lambda number: two_workers()}
+def _installed(make_context):
+    @contextlib.contextmanager
+    def install(*arguments):
+        stack = tff.framework.get_context_stack()
+        with make_context(*arguments) as context, stack.install(context):
+            yield
+
+    return install
+
+
+subrounds = _installed(subrounds_context)
+two_workers = _installed(two_workers_context)
+
+# Those in which merges run, by name: functions of the number of pieces.
+CONTEXTS = {"subrounds": subrounds_context, "two-workers": two_workers_context}
+IN_PIECES = {"subrounds": subrounds, "two-workers": two_workers}
 
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 

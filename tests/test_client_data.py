@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 from resident_cases import assert_close
@@ -93,7 +94,7 @@ PLACES = {
 }
 
 
-@pytest.fixture(scope="module", params=["other order", "tuple", "named"])
+@pytest.fixture(scope="module", params=selection.params([*SPECS], ["other order", "named"]))
 def trained(request):
     """A process, its data, and plain TFF's weights after two rounds."""
     process, forms = build(request.param), forms_of(request.param)

@@ -9,6 +9,7 @@ import textwrap
 import federated_twin as twin
 import numpy as np
 import pytest
+import selection
 import tensorflow as tf
 import test_client_memory as cases
 from resident_cases import children_of
@@ -45,7 +46,9 @@ def broken(dataset):
     return dataset.repeat(2).enumerate().map(check)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", selection.params(PLACES, ["here", "a worker, by two", "two workers"])
+)
 def test_rounds_equal_the_twin_and_one_that_fails_changes_nothing(place, tmp_path):
     weights, shared, own = cases.scaffold_twin(COHORTS[:5], "II")
     with (
@@ -115,6 +118,7 @@ _TWO_ROUNDS = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_within_a_round_leaves_the_states_before_it(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(_TWO_ROUNDS))

@@ -17,6 +17,7 @@ from collections import OrderedDict
 import federated_twin as twin
 import numpy as np
 import pytest
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -565,16 +566,16 @@ print(path, flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    "end",
-    [
-        "os.kill(os.getpid(), signal.SIGKILL)",
-        "os.killpg(os.getpgid(0), signal.SIGKILL)",
-        "os._exit(1)",
-        "os.kill(os.getpid(), signal.SIGTERM)",
-        "sys.exit()",
-    ],
-)
+ENDS = [
+    "os.kill(os.getpid(), signal.SIGKILL)",
+    "os.killpg(os.getpgid(0), signal.SIGKILL)",
+    "os._exit(1)",
+    "os.kill(os.getpid(), signal.SIGTERM)",
+    "sys.exit()",
+]
+
+
+@pytest.mark.parametrize("end", selection.params(ENDS, ["os.kill(os.getpid(), signal.SIGKILL)"]))
 def test_memory_is_free_however_the_program_ends(end):
     root = os.path.dirname(os.path.dirname(__file__))
     child = subprocess.Popen(

@@ -5,6 +5,7 @@ import collections
 import federated_twin as twin
 import numpy as np
 import pytest
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 from nearness import assert_near
@@ -269,9 +270,31 @@ def digest(process, state, clients):
     return b"".join(np.asarray(tensor).tobytes() for tensor in weights.trainable)
 
 
-@pytest.mark.parametrize("loop", tff.learning.LoopImplementation)
-@pytest.mark.parametrize("kind", ["jury", "initial loss", "memory"])
-@pytest.mark.parametrize("functional", [False, True])
+ITERATOR, REDUCE = (
+    tff.learning.LoopImplementation.DATASET_ITERATOR,
+    tff.learning.LoopImplementation.DATASET_REDUCE,
+)
+PASSES = {
+    f"{'functional' if functional else 'variable'}-{kind}-{loop.name}": (functional, kind, loop)
+    for functional in (False, True)
+    for kind in ("jury", "initial loss", "memory")
+    for loop in (ITERATOR, REDUCE)
+}
+
+
+@pytest.mark.parametrize(
+    ("functional", "kind", "loop"),
+    selection.params(
+        PASSES,
+        [
+            "variable-jury-DATASET_ITERATOR",
+            "variable-memory-DATASET_REDUCE",
+            "functional-initial loss-DATASET_ITERATOR",
+            "functional-memory-DATASET_ITERATOR",
+        ],
+        unpack=True,
+    ),
+)
 def test_all_passes_over_shuffled_data_come_in_one_order(functional, kind, loop):
     """A data set that shuffles hands each iterator another order, so iterators come in one, too."""
 

@@ -3,10 +3,14 @@
 The default runtime never calls `merge`: only these tests see it run.
 """
 
+import contextlib
+import functools
+
 import numpy as np
 import pytest
 import rule_contracts as contracts
 import runtimes
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -17,21 +21,32 @@ def assert_same(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module", params=runtimes.IN_PIECES)
-def distributed(request):
-    """Results of every rule, by name, under another runtime."""
-    # 4 pieces for 3 clients: one has none.
-    with runtimes.IN_PIECES[request.param](4):
-        return {
-            case.name: contracts.run(case, contracts.rounds(case, seed=11, sizes=(3, 5)))
-            for case in contracts.CASES
-        }
+@pytest.fixture(scope="module")
+def contexts():
+    """The other runtimes, each made for the first test that runs in it."""
+    with contextlib.ExitStack() as stack:
+        # 4 pieces for 3 clients: one has none.
+        yield functools.cache(
+            lambda name: stack.enter_context(runtimes.CONTEXTS[name](4)),
+        )
 
 
-@pytest.mark.parametrize("case", contracts.CASES, ids=lambda case: case.name)
-def test_every_rule_distributes(case, distributed):
-    here = contracts.run(case, contracts.rounds(case, seed=11, sizes=(3, 5)))
-    for there, output in zip(distributed[case.name], here, strict=True):
+RUNS = {
+    f"{runtime}-{case.name}": (case, runtime)
+    for runtime in runtimes.CONTEXTS
+    for case in contracts.CASES
+}
+# The merge of a rule is the same in both; what differs is how its parts travel.
+QUICK = [f"subrounds-{name}" for name in contracts.QUICK] + ["two-workers-jury-three-voices"]
+
+
+@pytest.mark.parametrize(("case", "runtime"), selection.params(RUNS, QUICK, unpack=True))
+def test_every_rule_distributes(case, runtime, contexts):
+    cohorts = contracts.rounds(case, seed=11, sizes=(3, 5))
+    here = contracts.run(case, cohorts)
+    with tff.framework.get_context_stack().install(contexts(runtime)):
+        distributed = contracts.run(case, cohorts)
+    for there, output in zip(distributed, here, strict=True):
         tf.nest.map_structure(assert_same, there.result, output.result)
         tf.nest.map_structure(assert_same, there.state, output.state)
         elsewhere = contracts.flat(there.measurements)

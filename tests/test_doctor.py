@@ -9,12 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import selection
 
 from tff_optim import doctor
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_a_good_environment_is_good():
     run = subprocess.run(
         [sys.executable, "-m", "tff_optim.doctor", "--json", "--timeout", "280"],
@@ -106,19 +108,29 @@ _STEP = "print('# it waits', flush=True); import subprocess, sys, time; "
 _LOOP = "n = 0\nwhile True: n += 1"
 
 
+SLOW_OR_HANGING = {
+    "waits": (f"{_STEP}time.sleep(600)", "error", False),
+    "computes": (f"{_STEP}exec({_LOOP!r})", "warning", False),
+    # As TFF waits for its worker: it looks again and again.
+    "looks again": (f"{_STEP}[time.sleep(0.1) for _ in range(6000)]", "error", True),
+    "computes among others": (f"{_STEP}exec({_LOOP!r})", "warning", True),
+    # In a child, as TFF's worker is one.
+    "a child computes": (
+        f"{_STEP}subprocess.run([sys.executable, '-c', {_LOOP!r}])",
+        "warning",
+        True,
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("code", "status"),
-    [
-        (f"{_STEP}time.sleep(600)", "error"),
-        # As TFF waits for its worker: it looks again and again.
-        (f"{_STEP}[time.sleep(0.1) for _ in range(6000)]", "error"),
-        (f"{_STEP}exec({_LOOP!r})", "warning"),
-        # In a child, as TFF's worker is one, and with every processor taken by others.
-        (f"{_STEP}subprocess.run([sys.executable, '-c', {_LOOP!r}])", "warning"),
-    ],
+    ("code", "status", "busy"),
+    selection.params(SLOW_OR_HANGING, ["waits", "computes"], unpack=True),
 )
-def test_a_part_that_is_slow_is_told_from_one_that_hangs(code, status, monkeypatch, capfd):
-    others = [subprocess.Popen([sys.executable, "-c", _LOOP]) for _ in range(os.cpu_count() * 2)]
+def test_a_part_that_is_slow_is_told_from_one_that_hangs(code, status, busy, monkeypatch, capfd):
+    # With every processor taken by others, if `busy`.
+    number = os.cpu_count() * 2 if busy else 0
+    others = [subprocess.Popen([sys.executable, "-c", _LOOP]) for _ in range(number)]
     try:
         finding = in_a_part(code, 3, monkeypatch)
     finally:
@@ -144,6 +156,7 @@ def test_a_slow_part_is_no_fault(monkeypatch, capsys):
     assert "Nothing is broken; 2 to look at." in shown
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_is_an_error_with_exit_code_1(tmp_path, monkeypatch, capsys):
     # A package that puts a program in the worker's place which ends at once.
     (tmp_path / "sitecustomize.py").write_text(

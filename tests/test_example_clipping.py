@@ -6,6 +6,7 @@ import math
 import federated_twin as twin
 import numpy as np
 import pytest
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 from problems import INPUT_SPEC, model_fn
@@ -129,8 +130,22 @@ def assert_equal_to_rounding(found, expected):
     assert np.abs(flat[0] - flat[1]).max() <= 1e-6 * min(length, 1.0)
 
 
-@pytest.mark.parametrize("variable", [False, True], ids=["functional", "variable"])
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "dropout"])
+WITHOUT_CHANCE = [name for name in MODELS if name != "dropout"]
+KINDS = {
+    f"{name}-{kind}": (name, kind == "variable")
+    for name in WITHOUT_CHANCE
+    for kind in ("functional", "variable")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    selection.params(
+        KINDS,
+        ["convolutional-functional", "embedding-variable", "recurrent-functional"],
+        unpack=True,
+    ),
+)
 def test_equals_a_loop_over_examples(name, variable):
     batch = batch_for(name, 5)
     model = keras_model(name)
@@ -148,7 +163,7 @@ def test_equals_a_loop_over_examples(name, variable):
     np.testing.assert_allclose(metrics["clipping"]["mean_norm"], np.mean(norms), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "dropout"])
+@pytest.mark.parametrize("name", selection.params(WITHOUT_CHANCE, ["normalised"]))
 def test_an_infinite_norm_gives_the_plain_gradient(name):
     batch = batch_for(name, 4)
     found, metrics, _ = clipped(name, batch, ExampleClipping(math.inf), False)
@@ -157,8 +172,7 @@ def test_an_infinite_norm_gives_the_plain_gradient(name):
     assert metrics["clipping"]["clipped_examples"] == 0
 
 
-@pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("limit", [0.7, math.inf])
+@pytest.mark.parametrize(("limit", "per_tensor"), [(0.7, True), (0.7, False), (math.inf, False)])
 def test_in_float64_it_is_the_loop_in_every_element(limit, per_tensor):
     rng = np.random.default_rng(3)
     x, y = 2 * rng.normal(size=(6, 4)), rng.normal(size=(6, 1))
@@ -210,7 +224,7 @@ def test_dropout_trains_and_stays_within_the_norm():
     assert metrics["clipping"]["clipped_examples"] == 6
 
 
-@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("per_tensor", selection.params([False, True], [True]))
 def test_each_tensor_by_itself_is_another_gradient(per_tensor):
     batch = batch_for("dense", 4)
     model = keras_model("dense")
@@ -253,32 +267,41 @@ def simulate(clip_norm, expected, data, rounds):
     return weights
 
 
+ROUNDS = {
+    f"{kind}-{expected}-{loop.name}": (model, expected, loop)
+    for kind, model in (("functional", twin.functional_model()), ("variable", model_fn))
+    for expected in (None, 5.0)
+    for loop in tff.learning.LoopImplementation
+}
+
+
 @pytest.mark.parametrize(
-    "model", [twin.functional_model(), model_fn], ids=["functional", "variable"]
+    ("model", "expected", "loop"),
+    selection.params(
+        ROUNDS, ["functional-None-DATASET_REDUCE", "variable-5.0-DATASET_ITERATOR"], unpack=True
+    ),
 )
-@pytest.mark.parametrize("expected", [None, 5.0])
-def test_rounds_with_ragged_batches_empty_clients_and_bad_examples(model, expected):
+def test_rounds_with_ragged_batches_empty_clients_and_bad_examples(model, expected, loop):
     """Sizes that no batch divides, a client of nothing, and an example that is no number."""
     data = [(x.copy(), y.copy()) for x, y in DATA]
     data[0][0][5, 1] = np.nan
     data[3][0][:] = np.nan  # a client of nothing that counts
     data.append((np.zeros((0, 3), np.float32), np.zeros((0, 2), np.float32)))
-    for loop in tff.learning.LoopImplementation:
-        process = aggregators.build_fed_avg(
-            model,
-            SGD,
-            example_clipping=ExampleClipping(0.8, expected_batch_size=expected),
-            loop_implementation=loop,
-        )
-        state = process.initialize()
-        for _ in range(3):
-            state, metrics = process.next(state, twin.datasets(data))
-        weights = process.get_model_weights(state).trainable
-        for a, b in zip(weights, simulate(0.8, expected, data, 3), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-        assert metrics["client_work"]["clipping"]["non_finite_examples"] == 4
-        assert metrics["aggregator"]["non_finite_clients"] == 0
-        assert metrics["aggregator"]["zero_weight_clients"] == 2
+    process = aggregators.build_fed_avg(
+        model,
+        SGD,
+        example_clipping=ExampleClipping(0.8, expected_batch_size=expected),
+        loop_implementation=loop,
+    )
+    state = process.initialize()
+    for _ in range(3):
+        state, metrics = process.next(state, twin.datasets(data))
+    weights = process.get_model_weights(state).trainable
+    for a, b in zip(weights, simulate(0.8, expected, data, 3), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert metrics["client_work"]["clipping"]["non_finite_examples"] == 4
+    assert metrics["aggregator"]["non_finite_clients"] == 0
+    assert metrics["aggregator"]["zero_weight_clients"] == 2
 
 
 def linear(example):
@@ -469,8 +492,19 @@ def batches(*found):
     return joined
 
 
-@pytest.mark.parametrize("loop", tff.learning.LoopImplementation, ids=lambda loop: loop.name)
-@pytest.mark.parametrize("kind", SHARING)
+SHARED_IN = {
+    f"{kind}-{loop.name}": (kind, loop)
+    for kind in SHARING
+    for loop in tff.learning.LoopImplementation
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "loop"),
+    selection.params(
+        SHARED_IN, ["variable-DATASET_ITERATOR", "functional-DATASET_REDUCE"], unpack=True
+    ),
+)
 def test_each_example_is_given_the_shared_parts_whole(kind, loop):
     """Steps, metrics, weight and counts over three ragged batches, against a loop over examples."""
     rate, limit = 0.1, 1.0
@@ -569,7 +603,7 @@ def test_parts_without_rows_are_refused_by_name_when_the_spec_shows_them(
         )
 
 
-@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize("kind", selection.params([*SHARING], ["functional"]))
 def test_parts_without_rows_are_refused_by_name_where_the_client_runs(kind):
     spec = shared_spec(positions=(None, 3), temperature=None)
     process = aggregators.build_fed_avg(

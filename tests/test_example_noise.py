@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import runtimes
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -172,7 +173,7 @@ def test_with_a_seed_a_restored_run_goes_on_as_the_undisturbed_one(tmp_path):
             np.testing.assert_array_equal(noise, expected)
 
 
-@pytest.mark.parametrize("runtime", runtimes.IN_PIECES)
+@pytest.mark.parametrize("runtime", selection.params([*runtimes.IN_PIECES], ["two-workers"]))
 def test_with_a_seed_pieces_of_a_cohort_draw_the_same(runtime):
     data = [client(label) for label in range(4)]
     process = with_seed(7)
@@ -187,15 +188,14 @@ def test_with_a_seed_pieces_of_a_cohort_draw_the_same(runtime):
             np.testing.assert_allclose(noise, expected, atol=1e-6)
 
 
-PLACES = [
-    {},
-    {"clients_at_once": 1},
-    {"workers": 1},
-    {"workers": 2},
-]
+PLACES = {
+    "two": [{"clients_at_once": 1}, {"workers": 2}],
+    "four": [{}, {"clients_at_once": 1}, {"workers": 1}, {"workers": 2}],
+}
 
 
-def test_with_a_seed_every_place_draws_the_same_and_goes_on_in_another():
+@pytest.mark.parametrize("places", selection.params(PLACES, ["two"]))
+def test_with_a_seed_every_place_draws_the_same_and_goes_on_in_another(places):
     data = [client(label) for label in range(3)]
     process = with_seed(7)
     state, expected = process.initialize(), []
@@ -203,7 +203,7 @@ def test_with_a_seed_every_place_draws_the_same_and_goes_on_in_another():
         state, noise = play(process, state, data)
         expected.append(noise)
     moved = process.initialize()
-    for number, place in enumerate(PLACES):
+    for number, place in enumerate(places):
         with tff_optim.ResidentProcess(process, **place) as resident:
             state = resident.initialize()
             for noise in expected[:2]:
@@ -215,7 +215,9 @@ def test_with_a_seed_every_place_draws_the_same_and_goes_on_in_another():
                 moved = resident.materialize(state)
 
 
-@pytest.mark.parametrize("place", [{}, {"workers": 1}])
+@pytest.mark.parametrize(
+    "place", selection.params({"here": {}, "a worker": {"workers": 1}}, ["a worker"])
+)
 def test_without_a_seed_every_place_draws_anew(place):
     process, data = with_seed(None), [client(0)] * 4
     with tff_optim.ResidentProcess(process, **place) as resident:

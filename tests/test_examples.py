@@ -30,6 +30,7 @@ def run_example(name, *arguments, cwd=ROOT):
     )
 
 
+@pytest.mark.slow
 def test_training_on_digits_prints_a_table_and_draws_a_picture(tmp_path):
     picture = tmp_path / "new" / "digits.png"
     run = run_example(
@@ -55,6 +56,7 @@ def test_training_on_digits_prints_a_table_and_draws_a_picture(tmp_path):
     assert "Exception ignored" not in run.stderr
 
 
+@pytest.mark.slow
 def test_clients_that_differ_print_a_table_and_draw_a_picture(tmp_path):
     picture = tmp_path / "new" / "drifting.png"
     arguments = ["--rounds", "2", "--seeds", "1", "--epochs", "1", "--output", str(picture)]

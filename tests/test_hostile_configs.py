@@ -55,7 +55,7 @@ def test_the_attack_would_notice(monkeypatch):
             pass
 
     monkeypatch.setattr(hostile_configs, "SECONDS", 1)
-    sys.addaudithook(hostile_configs._audit)
+    sys.addaudithook(hostile_configs.audit)
     assert behaves(imports) == "ran"
     assert behaves(poisons) == "unclean"
     assert behaves(mumbles) == "unclean"
@@ -137,9 +137,9 @@ def keras(module, class_name, **more):
         (BASE | {"learning_rate": 1e39}, "is inf when rounded to float32"),
         (["SGD", {"learning_rate": 1e39}], "is inf when rounded to float32"),
         (BASE | {1: 2}, "must have texts as keys; found 1"),
-        (BASE | {"transforms": hostile_configs._deep(40, "list")}, "more than 32 deep"),
-        (BASE | {"transforms": hostile_configs._doubling()}, "more than 32 deep"),
-        (BASE | {"transforms": hostile_configs._cycle()}, "more than 32 deep"),
+        (BASE | {"transforms": hostile_configs.deep(40, "list")}, "more than 32 deep"),
+        (BASE | {"transforms": hostile_configs.doubling()}, "more than 32 deep"),
+        (BASE | {"transforms": hostile_configs.cycle()}, "more than 32 deep"),
         (BASE | {"transforms": [["Adam"] * 1000] * 1000}, "not hold more than 10000 values"),
         (
             ["SGD", {"learning_rate": ["ExponentialDecay", {

@@ -46,6 +46,7 @@ def distributions(tmp_path_factory):
     return list((source / "dist").iterdir())
 
 
+@pytest.mark.slow
 def test_both_packages_import_from_a_wheel_outside_the_checkout(distributions, tmp_path):
     (wheel,) = [path for path in distributions if path.suffix == ".whl"]
     target = tmp_path / "site"
@@ -72,6 +73,7 @@ def test_both_packages_import_from_a_wheel_outside_the_checkout(distributions, t
         assert shipped == written
 
 
+@pytest.mark.slow
 def test_an_sdist_holds_what_a_wheel_is_built_from(distributions):
     (sdist,) = [path for path in distributions if path.name.endswith(".tar.gz")]
     with tarfile.open(sdist) as archive:

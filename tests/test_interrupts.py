@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 _SCRIPT = """
 import os, signal
@@ -45,6 +46,7 @@ def test_tffs_worker_ends():
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_tests_end(tmp_path):
     """A run of pytest with this directory's conftest, which starts TFF's runtime."""
     here = os.path.dirname(__file__)
@@ -83,6 +85,7 @@ print(*[child.pid for child in psutil.Process().children(recursive=True)])
 """
 
 
+@pytest.mark.slow
 def test_the_worker_of_a_loop_ends_with_the_program(tmp_path):
     (tmp_path / "program.py").write_text(_LEFT)
     with open(tmp_path / "stderr", "w+") as stderr:

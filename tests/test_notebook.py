@@ -3,11 +3,13 @@
 import pathlib
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_in_a_kernel_and_draws(tmp_path, monkeypatch):
     monkeypatch.setenv("ROUNDS", "2")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -16,6 +16,7 @@ import optax.contrib
 import optax_cases
 import problems
 import pytest
+import selection
 import side_by_side
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -24,11 +25,35 @@ from optax_cases import RUNS
 import tff_optim
 from tff_optim import build_optax_optimizer
 
-every_case = pytest.mark.parametrize("case", RUNS.values(), ids=RUNS)
-# Those that take gradients of any sign, and those that do not, as many as go into one process of TFF.
-_NAMES = [[n for n, case in RUNS.items() if case.positive == flag] for flag in (False, True)]
-GROUPS = [names[i : i + 11] for names in _NAMES for i in range(0, len(names), 11)]
-every_group = pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]}..{names[-1]}")
+# One of each way to be made, to keep a state, and to have numbers.
+QUICK = [
+    "adafactor",  # a factored state
+    "adam",
+    "adamw",  # a schedule
+    "add_noise",  # a random key
+    "apply_if_finite",  # around another
+    "flatten",  # all weights in one
+    "inject_hyperparams",
+    "inject_stateful_hyperparams",
+    "masked",  # by position
+    "MultiSteps",
+    "named_chain",
+    "rprop",  # no rate among its numbers
+    "scale_by_distance_over_gradients",  # for positive gradients
+    "set_to_zero",  # no state
+    "contrib.cocob",  # starts from the weights
+    "contrib.mechanize",  # 32 bits alone
+    "contrib.prodigy",  # both
+]
+every_case = pytest.mark.parametrize("case", selection.params(RUNS, QUICK))
+ANY_SIGN = [name for name, case in RUNS.items() if not case.positive]
+# As many as go into one process of TFF.
+GROUPS = {
+    "some": [name for name in QUICK if name in ANY_SIGN],
+    "positive": [name for name, case in RUNS.items() if case.positive],
+    **{f"from {ANY_SIGN[i]} on": ANY_SIGN[i : i + 11] for i in range(0, len(ANY_SIGN), 11)},
+}
+every_group = pytest.mark.parametrize("names", selection.params(GROUPS, ["some", "positive"]))
 TOLERANCE = {"float32": 5e-5, "float64": 1e-12}
 
 
@@ -126,8 +151,22 @@ def make_clients(positive):
     return [data.map(lambda b: {"x": tf.abs(b["x"]), "y": b["y"] - 30.0}) for data in clients]
 
 
-@pytest.mark.parametrize("kind", ["variable_model", "functional_model"])
-@every_group
+# TFF takes seconds to build each, on clients and on the server.
+IN_TFF = {
+    "few, variable_model": (["adam", "masked", "contrib.prodigy"], "variable_model"),
+    **{
+        f"{group}, {kind}": (names, kind)
+        for group, names in GROUPS.items()
+        for kind in ("variable_model", "functional_model")
+        if group != "some"
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    selection.params(IN_TFF, ["few, variable_model", "positive, functional_model"], unpack=True),
+)
 def test_they_train_clients_and_server(names, kind):
     together = side_by_side.SideBySide([RUNS[name].shared for name in names])
     process = tff.learning.algorithms.build_weighted_fed_avg(

@@ -107,6 +107,7 @@ def get(url):
         return json.load(answer)
 
 
+@pytest.mark.slow
 def test_tensorboard_finds_every_curve_by_its_own_interface(tmp_path):
     model = tff.learning.models.functional_model_from_keras(
         tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))]),

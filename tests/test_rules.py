@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import rule_contracts as contracts
 import runtimes
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
+import test_client_memory
 from nearness import assert_near
 
 import aggregators
 from aggregators import rules, scores, weighting
 
 SAMPLES = ("sample_clients", "sample_counted", "sample_scores", "sample_weights")
-every_rule = pytest.mark.parametrize("case", contracts.CASES, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in contracts.CASES}
+every_rule = pytest.mark.parametrize("case", selection.params(BY_NAME, contracts.QUICK))
 
 
 def assert_same(found, expected, rtol=2e-5):
@@ -33,12 +36,12 @@ def test_no_public_rule_is_missing_from_the_table():
     }
     assert weightings == {"softmax", "power", "uniform"}
     covered = {name for case in contracts.CASES for name in case.covers}
-    # Rules whose clients keep a state go through whole processes alone: test_client_memory.py.
-    covered |= {"scaffold", "fed_dyn", "kept_optimizer"}
+    # Rules whose clients keep a state go through whole processes alone.
+    covered |= {name for name in test_client_memory.COVERED if not name.startswith("build_")}
     assert set(rules.__all__) | weightings == covered
 
 
-@every_rule
+@pytest.mark.parametrize("case", contracts.CASES, ids=lambda case: case.name)
 def test_equals_its_numpy_twin_over_rounds(case):
     cohorts = contracts.rounds(case, seed=1)
     memory = {}

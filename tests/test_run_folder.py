@@ -30,15 +30,20 @@ ODD = [
 
 
 @pytest.fixture
-def file(tmp_path):
-    records = RecordFile(str(tmp_path / "records.jsonl"))
+def path(tmp_path):
+    return tmp_path / "records.jsonl"
+
+
+@pytest.fixture
+def file(path):
+    records = RecordFile(str(path))
     records.start()
     return records
 
 
-def again(file):
+def again(path):
     """The file as another program reads it, and what is wrong with it."""
-    other = RecordFile(file._path)
+    other = RecordFile(str(path))
     wrong = other.read()
     return other, wrong
 
@@ -52,9 +57,9 @@ def again(file):
     ],
     ids=ascii,
 )
-def test_a_value_comes_back_as_it_was(file, value):
+def test_a_value_comes_back_as_it_was(file, path, value):
     file.append({"a": value, "b": {value: [value]} if isinstance(value, str) else [value]})
-    other, wrong = again(file)
+    other, wrong = again(path)
     assert not wrong
     found = other.values[0]["a"]
     assert type(found) is type(value)
@@ -62,8 +67,8 @@ def test_a_value_comes_back_as_it_was(file, value):
     assert repr(other.values) == repr(file.values)
 
 
-def lines_of(file):
-    return pathlib.Path(file._path).read_bytes().splitlines(keepends=True)
+def lines_of(path):
+    return path.read_bytes().splitlines(keepends=True)
 
 
 DAMAGE = {
@@ -80,36 +85,36 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_line_that_was_changed_is_named(file, damage):
+def test_a_line_that_was_changed_is_named(file, path, damage):
     for number in (1, 2, 3):
         file.append({"n": number})
-    pathlib.Path(file._path).write_bytes(b"".join(damage(lines_of(file))))
-    other, wrong = again(file)
+    path.write_bytes(b"".join(damage(lines_of(path))))
+    other, wrong = again(path)
     assert wrong.startswith("line 3: it must be as it was written; found")
     assert other.values == [{"n": 1}]
 
 
-def test_what_a_kill_cuts_off_is_dropped(file):
+def test_what_a_kill_cuts_off_is_dropped(file, path):
     file.append({"n": 1})
-    whole = pathlib.Path(file._path).read_bytes()
+    whole = path.read_bytes()
     file.append({"n": 2})
-    longer = pathlib.Path(file._path).read_bytes()
+    longer = path.read_bytes()
     for end in range(len(whole), len(longer)):
-        pathlib.Path(file._path).write_bytes(longer[:end])
-        other, wrong = again(file)
+        path.write_bytes(longer[:end])
+        other, wrong = again(path)
         assert (other.values, wrong) == ([{"n": 1}], "")
         other.append({"n": 2})
-        assert pathlib.Path(file._path).read_bytes() == longer
+        assert path.read_bytes() == longer
     other.cut(1)
-    assert pathlib.Path(file._path).read_bytes() == whole
+    assert path.read_bytes() == whole
     for content, message in ((b"", "it is empty"), (whole[:9], "line 1 is cut off")):
-        pathlib.Path(file._path).write_bytes(content)
-        assert again(file)[1] == message
+        path.write_bytes(content)
+        assert again(path)[1] == message
 
 
-def test_a_file_of_another_format_is_told(file, monkeypatch):
+def test_a_file_of_another_format_is_told(file, path, monkeypatch):
     monkeypatch.setattr("tff_optim.simulation.records._FORMAT", {"format": 2})
-    assert again(file)[1] == (
+    assert again(path)[1] == (
         "line 1: it must be {'format': 2}; found {'format': 1}, which another version has written"
     )
 

@@ -4,6 +4,7 @@ import federated_twin as twin
 import numpy as np
 import pytest
 import runtimes
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 from aggregation_twins import kl, l2
@@ -39,7 +40,7 @@ def close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["variable", "functional"])
+@pytest.mark.parametrize("kind", selection.params(["variable", "functional"], ["functional"]))
 def test_kl_weights_on_the_clients_equal_numpy(kind):
     model = model_fn if kind == "variable" else twin.functional_model()
     work = aggregators.build_self_weighting_client_work(
@@ -211,22 +212,34 @@ def _clipped(clients, norm):
 
 @pytest.mark.parametrize(
     ("aggregator", "clip", "tolerance"),
-    [
-        (lambda: tff.learning.robust_aggregator(zeroing=True, clipping=False), np.inf, 1e-5),
-        (
-            lambda: tff.aggregators.clipping_factory(0.3, tff.aggregators.MeanFactory()),
-            0.3,
-            1e-5,
-        ),
-        (lambda: tff.learning.compression_aggregator(zeroing=False, clipping=False), np.inf, 5e-2),
-    ],
-    ids=["zeroing", "clipping", "compression"],
+    selection.params(
+        {
+            "zeroing": (
+                lambda: tff.learning.robust_aggregator(zeroing=True, clipping=False),
+                np.inf,
+                1e-5,
+            ),
+            "clipping": (
+                lambda: tff.aggregators.clipping_factory(0.3, tff.aggregators.MeanFactory()),
+                0.3,
+                1e-5,
+            ),
+            "compression": (
+                lambda: tff.learning.compression_aggregator(zeroing=False, clipping=False),
+                np.inf,
+                5e-2,
+            ),
+        },
+        ["clipping"],
+        unpack=True,
+    ),
 )
 def test_tffs_weighted_aggregators_take_the_weights(aggregator, clip, tolerance):
     weights, _ = run(_kl_process(aggregator()), [DATA])
     close(weights, twin.simulate(1, DATA, _kl_clipped(clip)), tolerance)
 
 
+@pytest.mark.slow  # as the test after it, with weights that are not sharp
 def test_the_weights_go_through_a_secure_sum():
     process = _kl_process(tff.learning.secure_aggregator(zeroing=False, clipping=False))
     # TFF's local runtime has no secure sum; its test runtime stands in with a plain one on the
