@@ -185,6 +185,11 @@ class Weighting:
         return self.rule not in _BUILT_IN and looks(self.rule)
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether scores change nothing."""
+        return self.rule is _uniform
+
+    @property
     def needs_typical_score(self) -> bool:
         """Whether the weights depend on what scores earlier rounds saw."""
         return self.scale == "running" or self.bound is not None

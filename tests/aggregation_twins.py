@@ -112,9 +112,12 @@ def next_typical(typical, mean, memory=0.5):
 
 
 def shrinking(norms, weights, memory, *, cutoff=2.5, power=3.0, start=1.0, quantile=0.5, rate=0.2):
-    """The factors of long updates; moves `memory["norm"]`."""
+    """The factors of long updates; moves `memory["norm"]`, which is 0 if `start` is None."""
     norms, has_weight = np.float64(norms), np.float64(weights) > 0
-    typical = memory.setdefault("norm", start)
+    typical = memory.setdefault("norm", start or 0.0)
+    if not typical:
+        memory["norm"] = np.exp(np.mean(np.log(norms[has_weight & (norms > 0)])))
+        return np.ones(len(norms))
     with np.errstate(divide="ignore"):
         factors = np.minimum(1.0, cutoff * typical / norms) ** power
     if has_weight.any():
@@ -124,12 +127,19 @@ def shrinking(norms, weights, memory, *, cutoff=2.5, power=3.0, start=1.0, quant
 
 
 def redescending(deltas, weights, memory, **numbers):
+    is_first = not memory.get("norm", numbers.get("start", 1.0))
     factors = shrinking([length(d) for d in deltas], weights, memory, **numbers)
     shares = np.float64(weights) / np.sum(weights)
-    return [
+    mean = [
         sum(p * f * np.float64(d[t]) for p, f, d in zip(shares, factors, deltas, strict=True))
         for t in range(len(deltas[0]))
     ]
+    return shortened(mean, memory) if is_first else mean
+
+
+def shortened(mean, memory):
+    """A first round's mean, no longer than its clients' norms."""
+    return [t * min(1.0, memory["norm"] / length(mean)) for t in mean]
 
 
 def jury(
@@ -147,17 +157,22 @@ def jury(
     limit=6.0,
     floor=1e-3,
     vote_rate=0.5,
+    stride_step=None,
     **numbers,
 ):
     """`voices`: raw weights `[clients, layers]` each, 0 for no part; `vote(k, memory)` -> `[voices]`.
 
-    `memory` has `gap` (a list of tensors for each voice), `share`, and what else it is given.
+    `memory` has `gap` (a list of tensors for each voice), `share`, and what else it is given. With a
+    `stride_step`, votes and gaps have one more, and there is `memory["stride"]`.
     """
     weights = np.asarray(weights, np.float64)
-    number, kept = len(voices), np.flatnonzero(weights > 0)
-    memory.setdefault("share", 1 / (np.exp(slope * margin) + number) * np.ones(number))
-    memory.setdefault("gap", [[np.zeros(np.shape(x)) for x in deltas[0]] for _ in voices])
-    memory.setdefault("norm", numbers.get("start", 1.0))
+    voiced, kept = len(voices), np.flatnonzero(weights > 0)
+    number = voiced + (stride_step is not None)
+    memory.setdefault("share", 1 / (np.exp(slope * margin) + voiced) * np.ones(voiced))
+    memory.setdefault("stride", 1 / (1 + np.exp(0.5 * slope)) if number > voiced else 0.0)
+    memory.setdefault("gap", [[np.zeros(np.shape(x)) for x in deltas[0]] for _ in range(number)])
+    memory.setdefault("norm", numbers.get("start", 1.0) or 0.0)
+    is_first = not memory["norm"]
     for name, start in (("agreement", 0.0), ("size", 0.0), ("scale", floor)):
         memory.setdefault(name, np.full(number, start))
     if not len(kept):
@@ -185,17 +200,24 @@ def jury(
         memory["scale"] = np.maximum(memory["scale"] * np.exp(-vote_rate * (usual - 0.5)), floor)
     memory["rounds"] += 1
     trust = memory["agreement"] / np.maximum(memory["size"], floor)
-    powers = np.exp(slope * (trust - margin))
+    powers = np.exp(slope * (trust[:voiced] - margin))
     memory["share"] = powers / (1 + powers.sum())
     apart = [[b - a for a, b in zip(first, other, strict=True)] for other in others]
+    mix = [
+        a + sum(s * parts[t] for s, parts in zip(memory["share"], apart, strict=True))
+        for t, a in enumerate(first)
+    ]
+    if is_first:
+        mix = shortened(mix, memory)
+    if number > voiced:
+        apart.append(mix)
+        longer = 1 / (1 + np.exp(-slope * (trust[-1] - 0.5)))
+        memory["stride"] = min(longer, memory["stride"] + stride_step)
     memory["gap"] = [
         [gap_memory * g + d for g, d in zip(gap, parts, strict=True)]
         for gap, parts in zip(memory["gap"], apart, strict=True)
     ]
-    return [
-        a + sum(s * parts[t] for s, parts in zip(memory["share"], apart, strict=True))
-        for t, a in enumerate(first)
-    ]
+    return [(1 + memory["stride"]) * x for x in mix]
 
 
 def cosine_vote(delta):

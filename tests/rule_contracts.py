@@ -58,7 +58,7 @@ def client(rng: np.random.Generator, num_layers: int) -> dict[str, Any]:
         "scores": (rng.gamma(2.0, 1e-4, size=num_layers)).astype(np.float32),
         "loss": np.float32(rng.uniform(0.3, 3.0)),
         "steps": int(rng.integers(1, 9)),
-        "errors": rng.uniform(0.2, 0.8, size=3).astype(np.float32),
+        "errors": rng.uniform(0.2, 0.8, size=5).astype(np.float32),
     }
 
 
@@ -80,9 +80,9 @@ def values(case: Case, clients: list[dict], weights: list[float]) -> tuple[list[
     return [update for update, _ in sent], [weight for _, weight in sent]
 
 
-def value_type(case: Case) -> Any:
+def value_type(case: Case, delta_type: Any = DELTA_TYPE) -> Any:
     if case.plain:
-        return DELTA_TYPE
+        return delta_type
     kinds: dict[str, Any] = {
         "steps": np.int32,
         "training_loss": np.float32,
@@ -97,7 +97,7 @@ def value_type(case: Case) -> Any:
     ]
     return tff.types.StructWithPythonType(
         [
-            ("delta", DELTA_TYPE),
+            ("delta", delta_type),
             ("measured", tff.types.StructWithPythonType(measured, OrderedDict)),
             ("non_finite", tff.to_type(np.bool_)),
         ],
@@ -244,7 +244,7 @@ def jury_twin(
     groups = LAYERS[layers]
 
     def scores_of(name: str, c: dict) -> np.ndarray:
-        found = np.full(len(groups), c["loss"]) if name == "loss" else c["scores"]
+        found = c["scores"] if name == "kl" else np.full(len(groups), c["loss"])
         return found.astype(np.float64)
 
     def twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
@@ -255,7 +255,8 @@ def jury_twin(
             typical = memory.setdefault(f"typical {name}", np.zeros(len(groups)))
             relative = np.where(sound[:, None], found, 0.0) / np.where(typical > 0, typical, 1.0)
             by = np.where(typical > 0, np.exp(-relative), 1.0)
-            raw.append(np.where(sound[:, None], np.float64(weights)[:, None] * by, 0.0))
+            by = np.ones_like(by) if name == "uniform" else np.float64(weights)[:, None] * by
+            raw.append(np.where(sound[:, None], by, 0.0))
             if sound.any():
                 memory[f"typical {name}"] = twins.next_typical(typical, found[sound].mean(0))
 
@@ -263,7 +264,8 @@ def jury_twin(
             if direction:
                 return twins.cosine_vote(clients[k]["delta"])(memory)
             errors = np.float64(clients[k]["errors"])
-            return errors[0] - errors[1 : 1 + len(voices)]
+            number = len(voices) + ("stride_step" in numbers)
+            return errors[0] - errors[1 : 1 + number]
 
         deltas = [c["delta"] for c in clients]
         return twins.jury(deltas, weights, raw, vote, memory, groups=groups, **numbers)
@@ -272,6 +274,7 @@ def jury_twin(
 
 
 THREE_VOICES = [("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]
+FOUR_VOICES = [*THREE_VOICES, ("loss", weighting.uniform(times_examples=False))]
 
 
 def _power(exponent: float, floor: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -389,6 +392,27 @@ CASES = [
             gap_memory=0.2,
             limit=1.5,
             floor=0.02,
+        ),
+    ),
+    Case(
+        "jury-stride",
+        ("jury_mean",),
+        rules.jury_mean(
+            FOUR_VOICES,
+            layers="tensor",
+            margin=0.2,
+            gap_memory=0.8,
+            stride_step=0.05,
+            initial_norm=None,
+            sample_size=2,
+        ),
+        jury_twin(
+            ("loss", "kl", "uniform"),
+            "tensor",
+            margin=0.2,
+            gap_memory=0.8,
+            stride_step=0.05,
+            start=None,
         ),
     ),
 ]

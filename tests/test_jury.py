@@ -1,5 +1,8 @@
 """The redescending and the jury mean over many rounds, and the models that clients score for it."""
 
+import json
+import pathlib
+
 import aggregation_twins as twins
 import federated_twin as twin
 import numpy as np
@@ -18,7 +21,7 @@ from aggregators.core.candidates import Candidates
 
 SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
 DATA = twin.make_data()
-NAMES = ("redescending", "jury", "jury-direction", "jury-three-voices")
+NAMES = ("redescending", "jury", "jury-direction", "jury-three-voices", "jury-stride")
 CASES = {case.name: case for case in contracts.CASES if case.name in NAMES}
 
 
@@ -58,10 +61,14 @@ def test_equals_its_twin_over_twenty_rounds_of_good_and_bad_clients(name):
         np.testing.assert_allclose(output.state["typical_norm"], memory["norm"], rtol=1e-6)
         if name != "redescending":
             np.testing.assert_allclose(output.state["share"], memory["share"], atol=1e-5)
-        if name in ("jury", "jury-three-voices"):
+        if name == "jury-stride":
+            np.testing.assert_allclose(output.state["stride"], memory["stride"], rtol=1e-4)
+            np.testing.assert_allclose(output.measurements["stride"], memory["stride"], rtol=1e-4)
+            np.testing.assert_allclose(output.state["vote_scale"], memory["scale"], rtol=1e-6)
+        if name in ("jury", "jury-three-voices", "jury-stride"):
             by_loss = sum(c["steps"] % 2 for c in clients)  # as the contracts make them up
             assert output.measurements["loss_voting_clients"] == by_loss
-        if name == "jury-three-voices":
+        if name in ("jury-three-voices", "jury-stride"):
             assert output.measurements["voiceless_clients"]["kl_divergence"] == 1
     assert memory["norm"] > 1.2  # the state went somewhere
 
@@ -78,6 +85,75 @@ def test_the_listing_shows_the_weights_that_the_mean_was_made_with():
         for position, tensor in enumerate(output.result):
             mean = sum(w * c["delta"][position] for w, c in zip(used, clients, strict=True))
             np.testing.assert_allclose(tensor, mean, rtol=1e-4, atol=1e-5)
+
+
+def second_order(server, client):
+    """The KL divergence of softmaxed tensors to second order: half a variance."""
+    change = tf.cast(client[0] - server[0], tf.float64)
+    p = tf.nn.softmax(tf.cast(server[0], tf.float64))
+    return tf.reduce_sum(p * (change - tf.reduce_sum(p * change)) ** 2) / 2.0
+
+
+def test_equals_the_reference_vectors_of_a_jury_with_a_stride():
+    vectors = json.loads((pathlib.Path(__file__).parent / "jury_vectors.json").read_text())
+    near = scores.Score(second_order, name="near")
+    voices = [("loss", weighting.softmax()), (near, weighting.softmax())]
+    rule = rules.jury_mean(
+        [*voices, ("loss", weighting.uniform(times_examples=False))],
+        layers=[(0,), (1,)],
+        margin=0.2,
+        gap_memory=0.8,
+        stride_step=0.05,
+        initial_norm=None,
+    )
+    cut = np.cumsum(vectors["sizes"])[:-1]
+
+    def parts(numbers):
+        return np.split(np.array(numbers), cut)
+
+    delta_type = tff.to_type([(np.float64, [size]) for size in vectors["sizes"]])
+    case = contracts.Case("vectors", (), rule, lambda *_: None)
+    process = aggregators.RuleFactory(rule).create(
+        contracts.value_type(case, delta_type), contracts.WEIGHT_TYPE
+    )
+    state = process.initialize()
+    for number, expected in enumerate(vectors["rounds"]):
+        model = parts(expected["x"])
+        candidates = rule.needs.candidates.of([tf.constant(x) for x in model], state)
+        flat = [np.concatenate(candidate) for candidate in candidates]
+        np.testing.assert_allclose(flat, expected["candidates"], rtol=1e-6)
+        clients = []
+        for sent in expected["clients"]:
+            moved = parts(sent["delta"])
+            pairs = zip(model, moved, strict=True)
+            clients.append(
+                {
+                    "delta": [-x for x in moved],
+                    "scores": np.float32([second_order([x], [x + d]) for x, d in pairs]),
+                    "loss": np.float32(sent["loss"]),
+                    "errors": np.float32(sent["errors"]),
+                    "steps": 1,
+                }
+            )
+        weights = [float(sent["n"]) for sent in expected["clients"]]
+        output = process.next(state, *contracts.values(case, clients, weights))
+        state, truth = output.state, expected["state"]
+        np.testing.assert_allclose(
+            np.concatenate(output.result), -np.array(expected["update"]), 1e-5
+        )
+        for name, found in (
+            ("norm", state["typical_norm"]),
+            ("loss", state["loss_typical_score"][0]),
+            ("near", state["near_typical_score"]),
+            ("gap", [-np.concatenate(gap) for gap in state["gap"]]),
+            ("share", [*state["share"], state["stride"]]),
+            ("agree", state["agreement"]),
+            ("size", state["vote_size"]),
+            ("scale", state["vote_scale"]),
+        ):
+            np.testing.assert_allclose(
+                found, truth[name], rtol=1e-5, atol=1e-7, err_msg=f"{name} of round {number}"
+            )
 
 
 def mse(weights, x, y):
@@ -291,6 +367,11 @@ REFUSED = {
         ),
         "needs training_loss, candidate_errors",
     ),
+    "a stride without models": (
+        lambda: rules.jury_mean(votes="direction", stride_step=0.05),
+        "`stride_step` must be None",
+    ),
+    "a stride that jumps": (lambda: rules.jury_mean(stride_step=2.0), "`stride_step` must be"),
     "a word that is no vote": (
         lambda: rules.jury_mean(votes="models"),
         '`votes` must be "model", "direction" or a function',

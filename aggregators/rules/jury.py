@@ -17,6 +17,7 @@ from aggregators.core.rule import Needs, Rule, RuleResult
 from aggregators.core.update import ClientUpdate, length
 from aggregators.rules.adaptive import ScoreLike, Weighed, weighed
 from aggregators.rules.redescending import (
+    LENGTHS,
     shrinking,
     shrunk_mean,
     shrunk_reduction,
@@ -26,6 +27,9 @@ from aggregators.weighted_mean.statistics import PerLayer, statistics_reduction
 from aggregators.weighting import Weighting, softmax
 
 Voices: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]
+
+# What trust in longer steps must exceed for half of the longest stride.
+_STRIDE_MARGIN = 0.5
 
 
 @attrs.frozen
@@ -70,9 +74,10 @@ def jury_mean(
     vote_limit: Number = 6.0,
     vote_floor: Number = 1e-3,
     vote_rate: Number = 0.5,
+    stride_step: Number | None = None,
     cutoff: Number = 2.5,
     power: Number = 3.0,
-    initial_norm: float = 1.0,
+    initial_norm: float | None = 1.0,
     norm_quantile: Number = 0.5,
     norm_rate: Number = 0.2,
     sample_size: int = 0,
@@ -100,6 +105,18 @@ def jury_mean(
     the server would have had, had it gone by `A` alone lately, and `b_j` the one by `B_j`. One pass over
     clients, any number of workers.
 
+    With a `stride_step` clients vote on how far to go, too, as if on one voice more (`s`), and the step
+    grows slowly up to twice its length, and falls at once:
+
+    ```
+    a      = w - sum_j share_j gap_j - stride gap_s,   b_j = a - gap_j,   b_s = a - gap_s
+    stride = min(sigmoid(slope (trust_s - 0.5)), stride + stride_step)
+    update = (1 + stride) mix,   mix = A + sum_j share_j (B_j - A)
+    gap_s  <- gap_memory gap_s + mix
+    ```
+
+    with the signs of `d_k`, which are those of the server's model minus the trained one.
+
     A median of many clients cannot be taken in one pass and little memory. `s_j` follows it instead, as
     the typical norm of `redescending_mean` does: by a count of clients, so that any split over workers
     gives the same, and by a factor of at most `exp(vote_rate / 2)` in a round. It is one number for each
@@ -115,10 +132,11 @@ def jury_mean(
 
     State: `typical_norm`; `gap`, for each voice the tensors of a model; `share`, `agreement`,
     `vote_size` and `vote_scale` (`s`), float64 of shape `[voices]`; and for each voice
-    `<voice>_typical_score`. Sent to clients with the model. Measurements: those of
-    `redescending_mean`, and, by the voices' names (one number where there is one voice), `share`,
-    `votes` (this round's mean), `vote_size`, `trust` and `voiceless_clients` (int32);
-    and for votes by models `loss_voting_clients` (int32), who fell back to the loss.
+    `<voice>_typical_score`. With a stride all but `share` have one more for it, the last, and there is
+    `stride`. Sent to clients with the model. Measurements: those of `redescending_mean`, and, by the
+    voices' names (one number where there is one voice), `share`, `votes` (this round's mean),
+    `vote_size`, `trust` and `voiceless_clients` (int32); with a stride it is among those voted on, and
+    there is `stride`; and for votes by models `loss_voting_clients` (int32), who fell back to the loss.
     Hyperparameters: all numbers but `initial_norm`, and those of the weightings as `<voice>_<number>`.
 
     It guards against bad data and crude faults, not against adversaries. A client counts for its whole
@@ -133,7 +151,9 @@ def jury_mean(
       voices: Pairs of a score and a weighting, as `adaptive_mean` takes them; at most one score
         besides `"loss"`, the training loss. None is `[("loss", weighting.softmax())]`. For a third
         mean by KL divergence, add `(scores.kl_divergence, weighting.softmax())`, and
-        `layers="tensor"`.
+        `layers="tensor"`; for one in which all clients count alike,
+        `("loss", weighting.uniform(times_examples=False))`. A voice is called after its score, or
+        `uniform`.
       votes: What clients vote by. `"model"`: they score the candidate models on their own data, a
         forward pass for each: by `1 - p(true label)` for a classifier, else by the loss, as
         `loss_voting_clients` says; see `Candidates`. A function `(predictions, labels) -> errors`:
@@ -150,10 +170,13 @@ def jury_mean(
       vote_floor: Above 0: what is typical at first, and the least that is ever: votes below it are
         rounding, and prove nothing.
       vote_rate: How fast the typical vote moves, from 0 (never) to 100.
+      stride_step: From 0 to 1: by how much the stride may grow in a round. None: steps are those of the
+        mix. It needs votes by models.
       cutoff: Above 0: how many typical norms an update may have before it is shrunk.
       power: From 0 to 1000. 0 shrinks nothing; 1 clips to `cutoff` typical norms; above 1 the pull of
         an update falls again the longer it is.
-      initial_norm: What is typical before the first round, above 0.
+      initial_norm: What is typical before the first round, above 0; None to find it in that round,
+        as `redescending_mean` does.
       norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.
       sample_size: How many clients the measurements list one by one.
@@ -177,7 +200,14 @@ def jury_mean(
             '`votes` must be "model", "direction" or a function of predictions and labels; found '
             f"{votes!r}."
         )
+    strides = stride_step is not None
+    if strides and votes == "direction":
+        raise ValueError(
+            '`stride_step` must be None with `votes="direction"`: how far to go is not a matter of '
+            f"directions; found {stride_step!r}. Take votes by models, or leave it out."
+        )
     heard = _voices(voices, layers)
+    voted_on = [*(voice.name for voice in heard), *(["stride"] if strides else [])]
     shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
     hparams: OrderedDict[str, Hparam] = OrderedDict(
         slope=hparam("slope", slope, 0.0, 1e6),
@@ -189,6 +219,8 @@ def jury_mean(
         vote_rate=hparam("vote_rate", vote_rate, 0.0, 100.0),
         **shrink.hparams,
     )
+    if strides:
+        hparams["stride_step"] = hparam("stride_step", stride_step, 0.0, 1.0)
     for voice in heard:
         hparams = checks.joined("voices", hparams, voice.hparams())
 
@@ -228,7 +260,7 @@ def jury_mean(
         return OrderedDict(statistics=found["statistics"], sums=sums, **_numbered(means))
 
     def vote(update: ClientUpdate, norm: tf.Tensor, state: Mapping[str, Any]) -> tf.Tensor:
-        """One client's votes, float64 `[voices]`, above 0 for a voice that did better."""
+        """One client's votes, float64 `[voted on]`, above 0 for what did better."""
         if votes != "direction":
             errors = tf.cast(update.measured["candidate_errors"], tf.float64)
             return errors[0] - errors[1:]
@@ -251,39 +283,49 @@ def jury_mean(
         agreement = state["vote_memory"] * state["agreement"] + voted[0]
         size = state["vote_memory"] * state["vote_size"] + voted[1]
         trust = agreement / tf.maximum(size, state["vote_floor"])
-        shares = _shares(state["slope"], state["margin"], trust)
+        shares = _shares(state["slope"], state["margin"], trust[: len(heard)])
 
         first, *others = [reduced[name] for name in _numbered([None] * (1 + len(heard)))]
-        update, gaps = list(first.tensors), []
-        for part, other, gap in zip(tf.unstack(shares), others, state["gap"], strict=True):
-            apart = [
-                tf.where(is_heard, b - a, 0)
-                for a, b, is_heard in zip(first.tensors, other.tensors, other.heard, strict=True)
-            ]
-            update = [x + tf.cast(part, x.dtype) * d for x, d in zip(update, apart, strict=True)]
-            gaps.append(
-                tuple(
-                    tf.cast(state["gap_memory"], d.dtype) * g + d
-                    for g, d in zip(gap, apart, strict=True)
-                )
+        mix, apart = list(first.tensors), []
+        for part, other in zip(tf.unstack(shares), others, strict=True):
+            apart.append(
+                [
+                    tf.where(is_heard, b - a, 0)
+                    for a, b, is_heard in zip(
+                        first.tensors, other.tensors, other.heard, strict=True
+                    )
+                ]
             )
+            mix = _along(mix, part, apart[-1])
+        update, kept = shrink.shortened(mix, state, sums)
+        if strides:
+            apart.append(update)
+            stride = tf.sigmoid(state["slope"] * (trust[-1] - _STRIDE_MARGIN))
+            stride = tf.minimum(stride, state["stride"] + state["stride_step"])
+            update, kept = _along(update, stride, update), kept * (1.0 + stride)
+        gaps = tuple(
+            tuple(_along(d, state["gap_memory"], g))
+            for g, d in zip(state["gap"], apart, strict=True)
+        )
         # What a client's normalised weight in each mean is multiplied by in the update.
         parts = [1.0 - tf.reduce_sum(shares), *tf.unstack(shares)]
-        used = [part * mean.kept for part, mean in zip(parts, [first, *others], strict=True)]
+        used = [kept * part * mean.kept for part, mean in zip(parts, [first, *others], strict=True)]
         _, measured = weighted_mean.report(
             {"mean": first, "statistics": reduced["statistics"]}, shares=used
         )
         moved = OrderedDict(
-            gap=tuple(gaps),
+            gap=gaps,
             share=shares,
             agreement=agreement,
             vote_size=size,
             vote_scale=next_vote_scale(state, measured["clients"], sums["usual"]),
         )
+        if strides:
+            moved["stride"] = stride
         some = measured["clients"] > 0
-        kept = OrderedDict((name, _as_tuples(state[name])) for name in moved)
-        own = shrink.next_state(state, measured["clients"], sums["within"])
-        own.update(tf.nest.map_structure(lambda new, old: tf.where(some, new, old), moved, kept))
+        before = OrderedDict((name, _as_tuples(state[name])) for name in moved)
+        own = shrink.next_state(state, measured["clients"], sums)
+        own.update(tf.nest.map_structure(lambda new, old: tf.where(some, new, old), moved, before))
         mean_scores = sums["scores"] / sums["heard"][:, tf.newaxis]  # NaN, if nobody had a part
         for voice, mean_score in zip(heard, tf.unstack(mean_scores), strict=True):
             own.update(voice.next_state(state, mean_score))
@@ -291,9 +333,11 @@ def jury_mean(
         counted = tf.cast(measured["clients"], tf.float64)
         shown = OrderedDict(share=shares, votes=voted[0], vote_size=size, trust=trust)
         for name, numbers in shown.items():
-            measured[name] = _by_voice(heard, tf.cast(numbers, tf.float32))
+            measured[name] = _by_name(voted_on, tf.cast(numbers, tf.float32))
         voiceless = tf.cast(counted - sums["heard"], tf.int32)
-        measured["voiceless_clients"] = _by_voice(heard, voiceless)
+        measured["voiceless_clients"] = _by_name(voted_on, voiceless)
+        if strides:
+            measured["stride"] = tf.cast(stride, tf.float32)
         if votes == "model":
             measured["loss_voting_clients"] = tf.cast(sums["by_loss"], tf.int32)
         return RuleResult(own, update, measured)
@@ -307,13 +351,16 @@ def jury_mean(
         return tf.maximum(moved, state["vote_floor"])
 
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
-        start, number = tf.constant(0), len(heard)
-        none = tf.zeros([number], tf.float64)
-        shares = _shares(hparams["slope"].at(start), hparams["margin"].at(start), none)
-        gap = tuple(tuple(tf.zeros(s.shape, s.dtype) for s in layers.specs) for _ in heard)
+        start = tf.constant(0)
+        none = tf.zeros([len(voted_on)], tf.float64)
+        slope = hparams["slope"].at(start)
+        shares = _shares(slope, hparams["margin"].at(start), none[: len(heard)])
+        gap = tuple(tuple(tf.zeros(s.shape, s.dtype) for s in layers.specs) for _ in voted_on)
         own = shrink.initial_state()
         typical = none + hparams["vote_floor"].at(start)
         own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=typical)
+        if strides:
+            own["stride"] = tf.sigmoid(-slope * _STRIDE_MARGIN)
         for voice in heard:
             own = checks.joined("voices", own, voice.initial_state(layers))
         return own
@@ -324,11 +371,10 @@ def jury_mean(
             statistics=statistics_reduction(size, sample_size, others=number),
             sums=sums_reduction(
                 OrderedDict(
-                    within=[],
-                    shrunk=[],
+                    OrderedDict.fromkeys(LENGTHS, ()),
                     weight=[],
-                    votes=[2, number],
-                    usual=[number],
+                    votes=[2, len(voted_on)],
+                    usual=[len(voted_on)],
                     heard=[number],
                     by_loss=[],
                     scores=[number, size],
@@ -344,7 +390,7 @@ def jury_mean(
         loss="training" if any(voice.by_score.needs.loss for voice in heard) else None,
         candidates=None
         if votes == "direction"
-        else Candidates(_models, 1 + len(heard), None if votes == "model" else votes),
+        else Candidates(_models, 1 + len(voted_on), None if votes == "model" else votes),
     )
     return Rule(
         client, reduction, server, needs=needs, initial_state=initial_state, hparams=hparams
@@ -354,9 +400,15 @@ def jury_mean(
 def _models(weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> list[list[tf.Tensor]]:
     """The server's model had it followed the redescending mean lately, and had it each voice."""
     plain = list(weights)
-    for part, gap in zip(tf.unstack(state["share"]), state["gap"], strict=True):
-        plain = [w + tf.cast(part, w.dtype) * g for w, g in zip(plain, gap, strict=True)]
+    parts = [*tf.unstack(state["share"]), *([state["stride"]] if "stride" in state else [])]
+    for part, gap in zip(parts, state["gap"], strict=True):
+        plain = _along(plain, part, gap)
     return [plain, *([w - g for w, g in zip(plain, gap, strict=True)] for gap in state["gap"])]
+
+
+def _along(start: Sequence[tf.Tensor], far: tf.Tensor, way: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """`start + far way`."""
+    return [x + tf.cast(far, x.dtype) * d for x, d in zip(start, way, strict=True)]
 
 
 def _shares(slope: tf.Tensor, margin: tf.Tensor, trust: tf.Tensor) -> tf.Tensor:
@@ -383,9 +435,10 @@ def _as_tuples(value: Any) -> Any:
     return value if tf.is_tensor(value) else tuple(tuple(part) for part in value)
 
 
-def _by_voice(heard: Sequence[_Voice], numbers: tf.Tensor) -> Any:
-    named = OrderedDict(zip((voice.name for voice in heard), tf.unstack(numbers), strict=True))
-    return named if len(heard) > 1 else next(iter(named.values()))
+def _by_name(names: Sequence[str], numbers: tf.Tensor) -> Any:
+    """The numbers by the first of these names; one alone as it is."""
+    named = OrderedDict(zip(names, tf.unstack(numbers), strict=False))
+    return named if len(named) > 1 else next(iter(named.values()))
 
 
 def _voices(voices: Voices | None, layers: Layers) -> tuple[_Voice, ...]:
@@ -401,7 +454,8 @@ def _voices(voices: Voices | None, layers: Layers) -> tuple[_Voice, ...]:
     for score, chosen in pairs:
         by_score = weighed(score, chosen, layers, None)
         name = "loss" if by_score.needs.score is None else by_score.needs.score.name
-        same = sum(voice.by_score.needs.score == by_score.needs.score for voice in heard)
+        name = "uniform" if chosen.is_uniform else name
+        same = sum(voice.name == name for voice in heard)
         heard.append(_Voice(name if not same else f"{name}_{same + 1}", by_score))
     found = {voice.by_score.needs.score for voice in heard} - {None}
     if len(found) > 1:

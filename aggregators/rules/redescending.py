@@ -20,40 +20,49 @@ from aggregators.weighted_mean.streaming import LogWeighted, log_add, mean_reduc
 
 _LEAST_NORM = 1e-30
 
+# What `Shrinking` counts, and adds up.
+LENGTHS = ("within", "shrunk", "moving", "log_norm")
+
 
 @attrs.frozen
 class Shrinking:
     """Long updates count less: what the rules of this file and of `jury` share.
 
     Attributes:
-      initial_norm: What a typical norm is before the first round.
+      initial_norm: What a typical norm is before the first round; None if nobody knows.
       hparams: `cutoff`, `power`, `norm_quantile` and `norm_rate`.
     """
 
-    initial_norm: float
+    initial_norm: float | None
     hparams: Mapping[str, Hparam]
 
     def initial_state(self) -> OrderedDict[str, Any]:
-        """`typical_norm`, float64."""
-        return OrderedDict(typical_norm=tf.constant(self.initial_norm, tf.float64))
+        """`typical_norm`, float64; 0 if not known."""
+        return OrderedDict(typical_norm=tf.constant(self.initial_norm or 0.0, tf.float64))
 
     def log_factor(self, norm: tf.Tensor, state: Mapping[str, Any]) -> tf.Tensor:
         """The logarithm of what an update of this norm is multiplied by, float64, at most 0."""
-        longest = state["cutoff"] * state["typical_norm"]
-        return state["power"] * tf.minimum(tf.math.log(longest / tf.cast(norm, tf.float64)), 0.0)
+        typical = state["typical_norm"]
+        longest = tf.math.log(state["cutoff"] * typical / tf.cast(norm, tf.float64))
+        return tf.where(typical > 0.0, state["power"] * tf.minimum(longest, 0.0), 0.0)
 
     def counts(
         self, norm: tf.Tensor, counts: tf.Tensor, state: Mapping[str, Any]
     ) -> OrderedDict[str, tf.Tensor]:
-        """Whether a client's update is no longer than is typical, and whether it is shrunk."""
-        norm = tf.cast(norm, tf.float64)
-        within = norm <= state["typical_norm"]
-        shrunk = norm > state["cutoff"] * state["typical_norm"]
-        kinds = (counts & within, counts & shrunk)
-        return OrderedDict(
-            (name, tf.cast(kind, tf.float64))
-            for name, kind in zip(("within", "shrunk"), kinds, strict=True)
+        """Whether a client's update is no longer than is typical, and whether it is shrunk.
+
+        And if it has a length, whether that counts, and its logarithm.
+        """
+        norm, typical = tf.cast(norm, tf.float64), state["typical_norm"]
+        within = norm <= typical
+        shrunk = (norm > state["cutoff"] * typical) & (typical > 0.0)
+        moves = counts & (norm > 0.0)
+        kinds = (counts & within, counts & shrunk, moves)
+        found = OrderedDict(
+            (name, tf.cast(kind, tf.float64)) for name, kind in zip(LENGTHS, kinds, strict=False)
         )
+        found["log_norm"] = tf.where(moves, tf.math.log(norm), 0.0)
+        return found
 
     def measurements(
         self, state: Mapping[str, Any], sums: Mapping[str, tf.Tensor]
@@ -65,27 +74,49 @@ class Shrinking:
         )
 
     def next_state(
-        self, state: Mapping[str, Any], clients: tf.Tensor, within: tf.Tensor
+        self, state: Mapping[str, Any], clients: tf.Tensor, sums: Mapping[str, tf.Tensor]
     ) -> OrderedDict[str, Any]:
         """The typical norm after a round: as it was if nobody counted."""
-        found = tf.math.divide_no_nan(within, tf.cast(clients, tf.float64))
+        found = tf.math.divide_no_nan(sums["within"], tf.cast(clients, tf.float64))
         step = tf.exp(-state["norm_rate"] * (found - state["norm_quantile"]))
         typical = state["typical_norm"]
         moved = tf.clip_by_value(typical * step, _LEAST_NORM, 1.0 / _LEAST_NORM)
+        moved = tf.where(typical > 0.0, moved, self._first(sums))
         return OrderedDict(typical_norm=tf.where(clients > 0, moved, typical))
+
+    def shortened(
+        self, tensors: Sequence[tf.Tensor], state: Mapping[str, Any], sums: Mapping[str, tf.Tensor]
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """A round's mean, and by what it was multiplied, float64: 1 once a typical norm is known."""
+        if self.initial_norm is not None:
+            return list(tensors), tf.constant(1.0, tf.float64)
+        most = tf.math.divide_no_nan(self._first(sums), tf.cast(length(tensors), tf.float64))
+        kept = tf.where(state["typical_norm"] > 0.0, tf.ones_like(most), tf.minimum(most, 1.0))
+        return [tf.cast(kept, x.dtype) * x for x in tensors], kept
+
+    def _first(self, sums: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """The geometric mean of the norms of updates that have a length; 0 if there is none."""
+        mean = tf.exp(tf.math.divide_no_nan(sums["log_norm"], sums["moving"]))
+        return tf.where(sums["moving"] > 0.0, mean, 0.0)
 
 
 def shrinking(
-    cutoff: Number, power: Number, initial_norm: float, norm_quantile: Number, norm_rate: Number
+    cutoff: Number,
+    power: Number,
+    initial_norm: float | None,
+    norm_quantile: Number,
+    norm_rate: Number,
 ) -> Shrinking:
     """Checks the arguments that rules with `Shrinking` share; see `redescending_mean`."""
-    start = hparam("initial_norm", initial_norm, _LEAST_NORM, 1.0 / _LEAST_NORM)
-    if start.is_scheduled:
-        raise ValueError(
-            f"`initial_norm` must be a number, not a schedule; found {initial_norm!r}."
-        )
+    if initial_norm is not None:
+        start = hparam("initial_norm", initial_norm, _LEAST_NORM, 1.0 / _LEAST_NORM)
+        if start.is_scheduled:
+            raise ValueError(
+                f"`initial_norm` must be a number or None, not a schedule; found {initial_norm!r}."
+            )
+        initial_norm = start.value
     return Shrinking(
-        start.value,
+        initial_norm,
         OrderedDict(
             cutoff=hparam("cutoff", cutoff, 0.0, above=True),
             power=hparam("power", power, 0.0, 1000.0),
@@ -156,7 +187,7 @@ def redescending_mean(
     *,
     cutoff: Number = 2.5,
     power: Number = 3.0,
-    initial_norm: float = 1.0,
+    initial_norm: float | None = 1.0,
     norm_quantile: Number = 0.5,
     norm_rate: Number = 0.2,
     sample_size: int = 0,
@@ -177,7 +208,16 @@ def redescending_mean(
 
     The typical norm moves by a factor of at most `exp(norm_rate)` a round: where updates are much
     longer than `cutoff initial_norm`, the first rounds learn next to nothing. `typical_norm` beside
-    `score_mean` and `shrunk_clients` show that.
+    `score_mean` and `shrunk_clients` show that. With `initial_norm=None` the first round finds it:
+
+    ```
+    C      = exp(mean of log |d_k| over clients with |d_k| > 0)
+    update = m min(1, C / |m|),   m = sum_k n_k d_k / sum_k n_k
+    ```
+
+    Nobody is shrunk in that round, so one client with a huge update then gives the first step its
+    direction, and makes `C` too long for a while: by the k-th root of how much longer it is, of k
+    clients. Where clients may be hostile, give a number.
 
     Measurements: norms in place of scores; weights after shrinking; `typical_norm` (float32, the one
     that was used), and `shrunk_clients` (int32, clients with a factor below 1). All numbers but
@@ -187,7 +227,7 @@ def redescending_mean(
       cutoff: Above 0: how many typical norms an update may have before it is shrunk.
       power: From 0 to 1000. 0 is the plain mean; 1 clips to `cutoff C`; above 1 the pull of an update
         falls again the longer it is.
-      initial_norm: What is typical before the first round, above 0.
+      initial_norm: What is typical before the first round, above 0; None to find it in that round.
       norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.
       sample_size: How many clients the measurements list one by one.
@@ -221,9 +261,10 @@ def redescending_mean(
 
     def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
         mean, sums = reduced["mean"], reduced["sums"]
-        tensors, measured = weighted_mean.report(reduced, shares=(mean.kept,))
+        tensors, kept = shrink.shortened(mean.tensors, state, sums)
+        _, measured = weighted_mean.report(reduced, shares=(kept * mean.kept,))
         measured.update(shrink.measurements(state, sums))
-        own = shrink.next_state(state, measured["clients"], sums["within"])
+        own = shrink.next_state(state, measured["clients"], sums)
         return RuleResult(own, tensors, measured)
 
     return Rule(
@@ -231,7 +272,7 @@ def redescending_mean(
         lambda layers: zip_reductions(
             mean=shrunk_reduction(layers),
             statistics=statistics_reduction(len(layers.groups), sample_size),
-            sums=sums_reduction(OrderedDict(within=[], shrunk=[])),
+            sums=sums_reduction(OrderedDict.fromkeys(LENGTHS, ())),
         ),
         server,
         needs=Needs(layers="model"),
