@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import tff_optim
 from tff_optim import hyperparameters, projections, schedules, transforms
-from tff_optim.backends import keras as keras_step
+from tff_optim.backends.keras import steps as keras_steps
 from tff_optim.core import leaves
 
 K = tf.keras
@@ -232,7 +232,7 @@ def test_the_code_of_this_package_is_not_converted(monkeypatch):
     watch(leaves, "check_specs")
     watch(leaves, "read_gradients")
     watch(leaves, "widen")
-    watch(keras_step, "run_step")
+    watch(keras_steps, "run_step")
     specs = contracts.specs_of(WEIGHTS)
     gradients = [tf.constant(g) for g in GRADIENTS[0]]
     compiled = K.optimizers.SGD(0.1)

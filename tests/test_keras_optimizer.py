@@ -23,7 +23,7 @@ from nearness import assert_near
 
 import tff_optim
 from tff_optim import build_keras_optimizer
-from tff_optim.backends import keras as keras_step
+from tff_optim.backends.keras import checks
 
 K = tf.keras.optimizers
 SPECS = [tf.TensorSpec((2, 2), tf.float32), tf.TensorSpec((2,), tf.float32)]
@@ -514,7 +514,7 @@ def test_a_subclass_that_cannot_be_pure_is_refused_and_told_why(cls, message):
         step()
 
 
-@pytest.mark.parametrize("method", sorted(keras_step.not_called()))
+@pytest.mark.parametrize("method", sorted(checks.not_called()))
 def test_a_subclass_that_overrides_what_is_not_called_is_refused(method):
     cls = _subclass(**{method: lambda self, *unused: None})
     with pytest.raises(
@@ -573,14 +573,14 @@ def test_what_keras_calls_in_a_step_is_called_here_too_or_refused_when_overridde
     with_keras, with_us = _methods_called(in_keras), _methods_called(here)
     assert {"minimize", "compute_gradients", "apply_gradients", "_clip_gradients"} <= with_keras
     assert {"_clip_gradients", "_deduplicate_sparse_grad", "build"} <= with_us
-    assert with_keras - with_us <= keras_step.not_called()
+    assert with_keras - with_us <= checks.not_called()
 
 
-def test_only_keras_step_reads_private_names_of_keras_optimizers():
+def test_only_one_folder_reads_private_names_of_keras_optimizers():
     private = {name for name in (*vars(K.Adam(0.1)), *dir(K.Optimizer)) if re.match("_[a-z]", name)}
     assert {"_iterations", "_learning_rate", "_clip_gradients"} <= private
     package = pathlib.Path(tff_optim.__file__).parent
-    sources = [path for path in package.rglob("*.py") if path.parent.name != "keras_step"]
+    sources = [path for path in package.rglob("*.py") if path.parent.name != "keras"]
     assert len(sources) > 30
     for path in sources:
         for name in re.findall(

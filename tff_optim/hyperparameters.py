@@ -16,43 +16,34 @@ import collections
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim.core import leaves
-from tff_optim.core.hparam_values import (
-    STEP,
-    Hparams,
-    Schedule,
-    check_names,
-    check_scalar,
-    checked,
-    checked_where_run,
-    complete,
-    in_dtype_of,
-    update,
-)
-from tff_optim.core.intervals import (
+from tff_optim.core import comparison, leaves
+from tff_optim.core.messages import shown
+from tff_optim.core.numbers import (
     FINITE,
     FRACTION,
     NON_NEGATIVE,
     POSITIVE,
+    STEP,
     UNIT,
     Interval,
+    Schedule,
+    check_names,
+    check_scalar,
+    checked,
     checked_number,
+    checked_where_run,
+    complete,
+    in_dtype_of,
+    to_float,
+    update,
 )
 from tff_optim.core.tracing import as_written
-from tff_optim.hparam_fields import (
-    constant,
-    field,
-    fields_of,
-    flag,
-    fraction,
-    has_schedule,
-    intervals,
-    non_negative,
-    positive,
-)
+from tff_optim.core.types import Hparams, Number, State
+from tff_optim.keras_objects import arguments as keras_arguments
 
 __all__ = [
     "FINITE",
@@ -87,7 +78,157 @@ __all__ = [
 ]
 
 
-def initialize(part: Any, counts_steps: bool = False) -> Hparams:
+_MARK = "tff_optim_hyperparameter"
+
+
+def field(allowed: Interval, default: object = attrs.NOTHING, *, traceable: bool = False) -> Any:
+    """Declares a numeric hyper-parameter of a frozen attrs class.
+
+    Args:
+      allowed: The allowed numbers.
+      default: The default value.
+      traceable: Whether a scalar tensor of the computation that is being traced is taken too. Its
+        value is checked where the computation runs.
+
+    Returns:
+      An attrs field that takes a number (an int or NumPy scalar becomes a float) or a Keras
+      schedule, compares schedules by their configuration, and raises `TypeError` or `ValueError`
+      for anything else. The number must be allowed as given and when rounded to float32. No field may
+      be called `step`: the state counts its steps under that name.
+
+    Example:
+      >>> @attrs.frozen
+      ... class Scale:
+      ...     factor: float = field(POSITIVE, 1.0)
+      >>> Scale(2)
+      Scale(factor=2.0)
+    """
+
+    def validate(owner: object, attribute: attrs.Attribute, value: object) -> None:
+        name = type(owner).__name__
+        if attribute.name == STEP:
+            raise ValueError(
+                f"`{STEP}` of `{name}` must have another name, for the state counts its steps under "
+                "this one; found a hyper-parameter. Call it `step_size`, for example."
+            )
+        if traceable and tf.is_symbolic_tensor(value):
+            check_scalar(name, attribute.name, value)
+        elif isinstance(value, Schedule):
+            keras_arguments.check_object(value)
+        else:
+            checked_number(name, attribute.name, value, allowed, " or a Keras schedule")
+
+    return attrs.field(
+        default=default,
+        converter=to_float,
+        validator=validate,
+        eq=comparison.key,
+        metadata={_MARK: allowed},
+    )
+
+
+def constant(allowed: Interval, default: object = attrs.NOTHING) -> Any:
+    """Declares a number that stays as it was given: no schedule, not in the state.
+
+    Example:
+      >>> part = attrs.make_class("Part", {"size": constant(POSITIVE, 2)})()
+      >>> part, dict(initialize(part))
+      (Part(size=2.0), {})
+    """
+
+    def validate(owner: object, attribute: attrs.Attribute, value: object) -> None:
+        checked_number(type(owner).__name__, attribute.name, value, allowed)
+
+    return attrs.field(default=default, converter=to_float, validator=validate)
+
+
+def fraction(default: object = attrs.NOTHING) -> Any:
+    """Declares a decay rate in [0, 1).
+
+    Example:
+      >>> attrs.make_class("Part", {"beta": fraction(0.5)})(0.9)
+      Part(beta=0.9)
+    """
+    return field(FRACTION, default)
+
+
+def positive(default: object = attrs.NOTHING) -> Any:
+    """Declares a number greater than 0.
+
+    Example:
+      >>> attrs.make_class("Part", {"size": positive()})(1)
+      Part(size=1.0)
+    """
+    return field(POSITIVE, default)
+
+
+def non_negative(default: object = attrs.NOTHING, *, traceable: bool = False) -> Any:
+    """Declares a number of at least 0.
+
+    Example:
+      >>> attrs.make_class("Part", {"size": non_negative(0)})()
+      Part(size=0.0)
+    """
+    return field(NON_NEGATIVE, default, traceable=traceable)
+
+
+def flag(default: bool) -> Any:
+    """Declares a Python bool that shapes the graph.
+
+    Example:
+      >>> attrs.make_class("Part", {"nesterov": flag(False)})(True)
+      Part(nesterov=True)
+    """
+
+    def validate(owner: object, attribute: attrs.Attribute, value: object) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"`{attribute.name}` of `{type(owner).__name__}` must be True or False; "
+                f"found {shown(value)}."
+            )
+
+    return attrs.field(default=default, validator=validate)
+
+
+def is_field(attribute: attrs.Attribute) -> bool:
+    """Whether an attribute was declared with `field`, and so may be a number or a schedule."""
+    return _MARK in attribute.metadata
+
+
+def fields_of(part: Any) -> list[attrs.Attribute]:
+    """The fields of a part that were declared with `field`."""
+    if not attrs.has(type(part)):
+        return []
+    return [f for f in attrs.fields(type(part)) if is_field(f)]
+
+
+def intervals(part: object) -> dict[str, Interval]:
+    """The hyper-parameters of `part` that were given as numbers, with what is allowed for each.
+
+    Example:
+      >>> from tff_optim import transforms
+      >>> {name: allowed.words for name, allowed in intervals(transforms.Momentum(0.5)).items()}
+      {'beta': 'a number in [0, 1)'}
+    """
+    return {
+        f.name: f.metadata[_MARK]
+        for f in fields_of(part)
+        if not isinstance(getattr(part, f.name), Schedule)
+    }
+
+
+def has_schedule(part: object) -> bool:
+    """Whether a hyper-parameter of `part` is a schedule.
+
+    Example:
+      >>> from tff_optim import transforms
+      >>> has_schedule(transforms.Momentum(0.5))
+      False
+    """
+    return len(intervals(part)) < len(fields_of(part))
+
+
+def initialize(part: object, counts_steps: bool = False) -> Hparams:
     """The entries of the first state: the numbers and, if needed or asked for, `step`.
 
     NumPy scalars, not tensors: TFF reads the hparams of an eagerly made state and accepts only
@@ -112,7 +253,7 @@ def initialize(part: Any, counts_steps: bool = False) -> Hparams:
 
 
 def check_state(
-    part: Any, state: Any, slots: tuple[str, ...] = (), counts_steps: bool = False
+    part: object, state: State, slots: tuple[str, ...] = (), counts_steps: bool = False
 ) -> None:
     """Raises `ValueError` unless `state` has the entries of `initialize` and the `slots`.
 
@@ -127,7 +268,7 @@ def check_state(
     )
 
 
-def current(part: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+def current(part: object, state: State) -> dict[str, Number]:
     """The values for this step, by name: from the state, or the schedule's.
 
     Example:
@@ -149,7 +290,7 @@ def current(part: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def advance(part: Any, state: Mapping[str, Any]) -> Hparams:
+def advance(part: object, state: State) -> Hparams:
     """The entries of `initialize` for the next state: numbers carried over, `step` counted.
 
     Example:
@@ -164,7 +305,7 @@ def advance(part: Any, state: Mapping[str, Any]) -> Hparams:
     return carried
 
 
-def get_hparams(part: Any, state: Mapping[str, Any]) -> Hparams:
+def get_hparams(part: object, state: State) -> Hparams:
     """The numbers in `state` that can be set between rounds.
 
     Example:
@@ -176,7 +317,7 @@ def get_hparams(part: Any, state: Mapping[str, Any]) -> Hparams:
     return collections.OrderedDict((name, state[name]) for name in intervals(part))
 
 
-def set_hparams(part: Any, state: Mapping[str, Any], hparams: Mapping[str, Any]) -> Hparams:
+def set_hparams(part: object, state: State, hparams: Mapping[str, Number]) -> Hparams:
     """`state` with the numbers in `hparams`; see `update`.
 
     Example:

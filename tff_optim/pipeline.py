@@ -4,33 +4,97 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
 import tensorflow as tf
-import tensorflow_federated as tff
 
 from tff_optim import hyperparameters, projections
+from tff_optim.backends.common import PureOptimizer
 from tff_optim.core import devices, leaves, tracing
+from tff_optim.core.messages import shown
+from tff_optim.core.numbers import STEP
 from tff_optim.core.tracing import as_written, call_traced
-from tff_optim.pipeline_parts import Pipeline, as_parts
+from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
+from tff_optim.regularizers import Penalty
 from tff_optim.transforms.interface import GradientTransform
 
 _PARTS = "parts"
 
 
-class PipelineOptimizer(tff.learning.optimizers.Optimizer):
+def as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
+    """Reads the argument `name`, a sequence of transforms; Keras regularizers are wrapped.
+
+    Raises:
+      TypeError: If it is something else.
+    """
+    if not isinstance(given, list | tuple):
+        raise TypeError(
+            f"`{name}` must be a list or tuple; found {shown(given)}. Put it in a list."
+        )
+    parts = []
+    for part in given:
+        if name == "regularizers" and isinstance(part, tf.keras.regularizers.Regularizer):
+            part = Penalty(part)
+        if not isinstance(part, GradientTransform):
+            also = ", tf.keras.regularizers.Regularizer" if name == "regularizers" else ""
+            raise TypeError(
+                f"`{name}` must hold instances of tff_optim.transforms.GradientTransform{also}; "
+                f"found {shown(part)}. `tff_optim.from_config` reads names and configurations; "
+                "`tff_optim.transforms.KerasTransform` wraps a Keras optimizer."
+            )
+        parts.append(part)
+    return tuple(parts)
+
+
+@attrs.frozen
+class Pipeline:
+    """What a pipeline is made of; the arguments of `build_optimizer`, checked."""
+
+    learning_rate: Any = hyperparameters.non_negative(traceable=True)
+    regularizers: tuple[GradientTransform, ...] = ()
+    transforms: tuple[GradientTransform, ...] = ()
+    weight_decay: Any = hyperparameters.non_negative(0.0, traceable=True)
+    projection: tuple[projections.Projection, ...] = ()
+    device: str | None = None
+    jit_compile: bool = hyperparameters.flag(False)
+
+    @property
+    def decays(self) -> bool:
+        """Whether there is a decay term: none if it is exactly 0, rather than one times 0."""
+        # A tensor or a schedule may come to another value than 0.
+        return not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
+
+    @property
+    def rate_names(self) -> list[str]:
+        """Those of learning rate and weight decay that are numbers in the state."""
+        names = list(hyperparameters.intervals(self))
+        return names if self.decays else [name for name in names if name != "weight_decay"]
+
+    @property
+    def parts(self) -> dict[str, GradientTransform]:
+        """All parts in order, by class, numbered from its second use on: `Adam`, `Adam_2`."""
+        parts: dict[str, GradientTransform] = {}
+        last: dict[str, int] = {}
+        for part in (*self.regularizers, *self.transforms):
+            name = cls = type(part).__name__
+            while name in parts:  # also by a class that is called `Adam_2`
+                last[cls] = last.get(cls, 1) + 1
+                name = f"{cls}_{last[cls]}"
+            parts[name] = part
+        return parts
+
+
+class PipelineOptimizer(PureOptimizer):
     """Runs a `Pipeline`; `tff_optim.build_optimizer` makes and describes it.
 
-    Not an attrs class itself: TFF hands optimizers to a `tf.function`, and `tf.nest` would take
-    such an argument apart into its fields.
-
     Attributes:
-      pipeline: The parts; optimizers of equal ones are equal.
+      pipeline: The parts.
     """
 
+    _owner = "Pipeline"
+
     def __init__(self, pipeline: Pipeline):
+        super().__init__(pipeline, pipeline.device)
         self._pipeline = pipeline
-        # Taken now: a `tf.function` hashes its arguments while it traces, where Keras optimizers
-        # cannot tell their configuration.
-        self._hash = hash(pipeline)
         # Made once: a function made in every call would be traced and compiled in every call.
         self._compiled = tracing.function(self._changes, jit_compile=True, autograph=False)
 
@@ -39,43 +103,16 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         """The parts."""
         return self._pipeline
 
-    def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, PipelineOptimizer) and self.pipeline == other.pipeline
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __copy__(self) -> "PipelineOptimizer":
-        return self  # nothing in it changes
-
-    def __deepcopy__(self, memo: Any) -> "PipelineOptimizer":
-        return self
-
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         return PipelineOptimizer, (self.pipeline,)
 
     def __repr__(self) -> str:
         return f"PipelineOptimizer({self.pipeline!r})"
 
-    @tf.autograph.experimental.do_not_convert
-    def initialize(self, specs: Any) -> Any:
-        """Returns the state before the first step, as `build_optimizer` describes it.
-
-        Args:
-          specs: A structure of `tf.TensorSpec`s of the weights: floating dtypes, known shapes.
-
-        Returns:
-          An `OrderedDict` of `learning_rate`, `weight_decay`, `step` and `parts`.
-
-        Raises:
-          ValueError: If a spec is of another kind, or a projection selects no weights.
-        """
-        leaves.check_specs(specs, floating=True)
+    def _initial_state(self, specs: Specs) -> State:
         projections.check_used(self.pipeline.projection, specs)
         specs = leaves.compute_specs(specs)
-        with devices.device_scope(self.pipeline.device):
+        with devices.device_scope(self.device):
             state = hyperparameters.initialize(self.pipeline, counts_steps=True)
             if not self.pipeline.decays:
                 del state["weight_decay"]
@@ -85,34 +122,23 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             )
         return state
 
-    @tf.autograph.experimental.do_not_convert
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """Takes one step, as `build_optimizer` describes it.
+    def _step(
+        self,
+        state: State,
+        given: Weights,
+        weights: list[tf.Tensor],
+        gradients: list[tf.Tensor | None],
+    ) -> tuple[State, list[tf.Tensor]]:
+        leaves.check_keys(state, [*self.pipeline.rate_names, STEP, _PARTS], "state")
+        leaves.check_keys(state[_PARTS], list(self.pipeline.parts), "parts` of `state")
+        packed = (tf.nest.pack_sequence_as(given, flat) for flat in (weights, gradients))
+        state, new_weights = call_traced(self._run, state, *packed)
+        return state, tf.nest.flatten(new_weights)
 
-        Args:
-          state: What `initialize` or the step before returned.
-          weights: A structure of tensors or variables; variables are read, not assigned.
-          gradients: A structure like `weights`; a leaf may be `None` or `tf.IndexedSlices`.
-
-        Returns:
-          The new state and the new weights, as tensors.
-
-        Raises:
-          ValueError: If something differs in structure, shape or dtype, or all gradients are
-            `None`.
-        """
-        self._check_state(state)
-        with devices.device_scope(self.pipeline.device):
-            # Variables are read, and sparse gradients added up, before anything is computed.
-            weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
-            gradients = leaves.read_gradients(gradients, weights)
-            gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
-        return call_traced(self._next, state, weights, gradients)
-
-    def _next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        with devices.device_scope(self.pipeline.device):
+    def _run(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Weights]:
+        with devices.device_scope(self.device):
             if not self.pipeline.jit_compile:
-                return self._step(state, weights, gradients)
+                return self._update_all(state, weights, gradients)
             state = self._begin(state, weights)
             changes, weights = self._compiled(state, weights, gradients)
             state = tf.nest.map_structure(
@@ -120,7 +146,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             )
             return state, weights
 
-    def _begin(self, state: Any, weights: Any) -> Any:
+    def _begin(self, state: State, weights: Weights) -> State:
         wide = tf.nest.map_structure(leaves.widen, weights)
         begun = [
             (name, as_written(part.begin)(state[_PARTS][name], wide))
@@ -128,15 +154,19 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         ]
         return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
 
-    def _changes(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def _changes(
+        self, state: State, weights: Weights, gradients: Gradients
+    ) -> tuple[State, Weights]:
         """A step, with `None` for what stays in the state: compiled code would copy it."""
-        new_state, new_weights = self._step(state, weights, gradients)
+        new_state, new_weights = self._update_all(state, weights, gradients)
         changes = tf.nest.map_structure(
             lambda new, old: None if new is old else new, new_state, state
         )
         return changes, new_weights
 
-    def _step(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def _update_all(
+        self, state: State, weights: Weights, gradients: Gradients
+    ) -> tuple[State, Weights]:
         rates = self._rates(state)
         new_state = self._advance_rates(state)
         wide = tf.nest.map_structure(leaves.widen, weights)
@@ -164,7 +194,7 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
         path: str,
         w: tf.Tensor,
         direction: tf.Tensor,
-        rates: Mapping[str, Any],
+        rates: Mapping[str, Number],
         spec: tf.TensorSpec,
     ) -> tf.Tensor:
         step = leaves.number(rates["learning_rate"], w.dtype) * direction
@@ -175,8 +205,8 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
             w = projection(path, w, spec)
         return tf.cast(w, spec.dtype)
 
-    def get_hparams(self, state: Any) -> hyperparameters.Hparams:
-        """The numbers that can be changed between rounds.
+    def get_hparams(self, state: State) -> Hparams:
+        """Returns the numbers that may change between steps.
 
         Args:
           state: A state of this optimizer.
@@ -191,18 +221,9 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
                 hparams[f"{part_name}.{name}"] = value
         return hparams
 
-    def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
-        """Returns `state` with other numbers, for the steps from the next one on.
-
-        Args:
-          state: A state of this optimizer.
-          hparams: Some of what `get_hparams` returns; what is left out stays as it is.
-
-        Raises:
-          ValueError: If a name is unknown, a number is out of range, or a tensor is not a scalar.
-          TypeError: If a value is neither a number nor a tensor.
-        """
-        hyperparameters.check_names(hparams, self.get_hparams(state), "Pipeline")
+    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
+        """See base class."""
+        hyperparameters.check_names(hparams, self.get_hparams(state), self._owner)
         rates = {name: hparams[name] for name in self.pipeline.rate_names if name in hparams}
         new_state = hyperparameters.set_hparams(self.pipeline, state, rates)
         new_state[_PARTS] = collections.OrderedDict(state[_PARTS])
@@ -217,19 +238,15 @@ class PipelineOptimizer(tff.learning.optimizers.Optimizer):
                 new_state[_PARTS][part_name] = part.set_hparams(old, own)
         return new_state
 
-    def _rates(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _rates(self, state: State) -> dict[str, Number]:
         return hyperparameters.current(self.pipeline, {"weight_decay": 0.0} | dict(state))
 
-    def _advance_rates(self, state: Mapping[str, Any]) -> Any:
+    def _advance_rates(self, state: State) -> State:
         new_state = collections.OrderedDict(
             (name, state[name]) for name in self.pipeline.rate_names
         )
-        new_state[hyperparameters.STEP] = leaves.number(state[hyperparameters.STEP], tf.int64) + 1
+        new_state[STEP] = leaves.number(state[STEP], tf.int64) + 1
         return new_state
-
-    def _check_state(self, state: Any) -> None:
-        leaves.check_keys(state, [*self.pipeline.rate_names, hyperparameters.STEP, _PARTS], "state")
-        leaves.check_keys(state[_PARTS], list(self.pipeline.parts), "parts` of `state")
 
 
 def _check_result(name: str, changed: Any, given: Any, new_state: Any, old_state: Any) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tff_optim.core.intervals import NON_NEGATIVE, POSITIVE, Interval, checked_number
 from tff_optim.core.messages import shown
+from tff_optim.core.numbers import NON_NEGATIVE, POSITIVE, Interval, checked_number
 from tff_optim.core.tracing import as_written
 
 __all__ = ["CosineRestarts", "InverseScaling", "Triangular", "Warmup"]

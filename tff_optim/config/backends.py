@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tff_optim.backends import keras as keras_step
+from tff_optim.backends.keras import copies
 from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.backends.optax.optimizer import OptaxOptimizer, build_optax_optimizer
 from tff_optim.backends.torch.optimizer import TorchOptimizer, build_torch_optimizer
@@ -53,7 +53,7 @@ def keras_to_json(optimizer: KerasOptimizer) -> dict[str, Any]:
     return {
         "optimizer": keras_objects.object_to_json(keras),
         # Set by a method and missing from Keras' own configuration.
-        "exclude_from_weight_decay": keras_step.excluded_patterns(keras),
+        "exclude_from_weight_decay": copies.excluded_patterns(keras),
         **_place_to_json(optimizer),
     }
 

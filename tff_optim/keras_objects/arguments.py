@@ -14,7 +14,8 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim.core.intervals import (
+from tff_optim.core.messages import shown
+from tff_optim.core.numbers import (
     FINITE,
     FRACTION,
     NON_NEGATIVE,
@@ -23,7 +24,6 @@ from tff_optim.core.intervals import (
     Interval,
     checked_number,
 )
-from tff_optim.core.messages import shown
 from tff_optim.core.tracing import eager_world
 
 _Schedule = tf.keras.optimizers.schedules.LearningRateSchedule

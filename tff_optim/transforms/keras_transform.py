@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.backends import keras as keras_step
+from tff_optim.backends.keras import copies
 from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.core import entries
 from tff_optim.core.tracing import eager_world
@@ -27,7 +27,7 @@ def _step_only(given: Any) -> KerasOptimizer:
     keras = wrapped.keras_optimizer
     name = type(keras).__name__
     dropped = []
-    if not keras_step.has_rate_variable(keras):
+    if not copies.has_rate_variable(keras):
         dropped.append("its learning-rate schedule (give it to the pipeline instead)")
     if keras.weight_decay:
         dropped.append("its weight decay (give it to the pipeline instead)")
@@ -36,7 +36,7 @@ def _step_only(given: Any) -> KerasOptimizer:
     if dropped:
         warnings.warn(f"`KerasTransform` of {name} leaves out {', '.join(dropped)}.", stacklevel=3)
     with eager_world():  # variables and values are needed now, even while TFF traces
-        optimizer = build_keras_optimizer(keras_step.at_unit_rate(keras), device=wrapped.device)
+        optimizer = build_keras_optimizer(copies.at_unit_rate(keras), device=wrapped.device)
         depends = _depends_on_weights(optimizer)
     if depends:
         raise ValueError(

@@ -2,14 +2,14 @@
 
 import collections
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from tff_optim.backends.keras.cells import NumberCell
 from tff_optim.backends.keras.copies import (
+    Keras,
     all_cells,
     build_template,
     depends_on,
@@ -20,8 +20,6 @@ from tff_optim.backends.keras.steps import run_step
 from tff_optim.core import patterns
 from tff_optim.core.tracing import scratch_graph
 from tff_optim.keras_objects import arguments as keras_arguments
-
-_Keras = tf.keras.optimizers.Optimizer
 
 # The methods of Keras' base classes that a pure step calls as Keras does, or that have no part in a
 # step. A subclass that overrides any other one would be silently ignored, so it is refused: clipping
@@ -61,12 +59,12 @@ _ENTRIES = ("learning_rate", "iterations", "slots")
 
 def not_called() -> set[str]:
     """The methods that Keras defines for an optimizer and a pure step does not call."""
-    bases = [base for base in _Keras.__mro__ if keras_arguments.of_keras(base)]
+    bases = [base for base in Keras.__mro__ if keras_arguments.of_keras(base)]
     defined = {name for base in bases for name, value in vars(base).items() if callable(value)}
     return {name for name in defined if not name.startswith("__")} - _HONOURED
 
 
-def check_arguments(optimizer: Any) -> None:
+def check_arguments(optimizer: Keras) -> None:
     """Raises if the optimizer or its schedule has an argument that no step can be taken with."""
     keras_arguments.check_object(optimizer)
     for pattern in excluded_patterns(optimizer):
@@ -84,55 +82,57 @@ def check_arguments(optimizer: Any) -> None:
 
 
 def find_numbers(
-    optimizer: Any, initial: Mapping[int, np.ndarray]
+    optimizer: Keras, initial: Mapping[int, np.ndarray]
 ) -> "collections.OrderedDict[str, float]":
-    """Finds the numbers that a step reads in its graph, by tracing a step for each candidate."""
+    """Finds the numbers that a step reads in its graph rather than branching on them.
+
+    A step is traced with tensors for all of them, or for one at a time if one needs a Python number.
+
+    Raises:
+      ValueError: If a step reads or assigns a variable that could not be replaced by state.
+    """
     try:
         config = optimizer.get_config()
     except NotImplementedError:  # a subclass need not be serializable
         config = {}
-    numbers: collections.OrderedDict[str, float] = collections.OrderedDict()
+    candidates: collections.OrderedDict[str, float] = collections.OrderedDict()
     for name, value in config.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_candidate = is_number and name not in _ENTRIES and vars(optimizer).get(name) == value
-        if is_candidate and _reads_in_graph(optimizer, initial, name):
-            numbers[name] = float(value)
-    return numbers
+        if is_number and name not in _ENTRIES and vars(optimizer).get(name) == value:
+            candidates[name] = float(value)
+    read = [_read_in_graph(optimizer, initial, [*candidates])]
+    if read == [None]:
+        read = [_read_in_graph(optimizer, initial, [name]) for name in candidates]
+    if all(names is None for names in read):
+        _read_in_graph(optimizer, initial, [])  # raises for a variable that is no state
+    found = set().union(*(names or () for names in read))
+    return collections.OrderedDict((n, value) for n, value in candidates.items() if n in found)
 
 
-def _probe(
-    optimizer: Any, initial: Mapping[int, np.ndarray], name: str | None = None
-) -> tuple[Any, bool]:
-    """Traces a step on two small weights, with one number replaced by a tensor.
+def _read_in_graph(
+    optimizer: Keras, initial: Mapping[int, np.ndarray], names: Sequence[str]
+) -> set[str] | None:
+    """Those numbers on which a step depends; None if it cannot be traced with tensors for them all.
 
-    Returns the graph, and whether what the step computes depends on the number.
+    Raises:
+      ValueError: If the step reads or assigns a variable that could not be replaced by state.
     """
     specs = [tf.TensorSpec((2, 3), tf.float32), tf.TensorSpec((3,), tf.float32)]
-    template = build_template(optimizer, initial, specs, ["0", "1"])
-    with scratch_graph() as graph:
-        for cell in all_cells(template):
-            cell.bind(tf.compat.v1.placeholder(cell.dtype, cell.shape))
-        number = tf.compat.v1.placeholder(tf.float64, ())
-        if name is not None:
-            template.optimizer.__dict__[name] = NumberCell(number)
-        gradients = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
-        run_step(template, template.weights, gradients)
-        return graph, depends_on([cell.value() for cell in all_cells(template)], [number])
-
-
-def _reads_in_graph(optimizer: Any, initial: Mapping[int, np.ndarray], name: str) -> bool:
     try:
-        return _probe(optimizer, initial, name)[1]
-    except (TypeError, ValueError, NotImplementedError):
-        return False  # the step needs a Python number, to branch on for example
-
-
-def check_closed(optimizer: Any, initial: Mapping[int, np.ndarray]) -> None:
-    """Raises if a step reads or assigns a variable that could not be replaced by state."""
-    try:
-        graph, _ = _probe(optimizer, initial)
-    except Exception:
-        return  # what is wrong is told by the first step, with the weights that it happens to
+        template = build_template(optimizer, initial, specs, ["0", "1"])
+        with scratch_graph() as graph:
+            for cell in all_cells(template):
+                cell.bind(tf.compat.v1.placeholder(cell.dtype, cell.shape))
+            numbers = {name: tf.compat.v1.placeholder(tf.float64, ()) for name in names}
+            for name, number in numbers.items():
+                template.optimizer.__dict__[name] = NumberCell(number)
+            gradients = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
+            run_step(template, template.weights, gradients)
+            outputs = [cell.value() for cell in all_cells(template)]
+    except Exception as error:
+        if names and not isinstance(error, TypeError | ValueError | NotImplementedError):
+            raise
+        return None  # it branches on a number; or the first step fails too, and says why
     if any(tensor.dtype == tf.resource for tensor, _ in graph.captures):
         raise ValueError(
             f"`optimizer` of class {type(optimizer).__name__} must hold its variables in attributes, "
@@ -140,16 +140,17 @@ def check_closed(optimizer: Any, initial: Mapping[int, np.ndarray]) -> None:
             "`tf.Variable`: a schedule's, for example. It would be read as it is at the moment, not "
             "as state."
         )
+    return {name for name, number in numbers.items() if depends_on(outputs, [number])}
 
 
-def check_supported(optimizer: Any) -> Any:
+def check_supported(optimizer: Keras) -> Keras:
     """Returns the optimizer, or raises if a pure step would not do what Keras does with it."""
     cls = type(optimizer)
     name = cls.__name__
     overridden = [
         method
         for method in sorted(not_called())
-        if inspect.getattr_static(cls, method, None) is not inspect.getattr_static(_Keras, method)
+        if inspect.getattr_static(cls, method, None) is not inspect.getattr_static(Keras, method)
     ]
     if overridden:
         raise ValueError(
@@ -157,7 +158,7 @@ def check_supported(optimizer: Any) -> Any:
             f"that it overrides {', '.join(overridden)}. Keras' extension points "
             "are `build`, `update_step` and `get_config`."
         )
-    replaced = [key for key in vars(optimizer) if callable(getattr(_Keras, key, None))]
+    replaced = [key for key in vars(optimizer) if callable(getattr(Keras, key, None))]
     if replaced:
         raise ValueError(
             f"`optimizer` must have the methods of its class {name}; found one with {replaced[0]} "

@@ -6,8 +6,9 @@ A step works on a shallow copy of the optimizer whose variables are replaced by 
 
 import collections
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -16,20 +17,68 @@ import tensorflow as tf
 from tff_optim.backends.keras.cells import VariableCell, current_graph
 from tff_optim.core import comparison, patterns
 from tff_optim.core.tracing import scratch_graph
+from tff_optim.core.types import Number
+
+Keras: TypeAlias = tf.keras.optimizers.Optimizer
 
 
-@attrs.define
-class Copy:
-    """A shallow copy of a Keras optimizer, built for some weights, with cells for its variables."""
+@attrs.frozen(eq=False)
+class Template:
+    """A shallow copy of a Keras optimizer, built for some weights, with cells for its variables.
 
-    optimizer: Any
+    Attributes:
+      optimizer: The copy.
+      weights: The cells of the weights.
+      slots: The cells of the slots by name.
+      from_weights: The slots whose initial value is made from the weights, such as their average.
+    """
+
+    optimizer: Keras
     weights: list[VariableCell]
     slots: "collections.OrderedDict[str, VariableCell]"
-    # The slots whose initial value is made from the weights, such as their moving average.
-    from_weights: list[str]
+    from_weights: list[str] = attrs.field(factory=list)
+
+    @property
+    def can_be_copied(self) -> bool:
+        """Whether `copy` reaches all that `build` has made: no object of a user's own is in it."""
+        found: list[VariableCell] = []
+        plain = all(
+            name in _KEPT or _is_plain(value, found) for name, value in vars(self.optimizer).items()
+        )
+        return plain and {*map(id, self.slots.values())} <= {*map(id, found)}
+
+    def copy(self) -> "Template":
+        """The same with cells of its own, which a step can bind without being seen from another."""
+        clone = copy_containers(self.optimizer)
+        copies: dict[int, VariableCell] = {}
+
+        def copied(cell: VariableCell) -> VariableCell:
+            if id(cell) not in copies:
+                copies[id(cell)] = VariableCell(cell.value(), cell.name)
+            return copies[id(cell)]
+
+        _replace(clone, VariableCell, copied)
+        slots = collections.OrderedDict((n, copied(cell)) for n, cell in self.slots.items())
+        return Template(clone, [copied(c) for c in self.weights], slots, self.from_weights)
 
 
-def copy_containers(optimizer: Any) -> Any:
+# Attributes of Keras' own that no step changes.
+_KEPT = ("_distribution_strategy", "_learning_rate")
+
+
+def _is_plain(value: Any, found: list[VariableCell]) -> bool:
+    """Whether a value is a cell, a plain value, or a list, tuple or dictionary of these."""
+    if isinstance(value, VariableCell):
+        found.append(value)
+        return True
+    if isinstance(value, dict):
+        return all(_is_plain(element, found) for element in value.values())
+    if type(value) in (list, tuple):
+        return all(_is_plain(element, found) for element in value)
+    return value is None or isinstance(value, bool | int | float | str | tf.DType | np.generic)
+
+
+def copy_containers(optimizer: Keras) -> Keras:
     """Copies an optimizer and its lists and dictionaries; their elements stay the same."""
     clone = copy.copy(optimizer)
     for name, value in vars(optimizer).items():
@@ -43,11 +92,11 @@ def copy_containers(optimizer: Any) -> Any:
     return clone
 
 
-def _replace_variables(optimizer: Any, replace: Callable[[tf.Variable], Any]) -> None:
-    """Replaces every `tf.Variable` in attributes, and in lists, tuples and dictionaries in them."""
+def _replace(optimizer: Keras, kind: type, replace: Callable[[Any], Any]) -> None:
+    """Replaces every instance of `kind` in attributes, and in lists, tuples and dictionaries there."""
 
     def replaced(value: Any) -> Any:
-        if isinstance(value, tf.Variable):
+        if isinstance(value, kind):
             return replace(value)
         if isinstance(value, list):
             return [replaced(element) for element in value]
@@ -61,19 +110,19 @@ def _replace_variables(optimizer: Any, replace: Callable[[tf.Variable], Any]) ->
         optimizer.__dict__[name] = replaced(value)
 
 
-def _attribute_of(optimizer: Any, cell: VariableCell) -> str:
+def _attribute_of(optimizer: Keras, cell: VariableCell) -> str:
     for name, value in vars(optimizer).items():
         if value is cell:
             return name.lstrip("_")
     return "variable"
 
 
-def has_rate_variable(optimizer: Any) -> bool:
+def has_rate_variable(optimizer: Keras) -> bool:
     """Whether the learning rate is a number, which Keras keeps in a variable, not a schedule."""
     return isinstance(optimizer._learning_rate, tf.Variable)
 
 
-def own_learning_rate(optimizer: Any, value: Any) -> None:
+def own_learning_rate(optimizer: Keras, value: Number | None) -> None:
     """Gives a copied optimizer a rate of its own: this value, or the one that it has if None."""
     if not has_rate_variable(optimizer):
         raise ValueError(
@@ -87,7 +136,7 @@ def own_learning_rate(optimizer: Any, value: Any) -> None:
     )
 
 
-def read_variables(optimizer: Any) -> dict[int, np.ndarray]:
+def read_variables(optimizer: Keras) -> dict[int, np.ndarray]:
     """The values of the variables that the optimizer's constructor has made, by identity."""
     values: dict[int, np.ndarray] = {}
 
@@ -103,16 +152,16 @@ def read_variables(optimizer: Any) -> dict[int, np.ndarray]:
             values[id(variable)] = variable.numpy()
         return variable
 
-    _replace_variables(optimizer, read)
+    _replace(optimizer, tf.Variable, read)
     return values
 
 
 def build(
-    optimizer: Any,
+    optimizer: Keras,
     initial: Mapping[int, np.ndarray],
     values: Sequence[tf.Tensor],
     names: Sequence[str],
-) -> Copy:
+) -> Template:
     """Copies `optimizer` and builds the copy for weights of these values."""
     clone = copy_containers(optimizer)
     created: list[VariableCell] = []
@@ -139,7 +188,7 @@ def build(
         created.append(VariableCell(value, arguments.get("name") or "", arguments.get("dtype")))
         return created[-1]
 
-    _replace_variables(clone, cell_for)
+    _replace(clone, tf.Variable, cell_for)
     weights = [VariableCell(value, name) for value, name in zip(values, names)]
     if weights:
         with tf.variable_creator_scope(create):
@@ -152,7 +201,7 @@ def build(
         while name in slots:  # Keras gives two placeholders of Adafactor one name
             name += "_"
         slots[name] = cell
-    return Copy(clone, weights, slots, [])
+    return Template(clone, weights, slots)
 
 
 def depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> bool:
@@ -171,22 +220,35 @@ def depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> bo
 
 
 def build_template(
-    optimizer: Any,
+    optimizer: Keras,
     initial: Mapping[int, np.ndarray],
     specs: Sequence[tf.TensorSpec],
     names: Sequence[str],
-) -> Copy:
+) -> Template:
     """Builds a copy in a graph that is thrown away: it costs no memory and its cells hold no data."""
     with scratch_graph():
         values = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
         template = build(optimizer, initial, values, names)
-        template.from_weights = [
+        from_weights = [
             name for name, cell in template.slots.items() if depends_on([cell.value()], values)
         ]
-    return template
+    return attrs.evolve(template, from_weights=from_weights)
 
 
-def constructor_arguments(optimizer: Any) -> dict[str, Any]:
+def template_maker(
+    optimizer: Keras,
+    initial: Mapping[int, np.ndarray],
+    specs: Sequence[tf.TensorSpec],
+    names: Sequence[str],
+) -> Callable[[], Template]:
+    """A function that returns a template for one step: a copy of one that is built now, if it can be."""
+    template = build_template(optimizer, initial, specs, names)
+    if template.can_be_copied:
+        return template.copy
+    return functools.partial(build_template, optimizer, initial, specs, names)
+
+
+def constructor_arguments(optimizer: Keras) -> dict[str, Any]:
     """The arguments that the class of `optimizer` makes it of, a schedule as it is.
 
     Raises:
@@ -203,12 +265,12 @@ def constructor_arguments(optimizer: Any) -> dict[str, Any]:
     return config
 
 
-def excluded_patterns(optimizer: Any) -> list[str]:
+def excluded_patterns(optimizer: Keras) -> list[str]:
     """The regular expressions of weights' names whose weights do not decay."""
     return list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
 
 
-def exclude(copied: Copy, names: Sequence[str]) -> None:
+def exclude(copied: Template, names: Sequence[str]) -> None:
     """Excludes from decay the weights whose names match."""
     optimizer = copied.optimizer
     found = excluded_patterns(optimizer)
@@ -220,12 +282,12 @@ def exclude(copied: Copy, names: Sequence[str]) -> None:
     optimizer.__dict__["_exclude_from_weight_decay_names"] = []
 
 
-def initial_rate(optimizer: Any, initial: Mapping[int, np.ndarray]) -> np.ndarray | None:
+def initial_rate(optimizer: Keras, initial: Mapping[int, np.ndarray]) -> np.ndarray | None:
     """The learning rate before the first step, or None if it is a schedule."""
     return initial.get(id(optimizer._learning_rate))
 
 
-def at_unit_rate(optimizer: Any) -> Any:
+def at_unit_rate(optimizer: Keras) -> Keras:
     """A copy at learning rate 1, without decay and moving average of weights.
 
     A copy, rather than one made of its configuration: that of a subclass may not tell everything.
@@ -241,7 +303,7 @@ def at_unit_rate(optimizer: Any) -> Any:
     return clone
 
 
-def all_cells(copied: Copy) -> Iterator[VariableCell]:
+def all_cells(copied: Template) -> Iterator[VariableCell]:
     """The cells that a step reads or assigns."""
     for name in ("_iterations", "_learning_rate", "_current_learning_rate"):
         cell = getattr(copied.optimizer, name, None)

@@ -12,14 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from tff_optim.backends.keras.cells import NumberCell, ReadOnlyCell, VariableCell
-from tff_optim.backends.keras.copies import Copy
-
-_Keras = tf.keras.optimizers.Optimizer
+from tff_optim.backends.keras.copies import Keras, Template
 
 
-def bind(copied: Copy, iterations: Any, rate: Any, numbers: Mapping[str, Any]) -> None:
+def bind(template: Template, iterations: Any, rate: Any, numbers: Mapping[str, Any]) -> None:
     """Gives a copy the steps taken so far, its rate (None for a schedule), and its numbers."""
-    optimizer = copied.optimizer
+    optimizer = template.optimizer
     optimizer._iterations.bind(iterations)
     current_rate = getattr(optimizer, "_current_learning_rate", None)
     if current_rate is not None:  # that of a schedule, which follows from the iterations
@@ -30,14 +28,14 @@ def bind(copied: Copy, iterations: Any, rate: Any, numbers: Mapping[str, Any]) -
         optimizer.__dict__[name] = NumberCell(value)
 
 
-def iterations_and_rate(copied: Copy) -> tuple[tf.Tensor, tf.Tensor | None]:
+def iterations_and_rate(template: Template) -> tuple[tf.Tensor, tf.Tensor | None]:
     """The steps taken so far, and the rate; None if it is a schedule."""
-    rate = copied.optimizer._learning_rate
+    rate = template.optimizer._learning_rate
     is_cell = isinstance(rate, VariableCell)
-    return copied.optimizer._iterations.value(), rate.value() if is_cell else None
+    return template.optimizer._iterations.value(), rate.value() if is_cell else None
 
 
-def prepare_gradients(optimizer: Any, gradients: Sequence[Any]) -> list[Any]:
+def prepare_gradients(optimizer: Keras, gradients: Sequence[Any]) -> list[Any]:
     """Clips gradients and sums the repeated rows of sparse ones, as Keras does before a step."""
     return optimizer._deduplicate_sparse_grad(optimizer._clip_gradients(list(gradients)))
 
@@ -74,11 +72,11 @@ def _frozen(value: Any) -> Any:
     return value if isinstance(value, int | float | str) else _Identity(value)
 
 
-def _attributes(optimizer: Any) -> dict[str, Any]:
+def _attributes(optimizer: Keras) -> dict[str, Any]:
     return {name: _frozen(value) for name, value in vars(optimizer).items()}
 
 
-def _check_unchanged(optimizer: Any, before: Mapping[str, Any]) -> None:
+def _check_unchanged(optimizer: Keras, before: Mapping[str, Any]) -> None:
     """Raises if a step kept something in a Python attribute, where the next step cannot find it."""
     for name, now in _attributes(optimizer).items():
         if name not in before or before[name] != now:
@@ -89,7 +87,7 @@ def _check_unchanged(optimizer: Any, before: Mapping[str, Any]) -> None:
             )
 
 
-def _hold_nadam_product(optimizer: Any) -> Callable[[VariableCell], None]:
+def _hold_nadam_product(optimizer: Keras) -> Callable[[VariableCell], None]:
     """Advances Nadam's product of momenta once per step, and returns what to do before each weight.
 
     Keras' Nadam assigns `_u_product` in a branch of `tf.cond` that a Python counter selects, for the
@@ -115,10 +113,10 @@ def _hold_nadam_product(optimizer: Any) -> Callable[[VariableCell], None]:
     return before_weight
 
 
-def run_step(copied: Copy, weights: Sequence[VariableCell], gradients: Sequence[Any]) -> None:
+def run_step(template: Template, weights: Sequence[VariableCell], gradients: Sequence[Any]) -> None:
     """Runs one step of Keras on the cells, in the order of Keras' own `apply_gradients`."""
-    optimizer = copied.optimizer
-    base: Any = super(_Keras, optimizer)  # Keras' step without `tf.distribute`
+    optimizer = template.optimizer
+    base: Any = super(Keras, optimizer)  # Keras' step without `tf.distribute`
     before = _attributes(optimizer)
     optimizer._compute_current_learning_rate()
     base._apply_weight_decay(weights)

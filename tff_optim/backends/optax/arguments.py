@@ -9,8 +9,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.core.intervals import to_float
 from tff_optim.core.messages import shown
+from tff_optim.core.numbers import to_float
 from tff_optim.hyperparameters import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, UNIT, Interval
 
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY

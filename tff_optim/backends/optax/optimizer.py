@@ -4,58 +4,43 @@ import collections
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
 
-from tff_optim import hyperparameters
+from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer
 from tff_optim.backends.optax import arguments as optax_arguments
 from tff_optim.core import comparison, leaves
 from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shown
+from tff_optim.core.numbers import STEP, Interval
 from tff_optim.core.tracing import call_traced
-from tff_optim.hyperparameters import STEP
+from tff_optim.core.types import Number, Specs, State, Weights
 
-_LR = tff.learning.optimizers.LEARNING_RATE_KEY
-_SLOTS = "slots"
-_OWNER = "build_optax_optimizer"
+if TYPE_CHECKING:
+    from tff_optim.backends.optax.program import Program
 
 
-class OptaxOptimizer(tff.learning.optimizers.Optimizer):
-    """An optax transformation as a pure TFF optimizer; see `build_optax_optimizer`.
+class OptaxOptimizer(PureOptimizer):
+    """An optax transformation as a pure TFF optimizer; see `build_optax_optimizer`."""
 
-    Optimizers of one transformation or factory with equal arguments, device and names are equal.
-    """
+    not_hparams = (STEP, SLOTS)
+    _owner = "build_optax_optimizer"
 
     def __init__(
         self,
         transformation_or_factory: Any,
         arguments: Mapping[str, Any],
-        numbers: Mapping[str, Any],
+        numbers: Mapping[str, Number],
         weight_names: tuple[str, ...] | None,
         device: str | None,
     ):
+        super().__init__((transformation_or_factory, arguments, numbers), device, weight_names)
         self._transformation_or_factory = transformation_or_factory
         self._arguments = arguments
         self._numbers = numbers
-        self._weight_names = weight_names
-        self._device = device
-        self._key = comparison.key(
-            (transformation_or_factory, arguments, numbers, weight_names, device)
-        )
-        self._programs: dict[Any, Any] = {}
-
-    @property
-    def device(self) -> str | None:
-        """The device of the state and the step."""
-        return self._device
-
-    @property
-    def weight_names(self) -> tuple[str, ...] | None:
-        """The names of the weights."""
-        return self._weight_names
+        self._programs: dict[Any, Program] = {}
 
     @property
     def transformation_or_factory(self) -> Any:
@@ -75,59 +60,31 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         }
         return {**fixed, **self._numbers}
 
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, OptaxOptimizer) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
     def __repr__(self) -> str:
         made = self._transformation_or_factory
         made = getattr(made, "func", made)  # `optax.nadam` is a partial
         name = getattr(made, "__name__", type(made).__name__)
         return f"OptaxOptimizer({name}, {dict(self._numbers)}, device={self.device!r})"
 
-    def __copy__(self) -> "OptaxOptimizer":
-        return self  # nothing in it changes but what it has traced
+    def __reduce__(self) -> tuple[Any, ...]:
+        made = self._transformation_or_factory, self._arguments, self._numbers
+        return OptaxOptimizer, (*made, self.weight_names, self.device)
 
-    def __deepcopy__(self, memo: Any) -> "OptaxOptimizer":
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": {}}  # traced anew in a copy
-
-    # jax is Python code that must not be turned into graphs: looking it through takes seconds.
-    @tf.autograph.experimental.do_not_convert
-    def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
-        """Returns the state before the first step.
-
-        Args:
-          specs: A structure of `tf.TensorSpec`s of the weights, with known shapes.
-
-        Returns:
-          An `OrderedDict`: the numbers that may change between steps, `learning_rate` first; `step`,
-          the number of steps taken, if the state of optax starts from the values of the weights;
-          and `slots`, the tensors of that state by path.
-
-        Raises:
-          ValueError: If a weight has no floating dtype or known shape, or the transformation cannot
-            be run on such weights as plain TensorFlow operations.
-        """
-        leaves.check_specs(specs, floating=True)
+    def _initial_state(self, specs: Specs) -> State:
+        state: State = collections.OrderedDict()
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             specs = self._stand_in(specs)
             if specs is None:
-                return collections.OrderedDict({_SLOTS: collections.OrderedDict()})
+                return collections.OrderedDict({SLOTS: collections.OrderedDict()})
         program = self._program(specs)
-        state: collections.OrderedDict[str, Any] = collections.OrderedDict()
         numbers = {name: self._initial_number(name) for name in program.numbers}
         numbers |= program.initial_injected()
-        for name in sorted(numbers, key=lambda name: name != _LR):
+        for name in sorted(numbers, key=lambda name: name != LEARNING_RATE):
             state[name] = numbers[name]
         if program.from_weights:
             state[STEP] = np.int64(0)
         with device_scope(self.device):
-            state[_SLOTS] = call_traced(program.initial_slots)
+            state[SLOTS] = call_traced(program.initial_slots)
         return state
 
     def _stand_in(self, scalar: tf.TensorSpec) -> Any:
@@ -155,56 +112,25 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         value = self._numbers[name]
         return tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
 
-    @tf.autograph.experimental.do_not_convert
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """Takes one step: the transformation's `update`, then `optax.apply_updates`.
-
-        Args:
-          state: What `initialize` or the previous `next` returned.
-          weights: A structure of tensors or variables; variables are read, not assigned.
-          gradients: The same structure with the same shapes and dtypes. A leaf may be None: that
-            weight and its slots stay as they are. Rows of a `tf.IndexedSlices` are added up.
-
-        Returns:
-          The new state and the new weights, as tensors.
-
-        Raises:
-          ValueError: If structures, shapes or dtypes do not fit each other, or no gradient is given.
-        """
-        weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
-        with device_scope(self.device):
-            gradients = leaves.read_gradients(gradients, weights)
-            gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
-        if not tf.nest.flatten(weights):
-            return state, weights
-        program = self._program(weights)
-        _check_state(state, program)
+    def _step(
+        self,
+        state: State,
+        given: Weights,
+        weights: list[tf.Tensor],
+        gradients: list[tf.Tensor | None],
+    ) -> tuple[State, list[tf.Tensor]]:
+        program = self._program(tf.nest.pack_sequence_as(given, weights))
+        steps = [STEP] if program.from_weights else []
+        leaves.check_keys(state, [*program.numbers, *program.injected, *steps, SLOTS], "state")
+        leaves.check_slots(state, program.slots)
         state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
-        given = [i for i, g in enumerate(tf.nest.flatten(gradients)) if g is not None]
         with device_scope(self.device):
-            new_state, values = call_traced(
-                functools.partial(_step, program, given),
-                state,
-                tf.nest.flatten(weights),
-                [g for g in tf.nest.flatten(gradients) if g is not None],
-            )
-        return new_state, tf.nest.pack_sequence_as(weights, values)
+            return call_traced(functools.partial(_run, program), state, weights, gradients)
 
-    def get_hparams(self, state: Any) -> "collections.OrderedDict[str, Any]":
-        """Returns the numbers in the state that may change between steps."""
-        return collections.OrderedDict(
-            (name, value) for name, value in state.items() if name not in (STEP, _SLOTS)
-        )
+    def _interval_of(self, name: str) -> Interval:
+        return optax_arguments.interval_of(self._transformation_or_factory, name)
 
-    def set_hparams(self, state: Any, hparams: Any) -> "collections.OrderedDict[str, Any]":
-        """Returns the state with some of these numbers set; see `hyperparameters.update`."""
-        intervals = {
-            name: optax_arguments.interval_of(self._transformation_or_factory, name)
-            for name in self.get_hparams(state)
-        }
-        return hyperparameters.update(state, hparams, intervals, _OWNER)
-
-    def _program(self, weights: Any) -> Any:
+    def _program(self, weights: Weights | Specs) -> "Program":
         # Both import optax, which only those need who come here.
         from tff_optim.backends.optax import program as optax_step
         from tff_optim.backends.optax import tracing as optax_tracing
@@ -231,16 +157,18 @@ class OptaxOptimizer(tff.learning.optimizers.Optimizer):
         return self._programs[layout.key]
 
 
-def _step(program: Any, given: Sequence[int], state: Any, weights: Any, gradients: Any) -> Any:
-    slots = state[_SLOTS]
+def _run(
+    program: "Program",
+    state: State,
+    weights: list[tf.Tensor],
+    gradients: list[tf.Tensor | None],
+) -> tuple[State, list[tf.Tensor]]:
+    slots = state[SLOTS]
     new_state = collections.OrderedDict(state)
     if STEP in state:
         slots = program.start(slots, weights, tf.equal(state[STEP], 0))
         new_state[STEP] = state[STEP] + 1
-    of_all: list[Any] = [None] * len(weights)
-    for position, gradient in zip(given, gradients):
-        of_all[position] = gradient
-    new_state[_SLOTS], values = program.step(state, slots, weights, of_all)
+    new_state[SLOTS], values = program.step(state, slots, weights, gradients)
     return new_state, values
 
 
@@ -248,12 +176,6 @@ def _has_injected(made: Any) -> bool:
     """Whether `optax.inject_hyperparams` made a transformation, whose numbers are in its state."""
     init = getattr(made, "init", None)
     return getattr(init, "__qualname__", "").startswith("inject_hyperparams.")
-
-
-def _check_state(state: Any, program: Any) -> None:
-    steps = [STEP] if program.from_weights else []
-    leaves.check_keys(state, [*program.numbers, *program.injected, *steps, _SLOTS], "state")
-    leaves.check_slots(state, program.slots)
 
 
 def build_optax_optimizer(
@@ -283,9 +205,10 @@ def build_optax_optimizer(
     and schedules. Given a transformation, all is as it was made,
     unless `optax.inject_hyperparams` made it: its numbers are then found in the state.
 
-    A state that starts from the values of the weights (`optax.contrib.prodigy`, for example) is made
-    in the first step. The tensors of the state are named by their paths in optax's state; no Python
-    class of optax is in it.
+    The state is an `OrderedDict` of those numbers and `slots`, the tensors of optax's state by their
+    paths in it; no Python class of optax is in it. Slots that start from the values of the weights
+    (those of `optax.contrib.prodigy`, for example) are made in the first step: such a state has `step`
+    too, the number of steps taken.
 
     Args:
       transformation_or_factory: An `optax.GradientTransformation`, or a callable that returns one.
@@ -332,7 +255,7 @@ def build_optax_optimizer(
     made = transformation_or_factory
     arguments = dict(kwargs)
     if learning_rate is not None:
-        arguments[_LR] = learning_rate
+        arguments[LEARNING_RATE] = learning_rate
     if isinstance(made, optax.GradientTransformation | optax.MultiSteps):
         if arguments:
             raise TypeError(
@@ -360,10 +283,13 @@ def build_optax_optimizer(
     numbers = {
         name: value
         for name, value in arguments.items()
-        if name not in (STEP, _SLOTS)
+        if name not in (STEP, SLOTS)
         and (
             tf.is_tensor(value)
-            or (isinstance(value, float) and (value != 0.0 or name in kwargs or name == _LR))
+            or (
+                isinstance(value, float)
+                and (value != 0.0 or name in kwargs or name == LEARNING_RATE)
+            )
         )
     }
     # Made once now, so that what the factory itself refuses is told here.

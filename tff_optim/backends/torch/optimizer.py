@@ -10,68 +10,51 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
 
-from tff_optim import hyperparameters
+from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer
 from tff_optim.backends.torch import arguments as torch_arguments
 from tff_optim.backends.torch.process import TorchProcess
 from tff_optim.core import leaves
-from tff_optim.core.intervals import to_float
 from tff_optim.core.messages import shown
-from tff_optim.hyperparameters import NON_NEGATIVE
+from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked_number
+from tff_optim.core.types import Specs, State, Weights
 
-_LR = tff.learning.optimizers.LEARNING_RATE_KEY
 _STARTED = "started"
-_SLOTS = "slots"
 _GROUP_RATE = "group/lr"
-_OWNER = "build_torch_optimizer"
 # What TensorFlow tells of an operation that it cannot run is its name.
 NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
 
 
-class TorchOptimizer(tff.learning.optimizers.Optimizer):
-    """A torch optimizer as a TFF optimizer; see `build_torch_optimizer`.
+class TorchOptimizer(PureOptimizer):
+    """A torch optimizer as a TFF optimizer; see `build_torch_optimizer`."""
 
-    Optimizers of one class with equal arguments, scheduler and Python are equal.
-    """
+    not_hparams = (_STARTED, SLOTS)
+    _owner = "build_torch_optimizer"
 
     def __init__(self, python: str, recipe: Mapping[str, Any]):
         self._recipe = recipe
-        self._key = python, json.dumps(recipe, sort_keys=True)
+        self._made_of = python, json.dumps(recipe, sort_keys=True)
+        super().__init__(self._made_of)
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         """What torch builds: `optimizer`, `arguments`, `scheduler`, and the packages `trusted`."""
         return self._recipe
 
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, TorchOptimizer) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
     def __repr__(self) -> str:
         scheduler = self._recipe["scheduler"]
         then = f", lr_scheduler={scheduler!r}" if scheduler else ""
         return f"TorchOptimizer({self._recipe['optimizer']}, {self._recipe['arguments']}{then})"
 
-    @tf.autograph.experimental.do_not_convert
-    def initialize(self, specs: Any) -> "collections.OrderedDict[str, Any]":
-        """Returns the state before the first step.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TorchOptimizer, (self._made_of[0], self._recipe)
 
-        Args:
-          specs: A structure of `tf.TensorSpec`s of the weights, with known shapes.
+    @property
+    def _rate(self) -> list[str]:
+        """The name of the learning rate in the state, unless a scheduler sets it."""
+        return [] if self._recipe["scheduler"] else [LEARNING_RATE]
 
-        Returns:
-          An `OrderedDict`: `learning_rate`, unless a scheduler sets it; `started`, which tells for
-          each weight whether it has had a gradient; and `slots`, the tensors and numbers of torch's
-          state by path.
-
-        Raises:
-          ValueError: If a weight has no floating dtype or known shape, torch refuses the optimizer,
-            or a client's work asks.
-          RuntimeError: If the Python process of torch does not start within the time limit.
-        """
+    def _initial_state(self, specs: Specs) -> State:
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             # TFF's client work asks for hparams by one scalar weight.
             raise ValueError(
@@ -79,24 +62,23 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
                 "server, in the Python process; found that a client's work is built of it. Use "
                 "`build_keras_optimizer` or `build_optax_optimizer` there."
             )
-        leaves.check_specs(specs, floating=True)
         process = _process(self._layout(specs))
-        state: collections.OrderedDict[str, Any] = collections.OrderedDict()
-        if not self._recipe["scheduler"]:
-            state[_LR] = np.float64(process.numbers[_GROUP_RATE])
+        state: State = collections.OrderedDict()
+        for name in self._rate:
+            state[name] = np.float64(process.numbers[_GROUP_RATE])
         state[_STARTED] = tf.zeros(len(tf.nest.flatten(specs)), tf.bool)
-        state[_SLOTS] = collections.OrderedDict(
+        state[SLOTS] = collections.OrderedDict(
             (path, tf.zeros(spec.shape, spec.dtype) if number is None else tf.constant(number))
             for path, (spec, number) in self._entries(process, specs).items()
         )
         return state
 
-    def _layout(self, weights: Any) -> "_Layout":
+    def _layout(self, weights: Weights | Specs) -> "_Layout":
         specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(weights))
-        return (*self._key, os.environ.get("PYTHONPATH"), specs)
+        return (*self._made_of, os.environ.get("PYTHONPATH"), specs)
 
     def _entries(
-        self, process: TorchProcess, weights: Any
+        self, process: TorchProcess, weights: Weights | Specs
     ) -> "collections.OrderedDict[str, tuple[tf.TensorSpec, Any]]":
         """The slots by path: tensors first, then numbers with their first values."""
         paths = [path for path, _ in leaves.named_leaves(weights)]
@@ -110,64 +92,39 @@ class TorchOptimizer(tff.learning.optimizers.Optimizer):
                 entries[path] = (tf.TensorSpec((), value.dtype), value)
         return entries
 
-    @tf.autograph.experimental.do_not_convert
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """Takes one step of the torch optimizer, and one of its scheduler.
-
-        Args:
-          state: What `initialize` or the previous `next` returned; it is not changed.
-          weights: A structure of tensors or variables; variables are read, not assigned.
-          gradients: The same structure with the same shapes and dtypes. A leaf may be None: that
-            weight and its slots stay as they are. Rows of a `tf.IndexedSlices` are added up.
-
-        Returns:
-          The new state and the new weights, as tensors.
-
-        Raises:
-          ValueError: If structures, shapes or dtypes do not fit each other, no gradient is given, or
-            torch fails.
-          RuntimeError: If the Python process of torch ends before it has taken the step, or does not
-            take it within the time limit. In a graph, TensorFlow raises an error of its own with the
-            same words.
-        """
-        weights = tf.nest.map_structure(tf.convert_to_tensor, weights)
-        gradients = leaves.read_gradients(gradients, weights)
-        gradients = tf.nest.map_structure(leaves.dense, gradients, weights)
-        flat, flat_gradients = tf.nest.flatten(weights), tf.nest.flatten(gradients)
-        if not flat:
-            return state, weights
+    def _step(
+        self,
+        state: State,
+        given: Weights,
+        weights: list[tf.Tensor],
+        gradients: list[tf.Tensor | None],
+    ) -> tuple[State, list[tf.Tensor]]:
         layout = self._layout(weights)
-        entries = self._entries(_process(layout), weights)
-        rate = [] if self._recipe["scheduler"] else [_LR]
-        leaves.check_keys(state, [*rate, _STARTED, _SLOTS], "state")
+        entries = self._entries(_process(layout), given)
+        leaves.check_keys(state, [*self._rate, _STARTED, SLOTS], "state")
         leaves.check_slots(state, {path: spec for path, (spec, _) in entries.items()})
-        given = tuple(i for i, gradient in enumerate(flat_gradients) if gradient is not None)
+        positions = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         inputs = [
-            *(state[name] for name in rate),
+            *(state[name] for name in self._rate),
             state[_STARTED],
-            *(state[_SLOTS][path] for path in entries),
-            *flat,
-            *(flat_gradients[i] for i in given),
+            *(state[SLOTS][path] for path in entries),
+            *weights,
+            *(gradients[i] for i in positions),
             # Not read: a graph holds a number for the callback, and says with this what it does.
             tf.constant(layout[1]),
         ]
-        like = [*inputs[len(rate) : len(rate) + 1 + len(entries)], *flat]
-        outputs = _call(_callback(layout, tuple(entries), bool(rate), given), inputs, like)
+        like = [state[_STARTED], *(state[SLOTS][path] for path in entries), *weights]
+        callback = _callback(layout, tuple(entries), bool(self._rate), positions)
+        started, *outputs = _call(callback, inputs, like)
         new_state = collections.OrderedDict(state)
-        for name in rate:
+        for name in self._rate:
             new_state[name] = tf.convert_to_tensor(state[name])
-        new_state[_STARTED] = outputs[0]
-        new_state[_SLOTS] = collections.OrderedDict(zip(entries, outputs[1:]))
-        return new_state, tf.nest.pack_sequence_as(weights, outputs[1 + len(entries) :])
+        new_state[_STARTED] = started
+        new_state[SLOTS] = collections.OrderedDict(zip(entries, outputs))
+        return new_state, outputs[len(entries) :]
 
-    def get_hparams(self, state: Any) -> "collections.OrderedDict[str, Any]":
-        """Returns the learning rate, unless a scheduler sets it."""
-        return collections.OrderedDict((name, state[name]) for name in (_LR,) if name in state)
-
-    def set_hparams(self, state: Any, hparams: Any) -> "collections.OrderedDict[str, Any]":
-        """Returns the state with this learning rate; see `hyperparameters.update`."""
-        intervals = dict.fromkeys(self.get_hparams(state), NON_NEGATIVE)
-        return hyperparameters.update(state, hparams, intervals, _OWNER)
+    def _interval_of(self, name: str) -> Interval:
+        return NON_NEGATIVE
 
 
 # The Python of torch, the recipe as JSON, the search path of modules, and the weights.
@@ -191,7 +148,7 @@ atexit.register(_process.cache_clear)
 def _callback(
     layout: _Layout, paths: tuple[str, ...], has_rate: bool, given: tuple[int, ...]
 ) -> Callable[..., list[np.ndarray]]:
-    return lambda *values: _step(_process(layout), paths, has_rate, given, values[:-1])
+    return lambda *values: _run(_process(layout), paths, has_rate, given, values[:-1])
 
 
 def _call(callback: Callable[..., Any], inputs: list[Any], like: list[Any]) -> list[tf.Tensor]:
@@ -205,7 +162,7 @@ def _call(callback: Callable[..., Any], inputs: list[Any], like: list[Any]) -> l
     return list(outputs)
 
 
-def _step(
+def _run(
     process: TorchProcess,
     paths: Sequence[str],
     has_rate: bool,
@@ -267,14 +224,16 @@ def build_torch_optimizer(
     the server device of a resident process. TFF's worker knows no other process; there, and on
     clients, use `build_keras_optimizer` or `build_optax_optimizer`.
 
-    The state in: named tensors that torch would keep, the numbers of its parameter group and its
-    scheduler, and `started`, for torch makes the state of a weight with its first gradient. The
-    learning rate is the one hparam, unless a scheduler sets it; its other numbers are fixed.
+    The state is an `OrderedDict` of `learning_rate`, the one hparam, unless a scheduler sets it;
+    `started`, which tells for each weight whether it has had a gradient, for torch makes the state of a
+    weight with its first one; and `slots`, by path the tensors that torch would keep and the numbers of
+    its parameter group and its scheduler. Those numbers are fixed.
 
     A step is taken once, or raises and leaves the state as it was, even if the process of torch is
     killed or stopped, several threads take steps, or this process is forked. torch has 300 seconds to
     start, and as many for each step; the environment variable TFF_OPTIM_TORCH_TIMEOUT sets another
-    number.
+    number. `initialize` and `next` raise `RuntimeError` where that is not enough or the process ends;
+    in a graph, TensorFlow raises an error of its own with the same words.
 
     Args:
       optimizer: The name of a class of `torch.optim`, or the full name of a class of a trusted
@@ -311,8 +270,9 @@ def build_torch_optimizer(
     )
     arguments = torch_arguments.check_arguments("kwargs", kwargs)
     if "lr" in arguments:
-        rate = to_float(arguments["lr"])
-        arguments["lr"] = hyperparameters.checked_number(_OWNER, "lr", rate, NON_NEGATIVE)
+        arguments["lr"] = checked_number(
+            "build_torch_optimizer", "lr", arguments["lr"], NON_NEGATIVE
+        )
     scheduler = None
     if lr_scheduler is not None:
         if isinstance(lr_scheduler, str) or len(lr_scheduler) != 2:

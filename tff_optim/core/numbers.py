@@ -1,23 +1,113 @@
-"""Values of hyper-parameters: how they are checked, and set in a state or in a whole process.
+"""The values of hyper-parameters: which are allowed, how they are checked, and set in a state.
 
 The public names are those of `tff_optim.hyperparameters`.
 """
 
 import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import attrs
 import numpy as np
 import tensorflow as tf
 
 from tff_optim.core import leaves
-from tff_optim.core.intervals import Interval, checked_number, to_float
 from tff_optim.core.messages import at, shown
+from tff_optim.core.types import Hparams, Number, State
 
 Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
-Hparams = collections.OrderedDict[str, Any]
 STEP = "step"
+
+
+@attrs.frozen
+class Interval:
+    """Which finite numbers are allowed.
+
+    Attributes:
+      words: The rule in words, for messages.
+      lower: The lower end.
+      upper: The upper end.
+      open_lower: Whether the lower end itself is left out.
+      open_upper: Whether the upper end itself is left out.
+
+    Example:
+      >>> 1.0 in Interval("a number in [0, 1)", 0.0, 1.0, open_upper=True)
+      False
+    """
+
+    words: str
+    lower: float = -math.inf
+    upper: float = math.inf
+    open_lower: bool = False
+    open_upper: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and bool(self.holds(value))
+
+    def holds(self, value: Number) -> Number:
+        """Whether a finite number, or each element of a tensor, is in the interval."""
+        above = value > self.lower if self.open_lower else value >= self.lower
+        below = value < self.upper if self.open_upper else value <= self.upper
+        return above & below
+
+
+FINITE = Interval("a finite number")
+NON_NEGATIVE = Interval("a number of at least 0", lower=0.0)
+POSITIVE = Interval("a number greater than 0", lower=0.0, open_lower=True)
+FRACTION = Interval("a number in [0, 1)", lower=0.0, upper=1.0, open_upper=True)
+UNIT = Interval("a number in [0, 1]", lower=0.0, upper=1.0)
+
+
+def single(value: float) -> float:
+    """`value` as TensorFlow computes with it in float32, where subnormal numbers are 0."""
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    return rounded if abs(rounded) >= np.finfo(np.float32).tiny else 0.0
+
+
+def to_float(value: Number) -> Number:
+    """Integers and NumPy scalars as Python floats; anything else as it is, for the check."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return math.inf if value > 0 else -math.inf
+    return value
+
+
+def checked_number(
+    owner: str, name: str, value: object, allowed: Interval, also: str = ""
+) -> float:
+    """Returns a number as a Python float, after checking it.
+
+    Args:
+      owner: Whose hyper-parameter it is, for the message.
+      name: The name of the hyper-parameter, for the message.
+      value: A Python or NumPy number.
+      allowed: The numbers that are allowed, as given and when rounded to float32.
+      also: What else would be allowed here, for the message: " or a Keras schedule".
+
+    Raises:
+      TypeError: If `value` is not a number.
+      ValueError: If it is not finite or not allowed.
+
+    Example:
+      >>> checked_number("Adam", "beta_1", np.float32(0.5), FRACTION)
+      0.5
+    """
+    number = to_float(value)
+    rule = f"`{name}` of `{owner}` must be {allowed.words}{also}; found {shown(value)}"
+    if not isinstance(number, float):
+        raise TypeError(f"{rule}. Give a Python or NumPy number.")
+    if number not in allowed:
+        raise ValueError(f"{rule}.")
+    kept = single(number)
+    if kept not in allowed:
+        raise ValueError(f"{rule}, which is {kept!r} when rounded to float32.")
+    return number
 
 
 def check_scalar(owner: str, name: str, value: tf.Tensor) -> None:
@@ -39,7 +129,7 @@ def checked_where_run(owner: str, name: str, value: tf.Tensor, allowed: Interval
         return tf.identity(value)
 
 
-def checked(owner: str, name: str, value: Any, allowed: Interval) -> Any:
+def checked(owner: str, name: str, value: Number, allowed: Interval) -> Number:
     """A value that a hyper-parameter is set to: a Python float, or a tensor if it is one of a graph.
 
     Raises:
@@ -47,7 +137,6 @@ def checked(owner: str, name: str, value: Any, allowed: Interval) -> Any:
       ValueError: If it is not allowed, or a tensor is not a scalar.
 
     Example:
-      >>> from tff_optim.hyperparameters import FRACTION
       >>> checked("Momentum", "beta", np.float16(0.5), FRACTION)
       0.5
     """
@@ -64,7 +153,7 @@ def checked(owner: str, name: str, value: Any, allowed: Interval) -> Any:
     return checked_number(owner, name, value, allowed)
 
 
-def in_dtype_of(value: Any, number: Any) -> Any:
+def in_dtype_of(value: Number, number: Number) -> Number:
     """`value`, a number or scalar tensor, in the dtype of `number`: a tensor or a NumPy scalar.
 
     Example:
@@ -76,8 +165,8 @@ def in_dtype_of(value: Any, number: Any) -> Any:
 
 
 def update(
-    state: Mapping[str, Any],
-    hparams: Mapping[str, Any],
+    state: State,
+    hparams: Mapping[str, Number],
     intervals: Mapping[str, Interval],
     owner: str,
 ) -> Hparams:
@@ -98,7 +187,6 @@ def update(
       ValueError: If a name is unknown, a number is not allowed, or a tensor is not a scalar.
 
     Example:
-      >>> from tff_optim.hyperparameters import FRACTION
       >>> state = collections.OrderedDict(beta=np.float32(0.5), step=np.int64(3))
       >>> float(update(state, {"beta": 0.25}, {"beta": FRACTION}, "Momentum")["beta"])
       0.25
@@ -165,11 +253,10 @@ def complete(known: Any, given: Any, path: str = "") -> Any:
     return new
 
 
-def check_names(hparams: Any, known: Mapping[str, Any], owner: str) -> None:
+def check_names(hparams: Mapping[str, Number], known: Collection[str], owner: str) -> None:
     """Raises `ValueError` unless `hparams` is a mapping from some of the names in `known`.
 
     Example:
-      >>> from tff_optim.hyperparameters import FRACTION
       >>> check_names({"gamma": 0.5}, {"beta": FRACTION}, "Momentum")
       Traceback (most recent call last):
         ...

@@ -1,0 +1,199 @@
+"""What the optimizers of this package share, whatever library takes their step."""
+
+import abc
+import collections
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim import hyperparameters
+from tff_optim.core import comparison, leaves
+from tff_optim.core.devices import device_scope
+from tff_optim.core.numbers import FINITE, Interval
+from tff_optim.core.tracing import eager_world
+from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
+
+LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
+SLOTS = "slots"
+
+
+def check_weight_names(names: Sequence[str] | None, count: int) -> None:
+    """Raises `ValueError` unless there is a name for each weight, or None."""
+    if names is not None and len(names) != count:
+        raise ValueError(
+            f"`weight_names` must name every weight; found {len(names)} names for {count} weights."
+        )
+
+
+class PureOptimizer(tff.learning.optimizers.Optimizer):
+    """An optimizer of pure functions: the state comes in and goes out, and no variable is made.
+
+    Optimizers of one class that are made of equal parts are equal. Nothing in one changes but what it
+    has traced, so a copy is the same object.
+
+    Not an attrs class: TFF hands optimizers to a `tf.function`, which would take such an argument
+    apart into its fields.
+
+    A subclass writes `_initial_state` and `_step`, which get arguments that have been checked.
+    """
+
+    # Whether a step takes `tf.IndexedSlices` as they are. Elsewhere they are made dense.
+    takes_rows: ClassVar[bool] = False
+    # Whether weights must be floating.
+    floating: ClassVar[bool] = True
+    # Entries of a state that are no hyper-parameters.
+    not_hparams: ClassVar[tuple[str, ...]] = (SLOTS,)
+
+    def __init__(
+        self,
+        parts: object,
+        device: str | None = None,
+        weight_names: tuple[str, ...] | None = None,
+    ):
+        """Takes what equality looks at.
+
+        Args:
+          parts: What the optimizer is made of.
+          device: The device of the state and the step, or None to leave it to TensorFlow.
+          weight_names: The names of the weights, in the order of `tf.nest.flatten`, or None.
+        """
+        self._device = device
+        self._weight_names = weight_names
+        # Both now: a `tf.function` hashes its arguments while it traces, where objects of Keras
+        # cannot tell their configuration.
+        with eager_world():
+            self._key = comparison.key((parts, device, weight_names))
+            self._hash = hash(self._key)
+
+    @property
+    def device(self) -> str | None:
+        """The device of the state and the step, or None where it is left to TensorFlow."""
+        return self._device
+
+    @property
+    def weight_names(self) -> tuple[str, ...] | None:
+        """The names of the weights, in the order of `tf.nest.flatten`, or None."""
+        return self._weight_names
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, type(self)) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    # What libraries do in here is Python code that must not be turned into graphs: looking it through
+    # takes seconds.
+    @tf.autograph.experimental.do_not_convert
+    def initialize(self, specs: Specs) -> State:
+        """Returns the state before the first step.
+
+        Args:
+          specs: A structure of `tf.TensorSpec`s of the weights, with known shapes.
+
+        Returns:
+          An `OrderedDict`, laid out as the function says that built the optimizer: numbers that may
+          change between steps, `learning_rate` first, then what the steps add to.
+
+        Raises:
+          ValueError: If a shape is not known, a dtype is not floating where it has to be, or the
+            optimizer cannot be run on such weights.
+        """
+        leaves.check_specs(specs, floating=self.floating)
+        return self._initial_state(specs)
+
+    @tf.autograph.experimental.do_not_convert
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Weights]:
+        """Takes one step.
+
+        Args:
+          state: What `initialize` or the previous `next` returned; it is not changed.
+          weights: A structure of tensors or variables; variables are read, not assigned.
+          gradients: The same structure with the same shapes and dtypes. A leaf may be None: that
+            weight and its slots stay as they are. A leaf may be a `tf.IndexedSlices`, whose repeated
+            rows are added up.
+
+        Returns:
+          The new state and the new weights, as tensors.
+
+        Raises:
+          ValueError: If structures, shapes or dtypes do not fit each other or the state, or no
+            gradient is given.
+        """
+        with device_scope(self.device):
+            values = tf.nest.map_structure(tf.convert_to_tensor, weights)
+            gradients = leaves.read_gradients(gradients, values)
+            if not self.takes_rows:
+                gradients = tf.nest.map_structure(leaves.dense, gradients, values)
+        flat = tf.nest.flatten(values)
+        if not flat:
+            return state, weights
+        state, flat = self._step(state, weights, flat, tf.nest.flatten(gradients))
+        return state, tf.nest.pack_sequence_as(weights, flat)
+
+    @abc.abstractmethod
+    def _initial_state(self, specs: Specs) -> State:
+        """The state before the first step, of specs that `initialize` has checked."""
+
+    @abc.abstractmethod
+    def _step(
+        self,
+        state: State,
+        given: Weights,
+        weights: list[tf.Tensor],
+        gradients: list[tf.Tensor | tf.IndexedSlices | None],
+    ) -> tuple[State, list[tf.Tensor]]:
+        """The state and the weights after a step.
+
+        Args:
+          state: The state, not checked.
+          given: The weights as the caller gave them: a structure, with variables where those are.
+          weights: The leaves of that structure as tensors; there is at least one.
+          gradients: What `next` takes, as checked leaves.
+        """
+
+    def get_hparams(self, state: State) -> Hparams:
+        """Returns the numbers that may change between steps.
+
+        Args:
+          state: A state of this optimizer.
+
+        Returns:
+          An `OrderedDict`: `learning_rate`, unless a schedule gives it, and other numbers by name.
+        """
+        return collections.OrderedDict(
+            (name, value) for name, value in state.items() if name not in self.not_hparams
+        )
+
+    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
+        """Returns the state with these hyper-parameters, which the next step uses.
+
+        Args:
+          state: A state of this optimizer.
+          hparams: Some of what `get_hparams` returns; what is left out stays as it is.
+
+        Raises:
+          TypeError: If a value is neither a number nor a tensor.
+          ValueError: If a name is unknown, a number is out of range, or a tensor is not a scalar.
+        """
+        intervals = {name: self._interval_of(name) for name in self.get_hparams(state)}
+        return hyperparameters.update(state, hparams, intervals, self._owner)
+
+    @property
+    @abc.abstractmethod
+    def _owner(self) -> str:
+        """Whose hyper-parameters they are, for messages."""
+
+    def _interval_of(self, name: str) -> Interval:
+        """Which numbers a hyper-parameter may be."""
+        del name  # Any finite one, unless overridden.
+        return FINITE
