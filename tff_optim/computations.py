@@ -1,26 +1,21 @@
 """An optimizer as a pair of TFF computations, for rounds that are written by hand."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
 
-@attrs.frozen
-class OptimizerComputations:
-    """An optimizer as TFF computations; unpacks as `initialize, next`.
+class OptimizerComputations(NamedTuple):
+    """An optimizer as TFF computations.
 
     Attributes:
       initialize: `( -> S)`, the state before the first step.
       next: `(<state=S,weights=W,gradients=W> -> <S,W>)`, one step.
     """
 
-    initialize: Any
-    next: Any
-
-    def __iter__(self) -> Any:
-        return iter((self.initialize, self.next))
+    initialize: tff.Computation
+    next: tff.Computation
 
 
 def build_optimizer_computations(optimizer: Any, weights_type: Any) -> OptimizerComputations:

@@ -10,6 +10,7 @@ from tff_optim import hyperparameters
 from tff_optim.core import comparison, entries, leaves
 from tff_optim.core.messages import shown
 from tff_optim.core.tracing import as_written
+from tff_optim.core.types import Gradients, Rate, Specs, State, Weights
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
@@ -47,16 +48,16 @@ class FedProx(GradientTransform):
     Li et al., "Federated optimization in heterogeneous networks", 2020.
     """
 
-    alpha: Any = hyperparameters.non_negative(0.01)
+    alpha: Rate = hyperparameters.non_negative(0.01)
 
-    def initialize(self, specs: Any) -> Any:
+    def initialize(self, specs: Specs) -> State:
         """See base class."""
         state = hyperparameters.initialize(self)
         state[_STARTED] = False
         state[_REFERENCE] = leaves.zeros(specs)
         return state
 
-    def begin(self, state: Any, weights: Any) -> Any:
+    def begin(self, state: State, weights: Weights) -> State:
         """Takes the reference, once: afterwards `started` is `True` for Python too."""
         hyperparameters.check_state(self, state, slots=(_STARTED, _REFERENCE))
         if state[_STARTED] is True:
@@ -67,7 +68,7 @@ class FedProx(GradientTransform):
         taken = {_STARTED: True, _REFERENCE: tf.nest.pack_sequence_as(weights, reference)}
         return collections.OrderedDict(state) | taken
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
         """See base class."""
         state = self.begin(state, weights)
         alpha = hyperparameters.current(self, state)["alpha"]
@@ -120,12 +121,12 @@ class Penalty(GradientTransform):
             )
         keras_arguments.check_object(value)
 
-    def initialize(self, specs: Any) -> Any:
+    def initialize(self, specs: Specs) -> State:
         """See base class."""
         del specs  # Nothing is carried from step to step.
         return ()
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
         """See base class."""
 
         def add(g: tf.Tensor | None, w: tf.Tensor) -> tf.Tensor | None:

@@ -2,14 +2,14 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
-from tff_optim.transforms.elementwise import ElementwiseTransform
+from tff_optim.core.types import Number, Rate
+from tff_optim.transforms.elementwise import ElementwiseTransform, Numbers, Tensors
 
 
 @attrs.frozen
@@ -31,16 +31,11 @@ class Adagrad(ElementwiseTransform):
     Duchi et al., "Adaptive subgradient methods", 2011.
     """
 
-    epsilon: Any = hyperparameters.positive(1e-7)
+    epsilon: Rate = hyperparameters.positive(1e-7)
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """See base class."""
-        return ("square_sum",)
+    slots = ("square_sum",)
 
-    def rule(
-        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         square_sum = slots[0] + tf.square(gradient)
         return gradient / (tf.sqrt(square_sum) + numbers["epsilon"]), square_sum
@@ -67,17 +62,12 @@ class RMSProp(ElementwiseTransform):
     Tieleman and Hinton, "Lecture 6.5: RMSProp", 2012.
     """
 
-    beta: Any = hyperparameters.fraction(0.9)
-    epsilon: Any = hyperparameters.positive(1e-7)
+    beta: Rate = hyperparameters.fraction(0.9)
+    epsilon: Rate = hyperparameters.positive(1e-7)
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """See base class."""
-        return ("square_average",)
+    slots = ("square_average",)
 
-    def rule(
-        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         average = slots[0] + (1 - numbers["beta"]) * (tf.square(gradient) - slots[0])
         return gradient / (tf.sqrt(average) + numbers["epsilon"]), average
@@ -87,9 +77,9 @@ class RMSProp(ElementwiseTransform):
 class _Moments(ElementwiseTransform):
     """What `Adam` and `Yogi` share: all but how the second moment moves."""
 
-    beta_1: Any = hyperparameters.fraction(0.9)
-    beta_2: Any = hyperparameters.fraction(0.99)
-    epsilon: Any = hyperparameters.positive(1e-7)
+    beta_1: Rate = hyperparameters.fraction(0.9)
+    beta_2: Rate = hyperparameters.fraction(0.99)
+    epsilon: Rate = hyperparameters.positive(1e-7)
     amsgrad: bool = hyperparameters.flag(False)
 
     counts_steps = True
@@ -104,7 +94,7 @@ class _Moments(ElementwiseTransform):
         """The next second moment, from `v`, the squared gradient and `1 - beta_2`."""
 
     def numbers(
-        self, values: Mapping[str, Any], step: tf.Tensor | None, dtype: tf.DType
+        self, values: Mapping[str, Number], step: tf.Tensor | None, dtype: tf.DType
     ) -> dict[str, tf.Tensor]:
         """See base class."""
         # In float64: `1 - beta^t` loses its digits to cancellation when beta is close to 1. As
@@ -117,9 +107,7 @@ class _Moments(ElementwiseTransform):
             found[f"correction_{i}"] = leaves.number(correction, dtype)
         return found
 
-    def rule(
-        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         m, v, *maximum = slots
         m += numbers["move_1"] * (gradient - m)

@@ -1,19 +1,43 @@
 """Transforms that bound the length of gradients."""
 
+import abc
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
+from tff_optim.core.types import Gradients, Rate, Specs, State, Weights
 from tff_optim.transforms.interface import GradientTransform
 
 
 @attrs.frozen
-class ClipByNorm(GradientTransform):
+class _Clip(GradientTransform):
+    """What both share: all but which gradients are measured together."""
+
+    max_norm: Rate = hyperparameters.positive(1.0)
+
+    @abc.abstractmethod
+    def _clipped(self, gradients: Gradients, max_norm: tf.Tensor) -> Gradients:
+        """The gradients, shortened; the norm is a float64."""
+
+    def initialize(self, specs: Specs) -> State:
+        """See base class."""
+        del specs  # The state has no slots.
+        return hyperparameters.initialize(self)
+
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+        """See base class."""
+        del weights  # The rule looks at gradients alone.
+        hyperparameters.check_state(self, state)
+        max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
+        return hyperparameters.advance(self, state), self._clipped(gradients, max_norm)
+
+
+@attrs.frozen
+class ClipByNorm(_Clip):
     """Shortens each tensor that is longer than `max_norm`.
 
     `g min(1, max_norm / |g|)`, with `g` one tensor of gradients and `|g|` its Euclidean norm.
@@ -28,28 +52,15 @@ class ClipByNorm(GradientTransform):
       array([0.6, 0.8], dtype=float32)
     """
 
-    max_norm: Any = hyperparameters.positive(1.0)
-
-    def initialize(self, specs: Any) -> Any:
-        """See base class."""
-        del specs  # The state has no slots.
-        return hyperparameters.initialize(self)
-
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """See base class."""
-        del weights  # The rule looks at gradients alone.
-        hyperparameters.check_state(self, state)
-        max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
-
+    def _clipped(self, gradients: Gradients, max_norm: tf.Tensor) -> Gradients:
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
             return (g * leaves.number(_factor(_norm([g]), max_norm), g.dtype),)
 
-        gradients, _ = leaves.map_leaves(clip, gradients, {})
-        return hyperparameters.advance(self, state), gradients
+        return leaves.map_leaves(clip, gradients, {})[0]
 
 
 @attrs.frozen
-class ClipByGlobalNorm(GradientTransform):
+class ClipByGlobalNorm(_Clip):
     """Shortens all gradients by one factor if together they are longer than `max_norm`.
 
     `g min(1, max_norm / n)`, with `n` the square root of the sum of squares over all tensors of
@@ -68,18 +79,7 @@ class ClipByGlobalNorm(GradientTransform):
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
     """
 
-    max_norm: Any = hyperparameters.positive(1.0)
-
-    def initialize(self, specs: Any) -> Any:
-        """See base class."""
-        del specs  # The state has no slots.
-        return hyperparameters.initialize(self)
-
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
-        """See base class."""
-        del weights  # The rule looks at gradients alone.
-        hyperparameters.check_state(self, state)
-        max_norm = leaves.number(hyperparameters.current(self, state)["max_norm"], tf.float64)
+    def _clipped(self, gradients: Gradients, max_norm: tf.Tensor) -> Gradients:
         present = [g for g in tf.nest.flatten(gradients) if g is not None]
         norm = _norm(present) if present else tf.zeros([], tf.float64)
         factor = functools.cache(functools.partial(leaves.number, _factor(norm, max_norm)))
@@ -87,8 +87,7 @@ class ClipByGlobalNorm(GradientTransform):
         def clip(g: tf.Tensor) -> tuple[tf.Tensor]:
             return (g * factor(g.dtype),)
 
-        gradients, _ = leaves.map_leaves(clip, gradients, {})
-        return hyperparameters.advance(self, state), gradients
+        return leaves.map_leaves(clip, gradients, {})[0]
 
 
 def _norm(tensors: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -3,14 +3,18 @@
 import abc
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar, TypeAlias
 
 import tensorflow as tf
 
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
 from tff_optim.core.tracing import as_written
+from tff_optim.core.types import Gradients, Number, Specs, State, Weights
 from tff_optim.transforms.interface import GradientTransform
+
+Numbers: TypeAlias = Mapping[str, tf.Tensor]
+Tensors: TypeAlias = tuple[tf.Tensor, ...]
 
 
 class ElementwiseTransform(GradientTransform):
@@ -30,10 +34,7 @@ class ElementwiseTransform(GradientTransform):
       >>> @attrs.frozen
       ... class AverageSign(ElementwiseTransform):
       ...     beta: float = tff_optim.hyperparameters.fraction(0.9)
-      ...
-      ...     @property
-      ...     def slots(self):
-      ...         return ("average",)
+      ...     slots = ("average",)
       ...
       ...     def rule(self, numbers, gradient, average):
       ...         average += (1 - numbers["beta"]) * (gradient - average)
@@ -45,16 +46,16 @@ class ElementwiseTransform(GradientTransform):
       (-1.0, -2.0)
     """
 
-    counts_steps = False
+    counts_steps: ClassVar[bool] = False
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of the slots, in the order in which `rule` takes and returns them."""
+        """The names of the slots, in the order of `rule`; a subclass may set an attribute instead."""
         return ()
 
     def numbers(
-        self, values: Mapping[str, Any], step: tf.Tensor | None, dtype: tf.DType
-    ) -> dict[str, tf.Tensor]:
+        self, values: Mapping[str, Number], step: tf.Tensor | None, dtype: tf.DType
+    ) -> Numbers:
         """What `rule` computes with, once for each dtype of the weights.
 
         Args:
@@ -69,9 +70,7 @@ class ElementwiseTransform(GradientTransform):
         return {name: leaves.number(value, dtype) for name, value in values.items()}
 
     @abc.abstractmethod
-    def rule(
-        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """One step of one tensor.
 
         Args:
@@ -83,7 +82,7 @@ class ElementwiseTransform(GradientTransform):
           The new gradient, and the new slots.
         """
 
-    def initialize(self, specs: Any) -> Any:
+    def initialize(self, specs: Specs) -> State:
         """See base class."""
         state = hyperparameters.initialize(self, self.counts_steps)
         names = [*{*state, hyperparameters.STEP}, *self.slots]
@@ -94,7 +93,7 @@ class ElementwiseTransform(GradientTransform):
             )
         return state | {name: leaves.zeros(specs) for name in self.slots}
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
         hyperparameters.check_state(self, state, self.slots, self.counts_steps)
@@ -105,7 +104,7 @@ class ElementwiseTransform(GradientTransform):
         numbers = functools.cache(functools.partial(as_written(self.numbers), values, counted))
         rule = as_written(self.rule)
 
-        def apply(gradient: tf.Tensor, *slots: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        def apply(gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
             return rule(numbers(gradient.dtype), gradient, *slots)
 
         old = {name: state[name] for name in self.slots}

@@ -2,9 +2,9 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any
 
 from tff_optim import hyperparameters
+from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
 
 
 class GradientTransform(abc.ABC):
@@ -33,7 +33,7 @@ class GradientTransform(abc.ABC):
     """
 
     @abc.abstractmethod
-    def initialize(self, specs: Any) -> Any:
+    def initialize(self, specs: Specs) -> State:
         """Returns the state before the first step.
 
         Args:
@@ -44,7 +44,7 @@ class GradientTransform(abc.ABC):
         """
 
     @abc.abstractmethod
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
         """Takes one step.
 
         Args:
@@ -56,7 +56,7 @@ class GradientTransform(abc.ABC):
           The new state and the new gradients, nested, shaped and typed like the old ones.
         """
 
-    def begin(self, state: Any, weights: Any) -> Any:
+    def begin(self, state: State, weights: Weights) -> State:
         """Puts into the state what a step finds there; most transforms have no use for it.
 
         A pipeline with `jit_compile` calls it before `next` and outside of compiled code, which
@@ -72,7 +72,7 @@ class GradientTransform(abc.ABC):
         del weights  # Nothing to do.
         return state
 
-    def get_hparams(self, state: Any) -> hyperparameters.Hparams:
+    def get_hparams(self, state: State) -> Hparams:
         """The numbers in `state` that may be changed between rounds, by name.
 
         Args:
@@ -83,7 +83,7 @@ class GradientTransform(abc.ABC):
         """
         return hyperparameters.get_hparams(self, state)
 
-    def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
+    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
         """Returns `state` with the numbers in `hparams`.
 
         Args:

@@ -10,10 +10,11 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.backends.keras import copies
-from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer
+from tff_optim.backends.keras import checks, copies
+from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer, resolve
 from tff_optim.core import entries
 from tff_optim.core.tracing import eager_world
+from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
 
@@ -23,8 +24,8 @@ _WEIGHT_DECAY = "weight_decay"
 
 def _step_only(given: Any) -> KerasOptimizer:
     """The optimizer at learning rate 1, without decay and moving average of weights."""
-    wrapped = given if isinstance(given, KerasOptimizer) else build_keras_optimizer(given)
-    keras = wrapped.keras_optimizer
+    built = isinstance(given, KerasOptimizer)
+    keras = given.keras_optimizer if built else resolve(given)
     name = type(keras).__name__
     dropped = []
     if not copies.has_rate_variable(keras):
@@ -36,7 +37,9 @@ def _step_only(given: Any) -> KerasOptimizer:
     if dropped:
         warnings.warn(f"`KerasTransform` of {name} leaves out {', '.join(dropped)}.", stacklevel=3)
     with eager_world():  # variables and values are needed now, even while TFF traces
-        optimizer = build_keras_optimizer(copies.at_unit_rate(keras), device=wrapped.device)
+        checks.check_arguments(keras)
+        device = given.device if built else None
+        optimizer = build_keras_optimizer(copies.at_unit_rate(keras), device=device)
         depends = _depends_on_weights(optimizer)
     if depends:
         raise ValueError(
@@ -91,11 +94,11 @@ class KerasTransform(GradientTransform):
         converter=_step_only, metadata={entries.READER: keras_objects.optimizer_from_json}
     )
 
-    def initialize(self, specs: Any) -> Any:
+    def initialize(self, specs: Specs) -> State:
         """See base class."""
         return self.optimizer.initialize(specs)
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
         """See base class."""
         # At zero, where Keras' step loses no digits to the weights and no decay has an effect.
         origin = tf.nest.map_structure(tf.zeros_like, weights)
@@ -103,14 +106,14 @@ class KerasTransform(GradientTransform):
         negated = tf.nest.map_structure(lambda g, u: None if g is None else -u, gradients, moved)
         return state, negated
 
-    def get_hparams(self, state: Any) -> hyperparameters.Hparams:
+    def get_hparams(self, state: State) -> Hparams:
         """The Keras optimizer's hparams, less the rates that have no effect here."""
         hparams = self.optimizer.get_hparams(state)
         for name in (_LEARNING_RATE, _WEIGHT_DECAY):
             hparams.pop(name, None)
         return hparams
 
-    def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
+    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
         """See base class."""
         hyperparameters.check_names(hparams, self.get_hparams(state), "KerasTransform")
         return self.optimizer.set_hparams(state, hparams)

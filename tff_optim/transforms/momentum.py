@@ -1,13 +1,11 @@
 """Transforms that average gradients over steps."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters
-from tff_optim.transforms.elementwise import ElementwiseTransform
+from tff_optim.core.types import Rate
+from tff_optim.transforms.elementwise import ElementwiseTransform, Numbers, Tensors
 
 
 @attrs.frozen
@@ -33,17 +31,12 @@ class Momentum(ElementwiseTransform):
     Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
     """
 
-    beta: Any = hyperparameters.fraction(0.9)
+    beta: Rate = hyperparameters.fraction(0.9)
     nesterov: bool = hyperparameters.flag(False)
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """See base class."""
-        return ("velocity",)
+    slots = ("velocity",)
 
-    def rule(
-        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         velocity = numbers["beta"] * slots[0] + gradient
         return (numbers["beta"] * velocity + gradient if self.nesterov else velocity), velocity
@@ -66,16 +59,11 @@ class EWMA(ElementwiseTransform):
       0.25
     """
 
-    beta: Any = hyperparameters.fraction(0.9)
+    beta: Rate = hyperparameters.fraction(0.9)
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """See base class."""
-        return ("average",)
+    slots = ("average",)
 
-    def rule(
-        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         average = slots[0] + (1 - numbers["beta"]) * (gradient - slots[0])
         return average, average
@@ -101,16 +89,11 @@ class YogiMomentum(ElementwiseTransform):
     Zaheer et al., "Adaptive methods for nonconvex optimization", 2018.
     """
 
-    beta: Any = hyperparameters.fraction(0.9)
+    beta: Rate = hyperparameters.fraction(0.9)
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """See base class."""
-        return ("average",)
+    slots = ("average",)
 
-    def rule(
-        self, numbers: Mapping[str, tf.Tensor], gradient: tf.Tensor, *slots: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         average = slots[0] - tf.sign(slots[0] - gradient) * (1 - numbers["beta"]) * gradient
         return average, average

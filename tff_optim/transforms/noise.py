@@ -10,6 +10,7 @@ import tensorflow as tf
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Gradients, Rate, Specs, State, Weights
 from tff_optim.transforms.interface import GradientTransform
 
 # Named, because "auto_select" may give other numbers on another device.
@@ -44,24 +45,18 @@ class GaussianNoise(GradientTransform):
       True
     """
 
-    stddev: Any = hyperparameters.non_negative(1.0)
+    stddev: Rate = hyperparameters.non_negative(1.0)
     seed: int | None = attrs.field(default=None)
 
     @seed.validator
     def _check_seed(self, attribute: attrs.Attribute, value: Any) -> None:
         del attribute  # There is only one.
-        found = (
-            "`seed` of `GaussianNoise` must be an integer in [0, 2^63) or None; found "
-            f"{shown(value)}."
-        )
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | np.integer)
-        ):
-            raise TypeError(found)
-        if value is not None and not 0 <= value < 2**63:
-            raise ValueError(found)
+        is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and not (is_integer and 0 <= value < 2**63):
+            rule = "`seed` of `GaussianNoise` must be an integer in [0, 2^63) or None"
+            raise (ValueError if is_integer else TypeError)(f"{rule}; found {shown(value)}.")
 
-    def initialize(self, specs: Any) -> Any:
+    def initialize(self, specs: Specs) -> State:
         """See base class."""
         del specs  # The noise is shaped when it is drawn.
         state = hyperparameters.initialize(self, counts_steps=True)
@@ -73,7 +68,7 @@ class GaussianNoise(GradientTransform):
             state["seed"] = tf.constant([int(self.seed), 0], tf.int64)
         return state
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
         """See base class."""
         del weights  # The rule looks at gradients alone.
         hyperparameters.check_state(self, state, slots=("seed",), counts_steps=True)

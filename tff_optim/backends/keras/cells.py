@@ -6,13 +6,17 @@ like a variable but holds a tensor; `NumberCell` looks like a Python `float` but
 may change from step to step without retracing.
 """
 
+import operator
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
+import numpy as np
 import tensorflow as tf
 
+from tff_optim.core.types import Number
 
-def current_graph() -> Any:
+
+def current_graph() -> tf.Graph | None:
     """The graph that operations are added to now, or None when they are executed at once."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
@@ -29,7 +33,7 @@ class VariableCell:
     # Makes `numpy_array * cell` call the cell's operator instead of NumPy's.
     __array_priority__ = 100
 
-    def __init__(self, value: Any, name: str, dtype: Any = None):
+    def __init__(self, value: Number, name: str, dtype: tf.DType | None = None):
         self._value = tf.convert_to_tensor(value, dtype)
         self._graph = current_graph()
         self.name = name
@@ -58,18 +62,18 @@ class VariableCell:
     # What `tf.group`, `tf.control_dependencies` and the like ask for, of a variable that was assigned.
 
     @property
-    def device(self) -> Any:
+    def device(self) -> str:
         return self._value.device
 
     @property
-    def op(self) -> Any:
+    def op(self) -> tf.Operation:
         return self._value.op
 
     @property
-    def graph(self) -> Any:
+    def graph(self) -> tf.Graph:
         return self._value.graph
 
-    def _as_graph_element(self) -> Any:
+    def _as_graph_element(self) -> tf.Tensor:
         return self._value
 
     def get_shape(self) -> tf.TensorShape:
@@ -81,16 +85,16 @@ class VariableCell:
 
     read_value = value
 
-    def numpy(self) -> Any:
+    def numpy(self) -> np.ndarray:
         """The value as a NumPy array, when executing eagerly."""
         return self._value.numpy()
 
-    def bind(self, value: Any) -> None:
+    def bind(self, value: Number) -> None:
         """Replaces the value from outside the step, in whatever graph the step will run in."""
         self._value = tf.convert_to_tensor(value)
         self._graph = current_graph()
 
-    def assign(self, value: Any, **unused: Any) -> "VariableCell":
+    def assign(self, value: Number, **unused: object) -> Self:
         """Replaces the value; shape and dtype stay what they are."""
         del unused  # `use_locking`, `name` and `read_value` have no meaning for a tensor.
         if current_graph() is not self._graph:
@@ -109,48 +113,38 @@ class VariableCell:
         self._value = value
         return self
 
-    def assign_add(self, delta: Any, **unused: Any) -> "VariableCell":
+    def assign_add(self, delta: Number, **unused: object) -> Self:
         del unused
         return self.assign(self._value + tf.convert_to_tensor(delta, self.dtype))
 
-    def assign_sub(self, delta: Any, **unused: Any) -> "VariableCell":
+    def assign_sub(self, delta: Number, **unused: object) -> Self:
         del unused
         return self.assign(self._value - tf.convert_to_tensor(delta, self.dtype))
 
-    def _scatter(self, scatter: Callable[..., tf.Tensor], slices: Any) -> "VariableCell":
+
+def _scatter(operation: str) -> Callable[..., VariableCell]:
+    def scatter(cell: VariableCell, slices: tf.IndexedSlices, **unused: object) -> VariableCell:
+        del unused
         if not isinstance(slices, tf.IndexedSlices):
             raise TypeError(
-                f"A scatter on the variable {self._shared_name!r} must be given `tf.IndexedSlices`; "
+                f"A scatter on the variable {cell.name!r} must be given `tf.IndexedSlices`; "
                 f"found {type(slices).__name__}."
             )
-        values = tf.convert_to_tensor(slices.values, self.dtype)
-        return self.assign(scatter(self._value, tf.expand_dims(slices.indices, -1), values))
+        values = tf.convert_to_tensor(slices.values, cell.dtype)
+        changed = getattr(tf, f"tensor_scatter_nd_{operation}")
+        return cell.assign(changed(cell.value(), tf.expand_dims(slices.indices, -1), values))
 
-    def scatter_add(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
-        del unused
-        return self._scatter(tf.tensor_scatter_nd_add, slices)
+    return scatter
 
-    def scatter_sub(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
-        del unused
-        return self._scatter(tf.tensor_scatter_nd_sub, slices)
 
-    def scatter_update(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
-        del unused
-        return self._scatter(tf.tensor_scatter_nd_update, slices)
-
-    def scatter_max(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
-        del unused
-        return self._scatter(tf.tensor_scatter_nd_max, slices)
-
-    def scatter_min(self, slices: tf.IndexedSlices, **unused: Any) -> "VariableCell":
-        del unused
-        return self._scatter(tf.tensor_scatter_nd_min, slices)
+for _operation in ("add", "sub", "update", "max", "min"):
+    setattr(VariableCell, f"scatter_{_operation}", _scatter(_operation))
 
 
 class ReadOnlyCell(VariableCell):
     """A cell whose assignments have no effect: its new value is computed elsewhere."""
 
-    def assign(self, value: Any, **unused: Any) -> "VariableCell":
+    def assign(self, value: Number, **unused: object) -> Self:
         del value, unused
         return self
 
@@ -165,53 +159,25 @@ class NumberCell:
 
     __array_priority__ = 200
 
-    def __init__(self, value: Any):
+    def __init__(self, value: Number):
         self._value = tf.cast(value, tf.float64)
 
-    def _cast(self, dtype: Any) -> tf.Tensor:
+    def _cast(self, dtype: tf.DType | None) -> tf.Tensor:
         # TensorFlow reads a bare Python float as float32.
         return tf.cast(self._value, dtype or tf.float32)
 
-    def _arithmetic(self, other: Any, operator: Callable[[Any, Any], Any]) -> Any:
+    def _arithmetic(self, other: Any, operation: Callable[[Any, Any], Any]) -> Any:
         if isinstance(other, NumberCell):
-            return NumberCell(operator(self._value, other._value))
+            return NumberCell(operation(self._value, other._value))
         if isinstance(other, (int, float)):
-            return NumberCell(operator(self._value, tf.constant(other, tf.float64)))
+            return NumberCell(operation(self._value, tf.constant(other, tf.float64)))
         other = tf.convert_to_tensor(other)
-        return operator(self._cast(other.dtype), other)
-
-    def __add__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: a + b)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: a - b)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: b - a)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: a * b)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: a / b)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: b / a)
-
-    def __pow__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: a**b)
-
-    def __rpow__(self, other: Any) -> Any:
-        return self._arithmetic(other, lambda a, b: b**a)
+        return operation(self._cast(other.dtype), other)
 
     def __neg__(self) -> "NumberCell":
         return NumberCell(-self._value)
 
-    def _no_branch(self, *unused: Any) -> NoReturn:
+    def _no_branch(self, *unused: object) -> NoReturn:
         del unused
         raise TypeError("A hyper-parameter that may change between steps has no truth value.")
 
@@ -219,9 +185,19 @@ class NumberCell:
     __hash__ = object.__hash__
 
 
+def _arithmetic(name: str) -> None:
+    operation = getattr(operator, name)
+    setattr(NumberCell, f"__{name}__", lambda a, b: a._arithmetic(b, operation))
+    setattr(NumberCell, f"__r{name}__", lambda b, a: b._arithmetic(a, lambda x, y: operation(y, x)))
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    _arithmetic(_name)
+
+
 def _convert_variable(
-    cell: VariableCell, dtype: Any = None, name: Any = None, as_ref: bool = False
-) -> Any:
+    cell: VariableCell, dtype: tf.DType | None = None, name: object = None, as_ref: bool = False
+) -> tf.Tensor:
     del name, as_ref
     if dtype is not None and not dtype.is_compatible_with(cell.dtype):
         return NotImplemented
@@ -229,22 +205,22 @@ def _convert_variable(
 
 
 def _convert_number(
-    cell: NumberCell, dtype: Any = None, name: Any = None, as_ref: bool = False
-) -> Any:
+    cell: NumberCell, dtype: tf.DType | None = None, name: object = None, as_ref: bool = False
+) -> tf.Tensor:
     del name, as_ref
     return cell._cast(dtype)
 
 
-def _overload(operator: str) -> None:
-    def apply(cell: VariableCell, *operands: Any, **named: Any) -> Any:
-        return getattr(tf.Tensor, operator)(cell.value(), *operands, **named)
+def _overload(name: str) -> None:
+    def apply(cell: VariableCell, *operands: Any, **named: Any) -> tf.Tensor:
+        return getattr(tf.Tensor, name)(cell.value(), *operands, **named)
 
-    apply.__name__ = operator
-    setattr(VariableCell, operator, apply)
+    apply.__name__ = name
+    setattr(VariableCell, name, apply)
 
 
-for _operator in tf.Tensor.OVERLOADABLE_OPERATORS:  # `==` too: it compares values, as a variable's
-    _overload(_operator)
+for _name in tf.Tensor.OVERLOADABLE_OPERATORS:  # `==` too: it compares values, as a variable's
+    _overload(_name)
 
 tf.register_tensor_conversion_function(VariableCell, _convert_variable)
 tf.register_tensor_conversion_function(NumberCell, _convert_number)

@@ -232,6 +232,28 @@ def _rebuild(
     return build_keras_optimizer(keras, device=device, weight_names=weight_names)
 
 
+def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
+    """The Keras optimizer that an argument stands for, if it can be run as a pure function.
+
+    Raises:
+      TypeError: If it is of another type.
+      ValueError: If it is unknown, legacy, used, or cannot be run as a pure function.
+    """
+    in_graph = not tf.executing_eagerly()
+    with eager_world():
+        try:
+            resolved = keras_objects.resolve(optimizer)
+        except (TypeError, ValueError) as error:
+            if not (in_graph and callable(optimizer)):
+                raise
+            raise ValueError(
+                "`optimizer` must be one that can be made inside a TFF computation or a `tf.function`; "
+                f"found {shorten(str(error))}. If it uses a tensor of that graph as its learning rate, "
+                "pass it as `learning_rate` instead."
+            ) from error
+        return checks.check_supported(resolved)
+
+
 def build_keras_optimizer(
     optimizer: str | Mapping[str, Any] | Callable[[], Any] | tf.keras.optimizers.Optimizer,
     *,
@@ -294,19 +316,9 @@ def build_keras_optimizer(
     traced = tf.is_symbolic_tensor(learning_rate)
     if learning_rate is not None:
         learning_rate = checked("build_keras_optimizer", LEARNING_RATE, learning_rate, NON_NEGATIVE)
-    in_graph = not tf.executing_eagerly()
+    resolved = resolve(optimizer)
     with eager_world():
-        try:
-            resolved = keras_objects.resolve(optimizer)
-        except (TypeError, ValueError) as error:
-            if not (in_graph and callable(optimizer)):
-                raise
-            raise ValueError(
-                "`optimizer` must be one that can be made inside a TFF computation or a `tf.function`; "
-                f"found {shorten(str(error))}. If it uses a tensor of that graph as its learning rate, "
-                "pass it as `learning_rate` instead."
-            ) from error
-        made = copies.copy_containers(checks.check_supported(resolved))
+        made = copies.copy_containers(resolved)
         if learning_rate is not None or copies.has_rate_variable(made):
             copies.own_learning_rate(made, None if traced else learning_rate)
         initial = copies.read_variables(made)
