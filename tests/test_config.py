@@ -433,7 +433,8 @@ def test_classes_of_other_packages_need_trust():
     with pytest.raises(ValueError, match="/module' must be of Keras or of a package in `trusted_"):
         tff_optim.from_config(config)
     with pytest.raises(
-        ValueError, match="at 'regularizers/0/0' must be of a package in `trusted_packages`"
+        ValueError,
+        match="at 'regularizers/0/0' must be of Keras or of a package in `trusted_packages`",
     ):
         tff_optim.from_config(config | {"learning_rate": 0.1})
     keras = tff_optim.build_keras_optimizer(Signs(0.2, 0.5))

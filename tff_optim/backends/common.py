@@ -2,18 +2,21 @@
 
 import abc
 import collections
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
+import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.core import comparison, leaves
+from tff_optim.core import comparison, entries, leaves
 from tff_optim.core.devices import device_scope
+from tff_optim.core.entries import Described, Entry
 from tff_optim.core.numbers import FINITE, Interval
 from tff_optim.core.tracing import eager_world
-from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
+from tff_optim.core.types import Gradients, Hparams, Json, Number, Specs, State, Weights
 
 LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 SLOTS = "slots"
@@ -197,3 +200,52 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
         """Which numbers a hyper-parameter may be."""
         del name  # Any finite one, unless overridden.
         return FINITE
+
+
+@attrs.frozen
+class OptimizerKind:
+    """A kind of optimizer, and how a configuration holds it.
+
+    Attributes:
+      name: The value of `kind` in a configuration.
+      cls: The class of such optimizers.
+      to_json: From an optimizer to its entries, in plain Python types.
+      from_json: From a configuration and its entries by name to what is described.
+      names: The names of the entries.
+      required: Those that may not be left out.
+    """
+
+    name: str
+    cls: type
+    to_json: Callable[[Any], dict[str, Json]]
+    from_json: Callable[[Entry, Mapping[str, Entry]], Described]
+    names: tuple[str, ...]
+    required: tuple[str, ...]
+
+
+def place_to_json(optimizer: PureOptimizer) -> dict[str, Json]:
+    """The entries `weight_names` and `device`."""
+    names = optimizer.weight_names
+    return {"weight_names": None if names is None else [*names], "device": optimizer.device}
+
+
+def place_from_json(fields: Mapping[str, Entry]) -> dict[str, Any]:
+    """The arguments `weight_names` and `device` of what builds an optimizer."""
+    names = fields.get("weight_names")
+    given = None if names is None or names.value is None else names.strings()
+    return {"weight_names": given, "device": entries.device(fields)}
+
+
+def arguments_from_json(
+    fields: Mapping[str, Entry], build: Callable[..., PureOptimizer]
+) -> dict[str, Json]:
+    """The arguments of a factory or class; none of those that `build` itself takes."""
+    if "arguments" not in fields:
+        return {}
+    given = fields["arguments"]
+    if not isinstance(given.value, dict):
+        given.refuse("be a mapping", TypeError)
+    own = {*inspect.signature(build).parameters} - {"learning_rate", "kwargs"}
+    if taken := sorted(own & set(given.value)):
+        given.at(taken[0]).refuse("be left out: it is no argument of the optimizer itself")
+    return given.value

@@ -18,8 +18,9 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import regularizers, schedules, transforms
-from tff_optim.core.entries import MOST_PARTS, Entry, suggestion
-from tff_optim.pipeline import PipelineOptimizer, build_optimizer
+from tff_optim.core.entries import MOST_PARTS, Described, Entry, suggestion
+from tff_optim.core.types import Json
+from tff_optim.pipeline import build_optimizer
 
 _Keras = tf.keras.optimizers.schedules
 
@@ -145,8 +146,8 @@ _SCHEDULES: Mapping[str, _Rule] = {
 }
 
 
-def from_json(entry: Entry) -> PipelineOptimizer:
-    """Builds the pipeline that a configuration of declearn's `Optimizer` means.
+def from_json(entry: Entry) -> Described:
+    """Reads the pipeline that a configuration of declearn's `Optimizer` means.
 
     Raises:
       TypeError: If an entry is of the wrong type.
@@ -162,16 +163,17 @@ def from_json(entry: Entry) -> PipelineOptimizer:
     ):
         if name in fields and fields[name].value is not None:
             given[argument] = [_named(item, rules) for item in fields[name].items(MOST_PARTS)]
-    return entry.build(build_optimizer, _rate(fields["lrate"]), **given)
+    given["learning_rate"] = _rate(fields["lrate"])
+    return Described(entry, build_optimizer, given)
 
 
-def _rate(entry: Entry) -> Any:
+def _rate(entry: Entry) -> Json | Described:
     if not isinstance(entry.value, list):
         return entry.value
     return _named(entry, _SCHEDULES)
 
 
-def _warmed(entry: Entry) -> tuple[Any, Any]:
+def _warmed(entry: Entry) -> tuple[Json, Json | Described]:
     """The rate that a warm-up leads to, which is the `base` of the schedule after it, and that."""
     inner = entry
     while isinstance(inner.value, list) and len(inner.value) == 2:
@@ -179,7 +181,7 @@ def _warmed(entry: Entry) -> tuple[Any, Any]:
     return inner.value, _rate(entry) if inner is not entry else None
 
 
-def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Any:
+def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Described:
     pair = isinstance(entry.value, list) and len(entry.value) == 2
     name = entry.at(0) if pair else entry
     if not isinstance(name.value, str):
@@ -189,19 +191,19 @@ def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Any:
     if name.value not in rules:
         name.refuse(f"be a name of declearn that has its place here{suggestion(name.value, rules)}")
     rule = rules[name.value]
-    arguments = entry.at(1) if pair else attrs.evolve(entry, value={})
-    parts = arguments.fields({*rule.required, *rule.optional, *rule.fixed}, rule.required)
-    built = {}
+    inner = entry.at(1) if pair else attrs.evolve(entry, value={})
+    parts = inner.fields({*rule.required, *rule.optional, *rule.fixed}, rule.required)
+    arguments: dict[str, Any] = {}
     for key, part in parts.items():
         if key in rule.fixed:
             value, reason = rule.fixed[key]
             if part.value is not value:
                 part.refuse(reason)
         elif key == "base" and name.value == "warmup":
-            built[key] = _warmed(part)
+            arguments[key] = _warmed(part)
         else:
             is_whole = isinstance(part.value, int) and not isinstance(part.value, bool)
             # Keras' schedules would compute with integers.
             value = float(part.value) if rules is _SCHEDULES and is_whole else part.value
-            built[_NAMES.get(key, key)] = value
-    return entry.build(rule.make, **built)
+            arguments[_NAMES.get(key, key)] = value
+    return Described(entry, rule.make, arguments)

@@ -1,43 +1,21 @@
 """Optimizers as JSON, and back from it."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import attrs
 
-from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer
-from tff_optim.backends.optax.optimizer import OptaxOptimizer
-from tff_optim.backends.torch.optimizer import TorchOptimizer
-from tff_optim.config import backends as backend_configs
-from tff_optim.config import declearn as declearn_configs
-from tff_optim.config import pipelines as pipeline_config
+from tff_optim.backends.common import OptimizerKind
+from tff_optim.backends.keras import config as keras_config
+from tff_optim.backends.keras.optimizer import build_keras_optimizer
+from tff_optim.backends.optax import config as optax_config
+from tff_optim.backends.torch import config as torch_config
+from tff_optim.config import declearn, pipelines
 from tff_optim.core import entries
-from tff_optim.core.entries import Entry
-from tff_optim.core.messages import shown
+from tff_optim.core.entries import Described, Entry, built
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.pipeline import PipelineOptimizer
-
-
-@attrs.frozen
-class OptimizerKind:
-    """A kind of optimizer, and how a configuration holds it.
-
-    Attributes:
-      name: The value of `kind` in a configuration.
-      cls: The class of such optimizers.
-      to_json: From an optimizer to its entries, in plain Python types.
-      from_json: From entries by name to an optimizer.
-      names: The names of the entries.
-      required: Those that may not be left out.
-    """
-
-    name: str
-    cls: type
-    to_json: Callable[[Any], dict[str, Any]]
-    from_json: Callable[[Mapping[str, Entry]], Any]
-    names: tuple[str, ...]
-    required: tuple[str, ...]
 
 
 def get_config(optimizer: Any) -> dict[str, Any]:
@@ -133,22 +111,18 @@ def from_config(
       >>> from_config(get_config(optimizer)) == optimizer
       True
     """
-    if isinstance(trusted_packages, str) or not all(isinstance(p, str) for p in trusted_packages):
-        raise TypeError(
-            f"`trusted_packages` must be a collection of names; found {shown(trusted_packages)}."
-        )
-    return from_entry(
-        attrs.evolve(entries.read(config, trusted_packages), torch_python=torch_python)
-    )
+    top = entries.read(config, entries.check_packages(trusted_packages))
+    return built(_read(attrs.evolve(top, torch_python=torch_python)))
 
 
-def from_entry(entry: Entry) -> Any:
-    """The optimizer that an entry describes; see `from_config`."""
+def _read(entry: Entry) -> Described:
+    """What an entry describes: an optimizer; see `from_config`."""
     value = entry.value
     if isinstance(value, str | list) or keras_objects.is_described(entry):
-        return entry.build(build_keras_optimizer, keras_objects.optimizer_from_json(entry))
+        keras = keras_objects.optimizer_from_json(entry)
+        return Described(entry, build_keras_optimizer, {"optimizer": keras})
     if isinstance(value, dict) and "lrate" in value:
-        return declearn_configs.from_json(entry)
+        return declearn.from_json(entry)
     if not isinstance(value, dict) or "kind" not in value:
         entry.refuse(
             "be a mapping with `kind`, the name of a Keras optimizer, [name, arguments], or a "
@@ -159,7 +133,7 @@ def from_entry(entry: Entry) -> Any:
     if not isinstance(value["kind"], str) or value["kind"] not in kinds:
         entry.at("kind").refuse(f"be one of {list(kinds)}")
     kind = kinds[value["kind"]]
-    return kind.from_json(entry.fields({"kind", *kind.names}, kind.required))
+    return kind.from_json(entry, entry.fields({"kind", *kind.names}, kind.required))
 
 
 def _write(value: Any, name: str) -> Any:
@@ -170,44 +144,15 @@ def _write(value: Any, name: str) -> Any:
 
 
 KINDS = (
-    OptimizerKind(
-        name="keras",
-        cls=KerasOptimizer,
-        to_json=backend_configs.keras_to_json,
-        from_json=backend_configs.keras_from_json,
-        names=("optimizer", "exclude_from_weight_decay", "weight_names", "device"),
-        required=("optimizer",),
-    ),
-    OptimizerKind(
-        name="optax",
-        cls=OptaxOptimizer,
-        to_json=backend_configs.optax_to_json,
-        from_json=backend_configs.optax_from_json,
-        names=("transformation", "arguments", "weight_names", "device"),
-        required=("transformation",),
-    ),
+    keras_config.KIND,
+    optax_config.KIND,
     OptimizerKind(
         name="pipeline",
         cls=PipelineOptimizer,
-        to_json=lambda optimizer: pipeline_config.to_json(optimizer, _write),
-        from_json=lambda fields: pipeline_config.from_json(fields, from_entry),
-        names=(
-            "learning_rate",
-            "regularizers",
-            "transforms",
-            "weight_decay",
-            "projection",
-            "device",
-            "jit_compile",
-        ),
+        to_json=lambda optimizer: pipelines.to_json(optimizer, _write),
+        from_json=lambda entry, fields: pipelines.from_json(entry, fields, _read),
+        names=pipelines.NAMES,
         required=("learning_rate",),
     ),
-    OptimizerKind(
-        name="torch",
-        cls=TorchOptimizer,
-        to_json=backend_configs.torch_to_json,
-        from_json=backend_configs.torch_from_json,
-        names=("optimizer", "arguments", "lr_scheduler"),
-        required=("optimizer",),
-    ),
+    torch_config.KIND,
 )

@@ -5,35 +5,37 @@ from typing import Any
 
 import attrs
 
+from tff_optim import hyperparameters
 from tff_optim.config import registry
 from tff_optim.core import entries
-from tff_optim.core.entries import Entry
+from tff_optim.core.entries import Described, Entry
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Json
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.keras_objects import classes as keras_classes
-from tff_optim.pipeline import PipelineOptimizer, build_optimizer
+from tff_optim.pipeline import Pipeline, PipelineOptimizer, build_optimizer
 from tff_optim.projections import Projection
 
 # From a value, and its name for messages, to plain Python types.
-Write = Callable[[Any, str], Any]
-# From an entry that describes an optimizer of any kind to that optimizer.
-ReadOptimizer = Callable[[Entry], Any]
+Write = Callable[[Any, str], Json]
+# From an entry that describes an optimizer of any kind to what is described.
+ReadOptimizer = Callable[[Entry], Described]
 
-_PACKAGE = __name__.partition(".")[0]
+NAMES = tuple(field.name for field in attrs.fields(Pipeline))
 
 
-def to_json(optimizer: PipelineOptimizer, write: Write) -> dict[str, Any]:
+def to_json(optimizer: PipelineOptimizer, write: Write) -> dict[str, Json]:
     """The entries of a pipeline; `write` writes the arguments of its parts, optimizers among them."""
-    pipeline = optimizer.pipeline
+    writers: dict[str, Callable[[Any], Json]] = {
+        "regularizers": lambda parts: [_part_to_json(part, write) for part in parts],
+        "transforms": lambda parts: [_part_to_json(part, write) for part in parts],
+        "projection": lambda parts: [_projection_to_json(part, write) for part in parts],
+    }
+    values = {name: getattr(optimizer.pipeline, name) for name in NAMES}
     return {
-        "learning_rate": write(pipeline.learning_rate, "learning_rate"),
-        "regularizers": [_part_to_json(part, write) for part in pipeline.regularizers],
-        "transforms": [_part_to_json(part, write) for part in pipeline.transforms],
-        "weight_decay": write(pipeline.weight_decay, "weight_decay"),
-        "projection": [_projection_to_json(p, write) for p in pipeline.projection],
-        "device": pipeline.device,
-        "jit_compile": pipeline.jit_compile,
+        name: writers[name](value) if name in writers else write(value, name)
+        for name, value in values.items()
     }
 
 
@@ -64,32 +66,27 @@ def _projection_to_json(projection: Projection, write: Write) -> dict[str, Any]:
     return {"function": written, "where": where}
 
 
-def from_json(fields: Mapping[str, Entry], read_optimizer: ReadOptimizer) -> PipelineOptimizer:
-    """The pipeline of such entries; `read_optimizer` builds the optimizers in its parts."""
-    given: dict[str, Any] = {"device": entries.device(fields)}
-    for name in ("learning_rate", "weight_decay"):
-        if name in fields:
-            given[name] = keras_objects.rate_from_json(fields[name])
-    for name, known in (
-        ("regularizers", registry.list_regularizers()),
-        ("transforms", registry.list_transforms()),
-    ):
-        if name in fields:
-            given[name] = [
-                _part(entry, known, read_optimizer)
-                for entry in fields[name].items(entries.MOST_PARTS)
-            ]
-    if "projection" in fields:
-        given["projection"] = [
-            _projection(entry, read_optimizer)
-            for entry in fields["projection"].items(entries.MOST_PARTS)
-        ]
-    if "jit_compile" in fields:
-        given["jit_compile"] = fields["jit_compile"].value
-    return fields["kind"].whole.build(build_optimizer, **given)
+def from_json(
+    entry: Entry, fields: Mapping[str, Entry], read_optimizer: ReadOptimizer
+) -> Described:
+    """The pipeline of such entries; `read_optimizer` reads the optimizers in its parts."""
+
+    def parts(part: Entry, read: Callable[..., Described], *known: Mapping[str, type]) -> list:
+        return [read(item, *known, read_optimizer) for item in part.items(entries.MOST_PARTS)]
+
+    readers: dict[str, Callable[[Entry], Any]] = {
+        "learning_rate": keras_objects.rate_from_json,
+        "weight_decay": keras_objects.rate_from_json,
+        "regularizers": lambda part: parts(part, _part, registry.list_regularizers()),
+        "transforms": lambda part: parts(part, _part, registry.list_transforms()),
+        "projection": lambda part: parts(part, _projection),
+        "jit_compile": lambda part: part.value,
+    }
+    given = {name: read(fields[name]) for name, read in readers.items() if name in fields}
+    return Described(entry, build_optimizer, given | {"device": entries.device(fields)})
 
 
-def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer) -> Any:
+def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer) -> Described:
     """A part by name: `Name` or `["Name", {arguments}]`; those of Keras in its long form too."""
     pair = isinstance(entry.value, list) and len(entry.value) == 2
     name = entry.at(0) if pair else entry
@@ -107,13 +104,9 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
     cls: Any = known[name.value]
     if keras_arguments.of_keras(cls):
         return keras_objects.from_json(entry, keras_classes.REGULARIZER, keras_classes.CONSTRAINT)
-    package = keras_arguments.package_of(cls)
-    if package not in {_PACKAGE, *entry.trusted}:
-        name.refuse(
-            f"be of a package in `trusted_packages` {sorted(entry.trusted)}, not of {package!r}"
-        )
+    name.check_trusted(keras_arguments.package_of(cls))
     given = entry.at(1) if pair else attrs.evolve(entry, value={})
-    return entry.build(cls, **_arguments(cls, given, read_optimizer))
+    return Described(entry, cls, _arguments(cls, given, read_optimizer))
 
 
 def _arguments(cls: Any, entry: Entry, read_optimizer: ReadOptimizer) -> dict[str, Any]:
@@ -123,13 +116,14 @@ def _arguments(cls: Any, entry: Entry, read_optimizer: ReadOptimizer) -> dict[st
     required = [alias for alias, f in fields.items() if f.default is attrs.NOTHING]
     arguments = {}
     for name, part in entry.fields(fields, required).items():
-        read = fields[name].metadata.get(entries.READER, keras_objects.value_from_json)
+        of_field = keras_objects.rate_from_json if hyperparameters.is_field(fields[name]) else None
+        read = of_field or fields[name].metadata.get(entries.READER, keras_objects.value_from_json)
         is_optimizer = isinstance(part.value, dict) and "kind" in part.value
         arguments[name] = read_optimizer(part) if is_optimizer else read(part)
     return arguments
 
 
-def _projection(entry: Entry, read_optimizer: ReadOptimizer) -> Projection:
+def _projection(entry: Entry, read_optimizer: ReadOptimizer) -> Described:
     where = None
     function = entry
     if isinstance(entry.value, dict) and not keras_objects.is_described(entry):
@@ -138,4 +132,4 @@ def _projection(entry: Entry, read_optimizer: ReadOptimizer) -> Projection:
         if "where" in fields and fields["where"].value is not None:
             where = fields["where"].value
     part = _part(function, registry.list_projections(), read_optimizer)
-    return entry.build(Projection, part, where)
+    return Described(entry, Projection, {"function": part, "where": where})

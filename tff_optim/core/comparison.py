@@ -10,6 +10,13 @@ import numpy as np
 import tensorflow as tf
 
 
+def parameters(cls: Any) -> list[inspect.Parameter]:
+    """The parameters of the constructor of a class."""
+    if cls.__init__ is object.__init__:  # its signature is a catch-all, though it takes nothing
+        return []
+    return list(inspect.signature(cls.__init__).parameters.values())[1:]
+
+
 def full_config(value: Any) -> dict[str, Any] | None:
     """The configuration of a Keras object, or `None` if it does not tell the whole object.
 
@@ -20,17 +27,29 @@ def full_config(value: Any) -> dict[str, Any] | None:
         config = dict(value.get_config())
     except NotImplementedError:
         return None
-    constructor = type(value).__init__
-    if constructor is object.__init__:  # its signature is a catch-all, though it takes nothing
-        return config
-    parameters = list(inspect.signature(constructor).parameters.values())[1:]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    found = parameters(type(value))
+    if any(p.kind is p.VAR_POSITIONAL for p in found):
         return None
-    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    named = {p.name for p in found if p.kind is not p.VAR_KEYWORD}
     return config if named <= set(config) else None
 
 
-def key(value: Any) -> Any:
+def constructor_arguments(value: Any) -> dict[str, Any]:
+    """The configuration of a Keras object that tells the whole object.
+
+    Raises:
+      ValueError: If its `get_config` leaves out arguments of its constructor.
+    """
+    config = full_config(value)
+    if config is None:
+        raise ValueError(
+            f"`get_config` of `{type(value).__qualname__}` must return every argument of its "
+            "constructor; found it missing or incomplete. Override it."
+        )
+    return config
+
+
+def key(value: Any) -> Hashable:
     """A hashable stand-in for `value`: equal for objects that compute the same.
 
     Keras objects are compared by class and configuration, or by identity where the configuration

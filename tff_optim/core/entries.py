@@ -16,6 +16,7 @@ import numpy as np
 from tff_optim.core.devices import select_device
 from tff_optim.core.messages import at, shorten, shown
 
+_PACKAGE = __name__.partition(".")[0]
 # In the metadata of an attrs field: the function from an entry to the value of the field.
 READER = "tff_optim_reader"
 
@@ -55,11 +56,6 @@ class Entry:
         value = self.value.get(key) if isinstance(self.value, Mapping) else self.value[int(key)]
         return attrs.evolve(self, value=value, path=self.path_of(key))
 
-    @property
-    def whole(self) -> "Entry":
-        """The mapping that holds this entry, for messages about all of it."""
-        return attrs.evolve(self, path=self.path.rpartition("/")[0])
-
     def path_of(self, key: str | int) -> str:
         """Where the entry under a key or position stands."""
         return f"{self.path}/{key}" if self.path else str(key)
@@ -67,6 +63,14 @@ class Entry:
     def refuse(self, rule: str, error: type[Exception] = ValueError) -> NoReturn:
         """Raises an error that says where the entry stands and what it must be."""
         raise error(f"{self.place} must {rule}; found {shown(self.value)}.")
+
+    def check_trusted(self, package: str) -> None:
+        """Refuses the entry if it names something of a package that is not trusted."""
+        if package not in {"keras", _PACKAGE, *self.trusted}:
+            self.refuse(
+                f"be of Keras or of a package in `trusted_packages` {sorted(self.trusted)}, not of "
+                f"{package!r}"
+            )
 
     def strings(self, most: int = _MOST) -> list[str]:
         """The value, a list of strings."""
@@ -105,6 +109,41 @@ class Entry:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             reason = str(error) or type(error).__name__
             raise kind(f"{self.place} cannot be built: {shorten(reason, 1000)}") from error
+
+
+@attrs.frozen
+class Described:
+    """What an entry describes, read but not built.
+
+    Attributes:
+      entry: The entry.
+      make: What builds it.
+      arguments: What `make` is given by name, in which more may be described.
+    """
+
+    entry: Entry
+    make: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+
+def built(value: Any) -> Any:
+    """A value in which all that is described has been built, from the inside out."""
+    if isinstance(value, Described):
+        return value.entry.build(value.make, **built(value.arguments))
+    if isinstance(value, list | tuple):
+        return type(value)(built(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: built(item) for key, item in value.items()}
+    return value
+
+
+def check_packages(trusted_packages: Any) -> frozenset[str]:
+    """The argument `trusted_packages`, a collection of names."""
+    if isinstance(trusted_packages, str) or not all(isinstance(p, str) for p in trusted_packages):
+        raise TypeError(
+            f"`trusted_packages` must be a collection of names; found {shown(trusted_packages)}."
+        )
+    return frozenset(trusted_packages)
 
 
 def suggestion(name: str, known: Collection[str]) -> str:

@@ -14,6 +14,7 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
+from tff_optim.core import comparison
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import (
     FINITE,
@@ -132,9 +133,7 @@ def of_keras(cls: type) -> bool:
 
 def parameters(cls: Any) -> dict[str, inspect.Parameter]:
     """The named parameters of the constructor of `cls`."""
-    if cls.__init__ is object.__init__:  # its signature is a catch-all, though it takes nothing
-        return {}
-    found = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    found = comparison.parameters(cls)
     return {p.name: p for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 

@@ -5,7 +5,7 @@ and Adafactor, and changes its input. This writes the same entries (`module`, `c
 and builds classes of Keras and of trusted packages only (`keras_classes.py`).
 """
 
-import inspect
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.core import comparison, entries
-from tff_optim.core.entries import Entry
+from tff_optim.core.entries import Described, Entry, built
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Json
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects.classes import (
     KINDS,
@@ -45,7 +46,7 @@ def is_keras_object(value: Any) -> bool:
     return isinstance(value, tuple(kind.base for kind in KINDS))
 
 
-def to_json(value: Any, name: str) -> Any:
+def to_json(value: Any, name: str) -> Json:
     """`value` in plain Python types: NumPy and tensor scalars as numbers, Keras objects as dicts.
 
     Raises:
@@ -88,12 +89,7 @@ def object_to_json(value: Any) -> dict[str, Any]:
         )
     else:
         module = cls.__module__
-    config = comparison.full_config(value)
-    if config is None:
-        raise ValueError(
-            f"`get_config` of `{cls.__qualname__}` must return every argument of its constructor to "
-            "be written to a configuration; found it missing or incomplete. Override it."
-        )
+    config = comparison.constructor_arguments(value)
     return {
         "module": module,
         "class_name": cls.__qualname__,
@@ -109,13 +105,14 @@ def is_described(entry: Entry) -> bool:
     return isinstance(entry.value, dict) and "class_name" in entry.value
 
 
-def from_json(entry: Entry, *kinds: Kind) -> Any:
-    """Builds a Keras object from what describes it.
+def from_json(entry: Entry, *kinds: Kind, check: bool = False) -> Described:
+    """Reads what describes a Keras object.
 
     Args:
       entry: The long form that `object_to_json` writes, in which `module` may be left out for a
         class of Keras, and arguments at their defaults too; `[name, arguments]`; or a name.
       *kinds: What it may be.
+      check: Whether to check all arguments of what is built, where nobody else does.
 
     Raises:
       TypeError: If an argument is of the wrong type.
@@ -138,14 +135,15 @@ def from_json(entry: Entry, *kinds: Kind) -> Any:
             "`config`",
             ValueError if isinstance(entry.value, dict) else TypeError,
         )
-    return entry.build(_build, cls, arguments_from_json(cls, arguments), kinds)
+    make = functools.partial(_build, cls, kinds, check)
+    return Described(entry, make, {"arguments": arguments_from_json(cls, arguments)})
 
 
 def arguments_from_json(cls: Any, entry: Entry) -> dict[str, Any]:
     """The arguments for the constructor of a class, each checked as far as it is known."""
     known = keras_arguments.parameters(cls)
     more = not keras_arguments.of_keras(cls) and any(
-        p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.__init__).parameters.values()
+        p.kind is p.VAR_KEYWORD for p in comparison.parameters(cls)
     )
     required = [name for name, p in known.items() if p.default is p.empty]
     names = {*known, _LEGACY_FLAG} if issubclass(cls, OPTIMIZER.base) else set(known)
@@ -155,39 +153,38 @@ def arguments_from_json(cls: Any, entry: Entry) -> dict[str, Any]:
         parts[_LEGACY_FLAG].refuse("be False: legacy optimizers cannot be run as pure functions")
     arguments = {}
     for name, part in parts.items():
-        if name in _RATES and issubclass(cls, (OPTIMIZER.base, SCHEDULE.base)):
-            arguments[name] = rate_from_json(part)
-        else:
-            arguments[name] = value_from_json(part)
-        part.build(keras_arguments.check_argument, cls, name, arguments[name])
-        arguments[name] = keras_arguments.as_given_in_json(cls, name, arguments[name])
+        is_rate = name in _RATES and issubclass(cls, (OPTIMIZER.base, SCHEDULE.base))
+        read = rate_from_json(part) if is_rate else value_from_json(part)
+        given = {} if is_rate and isinstance(read, Described) else part.value
+        part.build(keras_arguments.check_argument, cls, name, given)
+        arguments[name] = keras_arguments.as_given_in_json(cls, name, read)
     return arguments
 
 
-def rate_from_json(entry: Entry) -> Any:
+def rate_from_json(entry: Entry) -> Json | Described:
     """A number as it is, or the schedule that an entry describes."""
     if isinstance(entry.value, str) or (isinstance(entry.value, list) and len(entry.value) != 2):
         entry.refuse("be a number or a schedule, like ['ExponentialDecay', {...}]", TypeError)
     return from_json(entry, SCHEDULE) if isinstance(entry.value, dict | list) else entry.value
 
 
-def optimizer_from_json(entry: Entry) -> Any:
+def optimizer_from_json(entry: Entry) -> Described:
     """The Keras optimizer that an entry describes."""
     return from_json(entry, OPTIMIZER)
 
 
-def regularizer_from_json(entry: Entry) -> Any:
+def regularizer_from_json(entry: Entry) -> Described:
     """The Keras regularizer that an entry describes."""
     return from_json(entry, REGULARIZER)
 
 
-def value_from_json(entry: Entry) -> Any:
-    """A plain value, in which everything that describes a Keras object is built.
+def value_from_json(entry: Entry) -> Json | Described:
+    """A plain value, in which everything that describes a Keras object is read as one.
 
     So Keras, which would import and run what such a mapping names, is never given one.
     """
     if is_described(entry):
-        return from_json(entry, *KINDS)
+        return from_json(entry, *KINDS, check=True)
     if isinstance(entry.value, dict):
         return {key: value_from_json(entry.at(key)) for key in entry.value}
     if isinstance(entry.value, list):
@@ -195,14 +192,15 @@ def value_from_json(entry: Entry) -> Any:
     return entry.value
 
 
-def _build(cls: Any, arguments: dict[str, Any], kinds: Sequence[Kind]) -> Any:
-    built = cls.from_config(arguments)
-    if not isinstance(built, tuple(kind.base for kind in kinds)):
+def _build(cls: Any, kinds: Sequence[Kind], check: bool, arguments: dict[str, Any]) -> Any:
+    made = cls.from_config(arguments)
+    if not isinstance(made, tuple(kind.base for kind in kinds)):
         raise TypeError(
-            f"`from_config` of `{cls.__name__}` must return {nouns(kinds)}; found {shown(built)}."
+            f"`from_config` of `{cls.__name__}` must return {nouns(kinds)}; found {shown(made)}."
         )
-    keras_arguments.check_object(built)
-    return built
+    if check:
+        keras_arguments.check_object(made)
+    return made
 
 
 # ------------------------------------------------------------------- what an argument may stand for
@@ -211,7 +209,7 @@ def _build(cls: Any, arguments: dict[str, Any], kinds: Sequence[Kind]) -> Any:
 def resolve(optimizer: Any) -> Any:
     """Returns the Keras optimizer that `optimizer` stands for; see `build_keras_optimizer`."""
     if isinstance(optimizer, str | Mapping | list | tuple):
-        return from_json(entries.read(optimizer, name="optimizer"), OPTIMIZER)
+        return built(from_json(entries.read(optimizer, name="optimizer"), OPTIMIZER))
     if isinstance(optimizer, OPTIMIZER.base):
         return optimizer
     if isinstance(optimizer, tf.keras.optimizers.legacy.Optimizer):

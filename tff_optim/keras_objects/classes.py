@@ -15,8 +15,6 @@ from tff_optim import schedules
 from tff_optim.core.entries import Entry, suggestion
 from tff_optim.keras_objects import arguments as keras_arguments
 
-_PACKAGE = __name__.partition(".")[0]
-
 
 @attrs.frozen
 class Kind:
@@ -97,9 +95,8 @@ def class_of(entry: Entry, kinds: Sequence[Kind]) -> type:
         public = {f"{prefix}{home}" for prefix in ("", "tensorflow.", "tf.") for home in homes}
         if module.value not in {None, cls.__module__, *public}:
             module.refuse(f"be {min(homes)!r}, which holds {cls.__name__}")
-    elif root not in {*entry.trusted, _PACKAGE}:
-        module.refuse(f"be of Keras or of a package in `trusted_packages` {sorted(entry.trusted)}")
     else:
+        module.check_trusted(root)
         cls = _held_class(name, module, kinds)
     known = (None, cls.__name__, tf.keras.saving.get_registered_name(cls))
     if registered.value not in known:
@@ -138,11 +135,7 @@ def _held_class(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
     bases = tuple(kind.base for kind in kinds)
     if cls in bases or not issubclass(cls, bases):
         name.refuse(f"be the class of {nouns(kinds)}")
-    if keras_arguments.package_of(cls) not in {*name.trusted, "keras", _PACKAGE}:
-        name.refuse(
-            f"be of Keras or of a package in `trusted_packages` {sorted(name.trusted)}, not of "
-            f"{cls.__module__!r}"
-        )
+    name.check_trusted(keras_arguments.package_of(cls))
     if cls.__qualname__ != name.value:
         name.refuse(f"be the name that the class has itself, {cls.__qualname__!r}")
     return cls

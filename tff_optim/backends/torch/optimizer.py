@@ -14,7 +14,7 @@ import tensorflow as tf
 from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer
 from tff_optim.backends.torch import arguments as torch_arguments
 from tff_optim.backends.torch.process import TorchProcess
-from tff_optim.core import leaves
+from tff_optim.core import entries, leaves
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked_number
 from tff_optim.core.types import Specs, State, Weights
@@ -260,11 +260,7 @@ def build_torch_optimizer(
     >>> tff_optim.build_torch_optimizer("Adam", lr=0.1, betas=(0.8, 0.99), python=sys.executable)
     TorchOptimizer(Adam, {'lr': 0.1, 'betas': [0.8, 0.99]})
     """
-    if isinstance(trusted_packages, str):
-        raise TypeError(
-            f"`trusted_packages` must be a collection of names; found {shown(trusted_packages)}."
-        )
-    trusted = sorted(trusted_packages)
+    trusted = entries.check_packages(trusted_packages)
     torch_arguments.check_name(
         "optimizer", optimizer, "torch.optim", trusted, torch_arguments.REFUSED
     )
