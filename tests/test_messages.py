@@ -3,6 +3,7 @@
 import ast
 import itertools
 import pathlib
+import re
 
 import pytest
 
@@ -19,6 +20,7 @@ OTHERS = (
     "A `ResidentProcess` cannot be copied or pickled",
     "A hyper-parameter that may change between steps has no truth value",
 )
+REFUSALS = ("ValueError", "TypeError", "KeyError")
 SECTIONS = ("Args:", "Returns:", "Raises:", "Attributes:")
 
 
@@ -39,13 +41,20 @@ def text_of(node):
 
 
 def refusals(tree):
+    """The messages of errors that are raised, with their lines: written out, or made by `refusal`."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            text = text_of(node.exc.args[0])
-            is_refusal = ast.unparse(node.exc.func) in ("ValueError", "TypeError", "KeyError")
-            # What begins with a name of the program is put together elsewhere.
-            if is_refusal and text is not None and not text.startswith("{}"):
-                yield node.lineno, text
+        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+            continue
+        made_by, texts = ast.unparse(node.exc.func), [text_of(arg) for arg in node.exc.args]
+        if made_by == "refusal":
+            _, rule, found, advice = [*(text or "{}" for text in texts), ""][:4]
+            parts = f"{rule} ", f"{found} "
+            wrong = [part for part in parts if re.search(r"\bmust\b|; found|[.;] $", part)]
+            assert not wrong, f"line {node.lineno}: {wrong}"
+            yield node.lineno, f"`{{}}` must {rule}; found {found}. {advice}"
+        # What begins with a name of the program is put together elsewhere.
+        elif made_by in REFUSALS and not (texts[0] or "{}").startswith("{}"):
+            yield node.lineno, texts[0]
 
 
 def parsed(path):

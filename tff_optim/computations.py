@@ -1,9 +1,11 @@
 """An optimizer as a pair of TFF computations, for rounds that are written by hand."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 import tensorflow_federated as tff
+
+from tff_optim.core.types import Gradients, State, Weights
 
 
 class OptimizerComputations(NamedTuple):
@@ -18,7 +20,9 @@ class OptimizerComputations(NamedTuple):
     next: tff.Computation
 
 
-def build_optimizer_computations(optimizer: Any, weights_type: Any) -> OptimizerComputations:
+def build_optimizer_computations(
+    optimizer: tff.learning.optimizers.Optimizer, weights_type: tff.Type
+) -> OptimizerComputations:
     """Makes a pair of `tff.tensorflow.computation`s of an optimizer.
 
     Use them with `tff.federated_eval` and `tff.federated_map`, at the server or at the clients.
@@ -56,12 +60,12 @@ def build_optimizer_computations(optimizer: Any, weights_type: Any) -> Optimizer
     specs = tff.types.type_to_tf_tensor_specs(weights_type)
 
     @tff.tensorflow.computation
-    def initialize() -> Any:
+    def initialize() -> State:
         return optimizer.initialize(specs)
 
     @tff.tensorflow.computation(initialize.type_signature.result, weights_type, weights_type)
     @tf.function
-    def step(state: Any, weights: Any, gradients: Any) -> Any:
+    def step(state: State, weights: Weights, gradients: Gradients) -> tuple[State, Weights]:
         return optimizer.next(state, weights, gradients)
 
     return OptimizerComputations(initialize, step)

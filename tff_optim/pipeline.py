@@ -10,25 +10,25 @@ import tensorflow as tf
 from tff_optim import hyperparameters, projections
 from tff_optim.backends.common import PureOptimizer
 from tff_optim.core import devices, leaves, tracing
-from tff_optim.core.messages import shown
+from tff_optim.core.messages import refusal, shown
 from tff_optim.core.numbers import STEP
 from tff_optim.core.tracing import as_written, call_traced
-from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
+from tff_optim.core.types import Gradients, Hparams, Number, Rate, Specs, State, Weights
 from tff_optim.regularizers import Penalty
 from tff_optim.transforms.interface import GradientTransform
 
 _PARTS = "parts"
 
 
-def as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
+def as_parts(name: str, given: object) -> tuple[GradientTransform, ...]:
     """Reads the argument `name`, a sequence of transforms; Keras regularizers are wrapped.
 
     Raises:
       TypeError: If it is something else.
     """
     if not isinstance(given, list | tuple):
-        raise TypeError(
-            f"`{name}` must be a list or tuple; found {shown(given)}. Put it in a list."
+        raise refusal(
+            name, "be a list or tuple", shown(given), "Put it in a list.", error=TypeError
         )
     parts = []
     for part in given:
@@ -49,10 +49,10 @@ def as_parts(name: str, given: Any) -> tuple[GradientTransform, ...]:
 class Pipeline:
     """What a pipeline is made of; the arguments of `build_optimizer`, checked."""
 
-    learning_rate: Any = hyperparameters.non_negative(traceable=True)
+    learning_rate: Rate = hyperparameters.non_negative(traceable=True)
     regularizers: tuple[GradientTransform, ...] = ()
     transforms: tuple[GradientTransform, ...] = ()
-    weight_decay: Any = hyperparameters.non_negative(0.0, traceable=True)
+    weight_decay: Rate = hyperparameters.non_negative(0.0, traceable=True)
     projection: tuple[projections.Projection, ...] = ()
     device: str | None = None
     jit_compile: bool = hyperparameters.flag(False)
@@ -249,17 +249,19 @@ class PipelineOptimizer(PureOptimizer):
         return new_state
 
 
-def _check_result(name: str, changed: Any, given: Any, new_state: Any, old_state: Any) -> None:
+def _check_result(
+    name: str, changed: Gradients, given: Gradients, new_state: State, old_state: State
+) -> None:
     leaves.check_like(changed, given, f"gradients` returned by `{name}", "those it was given")
     leaves.check_like(new_state, old_state, f"state` returned by `{name}", "the state it was given")
 
 
 def build_optimizer(
-    learning_rate: Any,
+    learning_rate: Rate,
     *,
-    regularizers: Sequence[Any] = (),
+    regularizers: Sequence[GradientTransform | tf.keras.regularizers.Regularizer] = (),
     transforms: Sequence[GradientTransform] = (),
-    weight_decay: Any = 0.0,
+    weight_decay: Rate = 0.0,
     projection: Any = None,
     device: str | devices.DevicePolicy | None = None,
     jit_compile: bool = False,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -11,13 +10,14 @@ from tff_optim import hyperparameters
 from tff_optim.core import comparison, leaves, patterns
 from tff_optim.core.messages import shown
 from tff_optim.core.tracing import as_written
+from tff_optim.core.types import Specs
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 
 __all__ = ["Ball", "Box", "Projection", "Simplex"]
 
 
-def _check_where(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _check_where(instance: object, attribute: attrs.Attribute, value: object) -> None:
     del instance, attribute  # There is only one.
     if value is None or (callable(value) and not keras_objects.is_keras_object(value)):
         return
@@ -56,7 +56,7 @@ class Projection:
     )
 
     @function.validator
-    def _check_function(self, attribute: attrs.Attribute, value: Any) -> None:
+    def _check_function(self, attribute: attrs.Attribute, value: object) -> None:
         del attribute  # There is only one.
         is_keras = keras_objects.is_keras_object(value)
         if is_keras and isinstance(value, tf.keras.constraints.Constraint):
@@ -107,32 +107,25 @@ class Projection:
         return projected
 
 
-def _to_tuple(given: Any) -> tuple[Any, ...]:
-    if given is None:
-        return ()
-    items = tuple(given) if isinstance(given, list | tuple) else (given,)
-    return tuple(
-        p if isinstance(p, Projection) or not callable(p) else Projection(p) for p in items
-    )
-
-
-def as_projections(given: Any) -> tuple[Projection, ...]:
+def as_projections(given: object) -> tuple[Projection, ...]:
     """Reads the argument `projection`: none, one or a sequence, bare functions wrapped.
 
     Raises:
       TypeError: If something is neither a `Projection` nor callable.
     """
-    projections = _to_tuple(given)
-    for projection in projections:
-        if not isinstance(projection, Projection):
+    items = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    projections = []
+    for item in items:
+        if not isinstance(item, Projection) and not callable(item):
             raise TypeError(
                 "`projection` must be a tf.keras.constraints.Constraint, a function, a "
-                f"tff_optim.projections.Projection or a sequence of these; found {shown(projection)}."
+                f"tff_optim.projections.Projection or a sequence of these; found {shown(item)}."
             )
-    return projections
+        projections.append(item if isinstance(item, Projection) else Projection(item))
+    return tuple(projections)
 
 
-def check_used(projections: Iterable[Projection], specs: Any) -> None:
+def check_used(projections: Iterable[Projection], specs: Specs) -> None:
     """Raises `ValueError` if a projection with a selection selects none of the weights."""
     named = leaves.named_leaves(specs)
     # A lone scalar is what TFF initializes an optimizer with when it only wants its hparams.

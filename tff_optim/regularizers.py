@@ -112,7 +112,7 @@ class Penalty(GradientTransform):
     )
 
     @regularizer.validator
-    def _check_regularizer(self, attribute: attrs.Attribute, value: Any) -> None:
+    def _check_regularizer(self, attribute: attrs.Attribute, value: object) -> None:
         del attribute  # There is only one.
         if not isinstance(value, tf.keras.regularizers.Regularizer):
             raise TypeError(

@@ -11,9 +11,9 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from tff_optim.core import comparison
-from tff_optim.core.messages import shown
-from tff_optim.core.numbers import NON_NEGATIVE, POSITIVE, Schedule
+from tff_optim.core import comparison, numbers
+from tff_optim.core.messages import refusal, shown
+from tff_optim.core.numbers import NON_NEGATIVE, POSITIVE
 from tff_optim.core.tracing import as_written
 from tff_optim.core.types import Number
 from tff_optim.hyperparameters import constant
@@ -21,7 +21,7 @@ from tff_optim.hyperparameters import constant
 __all__ = ["CosineRestarts", "InverseScaling", "Triangular", "Warmup"]
 
 
-class _Schedule(Schedule):
+class _Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
     """A schedule that computes in float32, of arguments that are its fields."""
 
     def get_config(self) -> dict[str, Any]:
@@ -136,17 +136,17 @@ class Warmup(_Schedule):
 
     first: float = constant(NON_NEGATIVE)
     steps: int = constant(POSITIVE)
-    then: Schedule | None = attrs.field(default=None, eq=comparison.key)
+    then: tf.keras.optimizers.schedules.LearningRateSchedule | None = attrs.field(
+        default=None, eq=comparison.key
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.steps != int(self.steps):
-            raise ValueError(
-                f"`steps` of `Warmup` must be a whole number; found {shown(self.steps)}."
-            )
+            raise refusal("`steps` of `Warmup`", "be a whole number", shown(self.steps))
         object.__setattr__(self, "steps", int(self.steps))
-        if self.then is not None and not isinstance(self.then, Schedule):
-            raise TypeError(
-                f"`then` of `Warmup` must be a schedule or None; found {shown(self.then)}."
+        if self.then is not None and not isinstance(self.then, numbers.Schedule):
+            raise refusal(
+                "`then` of `Warmup`", "be a schedule or None", shown(self.then), error=TypeError
             )
 
     def __call__(self, step: Number) -> tf.Tensor:

@@ -14,6 +14,7 @@ from tff_optim import hyperparameters
 from tff_optim.core import comparison, entries, leaves
 from tff_optim.core.devices import device_scope
 from tff_optim.core.entries import Described, Entry
+from tff_optim.core.messages import refusal
 from tff_optim.core.numbers import FINITE, Interval
 from tff_optim.core.tracing import eager_world
 from tff_optim.core.types import Gradients, Hparams, Json, Number, Specs, State, Weights
@@ -25,8 +26,8 @@ SLOTS = "slots"
 def check_weight_names(names: Sequence[str] | None, count: int) -> None:
     """Raises `ValueError` unless there is a name for each weight, or None."""
     if names is not None and len(names) != count:
-        raise ValueError(
-            f"`weight_names` must name every weight; found {len(names)} names for {count} weights."
+        raise refusal(
+            "weight_names", "name every weight", f"{len(names)} names for {count} weights"
         )
 
 

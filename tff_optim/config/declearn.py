@@ -11,7 +11,7 @@ computes the same. What has no counterpart is refused, with the reason.
 - Noise comes from another generator: its distribution is that of declearn, its numbers are not.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from tff_optim import regularizers, schedules, transforms
 from tff_optim.core.entries import MOST_PARTS, Described, Entry, suggestion
-from tff_optim.core.types import Json
+from tff_optim.core.messages import refusal
+from tff_optim.core.types import Function, Json
 from tff_optim.pipeline import build_optimizer
 
 _Keras = tf.keras.optimizers.schedules
@@ -32,7 +33,7 @@ class _Rule:
     `fixed` are arguments that may only have the one value that has a counterpart.
     """
 
-    make: Callable[..., Any]
+    make: Function
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, str]] = {}
@@ -98,7 +99,7 @@ def _linear(base: float, rate: float) -> Any:
 
 def _cosine(base: float, max_lr: float, duration: float) -> Any:
     if max_lr <= 0:
-        raise ValueError(f"`max_lr` must be greater than 0; found {max_lr!r}.")
+        raise refusal("max_lr", "be greater than 0", f"{max_lr!r}")
     return _Keras.CosineDecay(max_lr, duration, alpha=base / max_lr)
 
 

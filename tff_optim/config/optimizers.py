@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from tff_optim.backends.common import OptimizerKind
+from tff_optim.backends.common import OptimizerKind, PureOptimizer
 from tff_optim.backends.keras import config as keras_config
 from tff_optim.backends.keras.optimizer import build_keras_optimizer
 from tff_optim.backends.optax import config as optax_config
@@ -14,11 +14,12 @@ from tff_optim.backends.torch import config as torch_config
 from tff_optim.config import declearn, pipelines
 from tff_optim.core import entries
 from tff_optim.core.entries import Described, Entry, built
+from tff_optim.core.types import Json
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.pipeline import PipelineOptimizer
 
 
-def get_config(optimizer: Any) -> dict[str, Any]:
+def get_config(optimizer: PureOptimizer) -> dict[str, Json]:
     """Describes an optimizer in JSON.
 
     Args:
@@ -52,11 +53,11 @@ def get_config(optimizer: Any) -> dict[str, Any]:
 
 
 def from_config(
-    config: Any,
+    config: Json | os.PathLike,
     *,
     trusted_packages: Collection[str] = (),
     torch_python: str | os.PathLike | None = None,
-) -> Any:
+) -> PureOptimizer:
     """Builds the optimizer that a configuration describes.
 
     A configuration is what `get_config` writes, or shorter:
@@ -136,7 +137,7 @@ def _read(entry: Entry) -> Described:
     return kind.from_json(entry, entry.fields({"kind", *kind.names}, kind.required))
 
 
-def _write(value: Any, name: str) -> Any:
+def _write(value: Any, name: str) -> Json:
     """A value of a part of a pipeline, which may be an optimizer, in plain Python types."""
     if isinstance(value, tuple(kind.cls for kind in KINDS)):
         return get_config(value)

@@ -18,7 +18,7 @@ from tff_optim.pipeline import Pipeline, PipelineOptimizer, build_optimizer
 from tff_optim.projections import Projection
 
 # From a value, and its name for messages, to plain Python types.
-Write = Callable[[Any, str], Json]
+Write = Callable[[object, str], Json]
 # From an entry that describes an optimizer of any kind to what is described.
 ReadOptimizer = Callable[[Entry], Described]
 
@@ -39,7 +39,7 @@ def to_json(optimizer: PipelineOptimizer, write: Write) -> dict[str, Json]:
     }
 
 
-def _part_to_json(part: Any, write: Write) -> list[Any]:
+def _part_to_json(part: Any, write: Write) -> list[Json]:
     cls = type(part)
     name = registry.name_of(cls)
     if attrs.has(cls):
@@ -54,7 +54,7 @@ def _part_to_json(part: Any, write: Write) -> list[Any]:
     return [name, {key: write(value, f"{name}.{key}") for key, value in arguments.items()}]
 
 
-def _projection_to_json(projection: Projection, write: Write) -> dict[str, Any]:
+def _projection_to_json(projection: Projection, write: Write) -> dict[str, Json]:
     where, function = projection.where, projection.function
     if where is not None and not isinstance(where, str):
         raise ValueError(
@@ -109,7 +109,9 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
     return Described(entry, cls, _arguments(cls, given, read_optimizer))
 
 
-def _arguments(cls: Any, entry: Entry, read_optimizer: ReadOptimizer) -> dict[str, Any]:
+def _arguments(
+    cls: Any, entry: Entry, read_optimizer: ReadOptimizer
+) -> dict[str, Json | Described]:
     if not attrs.has(cls):
         return keras_objects.arguments_from_json(cls, entry)
     fields = {f.alias: f for f in attrs.fields(cls) if f.init}

@@ -49,7 +49,7 @@ def constructor_arguments(value: Any) -> dict[str, Any]:
     return config
 
 
-def key(value: Any) -> Hashable:
+def key(value: object) -> Hashable:
     """A hashable stand-in for `value`: equal for objects that compute the same.
 
     Keras objects are compared by class and configuration, or by identity where the configuration

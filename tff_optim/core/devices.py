@@ -7,24 +7,23 @@ resident process.
 """
 
 import contextlib
-from typing import Any
 
 import attrs
 import tensorflow as tf
 
-from tff_optim.core.messages import shown
+from tff_optim.core.messages import refusal, shown
 
 
-def _optional_index(instance: Any, attribute: Any, value: Any) -> None:
+def _optional_index(instance: object, attribute: attrs.Attribute, value: object) -> None:
     del instance, attribute
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError(f"`index` must be None or an integer of at least 0; found {shown(value)}.")
+        raise refusal("index", "be None or an integer of at least 0", shown(value))
 
 
-def _optional_bool(instance: Any, attribute: Any, value: Any) -> None:
+def _optional_bool(instance: object, attribute: attrs.Attribute, value: object) -> None:
     del instance, attribute
     if value is not None and not isinstance(value, bool):
-        raise ValueError(f"`gpu` must be True, False or None; found {shown(value)}.")
+        raise refusal("gpu", "be True, False or None", shown(value))
 
 
 @attrs.frozen
@@ -45,8 +44,8 @@ class DevicePolicy:
 
     def __attrs_post_init__(self) -> None:
         if self.gpu is None and self.index is not None:
-            raise ValueError(
-                f"`index` must be None where `gpu` is; found {self.index}. Give `gpu` True or False."
+            raise refusal(
+                "index", "be None where `gpu` is", self.index, "Give `gpu` True or False."
             )
 
 
@@ -113,10 +112,10 @@ def select_device(device: str | DevicePolicy | None = None) -> str | None:
         try:
             spec = tf.DeviceSpec.from_string(device if device.startswith("/") else f"/{device}")
         except ValueError as error:
-            raise ValueError(f'`device` must be like "/GPU:0"; found {shown(device)}.') from error
+            raise refusal("device", 'be like "/GPU:0"', shown(device)) from error
         elsewhere = spec.job not in (None, "localhost") or spec.task or spec.replica
         if spec.device_type is None or elsewhere:
-            raise ValueError(f'`device` must be like "/GPU:0"; found {shown(device)}.')
+            raise refusal("device", 'be like "/GPU:0"', shown(device))
         kind, index = spec.device_type, spec.device_index or 0
     else:
         raise TypeError(

@@ -7,14 +7,15 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import attrs
 import numpy as np
 
 from tff_optim.core.devices import select_device
-from tff_optim.core.messages import at, shorten, shown
+from tff_optim.core.messages import at, refusal, shorten, shown
+from tff_optim.core.types import Function, Json
 
 _PACKAGE = __name__.partition(".")[0]
 # In the metadata of an attrs field: the function from an entry to the value of the field.
@@ -40,11 +41,11 @@ class Entry:
       torch_python: The Python that runs optimizers of torch, which no entry may name.
     """
 
-    value: Any
+    value: Json
     path: str = ""
     trusted: frozenset[str] = frozenset()
     name: str = "config"
-    torch_python: Any = None
+    torch_python: str | os.PathLike | None = None
 
     @property
     def place(self) -> str:
@@ -96,12 +97,10 @@ class Entry:
         if missing := [name for name in required if name not in self.value]:
             problems.append(f"missing {shown(missing)}")
         if problems:
-            raise ValueError(
-                f"{self.place} must have the entries that it takes; found {', '.join(problems)}."
-            )
+            raise refusal(self.place, "have the entries that it takes", ", ".join(problems))
         return {name: self.at(name) for name in self.value}
 
-    def build(self, make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def build(self, make: Function, *arguments: Any, **named: Any) -> Any:
         """Calls `make`; whatever it raises is told as a refusal of this entry."""
         try:
             return make(*arguments, **named)
@@ -122,8 +121,8 @@ class Described:
     """
 
     entry: Entry
-    make: Callable[..., Any]
-    arguments: Mapping[str, Any]
+    make: Function
+    arguments: Mapping[str, Json]
 
 
 def built(value: Any) -> Any:
@@ -137,11 +136,11 @@ def built(value: Any) -> Any:
     return value
 
 
-def check_packages(trusted_packages: Any) -> frozenset[str]:
+def check_packages(trusted_packages: Collection[str]) -> frozenset[str]:
     """The argument `trusted_packages`, a collection of names."""
     if isinstance(trusted_packages, str) or not all(isinstance(p, str) for p in trusted_packages):
-        raise TypeError(
-            f"`trusted_packages` must be a collection of names; found {shown(trusted_packages)}."
+        raise refusal(
+            "trusted_packages", "be a collection of names", shown(trusted_packages), error=TypeError
         )
     return frozenset(trusted_packages)
 
@@ -196,13 +195,11 @@ def _text_of(path: pathlib.Path, name: str) -> str:
         raise ValueError(f"{rule} {shorten(str(error))}.") from error
 
 
-def _parse(text: str, name: str) -> Any:
+def _parse(text: str, name: str) -> Json:
     if len(text) > _LONGEST_TEXT:
-        raise ValueError(
-            f"{name} must be JSON of at most {_LONGEST_TEXT} characters; found {shown(text)}."
-        )
+        raise refusal(name, f"be JSON of at most {_LONGEST_TEXT} characters", shown(text))
 
-    def pairs(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    def pairs(items: Sequence[tuple[str, Json]]) -> dict[str, Json]:
         counts = collections.Counter(key for key, _ in items)
         if twice := sorted(key for key, count in counts.items() if count > 1):
             raise ValueError(f"the keys {shown(twice)} occur twice")
@@ -212,7 +209,7 @@ def _parse(text: str, name: str) -> Any:
         return json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         reason = shorten(str(error), 1000)
-        raise ValueError(f"{name} must be JSON; found {shown(text)}: {reason}.") from error
+        raise refusal(name, "be JSON", f"{shown(text)}: {reason}") from error
 
 
 def _is_text(value: str) -> bool:
@@ -223,7 +220,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Any:
+def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Json:
     """A copy of the value in plain Python types; tuples become lists, NumPy scalars numbers."""
     value = entry.value
     if depth > _DEEPEST:
@@ -255,11 +252,10 @@ def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Any:
         ]
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str) or not _is_text(key)]:
-            raise TypeError(f"{entry.place} must have texts as keys; found {shown(odd[0])}.")
+            raise refusal(entry.place, "have texts as keys", shown(odd[0]), error=TypeError)
         if long := [key for key in value if len(key) > _LONGEST_STRING]:
-            raise ValueError(
-                f"{entry.place} must have keys of at most {_LONGEST_STRING} characters; found "
-                f"{shown(long[0])}."
+            raise refusal(
+                entry.place, f"have keys of at most {_LONGEST_STRING} characters", shown(long[0])
             )
         return {
             str(key): _plain(

@@ -2,12 +2,12 @@
 
 import collections
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import tensorflow as tf
 import tree
 
-from tff_optim.core.messages import at, shown
+from tff_optim.core.messages import at, refusal, shown
+from tff_optim.core.types import Number, Specs, Structure
 
 # Half-precision leaves are computed in float32: a squared gradient of 1e-3 is already zero in
 # float16, and the division that follows would blow up.
@@ -19,7 +19,7 @@ def compute_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype in _HALF else dtype
 
 
-def compute_specs(specs: Any) -> Any:
+def compute_specs(specs: Specs) -> Structure:
     """`specs`, with each dtype replaced by the one that its leaf is computed in."""
     return tf.nest.map_structure(lambda s: tf.TensorSpec(s.shape, compute_dtype(s.dtype)), specs)
 
@@ -29,7 +29,7 @@ def widen(leaf: tf.Tensor | None) -> tf.Tensor | None:
     return None if leaf is None else tf.cast(leaf, compute_dtype(leaf.dtype))
 
 
-def dense(gradient: Any, weight: tf.Tensor) -> tf.Tensor | None:
+def dense(gradient: tf.Tensor | tf.IndexedSlices | None, weight: tf.Tensor) -> tf.Tensor | None:
     """`gradient` as a dense tensor, or `None`; repeated rows of `tf.IndexedSlices` are added up."""
     if isinstance(gradient, tf.IndexedSlices):
         rows = tf.convert_to_tensor(gradient.values)
@@ -41,17 +41,17 @@ def dense(gradient: Any, weight: tf.Tensor) -> tf.Tensor | None:
     return None if gradient is None else tf.convert_to_tensor(gradient)
 
 
-def number(value: Any, dtype: tf.DType) -> tf.Tensor:
+def number(value: Number, dtype: tf.DType) -> tf.Tensor:
     """A Python, NumPy or tensor scalar in `dtype`; the only place that casts a constant."""
     return tf.cast(value, dtype) if tf.is_tensor(value) else tf.constant(value, dtype)
 
 
-def zeros(specs: Any) -> Any:
+def zeros(specs: Specs) -> Structure:
     """Zeros of the shapes and dtypes of `specs`."""
     return tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), specs)
 
 
-def named_leaves(structure: Any) -> list[tuple[str, Any]]:
+def named_leaves(structure: Structure) -> list[tuple[str, Structure]]:
     """Pairs of a leaf's path (`dense/kernel`, `0`; empty for a lone leaf) and the leaf."""
     # `tree` orders leaves as `tf.nest` does, and knows their paths.
     return [
@@ -60,7 +60,7 @@ def named_leaves(structure: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def check_paths(structure: Any, name: str) -> None:
+def check_paths(structure: Structure, name: str) -> None:
     """Raises `ValueError` if two leaves have one path, by which states hold their slots."""
     seen: set[str] = set()
     for path, _ in named_leaves(structure):
@@ -72,14 +72,14 @@ def check_paths(structure: Any, name: str) -> None:
         seen.add(path)
 
 
-def spec_of(leaf: Any) -> tf.TensorSpec:
+def spec_of(leaf: Structure) -> tf.TensorSpec:
     """Shape and dtype of a tensor, a NumPy array (what a restored state holds) or a number."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         leaf = tf.constant(leaf)  # a plain number, in the dtype that TensorFlow gives it
     return tf.TensorSpec(leaf.shape, leaf.dtype)
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: Structure) -> str:
     if leaf is None:
         return "None"
     if isinstance(leaf, tf.IndexedSlices):
@@ -88,26 +88,27 @@ def _describe(leaf: Any) -> str:
     return f"{spec.dtype.name}{spec.shape}"
 
 
-def check_same_structure(found: Any, expected: Any, name: str, expected_name: str) -> None:
+def check_same_structure(
+    found: Structure, expected: Structure, name: str, expected_name: str
+) -> None:
     """Raises `ValueError` unless `found` is nested as `expected` is; tuples may stand for lists."""
     if _paths(found) != _paths(expected):
-        raise ValueError(
-            f"`{name}` must be nested as {expected_name}: expected "
-            f"{_outline(expected)}; found {_outline(found)}."
+        raise refusal(
+            name, f"be nested as {expected_name}: expected {_outline(expected)}", _outline(found)
         )
 
 
-def _paths(structure: Any) -> list[tuple[str, ...]]:
+def _paths(structure: Structure) -> list[tuple[str, ...]]:
     return [tuple(map(str, path)) for path, _ in tree.flatten_with_path(structure)]
 
 
-def _outline(structure: Any) -> str:
+def _outline(structure: Structure) -> str:
     if not tf.nest.is_nested(structure):
         return _describe(structure)
     return shown(tf.nest.map_structure(_describe, structure))
 
 
-def check_like(found: Any, expected: Any, name: str, expected_name: str) -> None:
+def check_like(found: Structure, expected: Structure, name: str, expected_name: str) -> None:
     """Raises `ValueError` unless `found` has the nesting, shapes and dtypes of `expected`.
 
     Leaves of `expected` and `found` that are both `None` match; nothing else matches `None`.
@@ -117,13 +118,12 @@ def check_like(found: Any, expected: Any, name: str, expected_name: str) -> None
         if a is None and b is None:
             continue
         if a is None or b is None or not spec_of(a).is_compatible_with(spec_of(b)):
-            raise ValueError(
-                f"{at(name, path)} must match {expected_name}: "
-                f"expected {_describe(b)}; found {_describe(a)}."
+            raise refusal(
+                at(name, path), f"match {expected_name}: expected {_describe(b)}", _describe(a)
             )
 
 
-def check_specs(specs: Any, floating: bool = False) -> None:
+def check_specs(specs: Specs, floating: bool = False) -> None:
     """Raises `ValueError` unless weights have paths of their own, known shapes and, if asked, floats."""
     check_paths(specs, "specs")
     for path, spec in named_leaves(specs):
@@ -135,7 +135,7 @@ def check_specs(specs: Any, floating: bool = False) -> None:
             )
 
 
-def read_gradients(gradients: Any, weights: Any) -> Any:
+def read_gradients(gradients: Structure, weights: Structure) -> Structure:
     """`gradients` nested as `weights` is: tensors, `tf.IndexedSlices`, or None.
 
     Args:
@@ -166,10 +166,10 @@ def read_gradients(gradients: Any, weights: Any) -> Any:
     return tf.nest.pack_sequence_as(weights, flat)
 
 
-def check_keys(found: Any, expected: list[str], name: str) -> None:
+def check_keys(found: Structure, expected: list[str], name: str) -> None:
     """Raises `ValueError` unless `found` is a mapping with just the keys `expected`."""
     if not isinstance(found, Mapping):
-        raise ValueError(f"`{name}` must be a mapping; found {type(found).__name__}.")
+        raise refusal(name, "be a mapping", type(found).__name__)
     if set(found) != set(expected):
         missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
         raise ValueError(
@@ -178,7 +178,7 @@ def check_keys(found: Any, expected: list[str], name: str) -> None:
         )
 
 
-def check_slots(state: Mapping[str, Any], expected: Mapping[str, tf.TensorSpec]) -> None:
+def check_slots(state: Mapping[str, Structure], expected: Mapping[str, tf.TensorSpec]) -> None:
     """Raises `ValueError` unless `slots` of a state are those that the weights need, by name."""
     name = "slots` of `state"
     check_keys(state["slots"], list(expected), name)
@@ -193,9 +193,9 @@ def check_slots(state: Mapping[str, Any], expected: Mapping[str, tf.TensorSpec])
 
 def map_leaves(
     function: Callable[..., tuple[tf.Tensor, ...]],
-    gradients: Any,
-    slots: Mapping[str, Any],
-) -> tuple[Any, "collections.OrderedDict[str, Any]"]:
+    gradients: Structure,
+    slots: Mapping[str, Structure],
+) -> tuple[Structure, "collections.OrderedDict[str, Structure]"]:
     """Applies `function` to each gradient and its slots.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_optim.core import leaves
-from tff_optim.core.messages import at, shown
+from tff_optim.core.messages import at, refusal, shown
 from tff_optim.core.types import Hparams, Number, State
 
 Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
@@ -224,11 +224,9 @@ def complete(known: Any, given: Any, path: str = "") -> Any:
     where = at("hparams", path)
     if isinstance(known, Mapping):
         if not isinstance(given, Mapping):
-            raise TypeError(f"{where} must be a mapping; found {shown(given)}.")
+            raise refusal(where, "be a mapping", shown(given), error=TypeError)
         if unknown := [name for name in given if name not in known]:
-            raise ValueError(
-                f"{where} must hold some of {', '.join(known) or 'nothing'}; found {shown(unknown)}."
-            )
+            raise refusal(where, f"hold some of {', '.join(known) or 'nothing'}", shown(unknown))
         return collections.OrderedDict(
             (
                 key,
@@ -241,15 +239,15 @@ def complete(known: Any, given: Any, path: str = "") -> Any:
         return given  # not a number: TFF compares its type
     number = to_float(given.numpy() if isinstance(given, tf.Tensor) else given)
     if not isinstance(number, float):
-        raise TypeError(f"{where} must be a number; found {shown(given)}.")
+        raise refusal(where, "be a number", shown(given), error=TypeError)
     if old.dtype.kind != "f":
         if not math.isfinite(number) or number != int(number):
-            raise ValueError(f"{where} must be a whole number; found {shown(given)}.")
+            raise refusal(where, "be a whole number", shown(given))
         return old.dtype.type(int(number))
     with np.errstate(over="ignore"):
         new = old.dtype.type(number)
     if not np.isfinite(new):
-        raise ValueError(f"{where} must be a finite number in {old.dtype}; found {shown(given)}.")
+        raise refusal(where, f"be a finite number in {old.dtype}", shown(given))
     return new
 
 
@@ -263,9 +261,8 @@ def check_names(hparams: Mapping[str, Number], known: Collection[str], owner: st
       ValueError: `hparams` of `Momentum` must hold some of beta; found ...
     """
     if not isinstance(hparams, Mapping):
-        raise ValueError(
-            f"`hparams` of `{owner}` must be a mapping from names to numbers; found "
-            f"{shown(hparams)}."
+        raise refusal(
+            f"`hparams` of `{owner}`", "be a mapping from names to numbers", shown(hparams)
         )
     if unknown := [name for name in hparams if name not in known]:
         raise ValueError(

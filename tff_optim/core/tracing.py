@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
+
+from tff_optim.core.types import Function, Structure
 
 _PACKAGE = __name__.partition(".")[0]
 _autograph = tf.__internal__.autograph
@@ -13,7 +15,7 @@ _autograph = tf.__internal__.autograph
 _CONTEXT = _autograph.control_status_ctx()
 
 
-def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_written(function: Function) -> Function:
     """Has AutoGraph convert a function of a user, in which `if tensor:` is an operation then.
 
     All that the function calls is converted with it, but for Keras and TensorFlow. The code of this
@@ -56,7 +58,7 @@ def scratch_graph() -> Iterator[tf.Graph]:
         yield graph
 
 
-def function(body: Callable[..., Any], **options: Any) -> Any:
+def function(body: Function, **options: object) -> Any:
     """`tf.function(body, **options)`, for code of which many functions are made.
 
     TensorFlow counts tracings by the place in the source and warns of retracing where it has seen
@@ -66,7 +68,7 @@ def function(body: Callable[..., Any], **options: Any) -> Any:
     return tf.function(functools.partial(body), **options)
 
 
-def call_traced(function: Callable[..., Any], *arguments: Any) -> Any:
+def call_traced(function: Function, *arguments: Structure) -> Structure:
     """Calls a function that runs other people's code, traced where that means what it says.
 
     Under a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is not

@@ -5,10 +5,14 @@ into these, so the names are for the reader.
 """
 
 import collections
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 Structure: TypeAlias = Any
 """Something nested as `tf.nest` takes it: one leaf, or tuples, lists and mappings of them."""
+
+Function: TypeAlias = Callable[..., Any]
+"""A function, whatever it takes and returns."""
 
 Weights: TypeAlias = Structure
 """A structure of tensors; where a caller gives them, of variables or arrays too."""

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_optim.core import comparison
-from tff_optim.core.messages import shown
+from tff_optim.core.messages import refusal, shown
 from tff_optim.core.numbers import (
     FINITE,
     FRACTION,
@@ -23,11 +23,12 @@ from tff_optim.core.numbers import (
     POSITIVE,
     UNIT,
     Interval,
+    Schedule,
     checked_number,
 )
 from tff_optim.core.tracing import eager_world
+from tff_optim.core.types import Json
 
-_Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
 # Arguments that count something: what is 2 there is not 2.0.
 _COUNTS = ("decay_steps", "first_decay_steps", "warmup_steps", "boundaries")
 # Steps at which a schedule must give a rate. One that leaves the finite numbers stays outside.
@@ -151,7 +152,7 @@ def interval_of(cls: type, name: str) -> Interval:
     return FINITE if argument is None or argument.allowed is None else argument.allowed
 
 
-def check_argument(cls: type, name: str, value: Any) -> None:
+def check_argument(cls: type, name: str, value: object) -> None:
     """Raises `TypeError` or `ValueError` unless `value` is one that `cls` can work with."""
     if isinstance(value, tf.Tensor) and tf.is_symbolic_tensor(value):
         return  # its value is not known
@@ -163,14 +164,13 @@ def check_argument(cls: type, name: str, value: Any) -> None:
             checked_number(cls.__name__, name, value, FINITE)
         return
     if (value is None and argument.optional) or (
-        argument.schedule and isinstance(value, _Schedule | Mapping)
+        argument.schedule and isinstance(value, Schedule | Mapping)
     ):
         return
     values = value if argument.several and isinstance(value, list | tuple) else [value]
     if len(values) > argument.most:
-        raise ValueError(
-            f"`{name}` of `{cls.__name__}` must have at most {argument.most} elements; found "
-            f"{len(values)}."
+        raise refusal(
+            f"`{name}` of `{cls.__name__}`", f"have at most {argument.most} elements", len(values)
         )
     for one in values:
         if not isinstance(one, argument.types) or (isinstance(one, bool) and argument is not _FLAG):
@@ -181,7 +181,7 @@ def check_argument(cls: type, name: str, value: Any) -> None:
             checked_number(cls.__name__, name, one, argument.allowed)
 
 
-def as_given_in_json(cls: type, name: str, value: Any) -> Any:
+def as_given_in_json(cls: type, name: str, value: Json) -> Json:
     """A number of JSON, which may have been written without its point, as `cls` takes it.
 
     Schedules of Keras compute with integers where a rate is one, and fail.
@@ -208,11 +208,11 @@ def check_object(value: Any) -> None:
         config = {}
     for name, argument in config.items():
         check_argument(cls, name, argument)
-    if isinstance(value, _Schedule) and package_of(cls) in ("keras", _PACKAGE):
+    if isinstance(value, Schedule) and package_of(cls) in ("keras", _PACKAGE):
         _check_rates(value)
 
 
-def _check_rates(schedule: Any) -> None:
+def _check_rates(schedule: tf.keras.optimizers.schedules.LearningRateSchedule) -> None:
     name = type(schedule).__name__
     with eager_world(), tf.init_scope():
         for step in _STEPS:

@@ -17,7 +17,7 @@ import tensorflow_federated as tff
 
 from tff_optim.core import comparison, entries
 from tff_optim.core.entries import Described, Entry, built
-from tff_optim.core.messages import shown
+from tff_optim.core.messages import refusal, shown
 from tff_optim.core.types import Json
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects.classes import (
@@ -41,12 +41,12 @@ _LEGACY_FLAG = "is_legacy_optimizer"
 # ------------------------------------------------------------------------------------------ writing
 
 
-def is_keras_object(value: Any) -> bool:
+def is_keras_object(value: object) -> bool:
     """Whether `value` is of a kind that this module writes."""
     return isinstance(value, tuple(kind.base for kind in KINDS))
 
 
-def to_json(value: Any, name: str) -> Json:
+def to_json(value: object, name: str) -> Json:
     """`value` in plain Python types: NumPy and tensor scalars as numbers, Keras objects as dicts.
 
     Raises:
@@ -69,10 +69,10 @@ def to_json(value: Any, name: str) -> Json:
         return {str(key): to_json(item, f"{name}.{key}") for key, item in value.items()}
     if is_keras_object(value):
         return object_to_json(value)
-    raise ValueError(f"`{name}` must be something that JSON can hold; found {shown(value)}.")
+    raise refusal(name, "be something that JSON can hold", shown(value))
 
 
-def object_to_json(value: Any) -> dict[str, Any]:
+def object_to_json(value: object) -> dict[str, Json]:
     """A Keras object's class and configuration.
 
     Raises:
@@ -139,7 +139,7 @@ def from_json(entry: Entry, *kinds: Kind, check: bool = False) -> Described:
     return Described(entry, make, {"arguments": arguments_from_json(cls, arguments)})
 
 
-def arguments_from_json(cls: Any, entry: Entry) -> dict[str, Any]:
+def arguments_from_json(cls: type, entry: Entry) -> dict[str, Json | Described]:
     """The arguments for the constructor of a class, each checked as far as it is known."""
     known = keras_arguments.parameters(cls)
     more = not keras_arguments.of_keras(cls) and any(
@@ -192,7 +192,7 @@ def value_from_json(entry: Entry) -> Json | Described:
     return entry.value
 
 
-def _build(cls: Any, kinds: Sequence[Kind], check: bool, arguments: dict[str, Any]) -> Any:
+def _build(cls: Any, kinds: Sequence[Kind], check: bool, arguments: dict[str, Any]) -> object:
     made = cls.from_config(arguments)
     if not isinstance(made, tuple(kind.base for kind in kinds)):
         raise TypeError(
@@ -206,7 +206,7 @@ def _build(cls: Any, kinds: Sequence[Kind], check: bool, arguments: dict[str, An
 # ------------------------------------------------------------------- what an argument may stand for
 
 
-def resolve(optimizer: Any) -> Any:
+def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
     """Returns the Keras optimizer that `optimizer` stands for; see `build_keras_optimizer`."""
     if isinstance(optimizer, str | Mapping | list | tuple):
         return built(from_json(entries.read(optimizer, name="optimizer"), OPTIMIZER))

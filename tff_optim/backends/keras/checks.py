@@ -18,6 +18,7 @@ from tff_optim.backends.keras.copies import (
 )
 from tff_optim.backends.keras.steps import run_step
 from tff_optim.core import patterns
+from tff_optim.core.messages import refusal
 from tff_optim.core.tracing import scratch_graph
 from tff_optim.keras_objects import arguments as keras_arguments
 
@@ -134,11 +135,11 @@ def _read_in_graph(
             raise
         return None  # it branches on a number; or the first step fails too, and says why
     if any(tensor.dtype == tf.resource for tensor, _ in graph.captures):
-        raise ValueError(
-            f"`optimizer` of class {type(optimizer).__name__} must hold its variables in attributes, "
-            "or in lists, tuples or dictionaries that are; found that a step uses another "
-            "`tf.Variable`: a schedule's, for example. It would be read as it is at the moment, not "
-            "as state."
+        raise refusal(
+            f"`optimizer` of class {type(optimizer).__name__}",
+            "hold its variables in attributes, or in lists, tuples or dictionaries that are",
+            "that a step uses another `tf.Variable`: a schedule's, for example",
+            "It would be read as it is at the moment, not as state.",
         )
     return {name for name, number in numbers.items() if depends_on(outputs, [number])}
 
@@ -171,9 +172,7 @@ def check_supported(optimizer: Keras) -> Keras:
             f"{steps} steps. Its slots would be lost: pass a callable that makes a new one."
         )
     if getattr(optimizer, "_mesh", None) is not None:
-        raise ValueError(
-            "`optimizer` must not be laid out on a DTensor mesh; found one with `mesh`."
-        )
+        raise refusal("optimizer", "not be laid out on a DTensor mesh", "one with `mesh`")
     if getattr(optimizer, "_exclude_from_weight_decay", None):
         raise ValueError(
             "`optimizer` must exclude weights from decay by `var_names`; found `var_list`. The weights "

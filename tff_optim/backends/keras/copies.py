@@ -175,7 +175,7 @@ def build(
 
     graph = current_graph()
 
-    def create(next_creator: Any, **arguments: Any) -> VariableCell:
+    def create(next_creator: object, **arguments: Any) -> VariableCell:
         del next_creator  # no variable is made
         if current_graph() is not graph:
             raise ValueError(

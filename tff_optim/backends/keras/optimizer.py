@@ -17,7 +17,7 @@ from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shorten
 from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked
 from tff_optim.core.tracing import call_traced, eager_world
-from tff_optim.core.types import Number, Specs, State, Structure, Weights
+from tff_optim.core.types import Json, Number, Specs, State, Structure, Weights
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 
@@ -192,7 +192,9 @@ class KerasOptimizer(PureOptimizer):
             )
             return new_state, [cell.value() for cell in template.weights]
 
-    def _labels(self, weights: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
+    def _labels(
+        self, weights: Sequence[tf.Tensor | tf.Variable], names: Sequence[str]
+    ) -> tuple[str, ...]:
         """The names of the weights that `exclude_from_weight_decay` looks at, if it is used."""
         check_weight_names(self.weight_names, len(weights))
         if not copies.excluded_patterns(self.keras_optimizer):
@@ -219,8 +221,8 @@ def _names(structure: Structure) -> list[str]:
 
 
 def _rebuild(
-    cls: Any,
-    config: dict[str, Any],
+    cls: type[tf.keras.optimizers.Optimizer],
+    config: Mapping[str, Json],
     excluded: list[str],
     device: str | None,
     weight_names: Sequence[str] | None,
@@ -255,10 +257,10 @@ def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
 
 
 def build_keras_optimizer(
-    optimizer: str | Mapping[str, Any] | Callable[[], Any] | tf.keras.optimizers.Optimizer,
+    optimizer: str | Mapping[str, Json] | Callable[[], Any] | tf.keras.optimizers.Optimizer,
     *,
     device: str | DevicePolicy | None = None,
-    learning_rate: Any = None,
+    learning_rate: Number | None = None,
     weight_names: Sequence[str] | None = None,
 ) -> KerasOptimizer:
     r"""Makes a pure TFF optimizer of any Keras optimizer.

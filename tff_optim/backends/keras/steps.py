@@ -5,7 +5,7 @@ the new tensors are read out of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -13,9 +13,14 @@ import tensorflow as tf
 
 from tff_optim.backends.keras.cells import NumberCell, ReadOnlyCell, VariableCell
 from tff_optim.backends.keras.copies import Keras, Template
+from tff_optim.core.types import Number
+
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
-def bind(template: Template, iterations: Any, rate: Any, numbers: Mapping[str, Any]) -> None:
+def bind(
+    template: Template, iterations: Number, rate: Number | None, numbers: Mapping[str, Number]
+) -> None:
     """Gives a copy the steps taken so far, its rate (None for a schedule), and its numbers."""
     optimizer = template.optimizer
     optimizer._iterations.bind(iterations)
@@ -35,12 +40,12 @@ def iterations_and_rate(template: Template) -> tuple[tf.Tensor, tf.Tensor | None
     return template.optimizer._iterations.value(), rate.value() if is_cell else None
 
 
-def prepare_gradients(optimizer: Keras, gradients: Sequence[Any]) -> list[Any]:
+def prepare_gradients(optimizer: Keras, gradients: Sequence[Gradient]) -> list[Gradient]:
     """Clips gradients and sums the repeated rows of sparse ones, as Keras does before a step."""
     return optimizer._deduplicate_sparse_grad(optimizer._clip_gradients(list(gradients)))
 
 
-def _refuse_new_variable(next_creator: Any, **arguments: Any) -> None:
+def _refuse_new_variable(next_creator: object, **arguments: object) -> None:
     del next_creator
     raise ValueError(
         "`update_step` must do with the variables that `build` makes; found that it creates "
@@ -53,13 +58,13 @@ def _refuse_new_variable(next_creator: Any, **arguments: Any) -> None:
 class _Identity:
     """An object that is compared by identity, and kept so that no other can take its identity."""
 
-    value: Any
+    value: object
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Identity) and self.value is other.value
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     """What an attribute holds now, in a form that later changes do not reach."""
     if isinstance(value, list | tuple):
         return [_frozen(element) for element in value]
@@ -72,11 +77,11 @@ def _frozen(value: Any) -> Any:
     return value if isinstance(value, int | float | str) else _Identity(value)
 
 
-def _attributes(optimizer: Keras) -> dict[str, Any]:
+def _attributes(optimizer: Keras) -> dict[str, object]:
     return {name: _frozen(value) for name, value in vars(optimizer).items()}
 
 
-def _check_unchanged(optimizer: Keras, before: Mapping[str, Any]) -> None:
+def _check_unchanged(optimizer: Keras, before: Mapping[str, object]) -> None:
     """Raises if a step kept something in a Python attribute, where the next step cannot find it."""
     for name, now in _attributes(optimizer).items():
         if name not in before or before[name] != now:
@@ -113,7 +118,9 @@ def _hold_nadam_product(optimizer: Keras) -> Callable[[VariableCell], None]:
     return before_weight
 
 
-def run_step(template: Template, weights: Sequence[VariableCell], gradients: Sequence[Any]) -> None:
+def run_step(
+    template: Template, weights: Sequence[VariableCell], gradients: Sequence[Gradient]
+) -> None:
     """Runs one step of Keras on the cells, in the order of Keras' own `apply_gradients`."""
     optimizer = template.optimizer
     base: Any = super(Keras, optimizer)  # Keras' step without `tf.distribute`

@@ -1,8 +1,8 @@
 """The arguments of a factory of optax: which numbers they may be, and what the factory makes."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -11,7 +11,14 @@ import tensorflow_federated as tff
 from tff_optim import hyperparameters
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import to_float
+from tff_optim.core.types import Function
 from tff_optim.hyperparameters import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, UNIT, Interval
+
+if TYPE_CHECKING:
+    import optax
+
+# A transformation, or a factory that makes one.
+Given: TypeAlias = Any
 
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY
 _OWNER = "build_optax_optimizer"
@@ -27,7 +34,7 @@ _INTERVALS: Mapping[str, Interval] = {
 }
 
 
-def interval_of(transformation_or_factory: Any, name: str) -> Interval:
+def interval_of(transformation_or_factory: Given, name: str) -> Interval:
     """Which numbers are allowed for an argument of a factory."""
     if name == _LR:
         return NON_NEGATIVE
@@ -42,7 +49,9 @@ def interval_of(transformation_or_factory: Any, name: str) -> Interval:
     return FINITE if is_unlike else _INTERVALS[name]
 
 
-def make(transformation_or_factory: Any, arguments: Mapping[str, Any]) -> Any:
+def make(
+    transformation_or_factory: Given, arguments: Mapping[str, Any]
+) -> "optax.GradientTransformation":
     """The transformation, from its factory if one is given."""
     import optax
 
@@ -59,7 +68,7 @@ def make(transformation_or_factory: Any, arguments: Mapping[str, Any]) -> Any:
     return made
 
 
-def bind(factory: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def bind(factory: Function, given: Mapping[str, Any]) -> dict[str, Any]:
     """All named arguments of a factory, with its defaults; integers as floats where it takes those."""
     signature = inspect.signature(factory)
     try:
@@ -86,7 +95,7 @@ def _takes_float(parameter: inspect.Parameter) -> bool:
     return parameter.annotation is float and not isinstance(parameter.default, bool)
 
 
-def check_argument(transformation_or_factory: Any, name: str, value: Any) -> Any:
+def check_argument(transformation_or_factory: Given, name: str, value: Any) -> Any:
     """Returns an argument of a factory, or raises if it is a number that is not allowed."""
     if isinstance(value, hyperparameters.Schedule):
         raise TypeError(

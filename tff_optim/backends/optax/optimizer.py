@@ -11,12 +11,13 @@ import tensorflow as tf
 
 from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer
 from tff_optim.backends.optax import arguments as optax_arguments
+from tff_optim.backends.optax.arguments import Given
 from tff_optim.core import comparison, leaves
 from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import STEP, Interval
 from tff_optim.core.tracing import call_traced
-from tff_optim.core.types import Number, Specs, State, Weights
+from tff_optim.core.types import Number, Rate, Specs, State, Weights
 
 if TYPE_CHECKING:
     from tff_optim.backends.optax.program import Program
@@ -30,7 +31,7 @@ class OptaxOptimizer(PureOptimizer):
 
     def __init__(
         self,
-        transformation_or_factory: Any,
+        transformation_or_factory: Given,
         arguments: Mapping[str, Any],
         numbers: Mapping[str, Number],
         weight_names: tuple[str, ...] | None,
@@ -43,7 +44,7 @@ class OptaxOptimizer(PureOptimizer):
         self._programs: dict[Any, Program] = {}
 
     @property
-    def transformation_or_factory(self) -> Any:
+    def transformation_or_factory(self) -> Given:
         """What it was built of."""
         return self._transformation_or_factory
 
@@ -87,7 +88,7 @@ class OptaxOptimizer(PureOptimizer):
             state[SLOTS] = call_traced(program.initial_slots)
         return state
 
-    def _stand_in(self, scalar: tf.TensorSpec) -> Any:
+    def _stand_in(self, scalar: tf.TensorSpec) -> Specs | None:
         """Weights to tell the hparams by: TFF's client work asks for them by one scalar weight.
 
         None where the transformation takes no such weights and has no hparams.
@@ -108,7 +109,7 @@ class OptaxOptimizer(PureOptimizer):
             ) from problem
         return None  # a mask for weights of another structure, and no numbers whatever they are
 
-    def _initial_number(self, name: str) -> Any:
+    def _initial_number(self, name: str) -> Number:
         value = self._numbers[name]
         return tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
 
@@ -172,16 +173,16 @@ def _run(
     return new_state, values
 
 
-def _has_injected(made: Any) -> bool:
+def _has_injected(made: Given) -> bool:
     """Whether `optax.inject_hyperparams` made a transformation, whose numbers are in its state."""
     init = getattr(made, "init", None)
     return getattr(init, "__qualname__", "").startswith("inject_hyperparams.")
 
 
 def build_optax_optimizer(
-    transformation_or_factory: Any,
+    transformation_or_factory: Given,
     *,
-    learning_rate: Any = None,
+    learning_rate: Rate | None = None,
     weight_names: Sequence[str] | None = None,
     device: str | DevicePolicy | None = None,
     **kwargs: Any,

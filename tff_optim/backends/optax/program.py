@@ -6,7 +6,6 @@ has traced in operations that every TensorFlow runtime knows: no XLA, which TFF'
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import attrs
 import jax
@@ -17,16 +16,19 @@ from jax.experimental import enable_x64
 
 from tff_optim.backends.optax.tracing import (
     Layout,
+    Leaf,
     StateChangedError,
     Traced,
+    Tree,
     flatten_with_path,
     spec_of,
     trace,
 )
+from tff_optim.core.types import Number
 from tff_optim.hyperparameters import STEP
 
 # From numbers by name to a transformation.
-Factory = Callable[[Mapping[str, Any]], optax.GradientTransformation]
+Factory = Callable[[Mapping[str, Number]], optax.GradientTransformation]
 
 # Entries of a state that are no numbers of the transformation.
 _RESERVED = (STEP, "slots")
@@ -72,7 +74,7 @@ class Program:
     from_weights: tuple[str, ...]
     _steps: dict[tuple[int, ...], _Step]
 
-    def initial_injected(self) -> dict[str, Any]:
+    def initial_injected(self) -> dict[str, Number]:
         """The injected numbers before the first step, as NumPy scalars."""
         if not self.injected:
             return {}
@@ -111,8 +113,8 @@ class Program:
 
     def step(
         self,
-        numbers: Mapping[str, Any],
-        slots: Mapping[str, Any],
+        numbers: Mapping[str, Number],
+        slots: Mapping[str, Number],
         weights: Sequence[tf.Tensor],
         gradients: Sequence[tf.Tensor | None],
     ) -> tuple["collections.OrderedDict[str, tf.Tensor]", list[tf.Tensor]]:
@@ -232,8 +234,8 @@ def _slot_specs(init: Traced) -> dict[str, tf.TensorSpec]:
 def _trace_init(
     factory: Factory, numbers: Mapping[str, float], layout: Layout, given: Sequence[int]
 ) -> Traced:
-    def init(*inputs: Any) -> Any:
-        weights: list[Any] = [None] * len(layout.specs)
+    def init(*inputs: Leaf) -> Tree:
+        weights: list[Leaf] = [None] * len(layout.specs)
         for position, weight in zip(given, inputs[len(numbers) :]):
             weights[position] = weight
         return factory(dict(zip(numbers, inputs))).init(layout.pack(weights))
@@ -252,12 +254,12 @@ def _trace_step(
     slots = _slot_specs(init)
     structure = jax.tree_util.tree_structure(init.outputs)
 
-    def step(*inputs: Any) -> list[Any]:
+    def step(*inputs: Leaf) -> list[Leaf]:
         values = iter(inputs)
         transformation = factory({name: next(values) for name in numbers})
         state = jax.tree_util.tree_unflatten(structure, [next(values) for _ in slots])
-        weights: list[Any] = [None] * len(layout.specs)
-        gradients: list[Any] = [None] * len(layout.specs)
+        weights: list[Leaf] = [None] * len(layout.specs)
+        gradients: list[Leaf] = [None] * len(layout.specs)
         for column in (weights, gradients):
             for position in given:
                 column[position] = next(values)

@@ -2,15 +2,20 @@
 
 import collections
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import attrs
 import jax
 import tensorflow as tf
 from jax.experimental import enable_x64, jax2tf
 
-from tff_optim.core.messages import shorten, shown
+from tff_optim.core.messages import refusal, shorten, shown
+from tff_optim.core.types import Function, Weights
+
+# A tree as jax takes it, and what stands at its leaves.
+Tree: TypeAlias = Any
+Leaf: TypeAlias = Any
 
 _QUOTED = re.compile(r"'(\w+)'")
 
@@ -26,16 +31,16 @@ class Layout:
       specs: Shapes and dtypes by position.
     """
 
-    tree: Any
+    tree: Tree
     specs: tuple[tf.TensorSpec, ...]
 
-    def pack(self, values: Sequence[Any]) -> Any:
+    def pack(self, values: Sequence[Leaf]) -> Tree:
         """Values by position as optax sees them; None is an empty tree to jax."""
         return jax.tree_util.tree_map(lambda position: values[position], self.tree)
 
-    def unpack(self, tree: Any) -> list[Any]:
+    def unpack(self, tree: Tree) -> list[Leaf]:
         """What optax returns, by position; None where it returns nothing."""
-        values: list[Any] = [None] * len(self.specs)
+        values: list[Leaf] = [None] * len(self.specs)
         for path, value in flatten_with_path(tree).items():
             values[self._positions[path]] = value
         return values
@@ -55,21 +60,20 @@ class Layout:
         return any(spec.dtype.size > 4 for spec in self.specs)
 
 
-def arrange(weights: Any, names: Sequence[str] | None) -> Layout:
+def arrange(weights: Weights, names: Sequence[str] | None) -> Layout:
     """The layout of `weights`, a structure of tensors or specs: by name if there are names."""
     flat = tf.nest.flatten(weights)
     specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in flat)
     if names is None:
         return Layout(_containers(tf.nest.pack_sequence_as(weights, range(len(flat)))), specs)
     if len(names) != len(flat):
-        raise ValueError(
-            f"`weight_names` must name every weight; found {len(names)} names for {len(flat)} "
-            "weights."
+        raise refusal(
+            "weight_names", "name every weight", f"{len(names)} names for {len(flat)} weights"
         )
     return Layout({name: position for position, name in enumerate(names)}, specs)
 
 
-def _containers(structure: Any) -> Any:
+def _containers(structure: Weights) -> Tree:
     if isinstance(structure, Mapping):
         return {str(key): _containers(value) for key, value in structure.items()}
     if attrs.has(type(structure)):
@@ -82,9 +86,9 @@ def _containers(structure: Any) -> Any:
     return structure
 
 
-def flatten_with_path(tree: Any) -> "collections.OrderedDict[str, Any]":
+def flatten_with_path(tree: Tree) -> "collections.OrderedDict[str, Leaf]":
     """Leaves by readable path: keys, positions and names of fields, joined by a slash."""
-    found: collections.OrderedDict[str, Any] = collections.OrderedDict()
+    found: collections.OrderedDict[str, Leaf] = collections.OrderedDict()
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = "/".join(str(_key(key)) for key in keys)
         if path in found:
@@ -96,7 +100,7 @@ def flatten_with_path(tree: Any) -> "collections.OrderedDict[str, Any]":
     return found
 
 
-def _key(key: Any) -> Any:
+def _key(key: object) -> object:
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return getattr(key, attribute)
@@ -121,8 +125,8 @@ class Traced:
       wide: Whether 64-bit numbers are kept.
     """
 
-    jaxpr: Any
-    outputs: Any
+    jaxpr: jax.core.ClosedJaxpr
+    outputs: Tree
     sources: list[set[int]]
     wide: bool
 
@@ -138,14 +142,14 @@ class Traced:
             try:
                 return list(translated(*inputs))
             except NotImplementedError as error:
-                raise ValueError(
-                    "`transformation_or_factory` must be made of operations that jax2tf can write "
-                    f"without XLA, which TFF's worker lacks; found one that it cannot: {error} "
-                    "Write the transformation without it."
+                raise refusal(
+                    "transformation_or_factory",
+                    "be made of operations that jax2tf can write without XLA, which TFF's worker lacks",
+                    f"one that it cannot: {error} Write the transformation without it",
                 ) from error
 
 
-def trace(function: Callable[..., Any], inputs: Sequence[Any], wide: bool, method: str) -> Traced:
+def trace(function: Function, inputs: Sequence[Leaf], wide: bool, method: str) -> Traced:
     """Traces a method of a transformation, as a function of flat inputs.
 
     Inputs are specs, or Python numbers, which take the dtypes of what they meet, as plain numbers do.
@@ -189,7 +193,7 @@ def _failure(error: Exception, method: str) -> ValueError:
     )
 
 
-def _sources(jaxpr: Any) -> list[set[int]]:
+def _sources(jaxpr: jax.core.Jaxpr) -> list[set[int]]:
     """For each output of a jaxpr, the positions of the inputs that it may depend on."""
     known = {variable: {i} for i, variable in enumerate(jaxpr.invars)}
 
@@ -203,6 +207,6 @@ def _sources(jaxpr: Any) -> list[set[int]]:
     return [of([variable]) for variable in jaxpr.outvars]
 
 
-def spec_of(shaped: Any) -> tf.TensorSpec:
+def spec_of(shaped: Leaf) -> tf.TensorSpec:
     """Shape and dtype of what jax has traced, as TensorFlow writes them."""
     return tf.TensorSpec(shaped.shape, tf.as_dtype(shaped.dtype))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tff_optim.core.messages import shown
+from tff_optim.core.messages import refusal, shown
 
 # Public names of torch that cannot run from gradients alone, and why.
 REFUSED = {
@@ -65,9 +65,7 @@ def check_name(
             f"package; found {shown(name)}. torch is not imported here, so that names do."
         )
     if not all(part.isidentifier() and part[0] != "_" for part in name.split(".")):
-        raise ValueError(
-            f"`{argument}` must be a public name, with dots between; found {shown(name)}."
-        )
+        raise refusal(argument, "be a public name, with dots between", shown(name))
     if name.rpartition(".")[2] in refused:
         short = name.rpartition(".")[2]
         raise ValueError(
@@ -85,7 +83,7 @@ def check_name(
 def check_arguments(argument: str, given: Any) -> dict[str, Any]:
     """Arguments as JSON holds them; NumPy numbers become Python's, tuples lists."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"`{argument}` must be a mapping of arguments; found {shown(given)}.")
+        raise refusal(argument, "be a mapping of arguments", shown(given), error=TypeError)
     arguments = {}
     for name, value in given.items():
         value = value.item() if isinstance(value, np.generic) else value

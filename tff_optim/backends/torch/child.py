@@ -12,12 +12,16 @@ import os
 import socket
 import sys
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
+
+Json: TypeAlias = Any
+# Something of torch, which is not imported where this file is only read.
+Torch: TypeAlias = Any
 
 _ALIGNMENT = 64  # torch aborts the process on views that are not aligned
 
 
-def offsets(specs: Any) -> tuple[list[int], int]:
+def offsets(specs: Json) -> tuple[list[int], int]:
     """Where tensors of these `[shape, dtype]` start, and how long they are together."""
     found, end = [], 0
     for shape, dtype in specs:
@@ -39,11 +43,11 @@ _SIZES = {
 }
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Json) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _flatten(value: Any, path: str) -> list[tuple[str, Any]]:
+def _flatten(value: Json, path: str) -> list[tuple[str, Json]]:
     """The numbers in a nest of dictionaries, lists and tuples, with their paths."""
     if isinstance(value, dict):
         items = list(value.items())
@@ -54,7 +58,7 @@ def _flatten(value: Any, path: str) -> list[tuple[str, Any]]:
     return [pair for key, item in items for pair in _flatten(item, f"{path}/{key}")]
 
 
-def _replace(value: Any, path: str, leaves: dict[str, Any]) -> Any:
+def _replace(value: Json, path: str, leaves: dict[str, Json]) -> Json:
     """A copy of a nest with the leaves at the paths in `leaves` replaced."""
     if isinstance(value, dict):
         new = {key: _replace(item, f"{path}/{key}", leaves) for key, item in value.items()}
@@ -68,7 +72,7 @@ class RefusedError(Exception):
     """What cannot be done, in words for the user."""
 
 
-def _find(name: str, module: Any, base: type, trusted: list[str], argument: str) -> Any:
+def _find(name: str, module: Torch, base: type, trusted: list[str], argument: str) -> type:
     """A class of torch by its name, or of a trusted package by its full name."""
     package = name.partition(".")[0]
     if "." not in name:
@@ -89,11 +93,11 @@ def _find(name: str, module: Any, base: type, trusted: list[str], argument: str)
 class Recipe:
     """Makes the optimizer, and its scheduler, anew for each step."""
 
-    def __init__(self, request: dict[str, Any]):
+    def __init__(self, request: dict[str, Json]):
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")
         import torch
 
-        self.torch: Any = torch
+        self.torch: Torch = torch
         self.weights = [(tuple(shape), dtype) for shape, dtype in request["weights"]]
         self.arguments = {
             key: tuple(value) if isinstance(value, list) else value
@@ -109,13 +113,13 @@ class Recipe:
             base = torch.optim.lr_scheduler.LRScheduler
             self.scheduler = _find(name, torch.optim.lr_scheduler, base, trusted, "lr_scheduler")
 
-    def make(self, parameters: list[Any]) -> tuple[Any, Any]:
+    def make(self, parameters: list[Torch]) -> tuple[Torch, Torch]:
         """A fresh optimizer, and its scheduler or None."""
         optimizer = self.optimizer(parameters, **self.arguments)
         scheduler = self.scheduler and self.scheduler(optimizer, **self.scheduler_arguments)
         return optimizer, scheduler
 
-    def numbers(self, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    def numbers(self, optimizer: Torch, scheduler: Torch) -> dict[str, Json]:
         """What changes besides tensors: numbers of the groups and of the scheduler, by path."""
         (group,) = optimizer.param_groups
         rest = {key: value for key, value in group.items() if key != "params"}
@@ -130,7 +134,7 @@ class Recipe:
                 )
         return dict(found)
 
-    def set_numbers(self, optimizer: Any, scheduler: Any, numbers: dict[str, Any]) -> None:
+    def set_numbers(self, optimizer: Torch, scheduler: Torch, numbers: dict[str, Json]) -> None:
         """Sets what `numbers` returned."""
         (group,) = optimizer.param_groups
         if scheduler:
@@ -138,7 +142,7 @@ class Recipe:
         for key in [key for key in group if key != "params"]:
             group[key] = _replace(group[key], f"group/{key}", numbers)
 
-    def slots(self, optimizer: Any, parameters: list[Any]) -> list[tuple[str, int, Any]]:
+    def slots(self, optimizer: Torch, parameters: list[Torch]) -> list[tuple[str, int, Torch]]:
         """The state of the optimizer: key, position of the weight, and value."""
         found = [
             (str(key), i, value)
@@ -153,7 +157,7 @@ class Recipe:
                 )
         return found
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         """Tensors and numbers of the state, from a step on weights of 1 along zeros."""
         torch = self.torch
         parameters = [
@@ -189,7 +193,7 @@ class Recipe:
 class Session:
     """A recipe with the memory in which its tensors lie: weights, gradients, slots."""
 
-    def __init__(self, request: dict[str, Any]):
+    def __init__(self, request: dict[str, Json]):
         self.recipe = Recipe(request)
         self.description = self.recipe.describe()
         self.slots = self.description["slots"]
@@ -200,14 +204,14 @@ class Session:
             self.memory = mmap.mmap(file.fileno(), size)
         self.views = [self._view(place, *spec) for place, spec in zip(places, specs)]
 
-    def _view(self, place: int, shape: list[int], dtype: str) -> Any:
+    def _view(self, place: int, shape: list[int], dtype: str) -> Torch:
         torch = self.recipe.torch
         dtype, count = getattr(torch, dtype), math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=place).view(shape)
 
-    def step(self, request: dict[str, Any]) -> dict[str, Any]:
+    def step(self, request: dict[str, Json]) -> dict[str, Json]:
         """Takes a step on the weights and the state that lie in the memory."""
         torch, recipe = self.recipe.torch, self.recipe
         n = len(recipe.weights)
@@ -256,7 +260,7 @@ def main(fd: int) -> None:
             stream.flush()
 
 
-def _answer(request: dict[str, Any], sessions: dict[int, Session]) -> str:
+def _answer(request: dict[str, Json], sessions: dict[int, Session]) -> str:
     for number in request["closed"]:
         sessions.pop(number, None)
     number = request["session"]

@@ -17,7 +17,7 @@ from tff_optim.backends.torch.process import TorchProcess
 from tff_optim.core import entries, leaves
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked_number
-from tff_optim.core.types import Specs, State, Weights
+from tff_optim.core.types import Function, Json, Specs, State, Weights
 
 _STARTED = "started"
 _GROUP_RATE = "group/lr"
@@ -31,13 +31,13 @@ class TorchOptimizer(PureOptimizer):
     not_hparams = (_STARTED, SLOTS)
     _owner = "build_torch_optimizer"
 
-    def __init__(self, python: str, recipe: Mapping[str, Any]):
+    def __init__(self, python: str, recipe: Mapping[str, Json]):
         self._recipe = recipe
         self._made_of = python, json.dumps(recipe, sort_keys=True)
         super().__init__(self._made_of)
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
+    def recipe(self) -> Mapping[str, Json]:
         """What torch builds: `optimizer`, `arguments`, `scheduler`, and the packages `trusted`."""
         return self._recipe
 
@@ -79,10 +79,12 @@ class TorchOptimizer(PureOptimizer):
 
     def _entries(
         self, process: TorchProcess, weights: Weights | Specs
-    ) -> "collections.OrderedDict[str, tuple[tf.TensorSpec, Any]]":
+    ) -> "collections.OrderedDict[str, tuple[tf.TensorSpec, np.number | None]]":
         """The slots by path: tensors first, then numbers with their first values."""
         paths = [path for path, _ in leaves.named_leaves(weights)]
-        entries: collections.OrderedDict[str, tuple[tf.TensorSpec, Any]] = collections.OrderedDict()
+        entries: collections.OrderedDict[str, tuple[tf.TensorSpec, np.number | None]] = (
+            collections.OrderedDict()
+        )
         for slot in process.slots:
             path = f"{slot.key}/{paths[slot.weight]}".rstrip("/")
             entries[path] = (slot.spec, None)
@@ -151,7 +153,7 @@ def _callback(
     return lambda *values: _run(_process(layout), paths, has_rate, given, values[:-1])
 
 
-def _call(callback: Callable[..., Any], inputs: list[Any], like: list[Any]) -> list[tf.Tensor]:
+def _call(callback: Function, inputs: list[tf.Tensor], like: list[tf.Tensor]) -> list[tf.Tensor]:
     """Runs a callback at once, or from the graph that is traced; it returns what is `like` these."""
     if tf.executing_eagerly():
         return [tf.convert_to_tensor(x) for x in callback(*(np.asarray(x) for x in inputs))]
@@ -192,7 +194,7 @@ def _run(
     return [now, *result.slots, *new_numbers, *result.weights]
 
 
-def _number(name: str, numbers: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+def _number(name: str, numbers: Mapping[str, Json], dtype: np.dtype) -> np.ndarray:
     value = numbers.get(name)
     try:
         new = np.asarray(value, dtype)
@@ -211,8 +213,8 @@ def build_torch_optimizer(
     *,
     python: str | os.PathLike | None = None,
     trusted_packages: Collection[str] = (),
-    lr_scheduler: tuple[str, Mapping[str, Any]] | None = None,
-    **kwargs: Any,
+    lr_scheduler: tuple[str, Mapping[str, Json]] | None = None,
+    **kwargs: Json,
 ) -> TorchOptimizer:
     """Makes a TFF optimizer of a torch optimizer, for the server.
 

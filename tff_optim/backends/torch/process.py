@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_optim.backends.torch import child as torch_child
-from tff_optim.core.messages import shown
+from tff_optim.core.messages import refusal, shown
 
 _SCRIPT = pathlib.Path(torch_child.__file__)
 _TIMEOUT = "TFF_OPTIM_TORCH_TIMEOUT"
@@ -92,8 +92,8 @@ class _Child:
                 )
         except OSError as error:
             self._socket.close()
-            raise ValueError(
-                f"`python` must be a Python that can be run; found {shown(python)}: {error}."
+            raise refusal(
+                "python", "be a Python that can be run", f"{shown(python)}: {error}"
             ) from error
 
     @property
