@@ -25,15 +25,15 @@ from aggregators.client.states import ClientStates
 from aggregators.core.candidates import Candidates, class_error
 from aggregators.core.client_memory import ClientMemory
 from aggregators.core.hyperparameters import hparam
+from aggregators.core.needs import Needs
 from aggregators.core.reduction import (
     Reduction,
     federated_reduce,
     zip_reductions,
 )
-from aggregators.core.rule import Needs, Rule, RuleResult
-from aggregators.core.update import ClientUpdate
+from aggregators.core.rule import PerLayer, Rule, RuleResult, named_rule
+from aggregators.core.update import ClientUpdate, MeasuredUpdate
 from aggregators.scores import Score
-from aggregators.weighted_mean.statistics import PerLayer
 from aggregators.weighting import Weighting
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "ClientUpdate",
     "ExampleClipping",
     "FederatedRule",
+    "MeasuredUpdate",
     "Needs",
     "PerLayer",
     "Reduction",
@@ -66,6 +67,7 @@ __all__ = [
     "federated_reduce",
     "federated_rule",
     "hparam",
+    "named_rule",
     "privacy",
     "rule_state",
     "rules",

@@ -172,7 +172,9 @@ class Weighting:
       ['sharpness', 'memory']
     """
 
-    rule: Rule = attrs.field(validator=_check_rule)
+    rule: Rule = attrs.field(
+        validator=_check_rule, repr=lambda rule: getattr(rule, "__name__", repr(rule))
+    )
     scale: Any = attrs.field(default="running", converter=_scale)
     times_examples: bool = attrs.field(default=True, validator=checks.validated(checks.flag))
     bound: Hparam | None = attrs.field(default=None, converter=_bound)

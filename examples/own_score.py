@@ -44,9 +44,9 @@ def turned(server, client):
 
 def main(rounds: str = "10"):
     """Trains, prints what a round showed of its clients, and returns the history."""
-    rule = rules.adaptive_mean(turned, weighting.softmax(0.2, scale=1.0), sample_size=8)
+    rule = rules.adaptive_mean(turned, weighting.softmax(0.2, scale=1.0))
     sgd = tff.learning.optimizers.build_sgdm(0.05)
-    process = build_fed_avg(model_fn, sgd, rule=rule)
+    process = build_fed_avg(model_fn, sgd, rule=rule, sample_size=8)
     history = simulation.run(process, make_clients(), rounds=int(rounds), clients_per_round=8)
     last = history.clients.where(round=int(rounds))
     for name in [column for column in last.columns if "/weights" in column]:

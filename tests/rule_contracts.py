@@ -37,6 +37,7 @@ class Case:
     covers: tuple[str, ...]
     rule: aggregators.Rule
     twin: Callable[[list[dict], list[float], dict], list[np.ndarray]]
+    sample_size: int = 2
 
     @property
     def num_layers(self) -> int:
@@ -68,15 +69,19 @@ def values(case: Case, clients: list[dict], weights: list[float]) -> tuple[list[
         return [c["delta"] for c in clients], weights
     needs, sent = case.rule.needs, []
     for c, weight in zip(clients, weights, strict=True):
-        found = {f"{needs.loss}_loss": tf.constant(c["loss"]), "steps": tf.constant(c["steps"])}
+        found = {
+            "scores": tf.constant(c["scores"]),
+            "loss": tf.constant(c["loss"]),
+            "steps": tf.constant(c["steps"]),
+            "errors_are_losses": tf.constant(bool(c["steps"] % 2)),
+        }
         if needs.candidates is not None:
             found["candidate_errors"] = tf.constant(c["errors"][: needs.candidates.number])
-            found["errors_are_losses"] = tf.constant(bool(c["steps"] % 2))
-        if needs.score is not None:
-            found[needs.score.name] = tf.constant(c["scores"])
-        measured = OrderedDict((name, found[name]) for name in needs.names)
-        update, checked = client_update(c["delta"], tf.constant(weight), measured)
-        sent.append((update._replace(delta=list(update.delta)), np.float32(checked)))
+        asked = {field: found[field] for field in needs.fields}
+        update = client_update(c["delta"], tf.constant(weight), **asked)
+        measured = OrderedDict((name, getattr(update, f)) for f, name in needs.fields.items())
+        value = aggregators.MeasuredUpdate(list(update.delta), measured, update.non_finite)
+        sent.append((value, np.float32(update.weight)))
     return [update for update, _ in sent], [weight for _, weight in sent]
 
 
@@ -101,7 +106,7 @@ def value_type(case: Case, delta_type: Any = DELTA_TYPE) -> Any:
             ("measured", tff.types.StructWithPythonType(measured, OrderedDict)),
             ("non_finite", tff.to_type(np.bool_)),
         ],
-        aggregators.ClientUpdate,
+        aggregators.MeasuredUpdate,
     )
 
 
@@ -128,7 +133,7 @@ def _adaptive(
     def twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
         return adaptive_mean(chosen, rule, groups, clients, scores_of, weights, memory)
 
-    made = rules.adaptive_mean(score, chosen, layers=layers, sample_size=2)
+    made = rules.adaptive_mean(score, chosen, layers=layers)
     return Case(name, ("adaptive_mean", covers), made, twin)
 
 
@@ -323,7 +328,7 @@ CASES = [
         lambda r: np.exp(r / 0.5),
         score="loss",
     ),
-    Case("plain", ("plain_mean",), rules.plain_mean(sample_size=2), _plain_twin),
+    Case("plain", ("plain_mean",), rules.plain_mean(), _plain_twin),
     Case(
         "fed-att",
         ("fed_att",),
@@ -336,7 +341,7 @@ CASES = [
     Case(
         "loss-gated",
         ("loss_gated",),
-        rules.loss_gated(_NEAR, min_decrease=0.05, sample_size=2),
+        rules.loss_gated(_NEAR, min_decrease=0.05),
         _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), _not_fallen(0.05)),
     ),
     Case(
@@ -354,7 +359,7 @@ CASES = [
     Case(
         "redescending",
         ("redescending_mean",),
-        rules.redescending_mean(sample_size=2),
+        rules.redescending_mean(),
         _redescending_twin(),
     ),
     Case(
@@ -365,7 +370,7 @@ CASES = [
         ),
         _redescending_twin(cutoff=0.9, power=1.5, start=4.0, quantile=0.7, rate=0.5),
     ),
-    Case("jury", ("jury_mean",), rules.jury_mean(sample_size=2), jury_twin(("loss",))),
+    Case("jury", ("jury_mean",), rules.jury_mean(), jury_twin(("loss",))),
     Case(
         "jury-direction",
         ("jury_mean",),
@@ -404,7 +409,6 @@ CASES = [
             gap_memory=0.8,
             stride_step=0.05,
             initial_norm=None,
-            sample_size=2,
         ),
         jury_twin(
             ("loss", "kl", "uniform"),
@@ -438,9 +442,8 @@ _processes: dict[str, tff.templates.AggregationProcess] = {}
 def process(case: Case) -> tff.templates.AggregationProcess:
     """The case's process, built once for all suites."""
     if case.name not in _processes:
-        _processes[case.name] = aggregators.RuleFactory(case.rule).create(
-            value_type(case), WEIGHT_TYPE
-        )
+        factory = aggregators.RuleFactory(case.rule, sample_size=case.sample_size)
+        _processes[case.name] = factory.create(value_type(case), WEIGHT_TYPE)
     return _processes[case.name]
 
 

@@ -19,6 +19,7 @@ from aggregators import (
     privacy,
     rules,
     scores,
+    weighted_mean,
     weighting,
 )
 from aggregators.core.candidates import Candidates
@@ -53,11 +54,20 @@ NO_MEMORY = (lambda weights, state: OrderedDict(), lambda context, done: (Ordere
 FOLD = (lambda: 0.0, tf.add)
 
 WRONG = {
-    "no rule": (lambda: Rule(None, None, None), r"`client` must be a function of \(update, weight"),
-    "a client of two": (
-        lambda: Rule(lambda update, weight: 0, *PARTS[1:]),
-        r"`client` must be a function of \(update, weight, state\); found .* which takes others",
+    "no rule": (lambda: Rule(None, None, None), r"`client` must be a function of \(update, state"),
+    "a client of three": (
+        lambda: Rule(lambda update, weight, state: 0, *PARTS[1:]),
+        r"`client` must be a function of \(update, state\); found .* which takes others",
     ),
+    "a log-weight of one": (
+        lambda: weighted_mean.rule(lambda update: 0.0),
+        r"`log_weight` must be a function of \(update, state\); found .* which takes others",
+    ),
+    "a finish of one": (
+        lambda: weighted_mean.rule(lambda update, state: 0.0, finish=lambda result: result),
+        r"`finish` must be a function of \(state, result\); found .* which takes others",
+    ),
+    "a rule called 3": (lambda: Rule(*PARTS, name=3), "`name` must be a `str`; found 3"),
     "a reduction itself": (
         lambda: Rule(PARTS[0], Reduction(*FOLD), PARTS[2]),
         r"`reduction` must be a function of \(layers\)",
@@ -79,10 +89,6 @@ WRONG = {
     "a number called round": (
         lambda: named(["round"]),
         "`hparams` must map names other than round",
-    ),
-    "a mean by word": (
-        lambda: Rule(*PARTS, is_mean="yes"),
-        "`is_mean` must be True or False; found 'yes'",
     ),
     "steps by word": (lambda: Needs(steps="yes"), "`steps` must be True or False; found 'yes'"),
     "steps by number": (lambda: Needs(steps=1), "`steps` must be True or False; found 1"),
@@ -139,7 +145,7 @@ WRONG = {
         "`max_steps` must be a whole number of at least 1; found True",
     ),
     "a sample of true": (
-        lambda: rules.plain_mean(sample_size=True),
+        lambda: aggregators.RuleFactory(BASE, sample_size=True),
         "`sample_size` must be a whole number of at least 0; found True",
     ),
     "scaffold for true": (lambda: rules.scaffold(True), "`num_clients` must be a whole number"),
@@ -256,7 +262,7 @@ def test_whole_numbers_of_numpy_are_whole_numbers():
     assert Needs(layers={"x": np.arange(3)}).layers["x"].tolist() == [0, 1, 2]
     assert Candidates(lambda w, s: [w], np.int64(2)).number == 2
     assert rules.scaffold(np.int32(4)).needs.memory.num_clients == 4
-    rule = rules.fed_nova(max_steps=np.int64(5), sample_size=np.int64(2))
+    rule = rules.fed_nova(max_steps=np.int64(5))
     assert "momentum" in start(rule)()
 
 

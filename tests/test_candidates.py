@@ -372,13 +372,13 @@ def test_clients_score_candidates_by_probabilities_and_not_in_training_mode(vari
 
     def server(state, reduced):
         result = rule.server(state, reduced["mean"])
-        result.measurements["errors"] = reduced["errors"]
-        return result
+        measured = collections.OrderedDict(result.measurements, errors=reduced["errors"])
+        return result._replace(measurements=measured)
 
-    def client(update, weight, state):
-        found = [update.measured["candidate_errors"], update.measured["errors_are_losses"][None]]
+    def client(update, state):
+        found = [update.candidate_errors, update.errors_are_losses[None]]
         errors = tf.concat([tf.cast(x, tf.float64) for x in found], 0)
-        return collections.OrderedDict(mean=rule.client(update, weight, state), errors=errors)
+        return collections.OrderedDict(mean=rule.client(update, state), errors=errors)
 
     def reduction(layers):
         total = aggregators.Reduction(lambda: tf.zeros([3], tf.float64), tf.add)

@@ -26,15 +26,18 @@ LIMIT = 0.4
 
 @pytest.fixture(scope="module")
 def rule():
-    assert len(BLOCK.splitlines()) <= 40
+    assert len(BLOCK.partition("def damped_mean")[2].splitlines()) <= 10
     namespace: dict = {}
     exec(compile(BLOCK, "CONTRIBUTING.md", "exec"), namespace)
-    return namespace["damped_mean"](LIMIT, sample_size=2)
+    made = namespace["damped_mean"](LIMIT)
+    assert made == namespace["damped_mean"](limit=LIMIT) != namespace["damped_mean"]()
+    assert repr(made) == f"damped_mean(limit={LIMIT})"
+    return made
 
 
 def damped(weights, clients, memory):
+    del memory  # the rule keeps nothing
     norms = [np.sqrt(sum(np.sum(d**2) for d in c["delta"])) for c in clients]
-    memory["longest"] = max(memory.get("longest", 0.0), *norms)
     raw = [[c["examples"] / (1 + norm / LIMIT)] for c, norm in zip(clients, norms, strict=True)]
     return twin.twins.weighted_mean([c["delta"] for c in clients], np.array(raw), twin.MODEL)
 
@@ -64,8 +67,8 @@ def test_as_a_process_and_on_two_workers_and_in_tensorboard(rule, tmp_path):
         for value in event.summary.value
         if value.metadata.plugin_data.plugin_name == "scalars"
     }
-    np.testing.assert_allclose(shown["aggregator/longest"], state.aggregator["longest"])
-    assert shown["aggregator/score_mean"] > 0
+    assert shown["aggregator/clients"] == len(DATA)
+    assert 1.0 < shown["aggregator/effective_clients"] < len(DATA)
     assert process.get_hparams(state)["aggregator"] == {"limit": LIMIT}
 
 

@@ -12,6 +12,7 @@ from nearness import assert_near
 
 import aggregators
 from aggregators import federated_rule, rule_state, rules, scores, weighting
+from aggregators.core.score import score_layers
 from aggregators.core.update import client_update, finite_tensors
 
 SHAPES = [(2, 3), (3,), (4,)]
@@ -75,7 +76,7 @@ def test_types(by_kl, of_deltas):
     found = result.measurements.member._asdict()
     counts = ("clients", "non_finite_clients", "bad_score_clients", "zero_weight_clients")
     by_layer = ("score_mean", "score_min", "score_max", "effective_clients", "largest_weight")
-    assert list(found) == [*counts, "unchanged", *by_layer, "scale"]
+    assert list(found) == [*counts, *by_layer, "scale", "unchanged"]
     assert all(found[name] == count for name in (*counts, "unchanged"))
     assert all(found[name].is_equivalent_to(layers) for name in (*by_layer, "scale"))
     result = of_deltas.type_signature.result
@@ -151,12 +152,11 @@ def test_no_score_hides_a_client_that_is_not_finite(score, bad):
         # Against a model, the zeros included that a model may hold.
         for old in (cohort(3)[0], zeros):
             for groups in (((0,), (1,), (2,)), ((0, 1, 2),)):
-                found = scores.score_layers(score, old, client, groups)
+                found = score_layers(score, old, client, groups)
                 delta = [a - b for a, b in zip(old, client, strict=True)]
-                update, weight = client_update(delta, tf.constant(3.0), {score.name: found})
+                update = client_update(delta, tf.constant(3.0), scores=found)
                 assert update.non_finite
-                assert weight == 0.0
-                sent = [*update.delta, update.measured[score.name]]
+                sent = [*update.delta, update.weight, update.scores]
                 assert all(np.all(tensor == 0.0) for tensor in sent)
 
 

@@ -38,10 +38,8 @@ def two_layers():
 
 
 def measured(layers, model=two_layers, sample_size=3):
-    rule = rules.adaptive_mean(
-        scores.l2_distance, weighting.softmax(), layers=layers, sample_size=sample_size
-    )
-    process = aggregators.build_fed_avg(model, SGD, rule=rule)
+    rule = rules.adaptive_mean(scores.l2_distance, weighting.softmax(), layers=layers)
+    process = aggregators.build_fed_avg(model, SGD, rule=rule, sample_size=sample_size)
     return process.next(process.initialize(), twin.datasets(DATA)).metrics
 
 

@@ -176,9 +176,9 @@ def test_measurements_equal_numpy():
 @pytest.mark.parametrize("runtime", ["here", *runtimes.IN_PIECES])
 def test_a_sample_has_a_row_for_every_client_in_order_and_says_who_counted(runtime):
     rule = rules.adaptive_mean(
-        scores.l2_distance, weighting.softmax(scale=5.0, times_examples=False), sample_size=6
+        scores.l2_distance, weighting.softmax(scale=5.0, times_examples=False)
     )
-    process = aggregators.RuleFactory(rule).create(
+    process = aggregators.RuleFactory(rule, sample_size=6).create(
         tff.to_type((np.float32, [2])), contracts.WEIGHT_TYPE
     )
     updates = [np.float32(x) for x in ([3, 4], [np.nan, 1], [0, 1], [0, 2], [6, 8])]

@@ -17,6 +17,7 @@ from nearness import assert_near
 from aggregators import scores, weighting
 from aggregators.core.hyperparameters import values
 from aggregators.core.layers import names_of_variables, resolve_layers
+from aggregators.core.score import as_score, score_layers
 
 TWINS = {
     scores.kl_divergence: twins.kl,
@@ -238,7 +239,7 @@ def test_layers_of_all_sizes_are_scored_together_as_alone(score):
             *((i,) for i in range(len(shapes)) if i not in (0, 2)),
             (len(shapes),),
         ]
-        together = scores.score_layers(score, server, client, groups).numpy()
+        together = score_layers(score, server, client, groups).numpy()
         alone = [number(score, [server[i]], [client[i]]) for (i,) in groups]
         assert_near(together, alone)
         assert [not np.isfinite(x) for x in together] == [group == (bad,) for group in groups]
@@ -248,7 +249,7 @@ def test_layers_of_all_sizes_are_scored_together_as_alone(score):
 def test_divergences_of_layers_without_elements_and_of_unknown_shape(score):
     server = [np.zeros(0, np.float32), np.float32([0, 0]), np.zeros((3, 0), np.float32)]
     client = [server[0], np.float32([0, 1]), server[2]]
-    found = scores.score_layers(score, server, client, ((0,), (1,), (2,)))
+    found = score_layers(score, server, client, ((0,), (1,), (2,)))
     np.testing.assert_allclose(found, [0.0, number(score, [server[1]], [client[1]]), 0.0])
     assert found[1] > 0.0
     traced = tf.function(lambda x: score([x], [x]), input_signature=[tf.TensorSpec([None])])
@@ -259,7 +260,7 @@ def test_divergences_of_layers_without_elements_and_of_unknown_shape(score):
 def test_layers_are_scored_one_by_one():
     rng = np.random.default_rng(5)
     server, client = layer(rng), layer(rng)
-    found = scores.score_layers(scores.l2_distance, server, client, ((2, 0), (1,)))
+    found = score_layers(scores.l2_distance, server, client, ((2, 0), (1,)))
     expected = [twins.l2([server[i] for i in g], [client[i] for i in g]) for g in ((2, 0), (1,))]
     assert_near(found, np.asarray(expected))
     assert found.dtype == tf.float32
@@ -465,7 +466,7 @@ def test_one_round_cannot_blow_the_running_score_up():
         (lambda: weighting.power(floor=0.0), ValueError, "`floor`"),
         (lambda: weighting.Weighting("softmax"), TypeError, "`rule` must be a function"),
         (
-            lambda: scores.score_layers(
+            lambda: score_layers(
                 scores.Score(lambda s, c: s[0]), [tf.zeros(2)], [tf.zeros(2)], ((0,),)
             ),
             TypeError,
@@ -488,7 +489,7 @@ def test_a_score_of_ones_own_may_branch_in_python():
     @tff.tensorflow.computation
     def found():
         zeros, ones = tf.zeros([2]), tf.ones([3])
-        return scores.score_layers(score, [zeros, ones], [ones[:2], ones], ((0,), (1,)))
+        return score_layers(score, [zeros, ones], [ones[:2], ones], ((0,), (1,)))
 
     np.testing.assert_array_equal(found(), [2.0, 1.0])
 
@@ -500,5 +501,5 @@ def test_scores_are_values_that_keep_their_fast_form():
     wrapped = attrs.evolve(kl, name="mine")
     assert wrapped.over_layers is kl.over_layers
     assert wrapped.needs == "model"
-    assert scores.as_score(lambda s, c: s[0]).needs == "model"
+    assert as_score(lambda s, c: s[0]).needs == "model"
     assert [s.needs for s in scores.ALL] == ["model", "model", "update", "update", "update"]

@@ -194,7 +194,7 @@ AT_CONSTRUCTION = {
     ),
     "a reduction that is none": (
         lambda: factory(attrs.evolve(rules.plain_mean(), reduction=lambda layers: tf.add)),
-        (TypeError, "`reduction` must return a `Reduction`"),
+        (TypeError, "`reduction` must be a function that returns a `Reduction`; found"),
     ),
     "a state that is not the rule's": (
         lambda: factory(

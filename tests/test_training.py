@@ -37,8 +37,9 @@ def shuffled():
 def only_looks(rule):
     """A rule whose clients measure what another one needs, and whose update is the plain mean."""
 
-    def client(update, weight, state):
+    def client(update, state):
         del state
+        weight = update.weight
         return weight, tuple(tf.cast(weight, x.dtype) * x for x in update.delta)
 
     def zero(layers):
@@ -48,7 +49,7 @@ def only_looks(rule):
         own = collections.OrderedDict((name, x) for name, x in state.items() if name not in given)
         weight, sums = reduced
         update = [x / tf.cast(weight, x.dtype) for x in sums]
-        return aggregators.RuleResult(own, update, collections.OrderedDict())
+        return aggregators.RuleResult(own, update, {}, weight <= 0)
 
     given = {"round", *rule.hparams}
     return aggregators.Rule(

@@ -17,17 +17,16 @@ from aggregators.client.task import Given, Loop, Task, initial_state
 from aggregators.client.training import build_training, check_model_fn, check_optimizer
 from aggregators.core.client_memory import Context
 from aggregators.core.layers import ModelLayers, layers_of_type, names_of_variables
-from aggregators.core.rule import Needs
-from aggregators.core.update import ClientUpdate, client_update
-from aggregators.scores import score_layers
+from aggregators.core.needs import Needs
+from aggregators.core.score import score_layers
+from aggregators.core.update import ClientUpdate, MeasuredUpdate, client_update
 
 
 class ClientOutput(NamedTuple):
     """What one client's work gives.
 
     Attributes:
-      update: A `ClientUpdate`, its delta flat.
-      weight: float64 scalar.
+      update: Its `ClientUpdate`.
       metrics: The model's unfinalized metrics; those of no example at all if the update is not
         finite.
       counts: Of clipping; empty without.
@@ -35,7 +34,6 @@ class ClientOutput(NamedTuple):
     """
 
     update: ClientUpdate
-    weight: tf.Tensor
     metrics: Any
     counts: Any
     state: Any
@@ -127,13 +125,11 @@ class ClientTraining:
                 fresh = needs.memory.initial_state(trainable, start)
                 context = Context(load(fresh), rule_state, trainable)
             done = train(Given(weights, dataset, hparams, models, context, moment))
-            measured: OrderedDict[str, tf.Tensor] = OrderedDict()
+            measured: dict[str, Any] = {"loss": done.loss}
             if needs.score is not None:
-                measured[needs.score.name] = score_layers(
+                measured["scores"] = score_layers(
                     needs.score, done.initial, done.trained, layers.groups
                 )
-            if needs.loss is not None:
-                measured[f"{needs.loss}_loss"] = done.loss
             if needs.steps:
                 measured["steps"] = done.steps
             if candidates is not None:
@@ -147,9 +143,9 @@ class ClientTraining:
             kept: Any = OrderedDict()
             if context is not None:
                 kept, measured["sent"] = done.remembered
-            update, weight = client_update(delta, weight, measured, also=tf.nest.flatten(kept))
+            update = client_update(delta, weight, also=tf.nest.flatten(kept), **measured)
             if context is not None:
-                counts = weight > 0
+                counts = update.weight > 0
                 kept = tf.nest.map_structure(
                     lambda new, old: tf.where(counts, new, old), kept, context.state
                 )
@@ -158,7 +154,7 @@ class ClientTraining:
                 done.fresh_metrics,
                 done.metrics,
             )
-            return ClientOutput(update, weight, metrics, done.counts, kept)
+            return ClientOutput(update, metrics, done.counts, kept)
 
         return run
 
@@ -180,7 +176,7 @@ def build_client_work(
     its score and its loss would be 0, the best of all. Scores are taken in the same computation,
     from the weights at hand.
 
-    The update is a `ClientUpdate`, for `RuleFactory`. A client whose update or loss is not finite
+    The update is a `MeasuredUpdate`, for `RuleFactory`. A client whose update or loss is not finite
     sends zeros with weight 0, and says so in `non_finite`. An update counts as finite up to a norm of
     2.6e19. `build_fed_avg` does all of this by itself.
 
@@ -247,9 +243,13 @@ def build_client_work(
     @tff.tensorflow.computation(state_type, types.weights, types.data)
     def work(state: Any, weights: Any, dataset: Any) -> Any:
         output = training.work(layers)(weights, dataset, state, None)
-        update = output.update._replace(delta=layers.pack(output.update.delta))
+        found = output.update
+        measured = OrderedDict(
+            (name, getattr(found, field)) for field, name in needs.fields.items()
+        )
         result = tff.learning.templates.ClientResult(
-            update=update, update_weight=tf.cast(output.weight, tf.float32)
+            update=MeasuredUpdate(layers.pack(found.delta), measured, found.non_finite),
+            update_weight=tf.cast(found.weight, tf.float32),
         )
         return result, output.metrics
 

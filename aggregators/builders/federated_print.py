@@ -41,14 +41,8 @@ def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
     """
     checks.instance("message", message, str)
     summarize = checks.whole("summarize", summarize, -1)
-    value = tff.to_value(value, None)
-    if not isinstance(value.type_signature, tff.FederatedType):
-        raise TypeError(
-            f"`value` must be placed at clients or at the server; found {value.type_signature}. "
-            "Join a structure of placed values with `tff.federated_zip` first."
-        )
-
-    names = names_in_type(value.type_signature.member)
+    value, member = checks.placed("value", value, tff.CLIENTS, tff.SERVER)
+    names = names_in_type(member)
 
     # TFF runs a bare graph without its side effects; those of a `tf.function` it keeps.
     @tf.function
@@ -59,6 +53,4 @@ def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
         tf.print(message + ":", *shown, summarize=summarize, sep="")
         return tf.nest.map_structure(tf.identity, tensors)
 
-    return tff.federated_map(
-        tff.tensorflow.computation(lambda member: show(member), value.type_signature.member), value
-    )
+    return tff.federated_map(tff.tensorflow.computation(lambda member: show(member), member), value)

@@ -8,7 +8,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators.core import checks
-from aggregators.core.rule import BoundRule, Rule, check_rule
+from aggregators.core.bound_rule import BoundRule
+from aggregators.core.rule import Rule, check_rule
 from aggregators.core.update import client_update
 
 # By which a mean of ones may exceed 1.
@@ -65,6 +66,7 @@ def federated_rule(
     loss: Any = None,
     steps: Any = None,
     value_is: Literal["model", "delta"] = "model",
+    sample_size: int = 0,
 ) -> FederatedRule:
     """Runs a rule inside a `tff.federated_computation`, where `tff.federated_mean` would stand.
 
@@ -89,6 +91,7 @@ def federated_rule(
       steps: The clients' steps at `tff.CLIENTS`, where the rule needs them.
       value_is: `"model"` for trained models; `"delta"` for the server's model minus the trained
         one, which is what TFF's client work sends.
+      sample_size: How many clients the measurements list one by one.
 
     Returns:
       A `FederatedRule`.
@@ -127,9 +130,9 @@ def federated_rule(
             "`rule` must not have clients keep a state, which a round of your own has no part for; "
             f"found {needs.memory!r}. Build the whole process with `build_fed_avg(..., rule=rule)`."
         )
-    value, value_type = placed(value, "value", tff.CLIENTS)
-    bound = BoundRule(rule, value_type)
-    state, found = placed(state, "state", tff.SERVER)
+    value, value_type = checks.placed("value", value, tff.CLIENTS)
+    bound = BoundRule(rule, value_type, sample_size=sample_size)
+    state, found = checks.placed("state", state, tff.SERVER)
     if not bound.state_type.is_equivalent_to(found):
         raise TypeError(
             f"`state` must be that of the rule, {bound.state_type}; found {found}. Start from "
@@ -144,7 +147,7 @@ def federated_rule(
         )
     given = OrderedDict(value=value, state=tff.federated_broadcast(state))
     if server_model is not None:
-        server_model, found = placed(server_model, "server_model", tff.SERVER)
+        server_model, found = checks.placed("server_model", server_model, tff.SERVER)
         if not value_type.is_assignable_from(found):
             raise TypeError(
                 f"`value` and `server_model` must have one type; found {value_type} at clients and "
@@ -152,7 +155,7 @@ def federated_rule(
             )
         given["server"] = tff.federated_broadcast(server_model)
     if weight is not None:
-        given["weight"] = placed(weight, "weight", tff.CLIENTS)[0]
+        given["weight"] = checks.placed("weight", weight, tff.CLIENTS)[0]
     if scores is None and scores_are is not None:
         raise ValueError(f"`scores_are` must be None without `scores`; found {scores_are!r}.")
     if scores is not None and scores_are not in ("distances", "accuracies"):
@@ -171,7 +174,7 @@ def federated_rule(
                 f"`{name}` must be given to this rule, at tff.CLIENTS; found {argument!r}."
             )
         if argument is not None:
-            given[name], found = placed(argument, name, tff.CLIENTS)
+            given[name], found = checks.placed(name, argument, tff.CLIENTS)
             shapes = [(), (len(bound.layers.names),)] if name == "scores" else [()]
             if not isinstance(found, tff.types.TensorType) or tuple(found.shape) not in shapes:
                 raise TypeError(
@@ -184,46 +187,37 @@ def federated_rule(
         tensors = [tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(given["value"])]
         server = tf.nest.flatten(given["server"]) if "server" in given else None
         delta, trained = tensors, tensors
-        if server is not None and not (value_is == "model" and rule.is_mean):
+        if server is not None:
             other = [old - new for old, new in zip(server, tensors, strict=True)]
             delta, trained = (other, tensors) if value_is == "model" else (tensors, other)
-        measured: OrderedDict[str, Any] = OrderedDict()
+        measured: dict[str, Any] = {}
         if scored_here:
             if server is None:
                 server, trained = delta, [tf.zeros_like(tensor) for tensor in tensors]
-            measured[needs.score.name] = bound.measured_scores(server, trained)  # type: ignore[union-attr]
+            measured["scores"] = bound.scores(server, trained)
         elif scores is not None:
             distances = tf.cast(given["scores"], tf.float32)
             if scores_are == "accuracies":
                 beyond = (distances < 0.0) | (distances > 1.0 + _ROUNDING)
                 distances = tf.where(beyond, math.nan, tf.maximum(1.0 - distances, 0.0))
-            by_layer = tf.ones([len(bound.layers.names)]) * distances
-            measured[needs.score.name] = by_layer  # type: ignore[union-attr]
+            measured["scores"] = tf.ones([len(bound.layers.names)]) * distances
         if loss is not None:
-            measured[f"{needs.loss}_loss"] = tf.cast(given["loss"], tf.float32)
+            measured["loss"] = tf.cast(given["loss"], tf.float32)
         if steps is not None:
             measured["steps"] = tf.cast(given["steps"], tf.int32)
-        update, weight = client_update(delta, given.get("weight", tf.constant(1.0)), measured)
-        return bound.client(update, weight, given["state"])
+        update = client_update(delta, given.get("weight", tf.constant(1.0)), **measured)
+        return bound.client(update, given["state"])
 
     parts = tff.federated_map(on_client, tff.federated_zip(given))
 
     def finish(update: Any, unchanged: Any, model: Any) -> Any:
         if model is None:
             return [tf.where(unchanged, tf.zeros_like(x), x) for x in update]
-        if not rule.is_mean:
-            update = [old - change for old, change in zip(model, update, strict=True)]
-        return [tf.where(unchanged, old, new) for old, new in zip(model, update, strict=True)]
+        return [
+            tf.where(unchanged, old, old - change)
+            for old, change in zip(model, update, strict=True)
+        ]
 
     model = server_model if value_is == "model" else None
     new_state, result, measured = bound.federated_server(state, parts, model, finish)
     return FederatedRule(result, new_state, measured)
-
-
-def placed(value: Any, argument: str, placement: Any) -> tuple[Any, Any]:
-    """The value as TFF's, and the type of a member; `TypeError` unless it is placed there."""
-    value = tff.to_value(value, None)
-    signature = value.type_signature
-    if not isinstance(signature, tff.FederatedType) or signature.placement is not placement:
-        raise TypeError(f"`{argument}` must be placed at tff.{placement.name}; found {signature}.")
-    return value, signature.member

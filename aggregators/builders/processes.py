@@ -19,8 +19,10 @@ from aggregators.client.example_clipping import measurements as clipping_measure
 from aggregators.client.task import Loop
 from aggregators.client.training import check_model_fn, check_optimizer
 from aggregators.core import hyperparameters
+from aggregators.core.bound_rule import BoundRule
 from aggregators.core.layers import Layers
-from aggregators.core.rule import BoundRule, LossAt, Rule, check_rule
+from aggregators.core.needs import LossAt
+from aggregators.core.rule import Rule, check_rule
 from aggregators.rules.adaptive import ScoreLike
 from aggregators.rules.loss_gated import Gate
 from aggregators.scores import js_divergence, kl_divergence
@@ -42,6 +44,7 @@ def build_fed_avg(
     metrics_aggregator: Any = None,
     loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
     example_clipping: ExampleClipping | None = None,
+    sample_size: int = 0,
 ) -> LearningProcess:
     """Builds federated averaging by any rule.
 
@@ -70,6 +73,7 @@ def build_fed_avg(
         given: a `dataset.reduce`, TFF's default, prepares the step anew for every client.
       example_clipping: Clips each example's gradient, with or without noise; None takes the
         batch's gradient as it is. See `ExampleClipping`.
+      sample_size: How many clients the measurements of the rule list one by one.
 
     Returns:
       A `LearningProcess`; where the rule's clients keep a state, its data come from
@@ -115,7 +119,7 @@ def build_fed_avg(
         model_fn, server_optimizer_fn, model_distributor
     )
     types = training.types()
-    bound = BoundRule(rule, types.weights.trainable, types.names)
+    bound = BoundRule(rule, types.weights.trainable, types.names, sample_size)
     hparams = training.hparams()
 
     @tff.federated_computation
@@ -142,15 +146,15 @@ def build_fed_avg(
         round_number = rule_state["round"]
         if memory is None:
             output = work(weights, data, hparams, rule_state, moment=(round_number,))
-            part = bound.client(output.update, output.weight, rule_state)
+            part = bound.client(output.update, rule_state)
             return part, output.metrics, output.counts
         place = client_places.Place(data["client"], round_number, memory.num_clients)
         moment = (round_number, data["client"]["number"])
         output = work(weights, data["data"], hparams, rule_state, place.load, moment)
         # The state is written where the client trains, and what it sends is there only after that.
         with tf.control_dependencies([place.save(output.state)]):
-            weight = tf.identity(output.weight)
-        part = bound.client(output.update, weight, rule_state)
+            weight = tf.identity(output.update.weight)
+        part = bound.client(output.update._replace(weight=weight), rule_state)
         return part, output.metrics, output.counts
 
     @tff.federated_computation(
@@ -227,7 +231,6 @@ def build_fed_kl(
     bound: hyperparameters.Number | None = None,
     times_examples: bool = True,
     layers: Layers = "tensor",
-    sample_size: int = 0,
     **options: Any,
 ) -> LearningProcess:
     """Builds federated averaging weighed by the KL divergence of each layer.
@@ -246,7 +249,6 @@ def build_fed_kl(
       bound: The largest ratio between two clients' weights, number of examples aside; None for none.
       times_examples: Whether weights are multiplied by the number of examples.
       layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
-      sample_size: How many clients the measurements list one by one.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:
@@ -269,7 +271,7 @@ def build_fed_kl(
       ['round', 'temperature', 'bound', 'memory', 'typical_score']
     """
     weighting = softmax(temperature, prefer=prefer, bound=bound, times_examples=times_examples)
-    rule = rules.adaptive_mean(kl_divergence, weighting, layers=layers, sample_size=sample_size)
+    rule = rules.adaptive_mean(kl_divergence, weighting, layers=layers)
     return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 
 
@@ -280,7 +282,6 @@ def build_fed_att(
     step_size: hyperparameters.Number = 1.2,
     norm: Literal["frobenius", "spectral"] = "frobenius",
     layers: Layers = "tensor",
-    sample_size: int = 0,
     **options: Any,
 ) -> LearningProcess:
     """Builds FedAtt: attentive aggregation; see `rules.fed_att`.
@@ -291,7 +292,6 @@ def build_fed_att(
       step_size: Above 0; 1.2 in the authors' later version, 1.0 in the first.
       norm: Of how far a tensor moved: `"spectral"` as in the authors' code, or `"frobenius"`.
       layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
-      sample_size: How many clients the measurements list one by one.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:
@@ -313,7 +313,7 @@ def build_fed_att(
       >>> process.get_hparams(process.initialize())["aggregator"]["step_size"]
       1.2
     """
-    rule = rules.fed_att(step_size, norm=norm, layers=layers, sample_size=sample_size)
+    rule = rules.fed_att(step_size, norm=norm, layers=layers)
     return build_fed_avg(model_fn, client_optimizer_fn, rule=rule, **options)
 
 
@@ -328,7 +328,6 @@ def build_fed_med(
     min_decrease: hyperparameters.Number = 0.0,
     layers: Layers = "tensor",
     loss_at: LossAt = "training",
-    sample_size: int = 0,
     **options: Any,
 ) -> LearningProcess:
     """Builds FedMed-style training: adaptive or plain averaging, as the clients' loss says.
@@ -347,7 +346,6 @@ def build_fed_med(
       min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1.
       layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
       loss_at: Where the clients' loss is taken: `"training"`, or `"initial"`, at the server's model.
-      sample_size: How many clients the measurements list one by one.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:
@@ -376,7 +374,6 @@ def build_fed_med(
         loss_at=loss_at,
         gate=gate,
         min_decrease=min_decrease,
-        sample_size=sample_size,
     )
     return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 
@@ -388,7 +385,6 @@ def build_q_fed_avg(
     *,
     learning_rate: float,
     q: hyperparameters.Number = 0.1,
-    sample_size: int = 0,
     **options: Any,
 ) -> LearningProcess:
     """Builds q-FedAvg: fairer losses across clients; see `rules.q_fed_avg`.
@@ -403,7 +399,6 @@ def build_q_fed_avg(
       learning_rate: The learning rate of `client_optimizer_fn`, above 0. Where that changes between
         rounds, change this hyperparameter too.
       q: At least 0.
-      sample_size: As for `rules.q_fed_avg`.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:
@@ -425,7 +420,7 @@ def build_q_fed_avg(
       >>> "step" in process.next.type_signature.result.metrics.member.aggregator._asdict()
       True
     """
-    rule = rules.q_fed_avg(q, learning_rate, sample_size=sample_size)
+    rule = rules.q_fed_avg(q, learning_rate)
     _check_hparam(client_optimizer_fn, "learning_rate", learning_rate)
     return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 
@@ -436,7 +431,6 @@ def build_fed_nova(
     server_optimizer_fn: Optimizer | None = None,
     *,
     momentum: float = 0.0,
-    sample_size: int = 0,
     **options: Any,
 ) -> LearningProcess:
     """Builds FedNova: averaging normalised by steps; see `rules.fed_nova`.
@@ -447,7 +441,6 @@ def build_fed_nova(
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
       momentum: The momentum of `client_optimizer_fn`, at least 0 and below 1. Where that changes
         between rounds, change this hyperparameter too.
-      sample_size: As for `rules.fed_nova`.
       **options: Any further argument of `build_fed_avg`.
 
     Returns:
@@ -471,7 +464,7 @@ def build_fed_nova(
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
     """
-    rule = rules.fed_nova(momentum, sample_size=sample_size)
+    rule = rules.fed_nova(momentum)
     _check_hparam(client_optimizer_fn, "momentum", momentum)
     return build_fed_avg(model_fn, client_optimizer_fn, server_optimizer_fn, rule=rule, **options)
 

@@ -1,13 +1,14 @@
 """A rule as a factory for TFF's own builders."""
 
-from collections import OrderedDict
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators.core.rule import BoundRule, Rule, check_rule
-from aggregators.core.update import client_update, is_client_update
+from aggregators.core import checks
+from aggregators.core.bound_rule import BoundRule
+from aggregators.core.rule import Rule, check_rule
+from aggregators.core.update import ClientUpdate, client_update, is_measured_update
 
 
 class RuleFactory(tff.aggregators.WeightedAggregationFactory):
@@ -15,7 +16,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
 
     The created process has type `<S@SERVER, {V}@CLIENTS, {W}@CLIENTS> -> <S@SERVER, R@SERVER,
     M@SERVER>`: `W` is a number; `V` either a structure of floating tensors (`R` is `V`), for rules
-    that need no more than a score of the update alone, or a `ClientUpdate` with what the rule needs,
+    that need no more than a score of the update alone, or a `MeasuredUpdate` with what the rule needs,
     as `build_client_work(model_fn, optimizer, rule.needs)` sends it (`R` is the type of its `delta`).
 
     One pass over clients, so it spreads over workers and sub-rounds. Not for a secure sum, since
@@ -39,23 +40,26 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
       ['round', 'temperature', 'memory', 'typical_score']
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, *, sample_size: int = 0) -> None:
         """Keeps the rule.
 
         Args:
           rule: The rule.
+          sample_size: How many clients the measurements list one by one.
 
         Raises:
-          TypeError: If it is none.
+          TypeError: If it is no rule.
+          ValueError: If `sample_size` is no whole number of at least 0.
         """
         check_rule(rule)
         self._rule = rule
+        self._sample_size = checks.whole("sample_size", sample_size, 0)
 
     def create(self, value_type: Any, weight_type: Any) -> tff.templates.AggregationProcess:
         """Builds the process for these types; see the class.
 
         Args:
-          value_type: TFF type of an update or of a `ClientUpdate`.
+          value_type: TFF type of an update or of a `MeasuredUpdate`.
           weight_type: TFF type of a number.
 
         Returns:
@@ -67,24 +71,28 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
         """
         if not isinstance(weight_type, tff.types.TensorType) or weight_type.shape:
             raise TypeError(f"`weight_type` must be the type of one number; found {weight_type}.")
-        measured = is_client_update(value_type)
-        bound = BoundRule(self._rule, value_type.delta if measured else value_type)
+        measured = is_measured_update(value_type)
+        delta_type = value_type.delta if measured else value_type
+        bound = BoundRule(self._rule, delta_type, sample_size=self._sample_size)
         _check_needs(bound, value_type.measured if measured else None)
-        score = self._rule.needs.score
+        needs = self._rule.needs
 
         @tff.tensorflow.computation(value_type, weight_type, bound.state_type)
         def on_client(value: Any, weight: Any, state: Any) -> Any:
             if measured:
-                update = value._replace(delta=tuple(tf.nest.flatten(value.delta)))
-                weight = tf.maximum(tf.cast(weight, tf.float64), 0.0)
+                update = ClientUpdate(
+                    tuple(tf.nest.flatten(value.delta)),
+                    tf.maximum(tf.cast(weight, tf.float64), 0.0),
+                    value.non_finite,
+                    **{field: value.measured[name] for field, name in needs.fields.items()},
+                )
             else:
-                tensors = [tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(value)]
-                found = OrderedDict()
-                if score is not None:
-                    zeros = [tf.zeros_like(tensor) for tensor in tensors]
-                    found[score.name] = bound.measured_scores(tensors, zeros)
-                update, weight = client_update(tensors, weight, found)
-            return bound.client(update, weight, state)
+                delta = [tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(value)]
+                scores = None
+                if needs.score is not None:
+                    scores = bound.scores(delta, [tf.zeros_like(tensor) for tensor in delta])
+                update = client_update(delta, weight, scores=scores)
+            return bound.client(update, state)
 
         @tff.federated_computation
         def initialize() -> Any:

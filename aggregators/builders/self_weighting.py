@@ -9,11 +9,11 @@ import tensorflow_federated as tff
 from aggregators.core import checks, hyperparameters
 from aggregators.core.layers import Layers, layers_of_type
 from aggregators.core.reduction import federated_reduce
+from aggregators.core.rule import PerLayer
+from aggregators.core.score import Function, Score, as_score, score_layers
 from aggregators.core.update import finite_tensors
-from aggregators.scores import Function, Score, as_score, score_layers
 from aggregators.weighted_mean.statistics import (
     ClientStatistics,
-    PerLayer,
     measure,
     statistics_reduction,
 )
@@ -209,13 +209,14 @@ def build_self_weighting_client_work(
         def on_server(state: Any, inner: Any, measured: Any, totals: Any) -> Any:
             state = hyperparameters.check_schedules(numbers, state)
             seen = measure(totals, relative_scale(weighting, state))
-            typical = next_typical_score(weighting, state, seen["score_mean"].numbers)
+            typical = next_typical_score(weighting, state, seen["score_mean"].values)
             new = OrderedDict(client_work=inner, **own_state(state["round"] + 1, typical))
             new.update(hyperparameters.read(numbers, state))
             scalars = OrderedDict(
-                (name, x.numbers[..., 0] if isinstance(x, PerLayer) else x)
+                (name, x.values[..., 0] if isinstance(x, PerLayer) else x)
                 for name, x in seen.items()
             )
+            scalars["unchanged"] = tf.cast(seen["clients"] <= 0, tf.int32)
             return new, _with(measured, "weighting", scalars, inner_measured)
 
         new_state, measured = tff.federated_map(

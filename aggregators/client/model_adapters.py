@@ -9,7 +9,7 @@ import tensorflow_federated as tff
 import tree
 
 from aggregators.client.batch_rows import common_rows
-from aggregators.core.autograph import as_written
+from aggregators.core.autograph import with_autograph
 from aggregators.core.candidates import labels_of
 
 _T = TypeVar("_T")
@@ -106,7 +106,7 @@ class _FunctionalAdapter:
         return Output(loss, predictions, y, _rows(predictions))
 
     def start_metrics(self) -> Any:
-        return as_written(self.model.initialize_metrics_state)()
+        return with_autograph(self.model.initialize_metrics_state)()
 
     def update_metrics(self, metrics: Any, output: Output) -> Any:
         batch_output = tff.learning.models.BatchOutput(
@@ -114,7 +114,7 @@ class _FunctionalAdapter:
             predictions=output.predictions,
             num_examples=tf.cast(output.examples, tf.int32),
         )
-        update = as_written(self.model.update_metrics_state)
+        update = with_autograph(self.model.update_metrics_state)
         return update(metrics, labels=output.labels, batch_output=batch_output)
 
     def without_metrics(self, compute: Callable[[], _T]) -> _T:
@@ -142,7 +142,7 @@ class _VariableAdapter:
         return held
 
     def forward(self, held: Any, batch: Any, *, training: bool) -> Output:
-        output = as_written(self.model.forward_pass)(batch, training=training)
+        output = with_autograph(self.model.forward_pass)(batch, training=training)
         examples = output.num_examples
         if examples is None:
             examples = _rows(output.predictions)
@@ -165,6 +165,6 @@ class _VariableAdapter:
         return result
 
     def report_metrics(self, metrics: Any) -> Any:
-        found = as_written(self.model.report_local_unfinalized_metrics)()
+        found = with_autograph(self.model.report_local_unfinalized_metrics)()
         # A model may return its variables, which later passes change.
         return tf.nest.map_structure(tf.identity, found)

@@ -9,10 +9,10 @@ import tensorflow_federated as tff
 
 from aggregators.client.example_clipping import ExampleClipping
 from aggregators.core import client_memory
-from aggregators.core.autograph import as_written
+from aggregators.core.autograph import with_autograph
 from aggregators.core.candidates import Error
 from aggregators.core.client_memory import ClientMemory, Finished
-from aggregators.core.rule import LossAt
+from aggregators.core.needs import LossAt
 
 Loop: TypeAlias = tff.learning.LoopImplementation
 
@@ -43,12 +43,12 @@ class Task:
         fresh = initial_state(self.optimizer, trainable, hparams)
         if self.memory is None:
             return fresh
-        start = as_written(self.memory.start)(fresh, context)
+        start = with_autograph(self.memory.start)(fresh, context)
         return self.optimizer.set_hparams(start, hparams)
 
     def next(self, state: Any, trainable: tuple[Any, ...], gradients: Any) -> tuple[Any, Any]:
         """A step of the optimizer."""
-        return as_written(self.optimizer.next)(state, trainable, gradients)
+        return with_autograph(self.optimizer.next)(state, trainable, gradients)
 
     def correction(self, context: Any) -> Callable[[Any, Any], Any]:
         """What makes of `(gradients, weights)` the gradients that the optimizer takes."""
@@ -56,7 +56,7 @@ class Task:
 
     def finish(self, context: Any, done: Finished) -> Any:
         """What the client keeps and sends; empty without a memory."""
-        return () if self.memory is None else as_written(self.memory.finish)(context, done)
+        return () if self.memory is None else with_autograph(self.memory.finish)(context, done)
 
 
 class Given(NamedTuple):

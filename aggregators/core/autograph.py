@@ -1,4 +1,4 @@
-"""Code of people who may have written control flow of tensors in Python."""
+"""AutoGraph for functions that users wrote, which may have control flow of tensors in Python."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ _autograph = tf.__internal__.autograph
 _CONTEXT = _autograph.control_status_ctx()
 
 
-def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_autograph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Converts the control flow of a function, and of all that it calls.
 
     What surrounds it need not be converted, which takes seconds when a process is built first.

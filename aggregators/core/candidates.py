@@ -7,7 +7,7 @@ import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
-from aggregators.core.autograph import as_written
+from aggregators.core.autograph import with_autograph
 
 Models = Sequence[Sequence[tf.Tensor]]
 Error = Callable[[Any, Any], Any]
@@ -229,7 +229,7 @@ def _by_function(error: Error, predictions: Any, labels: Any, examples: Any) -> 
             "`error` must have labels to look at: a batch must be a mapping with `x` and `y`, or a "
             "pair; found neither. Take None for the model's own loss."
         )
-    returned = as_written(error)(predictions, labels)
+    returned = with_autograph(error)(predictions, labels)
     is_pair = isinstance(returned, tuple) and len(returned) == 2
     found, weights = returned if is_pair else (returned, None)
     found = tf.convert_to_tensor(found)

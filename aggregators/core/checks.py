@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
+import tensorflow_federated as tff
 
 _T = TypeVar("_T")
 
@@ -83,6 +84,58 @@ def instance(argument: str, value: Any, kind: type) -> None:
         raise TypeError(f"`{argument}` must be a `{kind.__name__}`; found {value!r}.")
 
 
+def returned(argument: str, value: Any, kind: type) -> None:
+    """Raises `TypeError` if a function has returned a value of another class."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{argument}` must be a function that returns a `{kind.__name__}`; found {value!r}."
+        )
+
+
+def called(must: str, given: Callable[..., Any], *args: Any, found: str = "", advice: str) -> Any:
+    """What a user's function returns; where it raises, a `TypeError` with our words and the error's.
+
+    Args:
+      must: What the function must be, for the message.
+      given: The function.
+      *args: What it is called with.
+      found: Of the function, for the message; its representation if not given.
+      advice: What to do.
+
+    Returns:
+      Its result.
+
+    Raises:
+      TypeError: If it raises what does not name an argument by itself.
+    """
+    try:
+        return given(*args)
+    except Exception as error:
+        if str(error).startswith("`"):  # a refusal already
+            raise
+        found = found or f"{given!r}, which failed"
+        raise TypeError(
+            f"{must}; found {found}. {advice} The error was {type(error).__name__}: {error}"
+        ) from error
+
+
+def placed(argument: str, value: Any, *placements: Any) -> tuple[Any, Any]:
+    """The value as TFF's, and the type of a member.
+
+    Raises:
+      TypeError: If it is not placed at one of the placements.
+    """
+    value = tff.to_value(value, None)
+    kind = value.type_signature
+    if not isinstance(kind, tff.FederatedType) or kind.placement not in placements:
+        names = " or ".join(f"tff.{placement.name}" for placement in placements)
+        raise TypeError(
+            f"`{argument}` must be placed at {names}; found {kind}. Join a structure of placed "
+            "values with `tff.federated_zip` first."
+        )
+    return value, kind.member
+
+
 def validated(check: Callable[..., Any], *more: Any, optional: bool = False) -> Any:
     """An attrs validator of one of the checks above, which is told the field's name.
 
@@ -109,8 +162,8 @@ def joined(argument: str, taken: Mapping[str, Any], more: Mapping[str, Any]) -> 
     both = [name for name in more if name in taken]
     if both:
         raise ValueError(
-            f"`{argument}` must not bring a name that something else in the rule's state has; "
-            f"found {both}. Give it another name."
+            f"`{argument}` must not bring a name that something else in the rule's state or "
+            f"measurements has; found {both}. Give it another name."
         )
     return OrderedDict([*taken.items(), *more.items()])
 

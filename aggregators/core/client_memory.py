@@ -8,7 +8,7 @@ import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
-from aggregators.core.autograph import as_written
+from aggregators.core.autograph import with_autograph
 from aggregators.core.checks import only_if
 
 Tensors = Sequence[tf.Tensor]
@@ -76,7 +76,7 @@ class ClientMemory:
       initial_state: `(weights, optimizer state) -> state`, an `OrderedDict` of tensors or of flat
         sequences of them: what a client has that never took part.
       finish: `(context, finished) -> (state, sent)`: its state for the next round, and flat tensors for
-        the rule, found under `sent` in `ClientUpdate.measured`.
+        the rule, found under `sent` in `ClientUpdate`.
       correction: `context -> (gradients, weights) -> gradients`: called once, before training; what it
         returns is called in every step, before the optimizer.
       start: `(optimizer state, context) -> optimizer state`. Hyperparameters stay those of the process.
@@ -118,7 +118,7 @@ def correction(
     """What corrects gradients; None stays None, for a weight that the loss does not see."""
     if memory is None:
         return lambda gradients, weights: gradients
-    given = as_written(as_written(memory.correction)(context))
+    given = with_autograph(with_autograph(memory.correction)(context))
 
     def correct(gradients: Sequence[Any], weights: Tensors) -> Any:
         dense = densify(gradients, weights)

@@ -1,5 +1,6 @@
 """Numbers of a rule that may change from round to round: checked when given, and when set."""
 
+import json
 import math
 import numbers
 from collections import OrderedDict
@@ -15,6 +16,15 @@ Schedule: TypeAlias = tf.keras.optimizers.schedules.LearningRateSchedule
 Number: TypeAlias = float | Schedule
 
 
+def comparable(value: Any) -> Any:
+    """Something equal for equal values: Keras schedules, which compare as objects, by their config."""
+    if isinstance(value, tf.keras.optimizers.schedules.LearningRateSchedule):
+        return type(value), json.dumps(value.get_config(), sort_keys=True, default=repr)
+    if isinstance(value, Mapping):
+        return {name: comparable(x) for name, x in value.items()}
+    return tuple(map(comparable, value)) if isinstance(value, list | tuple) else value
+
+
 @attrs.frozen
 class Hparam:
     """A number in a rule's state, or a schedule of it over rounds, and the range it must lie in.
@@ -28,11 +38,11 @@ class Hparam:
       below: Whether the largest is.
     """
 
-    value: float | Schedule
-    least: float = -math.inf
-    most: float = math.inf
-    above: bool = False
-    below: bool = False
+    value: float | Schedule = attrs.field(eq=comparable)
+    least: float = attrs.field(default=-math.inf, repr=False)
+    most: float = attrs.field(default=math.inf, repr=False)
+    above: bool = attrs.field(default=False, repr=False)
+    below: bool = attrs.field(default=False, repr=False)
 
     @property
     def is_scheduled(self) -> bool:

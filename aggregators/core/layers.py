@@ -26,10 +26,12 @@ class ModelLayers:
     Attributes:
       structure: The update's structure, of `tf.TensorSpec`s.
       by_name: The positions of each layer's tensors, by the layer's name, in the layers' order.
+      sample_size: How many clients the measurements list one by one, as whoever runs the rule asks.
     """
 
     structure: Any
     by_name: Mapping[str, tuple[int, ...]]
+    sample_size: int = 0
 
     @property
     def specs(self) -> list[tf.TensorSpec]:

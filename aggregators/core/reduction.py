@@ -147,8 +147,7 @@ def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -
       >>> str(all_of.type_signature)
       '({float32}@CLIENTS -> float32[?]@SERVER)'
     """
-    value = tff.to_value(value, None)
-    member = _client_member(value)
+    value, member = checks.placed("value", value, tff.CLIENTS)
     if isinstance(zero, Reduction):
         if op is not None or merge is not None:
             raise TypeError(
@@ -184,9 +183,11 @@ def _reduce(value: Any, member: Any, reduction: Reduction) -> Any:
             f"`lift` must return the type of `zero`, {total}; found that it returns {member}. Cast or "
             "reshape one of them; without a `lift`, it is the client's own value."
         )
-    joined = _check_result("merge", _bare_computation(reduction.merge, total, total), total)
+    joined = _check_result(
+        "merge", _bare_computation("merge", reduction.merge, total, total), total
+    )
     same = member.is_equivalent_to(total)
-    accumulate = joined if same else _bare_computation(reduction.merge, total, member)
+    accumulate = joined if same else _bare_computation("merge", reduction.merge, total, member)
     report = tff.tensorflow.computation(lambda total: reduction.report(total), total)
     return tff.federated_aggregate(value, start, accumulate, joined, report)
 
@@ -238,21 +239,14 @@ def _specs(kind: Any) -> list[tf.TensorSpec]:
     return tf.nest.flatten(tff.types.type_to_tf_tensor_specs(kind))
 
 
-def _client_member(value: Any) -> Any:
-    """Returns T of a `{T}@CLIENTS`."""
-    signature = value.type_signature
-    if not isinstance(signature, tff.FederatedType) or signature.placement is not tff.CLIENTS:
-        raise TypeError(
-            f"`value` must be placed at tff.CLIENTS; found {signature}. "
-            "Join a structure of placed values with `tff.federated_zip` first."
-        )
-    return signature.member
-
-
-def _bare_computation(merge: Any, a: Any, b: Any) -> Any:
+def _bare_computation(argument: str, function: Any, a: Any, b: Any) -> Any:
     """No `tf.function`: a `Reduction` is TensorFlow operations, and half the graph without it."""
+    must = f"`{argument}` must be a function of two arguments in TensorFlow operations"
+    advice = f"It is called with {a} and {b}."
     # Of one argument, since names of two would make TFF wrap every call once more.
-    return tff.tensorflow.computation(lambda pair: merge(pair[0], pair[1]), (a, b))
+    return tff.tensorflow.computation(
+        lambda pair: checks.called(must, function, pair[0], pair[1], advice=advice), (a, b)
+    )
 
 
 def _computation(argument: str, function: Any, *parameter: Any) -> Any:
@@ -271,7 +265,7 @@ def _computation(argument: str, function: Any, *parameter: Any) -> Any:
             )
         return function
     # `tf.function` is for the control flow that people write in Python.
-    return _bare_computation(tf.function(function), *parameter)
+    return _bare_computation(argument, tf.function(function), *parameter)
 
 
 def _check_result(argument: str, computation: Any, result: Any) -> Any:

@@ -1,100 +1,52 @@
-"""A rule of aggregation as one value, and the doors it goes through.
+"""A rule of aggregation as one value.
 
 ```
-clients:  measure what `rule.needs` says, train, measure  ->  update, weight
-          part = rule.client(update, weight, state)
+clients:  measure what `rule.needs` says, train, measure  ->  update
+          part = rule.client(update, state)
           rule.reduction, in one pass
-server:   state, update, measurements = rule.server(state, reduced)
+server:   state, update, measurements, unchanged = rule.server(state, reduced)
 ```
 
 The same `Rule` is a factory for TFF's own builders (`RuleFactory`), a step of a round of your own
-(`federated_rule`), and a whole process (`build_fed_avg`). All three go through `BoundRule`.
+(`federated_rule`), and a whole process (`build_fed_avg`).
 """
 
-import math
+import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
 import attrs
 import tensorflow as tf
-import tensorflow_federated as tff
 
-from aggregators.core import checks, hyperparameters
-from aggregators.core.candidates import Candidates
-from aggregators.core.client_memory import ClientMemory
-from aggregators.core.hyperparameters import Hparam
-from aggregators.core.layers import Layers, ModelLayers, check_layers, layers_of_type
-from aggregators.core.reduction import Reduction, federated_reduce
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Hparam, comparable
+from aggregators.core.layers import ModelLayers
+from aggregators.core.needs import Needs
+from aggregators.core.reduction import Reduction
 from aggregators.core.update import ClientUpdate
-from aggregators.scores import Score, as_score, score_layers
-from aggregators.weighted_mean.statistics import PerLayer
 
-LossAt = Literal["training", "initial"]
-
-State = Mapping[str, Any]
-Part = Any
-Reduced = Any
+State: TypeAlias = Mapping[str, Any]
+Part: TypeAlias = Any
+Reduced: TypeAlias = Any
+_Arguments = ParamSpec("_Arguments")
 
 
-def _optional_score(value: Any) -> Score | None:
-    return None if value is None else as_score(value)
-
-
-@attrs.frozen
-class Needs:
-    """What clients measure for a rule, besides their updates.
+class PerLayer(NamedTuple):
+    """A measurement with a number per layer, which is shown by the layers' names.
 
     Attributes:
-      score: How far each layer moved, found under the score's name; None if not needed.
-      layers: What is scored, and weighed, at a time; see `aggregators.core.layers.resolve_layers`.
-      loss: `"training"`: mean over examples of the loss before each batch's own step, found under
-        `training_loss`. `"initial"`: the loss of the weights that training starts from, one forward
-        pass over the data more, found under `initial_loss`.
-      steps: Whether the number of optimizer steps is needed, found under `steps`.
-      candidates: Models that clients score on their data, one forward pass for each, found under
-        `candidate_errors`, float32 of shape `[number]`, and `errors_are_losses`, a bool: whether the
-        client fell back to the loss. None if there are none. They are made of the rule's state, so
-        only `build_fed_avg` has them.
-      memory: What clients keep from round to round, and do with it in training; what they then send is
-        found under `sent`. Only `build_fed_avg` has clients that keep something.
+      values: A tensor of shape `[..., num_layers]`.
 
     Example:
-      >>> from aggregators import scores
-      >>> Needs(score=scores.kl_divergence, loss="training").names
-      ('kl_divergence', 'training_loss')
+      >>> layers = ModelLayers([tf.TensorSpec([2]), tf.TensorSpec([])], {"w": (0,), "b": (1,)})
+      >>> shown = layers.named(PerLayer(tf.constant([3.0, 4.0])).values)
+      >>> {name: float(number) for name, number in shown.items()}
+      {'w': 3.0, 'b': 4.0}
     """
 
-    score: Score | None = attrs.field(default=None, converter=_optional_score)
-    layers: Layers = attrs.field(
-        default="tensor", validator=checks.validated(lambda name, value: check_layers(value))
-    )
-    loss: LossAt | None = attrs.field(
-        default=None, validator=checks.validated(checks.word, "training", "initial", optional=True)
-    )
-    steps: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
-    candidates: Candidates | None = attrs.field(
-        default=None, validator=checks.validated(checks.instance, Candidates, optional=True)
-    )
-    memory: ClientMemory | None = attrs.field(
-        default=None, validator=checks.validated(checks.instance, ClientMemory, optional=True)
-    )
-
-    def __attrs_post_init__(self) -> None:
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(
-                "`score` must have a name that nothing else measured has; found "
-                f"{self.score.name!r}. Give it another: `Score(f, name=...)`."  # type: ignore[union-attr]
-            )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names in `ClientUpdate.measured`."""
-        score = (self.score.name,) if self.score else ()
-        loss = (f"{self.loss}_loss",) if self.loss else ()
-        steps = ("steps",) if self.steps else ()
-        candidates = ("candidate_errors", "errors_are_losses") if self.candidates else ()
-        return score + loss + steps + candidates + (("sent",) if self.memory else ())
+    values: Any
 
 
 class RuleResult(NamedTuple):
@@ -103,17 +55,20 @@ class RuleResult(NamedTuple):
     Attributes:
       state: The rule's own state, of the names and types of `initial_state`.
       update: The tensors of the update, flat.
-      measurements: An `OrderedDict` of tensors; see `PerLayer` for those of shape `[num_layers]`. An
-        `unchanged` (int32) of 1 tells that the model is to be left alone, whatever the update is.
+      measurements: Tensors by name; see `PerLayer` for those of shape `[num_layers]`.
+      unchanged: A bool: True if the model is to be left alone, whatever the update is, because no
+        client counted. A measurement of this name shows it.
 
     Example:
-      >>> RuleResult(OrderedDict(), [tf.zeros([2])], OrderedDict(share=tf.constant(0.5))).state
-      OrderedDict()
+      >>> share = OrderedDict(share=tf.constant(0.5))
+      >>> RuleResult(OrderedDict(), [tf.zeros([2])], share, unchanged=False).unchanged
+      False
     """
 
     state: State
     update: Sequence[tf.Tensor]
-    measurements: OrderedDict[str, Any]
+    measurements: Mapping[str, Any]
+    unchanged: Any
 
 
 def _no_state(layers: ModelLayers) -> OrderedDict[str, Any]:
@@ -131,40 +86,68 @@ def _check_hparams(argument: str, value: Any) -> None:
 
 
 @attrs.frozen
+class _Call:
+    """The call of a function that made a rule.
+
+    Attributes:
+      function: The function.
+      positional: What it was given, defaults among it, by position.
+      named: And by name.
+    """
+
+    function: Callable[..., "Rule"]
+    positional: Sequence[Any] = attrs.field(eq=comparable)
+    named: Mapping[str, Any] = attrs.field(eq=comparable)
+
+    def __call__(self) -> "Rule":
+        return self.function(*self.positional, **self.named)
+
+    def __str__(self) -> str:
+        given = inspect.signature(self.function).bind(*self.positional, **self.named).arguments
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in given.items())
+        return f"{self.function.__name__}({shown})"
+
+
+def _shown(value: Any) -> str:
+    return value.__name__ if inspect.isfunction(value) else repr(value)
+
+
+@attrs.frozen(eq=False, repr=False)
 class Rule:
     """An aggregation rule: pure functions of TensorFlow operations.
 
-    The state that they see, `S`, is a mapping: `round` (int32, rounds done), the rule's hyperparameters
-    by name (float64), and what `initial_state` names.
+    The state that they see is a mapping: `round` (int32, rounds done), the rule's hyperparameters by
+    name (float64), and what `initial_state` names. Most rules are a mean by log-weights, which
+    `weighted_mean.rule` makes of one function.
 
     Attributes:
-      client: `(update, weight, state) -> part`, on each client. `update` is a `ClientUpdate`, its
-        delta flat; `weight` a float64 scalar, 0 if the client must not count.
+      client: `(update, state) -> part`, on each client. `update` is a `ClientUpdate`.
       reduction: `layers -> Reduction` of the parts; its `lift` runs on the clients too.
       server: `(state, reduced) -> RuleResult`.
       needs: What clients measure.
       initial_state: `layers -> OrderedDict` of the rule's own state.
-      hparams: The rule's numbers, by name; see `hyperparameters.hparam`.
-      is_mean: Whether the update is a mean of the deltas, with weights that sum to 1 and do not look
-        at them: then `federated_rule` averages models as they are, a pass over memory less.
+      hparams: The rule's numbers, by name; see `hparam`.
+      name: What it is called where it is printed.
 
-    Example:
-      >>> from aggregators import RuleFactory, weighted_mean
-      >>> def by_step(update, weight, state):
-      ...     steps = tf.cast(update.measured["steps"], tf.float64)
-      ...     return weighted_mean.weigh(update, tf.math.log(weight * steps)[tf.newaxis])
-      >>> rule = Rule(
-      ...     by_step,
-      ...     lambda layers: weighted_mean.reduction(layers),
-      ...     lambda state, reduced: RuleResult(OrderedDict(), *weighted_mean.report(reduced)),
-      ...     needs=Needs(steps=True, layers="model"),
+    Two rules are equal if a function under `named_rule` made both of equal arguments, or if they have
+    equal parts.
+
+    Example: the sum of the deltas
+
+      >>> def add(a, b):
+      ...     return [x + y for x, y in zip(a, b)]
+      >>> total = Rule(
+      ...     client=lambda update, state: list(update.delta),
+      ...     reduction=lambda layers: Reduction(lambda: [tf.zeros(s.shape) for s in layers.specs], add),
+      ...     server=lambda state, reduced: RuleResult({}, reduced, {}, unchanged=False),
+      ...     name="total",
       ... )
-      >>> isinstance(RuleFactory(rule), tff.aggregators.WeightedAggregationFactory)
-      True
+      >>> total
+      total()
     """
 
-    client: Callable[[ClientUpdate, tf.Tensor, State], Part] = attrs.field(
-        validator=checks.validated(checks.function, "(update, weight, state)")
+    client: Callable[[ClientUpdate, State], Part] = attrs.field(
+        validator=checks.validated(checks.function, "(update, state)")
     )
     reduction: Callable[[ModelLayers], Reduction] = attrs.field(
         validator=checks.validated(checks.function, "(layers)")
@@ -173,13 +156,74 @@ class Rule:
         validator=checks.validated(checks.function, "(state, reduced)")
     )
     needs: Needs = attrs.field(default=Needs(), validator=checks.validated(checks.instance, Needs))
-    initial_state: Callable[[ModelLayers], OrderedDict[str, Any]] = attrs.field(
+    initial_state: Callable[[ModelLayers], Mapping[str, Any]] = attrs.field(
         default=_no_state, validator=checks.validated(checks.function, "(layers)")
     )
     hparams: Mapping[str, Hparam] = attrs.field(
         factory=OrderedDict, validator=checks.validated(_check_hparams)
     )
-    is_mean: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
+    name: str = attrs.field(default="rule", validator=checks.validated(checks.instance, str))
+    # Not an argument, so that no changed copy takes itself for what the call made.
+    _call: _Call | None = attrs.field(default=None, init=False)
+
+    def _parts(self) -> dict[str, Any]:
+        return {part.name: getattr(self, part.name) for part in attrs.fields(Rule) if part.init}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rule):
+            return NotImplemented
+        if self._call is not None and other._call is not None:
+            return self._call == other._call
+        return self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.needs.names, tuple(self.hparams)))
+
+    def __repr__(self) -> str:
+        if self._call is not None:
+            return str(self._call)
+        shown = ", ".join(f"{name}={_shown(number.value)}" for name, number in self.hparams.items())
+        return f"{self.name}({shown})"
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles the call, whose arguments may be pickled where functions may not."""
+        return self._call or functools.partial(Rule, **self._parts()), ()
+
+
+def named_rule(function: Callable[_Arguments, Rule]) -> Callable[_Arguments, Rule]:
+    """Gives the rules that a function makes its name and arguments.
+
+    They print as the call, are equal where the arguments are, and can be pickled if those can and the
+    function stands in a module.
+
+    Args:
+      function: A function that returns a `Rule`.
+
+    Returns:
+      A function of the same arguments.
+
+    Example:
+      >>> from aggregators import hparam, weighted_mean
+      >>> @named_rule
+      ... def power_mean(exponent=0.5):
+      ...     return weighted_mean.rule(
+      ...         lambda update, state: state["exponent"] * tf.math.log(update.weight),
+      ...         hparams={"exponent": hparam("exponent", exponent)},
+      ...     )
+      >>> power_mean(2), power_mean(2) == power_mean(2.0)
+      (power_mean(exponent=2), True)
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Rule:
+        rule = attrs.evolve(function(*args, **kwargs), name=function.__name__)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        object.__setattr__(rule, "_call", _Call(make, given.args, given.kwargs))
+        return rule
+
+    return make
 
 
 def check_rule(rule: Any) -> None:
@@ -189,95 +233,3 @@ def check_rule(rule: Any) -> None:
             f"`rule` must be a `Rule`; found {rule!r}. Call a function of `aggregators.rules`, such "
             "as `rules.adaptive_mean(score, weighting)`."
         )
-
-
-class BoundRule:
-    """A rule for updates of one type: what every door calls."""
-
-    def __init__(self, rule: Rule, update_type: Any, names: Sequence[str] | None = None) -> None:
-        """Builds what depends on the type; see `Rule` for the parts."""
-        check_rule(rule)
-        self.rule = rule
-        self.layers = layers_of_type(rule.needs.layers, update_type, names)
-        self.reduction = rule.reduction(self.layers)
-        if not isinstance(self.reduction, Reduction):
-            raise TypeError(f"`reduction` must return a `Reduction`; found {self.reduction!r}.")
-        self.initial_state = tff.tensorflow.computation(lambda: self._initial_state())
-        self.state_type = self.initial_state.type_signature.result
-
-    def _initial_state(self) -> OrderedDict[str, Any]:
-        start = tf.constant(0)
-        numbers = OrderedDict(round=start, **hyperparameters.values(self.rule.hparams, start))
-        return checks.joined("initial_state", numbers, self.rule.initial_state(self.layers))
-
-    def measured_scores(self, server: Any, client: Any) -> tf.Tensor:
-        """The scores that the rule needs, of a model that a client trained."""
-        return score_layers(self.rule.needs.score, server, client, self.layers.groups)  # type: ignore[arg-type]
-
-    def client(self, update: ClientUpdate, weight: tf.Tensor, state: State) -> Any:
-        """One client's part, lifted to an accumulator."""
-        part = self.rule.client(update, weight, state)
-        return self.reduction.lift(part)
-
-    def server(self, state: State, reduced: Any) -> tuple[Any, Any, Any]:
-        """The new state, the flat update, and the named measurements."""
-        state = hyperparameters.check_schedules(self.rule.hparams, state)
-        own, update, measured = self.rule.server(state, reduced)
-        following = state["round"] + 1
-        numbers = hyperparameters.values(self.rule.hparams, following)
-        numbers.update(hyperparameters.read(self.rule.hparams, state))
-        names = list(self.state_type._asdict())
-        wanted = names[1 + len(numbers) :]
-        if set(own) != set(wanted):
-            raise ValueError(
-                f"`server` must return the state that `initial_state` names, {wanted}; found "
-                f"{list(own)}."
-            )
-        new = OrderedDict(round=following, **numbers, **{name: own[name] for name in wanted})
-        named = OrderedDict(
-            (name, self.layers.named(found.numbers) if isinstance(found, PerLayer) else found)
-            for name, found in measured.items()
-        )
-        return new, list(update), named
-
-    def federated_server(
-        self, state: Any, parts: Any, model: Any = None, finish: "Finish | None" = None
-    ) -> Any:
-        """Reduces and ends a round: `<S@SERVER, {A}@CLIENTS> -> <S, R, M>@SERVER`.
-
-        Args:
-          state: The rule's state.
-          parts: The clients' lifted parts.
-          model: The server's model, if `finish` needs it.
-          finish: `(flat update, unchanged, flat model) -> flat result`; the update, or NaN if the
-            model is to be left alone, if None: TFF's finalizers take NaN for a rejected round, and
-            zeros for a step of momentum, Adam or weight decay.
-
-        Returns:
-          The new state, the result in its structure, and the measurements.
-        """
-        reduced = federated_reduce(parts, self.reduction.of_lifted)
-        inputs = [state, reduced, *([] if model is None else [model])]
-
-        def on_server(inputs: Any) -> Any:
-            new, update, measured = self.server(inputs[0], inputs[1])
-            flat_model = None if model is None else tf.nest.flatten(inputs[2])
-            unchanged = tf.cast(measured.get("unchanged", 0), tf.bool)
-            result = (finish or _nan_if_unchanged)(update, unchanged, flat_model)
-            return new, self.layers.pack(result), measured
-
-        types = tff.to_type([value.type_signature.member for value in inputs])
-        return tff.federated_map(
-            tff.tensorflow.computation(on_server, types), tff.federated_zip(inputs)
-        )
-
-
-Finish = Callable[[list[tf.Tensor], tf.Tensor, list[tf.Tensor] | None], list[tf.Tensor]]
-
-
-def _nan_if_unchanged(
-    update: list[tf.Tensor], unchanged: tf.Tensor, model: list[tf.Tensor] | None
-) -> list[tf.Tensor]:
-    del model  # an update stands for itself
-    nothing = tf.where(unchanged, math.nan, 0.0)
-    return [x + tf.cast(nothing, x.dtype) for x in update]

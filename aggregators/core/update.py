@@ -9,68 +9,96 @@ import tensorflow_federated as tff
 
 
 class ClientUpdate(NamedTuple):
-    """A client's update and what its rule needs besides.
+    """A client's update and what its rule needs besides; None for what the rule does not ask for.
 
     Attributes:
-      delta: The weights it started from minus those it trained: in their structure on its way from a
-        client work to a factory, a flat tuple of tensors where a rule sees it.
-      measured: Mapping from names to what was measured: scores of shape `[num_layers]` under the
-        score's name, `training_loss` or `initial_loss`, `steps`, `candidate_errors`,
-        `errors_are_losses`; see `Needs`.
-      non_finite: bool: whether delta, weight or loss was not finite. All of it is zeros then.
+      delta: The weights it started from minus those it trained, a flat tuple of tensors.
+      weight: The client's weight (number of examples), float64: 0 if the client must not count.
+      non_finite: bool: whether delta, weight, loss, an error or what is sent was not finite. All of
+        them are zeros then.
+      scores: How far each layer moved, float32 of shape `[num_layers]`.
+      loss: The client's mean loss, float32, where `Needs.loss` says.
+      steps: Its optimizer steps, int32.
+      candidate_errors: Of the candidate models, float32 of shape `[number]`.
+      errors_are_losses: bool: whether the client fell back to the loss for these errors.
+      sent: Flat tensors that a client with a state sends; see `ClientMemory`.
 
     Example:
-      >>> bad, weight = client_update([tf.constant([1.0, float("nan")])], tf.constant(5.0), {})
-      >>> bad.delta[0].numpy(), bool(bad.non_finite), float(weight)
-      (array([0., 0.], dtype=float32), True, 0.0)
+      >>> bad = client_update([tf.constant([1.0, float("nan")])], tf.constant(5.0), steps=tf.constant(3))
+      >>> bad.delta[0].numpy(), bool(bad.non_finite), float(bad.weight), int(bad.steps), bad.loss
+      (array([0., 0.], dtype=float32), True, 0.0, 0, None)
+    """
+
+    delta: Sequence[tf.Tensor]
+    weight: tf.Tensor
+    non_finite: tf.Tensor
+    scores: Any = None
+    loss: Any = None
+    steps: Any = None
+    candidate_errors: Any = None
+    errors_are_losses: Any = None
+    sent: Any = None
+
+
+class MeasuredUpdate(NamedTuple):
+    """A client's update on its way from a client work to a `RuleFactory`, its weight beside it.
+
+    Attributes:
+      delta: The weights it started from minus those it trained, in their structure.
+      measured: Mapping from `rule.needs.names` to what was measured.
+      non_finite: As in `ClientUpdate`.
+
+    Example:
+      >>> measured = OrderedDict(steps=tf.constant(3))
+      >>> int(MeasuredUpdate([tf.zeros([2])], measured, tf.constant(False)).measured["steps"])
+      3
     """
 
     delta: Any
-    measured: Any
+    measured: Mapping[str, Any]
     non_finite: Any
 
 
 def client_update(
-    tensors: Sequence[tf.Tensor],
+    delta: Sequence[tf.Tensor],
     weight: tf.Tensor,
-    measured: Mapping[str, Any],
     *,
     also: Sequence[tf.Tensor] = (),
-) -> tuple[ClientUpdate, tf.Tensor]:
+    **measured: Any,
+) -> ClientUpdate:
     """Checks what a client found, once and for all that follows.
 
     A delta is finite if the sum of its squares is, in float32: up to a norm of 2.6e19.
 
     Args:
-      tensors: The delta, flat: floating tensors, initial weights minus trained ones.
+      delta: Flat floating tensors, initial weights minus trained ones.
       weight: The client's weight, a number.
-      measured: What was measured, by name. Every `*_loss` and all `*_errors` must be finite; scores
-        may be anything, and are judged by the rule. `sent`, by a client that keeps a state, must
-        be finite.
       also: Further tensors that must be finite: the state that a client keeps.
+      **measured: What was measured, by its name in `ClientUpdate`. Scores may be anything, and are
+        judged by the rule; steps are whole numbers; all else must be finite.
 
     Returns:
-      The update, its delta a flat tuple, and the weight (float64, at least 0): zeros all through if
-      something is not finite.
+      The update, its weight at least 0: zeros all through if something is not finite.
     """
-    tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tensors)
+    delta = tuple(tf.convert_to_tensor(tensor) for tensor in delta)
     weight = tf.cast(weight, tf.float64)
-    sound = finite_tensors(tensors) & tf.math.is_finite(weight)
-    for name, value in measured.items():
-        if name.endswith(("_loss", "_errors")):
-            sound &= tf.reduce_all(tf.math.is_finite(value))
-    more = [x for x in (*also, *tf.nest.flatten(measured.get("sent", ()))) if x.dtype.is_floating]
+    is_valid = finite_tensors(delta) & tf.math.is_finite(weight)
+    for name in ("loss", "candidate_errors"):
+        if measured.get(name) is not None:
+            is_valid &= tf.reduce_all(tf.math.is_finite(measured[name]))
+    more = [*also, *tf.nest.flatten(measured.get("sent", ()))]
+    more = [x for x in more if x is not None and x.dtype.is_floating]
     if more:
-        sound &= finite_tensors(more)
-    whole = (tensors, tf.maximum(weight, 0.0), list(measured.values()))
+        is_valid &= finite_tensors(more)
+    given = OrderedDict((name, x) for name, x in measured.items() if x is not None)
+    whole = OrderedDict(delta=delta, weight=tf.maximum(weight, 0.0), **given)
     # A branch passes tensors on where a product with 0 or 1 would write them once more.
-    tensors, weight, values = tf.cond(
-        sound,
+    found = tf.cond(
+        is_valid,
         lambda: tf.nest.map_structure(tf.identity, whole),
         lambda: tf.nest.map_structure(tf.zeros_like, whole),
     )
-    found = OrderedDict(zip(measured, values, strict=True))
-    return ClientUpdate(tensors, found, ~sound), weight
+    return ClientUpdate(non_finite=~is_valid, **found)
 
 
 def finite_tensors(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
@@ -86,9 +114,9 @@ def length(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
     return tf.sqrt(2.0) * tf.sqrt(tf.add_n([tf.cast(square, tf.float32) for square in squares]))
 
 
-def is_client_update(value_type: Any) -> bool:
-    """Whether this TFF type is a `ClientUpdate`."""
+def is_measured_update(value_type: Any) -> bool:
+    """Whether this TFF type is a `MeasuredUpdate`."""
     return (
         isinstance(value_type, tff.types.StructWithPythonType)
-        and value_type.python_container is ClientUpdate
+        and value_type.python_container is MeasuredUpdate
     )

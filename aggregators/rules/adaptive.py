@@ -11,9 +11,10 @@ from aggregators import weighted_mean
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import Layers, ModelLayers
-from aggregators.core.rule import LossAt, Needs, Rule, RuleResult
+from aggregators.core.needs import LossAt, Needs
+from aggregators.core.rule import PerLayer, Rule, RuleResult, State, named_rule
+from aggregators.core.score import Function, Score
 from aggregators.core.update import ClientUpdate
-from aggregators.scores import Function, Score
 from aggregators.weighting import (
     Weighting,
     check_weighting,
@@ -46,31 +47,21 @@ class Weighed:
         """`typical_score`: the mean score of earlier rounds, not known yet."""
         return OrderedDict(typical_score=tf.zeros([len(layers.names)]))
 
-    def loss(self, update: ClientUpdate) -> tf.Tensor | None:
-        """The client's loss, if it was measured."""
-        return update.measured[f"{self.needs.loss}_loss"] if self.needs.loss else None
+    def weights(self, update: ClientUpdate, state: State) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The client's scores, its log-weights, and whether its scores are valid."""
+        scores = update.scores
+        if self.needs.score is None:
+            scores = tf.ones_like(state["typical_score"]) * update.loss
+        loss = None if self.needs.loss is None else update.loss
+        return scores, *log_weights(self.weighting, scores, update.weight, state, loss)
 
-    def weights(
-        self, update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """The client's scores, its log-weights, and whether its scores are sound."""
-        loss = self.loss(update)
-        if self.needs.score is not None:
-            scores = update.measured[self.needs.score.name]
-        else:
-            scores = tf.ones_like(state["typical_score"]) * loss
-        return scores, *log_weights(self.weighting, scores, weight, state, loss)
-
-    def scale(self, state: Mapping[str, Any]) -> tf.Tensor:
+    def scale(self, state: State) -> tf.Tensor:
         """What scores were divided by."""
         return relative_scale(self.weighting, state)
 
-    def next_state(
-        self, state: Mapping[str, Any], measured: Mapping[str, Any]
-    ) -> OrderedDict[str, Any]:
-        """`typical_score` after a round."""
-        mean = measured["score_mean"].numbers
-        return OrderedDict(typical_score=next_typical_score(self.weighting, state, mean))
+    def next_state(self, state: State, mean_score: tf.Tensor) -> OrderedDict[str, Any]:
+        """`typical_score` after a round of this mean score."""
+        return OrderedDict(typical_score=next_typical_score(self.weighting, state, mean_score))
 
 
 def weighed(
@@ -92,13 +83,13 @@ def weighed(
     return Weighed(needs, weighting)
 
 
+@named_rule
 def adaptive_mean(
     score: ScoreLike,
     weighting: Weighting,
     *,
     layers: Layers = "tensor",
     loss_at: LossAt | None = None,
-    sample_size: int = 0,
 ) -> Rule:
     """The mean over clients, weighed layer by layer by what each client's model scores.
 
@@ -124,7 +115,6 @@ def adaptive_mean(
         positions; see `aggregators.core.layers.resolve_layers`.
       loss_at: Where the loss is taken, for `score="loss"` and weightings of yours that look at
         `seen.loss`: `"training"` (the default for the score) or `"initial"`; see `Needs`.
-      sample_size: How many clients the measurements list one by one.
 
     Returns:
       A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
@@ -139,7 +129,6 @@ def adaptive_mean(
       >>> list(rule.hparams)
       ['temperature', 'bound', 'memory']
     """
-    sample_size = checks.whole("sample_size", sample_size, 0)
     by_score = weighed(score, weighting, layers, loss_at)
     if loss_at is not None and not (isinstance(score, str) or weighting.is_own):
         raise ValueError(
@@ -147,20 +136,22 @@ def adaptive_mean(
             '`score="loss"`, or a weighting whose rule takes `seen`.'
         )
 
-    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
-        scores, logs, sound = by_score.weights(update, weight, state)
-        return weighted_mean.weigh(update, logs, scores=scores, sound=sound)
+    def log_weight(update: ClientUpdate, state: State) -> Any:
+        scores, logs, is_valid = by_score.weights(update, state)
+        return weighted_mean.weigh(update, logs, scores=scores, is_valid=is_valid)
 
-    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
-        tensors, measured = weighted_mean.report(reduced, by_score.scale(state))
-        return RuleResult(by_score.next_state(state, measured), tensors, measured)
+    def finish(state: State, result: RuleResult) -> RuleResult:
+        measured = result.measurements
+        scale = PerLayer(tf.cast(by_score.scale(state), tf.float32))
+        return result._replace(
+            state=by_score.next_state(state, measured["score_mean"].values),
+            measurements=OrderedDict(measured, scale=scale),
+        )
 
-    return Rule(
-        client,
-        lambda layers: weighted_mean.reduction(layers, sample_size=sample_size),
-        server,
+    return weighted_mean.rule(
+        log_weight,
         needs=by_score.needs,
-        initial_state=by_score.initial_state,
         hparams=by_score.hparams,
-        is_mean=True,
+        initial_state=by_score.initial_state,
+        finish=finish,
     )

@@ -11,7 +11,7 @@ from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult, check_rule
+from aggregators.core.rule import Rule, RuleResult, State, check_rule
 from aggregators.core.update import ClientUpdate
 
 
@@ -49,10 +49,10 @@ def add_sum(
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
         return checks.joined("rule", rule.initial_state(layers), start(layers))
 
-    def client(update: ClientUpdate, weight: tf.Tensor, state: Any) -> OrderedDict[str, Any]:
-        counts = weight > 0
+    def client(update: ClientUpdate, state: State) -> OrderedDict[str, Any]:
+        counts = update.weight > 0
         summed = tuple(tf.where(counts, x, tf.zeros_like(x)) for x in of(update))
-        return OrderedDict(rule=rule.client(update, weight, state), sum=summed)
+        return OrderedDict(rule=rule.client(update, state), sum=summed)
 
     def reduction(layers: ModelLayers) -> Reduction:
         total = Reduction(
@@ -61,10 +61,10 @@ def add_sum(
         )
         return zip_reductions(rule=rule.reduction(layers), sum=total)
 
-    def server(state: Any, reduced: Any) -> RuleResult:
-        own, update, measured = rule.server(state, reduced["rule"])
-        more, update = end(state, reduced["sum"], update)
-        return RuleResult(OrderedDict(**own, **more), update, measured)
+    def server(state: State, reduced: Any) -> RuleResult:
+        result = rule.server(state, reduced["rule"])
+        more, update = end(state, reduced["sum"], result.update)
+        return result._replace(state=OrderedDict(**result.state, **more), update=update)
 
     return attrs.evolve(
         rule,
@@ -73,5 +73,4 @@ def add_sum(
         server=server,
         initial_state=initial_state,
         hparams=numbers,
-        is_mean=False,
     )

@@ -1,6 +1,5 @@
 """FedAtt: attentive aggregation."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -9,7 +8,7 @@ import tensorflow as tf
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.layers import Layers
-from aggregators.core.rule import Rule, RuleResult
+from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.rules.adaptive import adaptive_mean
 from aggregators.scores import l2_distance, spectral_distance
 from aggregators.weighting import softmax
@@ -17,13 +16,13 @@ from aggregators.weighting import softmax
 _NORMS = {"frobenius": l2_distance, "spectral": spectral_distance}
 
 
+@named_rule
 def fed_att(
     step_size: Number = 1.2,
     *,
     norm: Literal["frobenius", "spectral"] = "frobenius",
     temperature: Number = 1.0,
     layers: Layers = "tensor",
-    sample_size: int = 0,
 ) -> Rule:
     """FedAtt: attentive aggregation, per tensor, where farther clients count more.
 
@@ -42,7 +41,6 @@ def fed_att(
         value, or `"frobenius"` as in the ports of it. The same for vectors.
       temperature: At least 1e-4; 1 in the source.
       layers: As for `adaptive_mean`.
-      sample_size: As for `adaptive_mean`.
 
     Returns:
       A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
@@ -60,12 +58,12 @@ def fed_att(
     checks.word("norm", norm, *_NORMS)
     step = hparam("step_size", step_size, 0.0, above=True)
     weighting = softmax(temperature, prefer="far", scale=None, times_examples=False)
-    mean = adaptive_mean(_NORMS[norm], weighting, layers=layers, sample_size=sample_size)
+    mean = adaptive_mean(_NORMS[norm], weighting, layers=layers)
 
-    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Any) -> RuleResult:
         result = mean.server(state, reduced)
         update = [tensor * tf.cast(state["step_size"], tensor.dtype) for tensor in result.update]
         return result._replace(update=update)
 
     hparams = {"step_size": step, **mean.hparams}
-    return attrs.evolve(mean, server=server, hparams=hparams, is_mean=False)
+    return attrs.evolve(mean, server=server, hparams=hparams)

@@ -9,11 +9,12 @@ import tensorflow as tf
 from aggregators.core import checks
 from aggregators.core.client_memory import ClientMemory, Context, Correction, Finished
 from aggregators.core.hyperparameters import Number, hparam
-from aggregators.core.rule import Rule
+from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain import plain_mean
 
 
+@named_rule
 def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None) -> Rule:
     """Dynamic regularization around any rule.
 

@@ -1,8 +1,6 @@
 """FedNova: averaging normalised by steps."""
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -10,11 +8,13 @@ import tensorflow as tf
 from aggregators import weighted_mean
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
-from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.needs import Needs
+from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate
 
 
-def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None, sample_size: int = 0) -> Rule:
+@named_rule
+def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None) -> Rule:
     """FedNova: updates are averaged per step, so that clients with more steps do not pull harder.
 
     ```
@@ -32,7 +32,6 @@ def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None, sample_siz
       momentum: Momentum of the clients' SGD, at least 0 and below 1.
       max_steps: The most that a client can have done, at least 1: who claims more, or fewer than 0,
         counts for nothing, and is counted in `bad_score_clients`. None for no limit.
-      sample_size: How many clients the measurements list one by one.
 
     Returns:
       A `Rule` for `build_fed_avg` or `federated_rule`.
@@ -47,35 +46,32 @@ def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None, sample_siz
     Source: Wang, Liu, Liang, Joshi, Poor, Tackling the Objective Inconsistency Problem in
     Heterogeneous Federated Optimization, 2020.
     """
-    sample_size = checks.whole("sample_size", sample_size, 0)
     most = math.inf if max_steps is None else checks.whole("max_steps", max_steps, 1)
 
-    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+    def log_weight(update: ClientUpdate, state: State) -> Any:
         # Differences of nearly equal numbers at high momentum: float32 would be off by percents.
-        steps = tf.cast(update.measured["steps"], tf.float64)
+        steps = tf.cast(update.steps, tf.float64)
         rate = state["momentum"]
         lost = rate * (1.0 - tf.pow(rate, steps)) / (1.0 - rate)
         effective = tf.cast((steps - lost) / (1.0 - rate), tf.float32)
         per_step = [tf.math.divide_no_nan(x, tf.cast(effective, x.dtype)) for x in update.delta]
-        weight = tf.where(steps > 0.0, weight, 0.0)
         return weighted_mean.weigh(
             update,
-            tf.math.log(weight)[tf.newaxis],
+            tf.math.log(tf.where(steps > 0.0, update.weight, 0.0)),
             tensors=(*per_step, effective),
-            scores=effective[tf.newaxis],
-            sound=(steps >= 0.0) & (steps <= most),
+            scores=effective,
+            is_valid=(steps >= 0.0) & (steps <= most),
         )
 
-    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+    def finish(state: State, result: RuleResult) -> RuleResult:
         del state  # nothing is carried from round to round
-        (*tensors, effective), measured = weighted_mean.report(reduced)
-        tensors = [x * tf.cast(effective, x.dtype) for x in tensors]
-        return RuleResult(OrderedDict(), tensors, measured)
+        *tensors, effective = result.update
+        return result._replace(update=[x * tf.cast(effective, x.dtype) for x in tensors])
 
-    return Rule(
-        client,
-        lambda layers: weighted_mean.reduction(layers, sample_size=sample_size, numbers=1),
-        server,
+    return weighted_mean.rule(
+        log_weight,
         needs=Needs(layers="model", steps=True),
         hparams={"momentum": hparam("momentum", momentum, 0.0, 1.0, below=True)},
+        finish=finish,
+        num_scalars=1,
     )

@@ -12,8 +12,9 @@ from aggregators.core import checks
 from aggregators.core.candidates import Candidates, Error
 from aggregators.core.hyperparameters import Hparam, Number, hparam
 from aggregators.core.layers import Layers, ModelLayers
+from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate, length
 from aggregators.rules.adaptive import ScoreLike, Weighed, weighed
 from aggregators.rules.redescending import (
@@ -23,7 +24,7 @@ from aggregators.rules.redescending import (
     shrunk_reduction,
     sums_reduction,
 )
-from aggregators.weighted_mean.statistics import PerLayer, statistics_reduction
+from aggregators.weighted_mean.statistics import statistics_reduction
 from aggregators.weighting import Weighting, softmax
 
 Voices: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]
@@ -57,11 +58,11 @@ class _Voice:
         return {"round": state["round"], **{n: state[f"{self.name}_{n}"] for n in names}}
 
     def next_state(self, state: Mapping[str, Any], mean_score: tf.Tensor) -> OrderedDict[str, Any]:
-        measured = {"score_mean": PerLayer(mean_score)}
-        own = self.by_score.next_state(self.view(state), measured)
+        own = self.by_score.next_state(self.view(state), mean_score)
         return OrderedDict((f"{self.name}_{n}", x) for n, x in own.items())
 
 
+@named_rule
 def jury_mean(
     voices: Voices | None = None,
     *,
@@ -80,7 +81,6 @@ def jury_mean(
     initial_norm: float | None = 1.0,
     norm_quantile: Number = 0.5,
     norm_rate: Number = 0.2,
-    sample_size: int = 0,
 ) -> Rule:
     """Moves from the redescending mean towards others, as far as the clients' votes trust them.
 
@@ -179,7 +179,6 @@ def jury_mean(
         as `redescending_mean` does.
       norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.
-      sample_size: How many clients the measurements list one by one.
 
     Returns:
       A `Rule` for `build_fed_avg`; with `votes="direction"`, for any door.
@@ -194,7 +193,6 @@ def jury_mean(
       >>> jury_mean(votes="direction").needs.names
       ('training_loss',)
     """
-    sample_size = checks.whole("sample_size", sample_size, 0)
     if not callable(votes) and (not isinstance(votes, str) or votes not in ("model", "direction")):
         raise ValueError(
             '`votes` must be "model", "direction" or a function of predictions and labels; found '
@@ -224,12 +222,13 @@ def jury_mean(
     for voice in heard:
         hparams = checks.joined("voices", hparams, voice.hparams())
 
-    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+    def client(update: ClientUpdate, state: State) -> Any:
         norm = length(update.delta)
         factor = shrink.log_factor(norm, state)
+        weight = update.weight
         counts = (weight > 0.0) & ~update.non_finite
-        scores, logs, sound = zip(
-            *(voice.by_score.weights(update, weight, voice.view(state)) for voice in heard),
+        scores, logs, is_valid = zip(
+            *(voice.by_score.weights(update, voice.view(state)) for voice in heard),
             strict=True,
         )
         plain = tf.math.log(weight) * tf.ones_like(logs[0])
@@ -243,8 +242,8 @@ def jury_mean(
         limit = state["vote_limit"] * state["vote_scale"]
         cast = tf.clip_by_value(raw, -limit, limit)
         is_usual = tf.abs(raw) <= state["vote_scale"]
-        has_part = counts & tf.stack(sound)
-        by_loss = votes == "model" and update.measured["errors_are_losses"]
+        has_part = counts & tf.stack(is_valid)
+        by_loss = votes == "model" and update.errors_are_losses
         sums = OrderedDict(
             shrink.counts(norm, counts, state),
             weight=tf.where(counts, weight, 0.0),
@@ -259,10 +258,10 @@ def jury_mean(
         means = [shrunk_mean(update, log, factor) for log in (plain, *logs)]
         return OrderedDict(statistics=found["statistics"], sums=sums, **_numbered(means))
 
-    def vote(update: ClientUpdate, norm: tf.Tensor, state: Mapping[str, Any]) -> tf.Tensor:
+    def vote(update: ClientUpdate, norm: tf.Tensor, state: State) -> tf.Tensor:
         """One client's votes, float64 `[voted on]`, above 0 for what did better."""
         if votes != "direction":
-            errors = tf.cast(update.measured["candidate_errors"], tf.float64)
+            errors = tf.cast(update.candidate_errors, tf.float64)
             return errors[0] - errors[1:]
         # A gap of rounding has a direction too, which says nothing.
         least = state["vote_floor"] * state["typical_norm"]
@@ -277,7 +276,7 @@ def jury_mean(
             ]
         )
 
-    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Any) -> RuleResult:
         sums = reduced["sums"]
         voted = tf.math.divide_no_nan(sums["votes"], sums["weight"])
         agreement = state["vote_memory"] * state["agreement"] + voted[0]
@@ -310,9 +309,10 @@ def jury_mean(
         # What a client's normalised weight in each mean is multiplied by in the update.
         parts = [1.0 - tf.reduce_sum(shares), *tf.unstack(shares)]
         used = [kept * part * mean.kept for part, mean in zip(parts, [first, *others], strict=True)]
-        _, measured = weighted_mean.report(
+        result = weighted_mean.report(
             {"mean": first, "statistics": reduced["statistics"]}, shares=used
         )
+        measured = OrderedDict(result.measurements)
         moved = OrderedDict(
             gap=gaps,
             share=shares,
@@ -340,7 +340,7 @@ def jury_mean(
             measured["stride"] = tf.cast(stride, tf.float32)
         if votes == "model":
             measured["loss_voting_clients"] = tf.cast(sums["by_loss"], tf.int32)
-        return RuleResult(own, update, measured)
+        return RuleResult(own, update, measured, result.unchanged)
 
     def next_vote_scale(state: Mapping[str, Any], clients: tf.Tensor, usual: tf.Tensor) -> Any:
         """The typical votes after a round, of which so many clients cast no larger ones."""
@@ -368,7 +368,7 @@ def jury_mean(
     def reduction(layers: ModelLayers) -> Reduction:
         number, size = len(heard), len(layers.groups)
         return zip_reductions(
-            statistics=statistics_reduction(size, sample_size, others=number),
+            statistics=statistics_reduction(size, layers.sample_size, others=number),
             sums=sums_reduction(
                 OrderedDict(
                     OrderedDict.fromkeys(LENGTHS, ()),

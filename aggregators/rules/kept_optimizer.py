@@ -7,11 +7,12 @@ import attrs
 import tensorflow as tf
 
 from aggregators.core.client_memory import ClientMemory, Context, Finished
-from aggregators.core.rule import Rule
+from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import check_base
 from aggregators.rules.plain import plain_mean
 
 
+@named_rule
 def kept_optimizer(rule: Rule | None = None) -> Rule:
     """Any rule, with clients that keep their optimizer's state (momentum, moments, steps).
 

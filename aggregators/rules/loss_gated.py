@@ -2,17 +2,19 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
 from aggregators import weighted_mean
 from aggregators.core import checks
+from aggregators.core.autograph import with_autograph
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.layers import Layers, ModelLayers
+from aggregators.core.needs import LossAt
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import LossAt, Rule, RuleResult
+from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate
 from aggregators.rules.adaptive import ScoreLike, weighed
 from aggregators.scores import js_divergence
@@ -46,6 +48,7 @@ _ADVICE = (
 )
 
 
+@named_rule
 def loss_gated(
     weighting: Weighting | None = None,
     *,
@@ -54,7 +57,6 @@ def loss_gated(
     loss_at: LossAt = "training",
     gate: Literal["not_fallen", "fallen"] | Gate = "not_fallen",
     min_decrease: Number = 0.0,
-    sample_size: int = 0,
 ) -> Rule:
     """Goes between the plain and the adaptive mean, as the clients' loss, or a gate of yours, says.
 
@@ -86,7 +88,6 @@ def loss_gated(
       gate: `"not_fallen"`, `"fallen"`, or a function of a `Round` that returns a share or a bool.
       min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1: a
         hyperparameter of the gates by name.
-      sample_size: As for `adaptive_mean`.
 
     Returns:
       A `Rule` for `build_fed_avg` or `federated_rule`.
@@ -105,7 +106,6 @@ def loss_gated(
     Framework for Language Modeling, 2020. What the algorithm leaves open is an argument here, and
     the defaults are this package's choice: no claim is made to reproduce the source's numbers.
     """
-    sample_size = checks.whole("sample_size", sample_size, 0)
     if not callable(gate) and (not isinstance(gate, str) or gate not in ("not_fallen", "fallen")):
         raise ValueError(
             f'`gate` must be "not_fallen", "fallen" or a function; found {gate!r}. {_ADVICE}'
@@ -118,18 +118,17 @@ def loss_gated(
             f"{min_decrease!r}."
         )
 
-    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
-        scores, logs, sound = by_score.weights(update, weight, state)
-        plain_log = tf.where(sound, tf.math.log(weight), -math.inf)
-        loss = tf.cast(by_score.loss(update), tf.float32)
-        adaptive = weighted_mean.weigh(
-            update, logs, scores=scores, sound=sound, others=(plain_log,)
-        )
+    def client(update: ClientUpdate, state: State) -> Any:
+        scores, logs, is_valid = by_score.weights(update, state)
         # One weight for all layers: those of the plain mean do not differ between them.
-        plain = LogWeighted((*update.delta, loss), plain_log[tf.newaxis])
+        plain_log = tf.where(is_valid, tf.math.log(update.weight), -math.inf)
+        adaptive = weighted_mean.weigh(
+            update, logs, scores=scores, is_valid=is_valid, others=(plain_log,)
+        )
+        plain = LogWeighted((*update.delta, tf.cast(update.loss, tf.float32)), plain_log)
         return OrderedDict(adaptive=adaptive, plain=plain)
 
-    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Any) -> RuleResult:
         *plain, loss = reduced["plain"].tensors
         totals = reduced["adaptive"]["statistics"]
         previous = state["previous_loss"]
@@ -154,22 +153,25 @@ def loss_gated(
         in_range = (asked >= 0.0) & (asked <= 1.0)
         number = tf.where(tf.math.is_nan(asked), tf.zeros_like(asked), asked)
         share = tf.clip_by_value(number, 0.0, 1.0)
-        adaptive, measured = weighted_mean.report(
+        result = weighted_mean.report(
             reduced["adaptive"], by_score.scale(state), shares=(share, 1.0 - share)
         )
         update = [
             # Neither mean leaves a trace of rounding where the other one is taken whole.
             tf.where(share == 1.0, a, p + tf.cast(share, p.dtype) * (a - p))
-            for a, p in zip(adaptive, plain, strict=True)
+            for a, p in zip(result.update, plain, strict=True)
         ]
-        own = by_score.next_state(state, measured)
+        own = by_score.next_state(state, result.measurements["score_mean"].values)
         own["previous_loss"] = tf.where(some, loss, previous)
-        measured["loss"] = tf.where(some, loss, math.nan)
-        measured["previous_loss"] = previous
-        measured["share"] = tf.cast(share, tf.float32)
-        measured["adaptive"] = tf.cast(share > 0.0, tf.int32)
-        measured["gate_out_of_range"] = tf.cast(~in_range, tf.int32)
-        return RuleResult(own, update, measured)
+        measured = OrderedDict(
+            result.measurements,
+            loss=tf.where(some, loss, math.nan),
+            previous_loss=previous,
+            share=tf.cast(share, tf.float32),
+            adaptive=tf.cast(share > 0.0, tf.int32),
+            gate_out_of_range=tf.cast(~in_range, tf.int32),
+        )
+        return RuleResult(own, update, measured, result.unchanged)
 
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
         return OrderedDict(by_score.initial_state(layers), previous_loss=tf.constant(math.nan))
@@ -177,7 +179,7 @@ def loss_gated(
     def reduction(layers: ModelLayers) -> Reduction:
         specs = [*layers.specs, tf.TensorSpec([], tf.float32)]
         return zip_reductions(
-            adaptive=weighted_mean.reduction(layers, sample_size=sample_size, others=1),
+            adaptive=weighted_mean.reduction(layers, others=1),
             plain=mean_reduction(specs, (tuple(range(len(specs))),)),
         )
 
@@ -189,20 +191,17 @@ def loss_gated(
         needs=by_score.needs,
         initial_state=initial_state,
         hparams=checks.joined("weighting", by_score.hparams, own),
-        is_mean=True,
     )
 
 
 def _ask(gate: Gate, seen: Round) -> tf.Tensor:
     """Calls a gate and checks what it returns: one float64 number."""
-    try:
-        # A function, for the control flow that people write in Python.
-        found = tf.convert_to_tensor(tf.function(gate)(seen))
-    except Exception as error:
-        raise TypeError(
-            f"`gate` must be a function of a `Round`; found {gate!r}, which failed. {_ADVICE} "
-            f"The error was: {error}"
-        ) from error
+    found = checks.called(
+        "`gate` must be a function of a `Round`",
+        lambda: tf.convert_to_tensor(with_autograph(gate)(seen)),
+        found=f"{gate!r}, which failed",
+        advice=_ADVICE,
+    )
     if found.shape.rank != 0 or not (found.dtype.is_floating or found.dtype == tf.bool):
         raise TypeError(
             f"`gate` must return one floating number or bool; found {found.dtype.name} of shape "

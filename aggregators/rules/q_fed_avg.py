@@ -2,20 +2,20 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from aggregators import weighted_mean
-from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
+from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate, finite_tensors
 
 
-def q_fed_avg(q: Number, learning_rate: Number, *, sample_size: int = 0) -> Rule:
+@named_rule
+def q_fed_avg(q: Number, learning_rate: Number) -> Rule:
     """q-FedAvg: clients with a high loss count more, and the step shrinks to fit.
 
     ```
@@ -35,7 +35,6 @@ def q_fed_avg(q: Number, learning_rate: Number, *, sample_size: int = 0) -> Rule
     Args:
       q: At least 0; 0 is plain averaging, large values even out clients' losses.
       learning_rate: The clients' learning rate, above 0.
-      sample_size: How many clients the measurements list one by one.
 
     Returns:
       A `Rule` for `build_fed_avg` or `federated_rule`.
@@ -49,40 +48,42 @@ def q_fed_avg(q: Number, learning_rate: Number, *, sample_size: int = 0) -> Rule
 
     Source: Li, Sanjabi, Beirami, Smith, Fair Resource Allocation in Federated Learning, 2020.
     """
-    sample_size = checks.whole("sample_size", sample_size, 0)
     hparams = OrderedDict(
         q=hparam("q", q, 0.0), learning_rate=hparam("learning_rate", learning_rate, 0.0, above=True)
     )
 
-    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
-        loss = tf.cast(update.measured["initial_loss"], tf.float32) + 1e-10
+    def client(update: ClientUpdate, state: State) -> Any:
+        loss = tf.cast(update.loss, tf.float32) + 1e-10
         tensors = update.delta
         square = 2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(x, tf.float32)) for x in tensors])
         shrink = 1.0 + tf.cast(state["q"] / state["learning_rate"], tf.float32) * square / loss
         # A negative loss has no power, and an infinite term would end the round for all.
-        sound = ((loss > 0.0) & finite_tensors([shrink])) | (weight <= 0.0)
+        has_weight = update.weight > 0.0
+        is_valid = ((loss > 0.0) & finite_tensors([shrink])) | ~has_weight
         logs = state["q"] * tf.math.log(tf.cast(tf.where(loss > 0.0, loss, 1.0), tf.float64))
-        logs = tf.where(weight > 0.0, logs, -math.inf)
+        logs = tf.where(has_weight, logs, -math.inf)
         mean = weighted_mean.weigh(
-            update,
-            logs[tf.newaxis],
-            tensors=(*tensors, shrink),
-            scores=loss[tf.newaxis],
-            sound=sound,
+            update, logs, tensors=(*tensors, shrink), scores=loss, is_valid=is_valid
         )
-        return OrderedDict(mean=mean, largest=tf.where(sound & (weight > 0.0), shrink, 0.0))
+        return OrderedDict(mean=mean, largest=tf.where(is_valid & has_weight, shrink, 0.0))
 
-    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
-        (*tensors, shrink), measured = weighted_mean.report(reduced["mean"])
+    def server(state: State, reduced: Any) -> RuleResult:
+        del state  # nothing is carried from round to round
+        result = weighted_mean.report(reduced["mean"])
+        *tensors, shrink = result.update
         step = tf.math.reciprocal_no_nan(shrink)
-        measured["step"] = tf.where(measured["clients"] > 0, step, 0.0)
-        measured["largest_term"] = reduced["largest"]
-        return RuleResult(OrderedDict(), [x * tf.cast(step, x.dtype) for x in tensors], measured)
+        measured = OrderedDict(
+            result.measurements,
+            step=tf.where(result.unchanged, 0.0, step),
+            largest_term=reduced["largest"],
+        )
+        update = [x * tf.cast(step, x.dtype) for x in tensors]
+        return result._replace(update=update, measurements=measured)
 
     return Rule(
         client,
         lambda layers: zip_reductions(
-            mean=weighted_mean.reduction(layers, sample_size=sample_size, numbers=1),
+            mean=weighted_mean.reduction(layers, num_scalars=1),
             largest=Reduction(lambda: tf.constant(0.0), tf.maximum),
         ),
         server,

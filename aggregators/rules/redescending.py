@@ -9,14 +9,20 @@ import attrs
 import tensorflow as tf
 
 from aggregators import weighted_mean
-from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam, Number, hparam
 from aggregators.core.layers import ModelLayers
+from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Needs, Rule, RuleResult
+from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate, length
 from aggregators.weighted_mean.statistics import statistics_reduction
-from aggregators.weighted_mean.streaming import LogWeighted, log_add, mean_reduction, share
+from aggregators.weighted_mean.streaming import (
+    LogWeighted,
+    by_layer,
+    log_add,
+    mean_reduction,
+    share,
+)
 
 _LEAST_NORM = 1e-30
 
@@ -129,7 +135,7 @@ def shrinking(
 def shrunk_mean(
     update: ClientUpdate, plain: tf.Tensor, log_factor: tf.Tensor
 ) -> OrderedDict[str, Any]:
-    """A client's part in `shrunk_reduction`: plain log-weights, `[num_layers]`, and the factor's log."""
+    """A client's part in `shrunk_reduction`: its plain log-weights, and the logarithm of the factor."""
     plain = tf.where(update.non_finite, tf.constant(-math.inf, tf.float64), plain)
     return OrderedDict(mean=LogWeighted(update.delta, plain + log_factor), plain=plain)
 
@@ -154,10 +160,14 @@ def shrunk_reduction(layers: ModelLayers) -> Reduction:
     The mean is taken by the shrunk weights, and multiplied at the end by what is kept of them: no
     client's tensors are written once more.
     """
-    none = [-math.inf] * len(layers.groups)
+    none, size = [-math.inf] * len(layers.groups), len(layers.groups)
     both = zip_reductions(
         mean=mean_reduction(layers.specs, layers.groups),
-        plain=Reduction(lambda: tf.constant(none, tf.float64), log_add),
+        plain=Reduction(
+            lambda: tf.constant(none, tf.float64),
+            log_add,
+            lambda logs: by_layer("plain", logs, size),
+        ),
     )
     owner = {position: layer for layer, group in enumerate(layers.groups) for position in group}
 
@@ -183,6 +193,7 @@ def sums_reduction(shapes: Mapping[str, Sequence[int]]) -> Reduction:
     )
 
 
+@named_rule
 def redescending_mean(
     *,
     cutoff: Number = 2.5,
@@ -190,7 +201,6 @@ def redescending_mean(
     initial_norm: float | None = 1.0,
     norm_quantile: Number = 0.5,
     norm_rate: Number = 0.2,
-    sample_size: int = 0,
 ) -> Rule:
     """The mean by clients' weights, updates that are much too long shrunk below the right length.
 
@@ -230,7 +240,6 @@ def redescending_mean(
       initial_norm: What is typical before the first round, above 0; None to find it in that round.
       norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.
-      sample_size: How many clients the measurements list one by one.
 
     Returns:
       A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
@@ -246,32 +255,31 @@ def redescending_mean(
     running quantile is that of Andrew, Thakkar, McMahan, Ramaswamy, Differentially Private Learning
     with Adaptive Clipping, 2021.
     """
-    sample_size = checks.whole("sample_size", sample_size, 0)
     shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
 
-    def client(update: ClientUpdate, weight: tf.Tensor, state: Mapping[str, Any]) -> Any:
+    def client(update: ClientUpdate, state: State) -> Any:
         norm = length(update.delta)
-        factor, plain = shrink.log_factor(norm, state), tf.math.log(weight)[tf.newaxis]
-        found = weighted_mean.weigh(update, plain + factor, scores=norm[tf.newaxis])
+        factor, plain = shrink.log_factor(norm, state), tf.math.log(update.weight)
+        found = weighted_mean.weigh(update, plain + factor, scores=norm)
         return OrderedDict(
             mean=shrunk_mean(update, plain, factor),
             statistics=found["statistics"],
-            sums=shrink.counts(norm, weight > 0.0, state),
+            sums=shrink.counts(norm, update.weight > 0.0, state),
         )
 
-    def server(state: Mapping[str, Any], reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Any) -> RuleResult:
         mean, sums = reduced["mean"], reduced["sums"]
         tensors, kept = shrink.shortened(mean.tensors, state, sums)
-        _, measured = weighted_mean.report(reduced, shares=(kept * mean.kept,))
-        measured.update(shrink.measurements(state, sums))
+        result = weighted_mean.report(reduced, shares=(kept * mean.kept,))
+        measured = OrderedDict(result.measurements, **shrink.measurements(state, sums))
         own = shrink.next_state(state, measured["clients"], sums)
-        return RuleResult(own, tensors, measured)
+        return RuleResult(own, tensors, measured, result.unchanged)
 
     return Rule(
         client,
         lambda layers: zip_reductions(
             mean=shrunk_reduction(layers),
-            statistics=statistics_reduction(len(layers.groups), sample_size),
+            statistics=statistics_reduction(len(layers.groups), layers.sample_size),
             sums=sums_reduction(OrderedDict.fromkeys(LENGTHS, ())),
         ),
         server,

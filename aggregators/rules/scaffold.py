@@ -8,13 +8,14 @@ import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.client_memory import ClientMemory, Context, Correction, Finished
-from aggregators.core.rule import Rule
+from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain import plain_mean
 
 Option = Literal["I", "II"]
 
 
+@named_rule
 def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = None) -> Rule:
     """Control variates around any rule: `g - c_k + c` in every step of a client.
 
@@ -94,7 +95,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     )
     return add_sum(
         attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
-        of=lambda update: update.measured["sent"],
+        of=lambda update: update.sent,
         start=lambda layers: OrderedDict(
             control=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs)
         ),

@@ -9,17 +9,11 @@ layer of several tensors is read as one long vector, except by `spectral_distanc
 """
 
 import functools
-import inspect
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
-import attrs
 import tensorflow as tf
-import tensorflow_federated as tff
 
-from aggregators.core import checks
-from aggregators.core.layers import Groups
+from aggregators.core.score import Score, score
 from aggregators.scores import divergences
 
 __all__ = [
@@ -31,120 +25,6 @@ __all__ = [
     "score",
     "spectral_distance",
 ]
-
-Layer = Sequence[tf.Tensor]
-Function = Callable[[Layer, Layer], tf.Tensor]
-
-_WRITE = (
-    "Write it as `def score(server, client)`, two sequences of tensors, with TensorFlow operations, "
-    "and reduce it to one number of at least 0."
-)
-
-
-def _check_function(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute  # attrs passes them to every validator
-    if not callable(value) or isinstance(value, tff.framework.ConcreteComputation):
-        raise TypeError(
-            f"`score` must be a function of two sequences of tensors; found {value!r}. "
-            "Use one from `aggregators.scores`, such as `scores.kl_divergence`, or a plain function "
-            "of your own: it is called for layers of all shapes, which no tff.Computation takes."
-        )
-    try:
-        inspect.signature(value).bind((), ())
-    except TypeError as error:
-        raise TypeError(
-            f"`score` must take two arguments; found {_name_of(value)}, which does not ({error}). "
-            f"{_WRITE}"
-        ) from error
-    except ValueError:
-        pass  # a builtin that does not tell
-
-
-def _check_name(argument: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.isidentifier():
-        raise ValueError(
-            f"`{argument}` must be a name as Python's variables have; found {value!r}."
-        )
-
-
-def _name_of(function: Any) -> str:
-    name = getattr(function, "__name__", type(function).__name__)
-    return name if name.isidentifier() else "score"
-
-
-@attrs.frozen(slots=False)
-class Score:
-    """A score and what it looks at.
-
-    Attributes:
-      function: `(server_layer, client_layer) -> number`, of TensorFlow operations.
-      needs: `"model"` if it must see the server's model; `"update"` if it depends on the difference
-        of the two alone, and so can be taken where only an update is known.
-      name: Under which a client sends it.
-      over_layers: A faster form over all layers at once, `(server_layers, client_layers)` to a list
-        of numbers; None to call `function` for each.
-
-    Example:
-      >>> largest = Score(lambda s, c: tf.reduce_max(tf.abs(s[0] - c[0])), needs="update")
-      >>> largest([tf.constant([1.0, 5.0])], [tf.constant([2.0, 2.0])]).numpy()
-      3.0
-    """
-
-    function: Function = attrs.field(validator=_check_function)
-    needs: Literal["model", "update"] = attrs.field(
-        default="model", validator=checks.validated(checks.word, "model", "update"), kw_only=True
-    )
-    name: str = attrs.field(kw_only=True, validator=checks.validated(_check_name))
-    over_layers: Callable[[Sequence[Layer], Sequence[Layer]], list[tf.Tensor]] | None = attrs.field(
-        default=None,
-        validator=checks.validated(
-            checks.function, "(server_layers, client_layers)", optional=True
-        ),
-        kw_only=True,
-    )
-
-    @name.default
-    def _own_name(self) -> str:
-        return _name_of(self.function)
-
-    def __attrs_post_init__(self) -> None:
-        named = ("__module__", "__name__", "__qualname__", "__doc__")
-        found = {
-            name: getattr(self.function, name) for name in named if hasattr(self.function, name)
-        }
-        vars(self).update(found, __wrapped__=self.function)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles a score that stands in a module, such as those below, by its name there."""
-        name = getattr(self.function, "__qualname__", "")
-        at_home = getattr(sys.modules.get(self.function.__module__), name, None) is self
-        return name if at_home else super().__reduce_ex__(protocol)
-
-    def __call__(self, server: Layer, client: Layer) -> tf.Tensor:
-        """Scores one layer."""
-        return self.function(server, client)
-
-
-def score(
-    *, needs: Literal["model", "update"], over_layers: Any = None
-) -> Callable[[Function], Score]:
-    """Makes a `Score` of the function below it.
-
-    Args:
-      needs: As in `Score`.
-      over_layers: As in `Score`.
-
-    Returns:
-      A decorator.
-
-    Example:
-      >>> @score(needs="update")
-      ... def manhattan(server, client):
-      ...     return tf.add_n([tf.reduce_sum(tf.abs(s - c)) for s, c in zip(server, client)])
-      >>> manhattan.needs
-      'update'
-    """
-    return lambda function: Score(function, needs=needs, over_layers=over_layers)
 
 
 @score(needs="model", over_layers=functools.partial(divergences.of_layers, divergences.KL))
@@ -304,61 +184,6 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
 
 
 ALL = (kl_divergence, js_divergence, l2_distance, spectral_distance, cosine_distance)
-
-
-def as_score(given: Any) -> Score:
-    """A `Score` of what was given for one: a bare function is taken to need the server's model.
-
-    Raises:
-      TypeError: If it cannot be called as a score.
-    """
-    return given if isinstance(given, Score) else Score(given)
-
-
-def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
-    """Scores every layer of a client's model.
-
-    Args:
-      score: The score.
-      server: Structure of tensors: the model the client started from.
-      client: Structure of tensors: the model it trained.
-      groups: The positions of each layer's tensors.
-
-    Returns:
-      float32 of shape `[len(groups)]`.
-
-    Raises:
-      TypeError: If `score` fails, or does not return one number per layer.
-    """
-    servers, clients = (
-        [[tf.convert_to_tensor(flat[i]) for i in group] for group in groups]
-        for flat in (tf.nest.flatten(server), tf.nest.flatten(client))
-    )
-    if score.over_layers is not None:
-        found = score.over_layers(servers, clients)
-    else:
-        function = score.function
-        if score not in ALL:
-            function = tf.function(function)  # for the control flow that people write in Python
-        found = [_one(score, function, *pair) for pair in zip(servers, clients, strict=True)]
-    return tf.stack([tf.cast(number, tf.float32) for number in found])
-
-
-def _one(score: Score, function: Function, server: Layer, client: Layer) -> tf.Tensor:
-    shapes = ", ".join(f"{tensor.dtype.name}{list(tensor.shape)}" for tensor in server)
-    try:
-        number = tf.convert_to_tensor(function(server, client))
-    except Exception as error:
-        raise TypeError(
-            f"`score` must be a function of TensorFlow operations; found {score.name}, which failed "
-            f"on a layer of {shapes}. {_WRITE} The error was: {error}"
-        ) from error
-    if number.shape.rank != 0 or not number.dtype.is_floating:
-        raise TypeError(
-            f"`score` must return one floating number per layer; found {number.dtype.name} of shape "
-            f"{number.shape} from {score.name} for a layer of {shapes}. {_WRITE}"
-        )
-    return number
 
 
 def _wide(tensor: tf.Tensor) -> tf.Tensor:

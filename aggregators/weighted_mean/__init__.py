@@ -1,74 +1,167 @@
-"""What rules are made of: a mean by log-weight over clients, with the round's measurements."""
+"""What most rules are: a mean by log-weights over clients, with the round's measurements."""
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from aggregators.core import checks
+from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
+from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
+from aggregators.core.rule import Rule, RuleResult, State
 from aggregators.core.update import ClientUpdate
 from aggregators.weighted_mean.statistics import ClientStatistics, measure, statistics_reduction
 from aggregators.weighted_mean.streaming import LogWeighted, mean_reduction
 
-__all__ = ["reduction", "report", "weigh"]
+__all__ = ["reduction", "report", "rule", "weigh"]
+
+_NOTHING_IN_ONE_LAYER = Needs(layers="model")
+
+
+def rule(
+    log_weight: Callable[[ClientUpdate, State], Any],
+    *,
+    needs: Needs = _NOTHING_IN_ONE_LAYER,
+    hparams: Mapping[str, Hparam] | None = None,
+    initial_state: Callable[[ModelLayers], Mapping[str, Any]] | None = None,
+    finish: Callable[[State, RuleResult], RuleResult] | None = None,
+    num_scalars: int = 0,
+    name: str = "weighted_mean",
+) -> Rule:
+    """The mean by clients' log-weights, as a rule.
+
+    ```
+    update[l] = sum_k exp(log_weight[k, l]) d[k, l] / sum_k exp(log_weight[k, l])
+    ```
+
+    for every layer `l` and client `k`, with `d` the update. One pass over clients, and no weight over-
+    or underflows.
+
+    Args:
+      log_weight: `(update, state) -> log-weight`, on each client: one floating number, or one for each
+        layer of `needs`; -inf for a client that must not count. Or what `weigh` gives, to show scores,
+        or to average something else than the delta.
+      needs: What clients measure; nothing if not given, and all tensors are one layer.
+      hparams: The rule's numbers, by name; see `hparam`. They are float64 in the state.
+      initial_state: `layers -> OrderedDict` of what the server keeps; nothing if None.
+      finish: `(state, result) -> result`, at the server: what becomes of the `RuleResult` of the mean,
+        such as its state. None for a rule that keeps nothing.
+      num_scalars: As for `reduction`. They come last in the update that `finish` is given.
+      name: What the rule is called where it is printed.
+
+    Returns:
+      A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+
+    Example: the mean by optimizer steps
+
+      >>> def by_steps(update, state):
+      ...     return tf.math.log(update.weight * tf.cast(update.steps, tf.float64))
+      >>> rule(by_steps, needs=Needs(steps=True, layers="model"), name="mean_by_steps")
+      mean_by_steps()
+
+    Example: the mean by examples that shows the updates' norms, and keeps the longest so far
+
+      >>> def by_examples(update, state):
+      ...     norm = tf.linalg.global_norm(update.delta)
+      ...     return weigh(update, tf.math.log(update.weight), scores=norm)
+      >>> def keep_longest(state, result):
+      ...     longest = tf.reduce_max(result.measurements["score_max"].values)  # NaN if nobody counted
+      ...     longest = tf.where(longest > state["longest"], longest, state["longest"])
+      ...     return result._replace(state={"longest": longest})
+      >>> longest = rule(
+      ...     by_examples,
+      ...     initial_state=lambda layers: {"longest": tf.constant(0.0)},
+      ...     finish=keep_longest,
+      ... )
+    """
+    checks.function("log_weight", log_weight, "(update, state)")
+    checks.function("finish", finish or _as_it_is, "(state, result)")
+
+    def client(update: ClientUpdate, state: State) -> Mapping[str, Any]:
+        found = log_weight(update, state)
+        return found if isinstance(found, Mapping) else weigh(update, found)
+
+    return Rule(
+        client,
+        lambda layers: reduction(layers, num_scalars=num_scalars),
+        lambda state, reduced: (finish or _as_it_is)(state, report(reduced)),
+        needs=needs,
+        hparams=OrderedDict(hparams or {}),
+        name=name,
+        **({} if initial_state is None else {"initial_state": initial_state}),
+    )
+
+
+def _as_it_is(state: State, result: RuleResult) -> RuleResult:
+    del state  # nothing is carried from round to round
+    return result
 
 
 def weigh(
     update: ClientUpdate,
-    log_weights: tf.Tensor,
+    log_weights: Any,
     *,
     tensors: Sequence[tf.Tensor] | None = None,
-    scores: tf.Tensor | None = None,
-    sound: tf.Tensor | bool = True,
+    scores: Any = None,
+    is_valid: tf.Tensor | bool = True,
     others: Sequence[tf.Tensor] = (),
 ) -> OrderedDict[str, Any]:
     """A client's part in `reduction`.
 
     Args:
       update: The client's update.
-      log_weights: Logarithms of its weights, float64 of shape `[num_layers]`; -inf for weight 0.
-      tensors: What is averaged; the update's delta if None. Numbers beyond the delta's tensors
-        come last.
-      scores: What the measurements show as scores, of shape `[num_layers]`; zeros if None.
-      sound: False if the client must not count for a score that is none.
+      log_weights: Logarithms of its weights, floating: one number, or a tensor of shape
+        `[num_layers]`; -inf for weight 0. A client with NaN or infinity among them does not count.
+      tensors: What is averaged; the update's delta if None. Scalars beyond the delta's tensors come
+        last.
+      scores: What the measurements show as scores, of the same shapes; zeros if None.
+      is_valid: False if the client must not count for a score that is none.
       others: Its log-weights in further means, for the listing of single clients.
 
     Returns:
       A mapping of `mean` to a `LogWeighted` and `statistics` to `ClientStatistics`.
 
+    Raises:
+      TypeError: If a log-weight is not floating.
+
     Example:
-      >>> update = ClientUpdate((tf.constant([1.0, 2.0]),), {}, tf.constant(False))
-      >>> weigh(update, tf.math.log([4.0]))["mean"].log_weights.numpy().round(4)
-      array([1.3863])
+      >>> update = ClientUpdate((tf.constant([1.0, 2.0]),), tf.constant(4.0), tf.constant(False))
+      >>> weigh(update, tf.math.log(update.weight))["mean"].log_weights.numpy().round(4)
+      1.3863
     """
-    sound = tf.convert_to_tensor(sound)
-    counts = sound & ~update.non_finite
+    log_weights = tf.convert_to_tensor(log_weights)
+    if not log_weights.dtype.is_floating:
+        raise TypeError(
+            "`log_weight` must return a floating number, or one for each layer; found "
+            f"{log_weights.dtype.name} of shape {log_weights.shape}."
+        )
+    is_valid = is_valid & tf.reduce_all(log_weights < math.inf)  # which NaN is not either
+    counts = is_valid & ~update.non_finite
     log_weights = tf.where(counts, tf.cast(log_weights, tf.float64), -math.inf)
-    if scores is None:
-        scores = tf.zeros(log_weights.shape)
     statistics = ClientStatistics(
-        tf.cast(scores, tf.float32),
+        tf.cast(tf.zeros_like(log_weights) if scores is None else scores, tf.float32),
         log_weights,
         update.non_finite,
-        ~sound & ~update.non_finite,
-        tuple(tf.broadcast_to(other, log_weights.shape) for other in others),
+        ~is_valid & ~update.non_finite,
+        tuple(others),
     )
     chosen = update.delta if tensors is None else tensors
     return OrderedDict(mean=LogWeighted(tuple(chosen), log_weights), statistics=statistics)
 
 
-def reduction(
-    layers: ModelLayers, *, sample_size: int = 0, numbers: int = 0, others: int = 0
-) -> Reduction:
+def reduction(layers: ModelLayers, *, num_scalars: int = 0, others: int = 0) -> Reduction:
     """The mean of what `weigh` gives, and the measurements of its clients, in one pass.
 
     Args:
       layers: The layers.
-      sample_size: How many clients the measurements list one by one.
-      numbers: How many float32 numbers follow the delta's tensors; with some, all is one layer.
+      num_scalars: How many float32 numbers follow the delta's tensors; with some, all is one layer.
       others: How many further log-weights come along.
 
     Returns:
@@ -82,32 +175,33 @@ def reduction(
       >>> fold = reduction(layers_of_type("model", tff.to_type([(np.float32, [1])])))
       >>> total = fold.zero()
       >>> for number, weight in ((0.0, 1.0), (8.0, 3.0)):
-      ...     update = ClientUpdate((tf.constant([number]),), {}, tf.constant(False))
-      ...     total = fold.merge(total, fold.lift(weigh(update, tf.math.log([weight]))))
-      >>> (mean,), measured = report(fold.report(total))
-      >>> mean.numpy(), int(measured["clients"])
+      ...     update = ClientUpdate((tf.constant([number]),), weight, tf.constant(False))
+      ...     total = fold.merge(total, fold.lift(weigh(update, tf.math.log(weight))))
+      >>> result = report(fold.report(total))
+      >>> result.update[0].numpy(), int(result.measurements["clients"])
       (array([6.], dtype=float32), 2)
     """
-    specs = [*layers.specs, *[tf.TensorSpec([], tf.float32)] * numbers]
-    groups = (tuple(range(len(specs))),) if numbers else layers.groups
+    specs = [*layers.specs, *[tf.TensorSpec([], tf.float32)] * num_scalars]
+    groups = (tuple(range(len(specs))),) if num_scalars else layers.groups
     return zip_reductions(
         mean=mean_reduction(specs, groups),
-        statistics=statistics_reduction(len(groups), sample_size, others=others),
+        statistics=statistics_reduction(len(groups), layers.sample_size, others=others),
     )
 
 
 def report(
-    reduced: Mapping[str, Any], scale: tf.Tensor | None = None, **options: Any
-) -> tuple[tuple[tf.Tensor, ...], OrderedDict[str, Any]]:
-    """The mean and its measurements.
+    reduced: Mapping[str, Any], scale: tf.Tensor | None = None, *, shares: Sequence[tf.Tensor] = ()
+) -> RuleResult:
+    """The mean and its measurements, as the result of a rule that keeps nothing.
 
     Args:
       reduced: What `reduction` gives.
       scale: What scores were divided by, shape `[num_layers]`; ones if None.
-      **options: Further arguments of `measurements.measure`.
+      shares: Of each mean in the result; see `aggregators.weighted_mean.statistics.measure`.
 
     Returns:
-      The means, zeros if no client counted, and the measurements, whose `unchanged` says so.
+      A `RuleResult` without a state. If no client counted, its update is zeros and it says
+      `unchanged`.
 
     Example: nobody counted
 
@@ -115,12 +209,14 @@ def report(
       >>> import tensorflow_federated as tff
       >>> from aggregators.core.layers import layers_of_type
       >>> fold = reduction(layers_of_type("model", tff.to_type([(np.float32, [1])])))
-      >>> (mean,), measured = report(fold.report(fold.zero()))
-      >>> mean.numpy(), int(measured["unchanged"])
-      (array([0.], dtype=float32), 1)
+      >>> result = report(fold.report(fold.zero()))
+      >>> result.update[0].numpy(), bool(result.unchanged)
+      (array([0.], dtype=float32), True)
     """
     totals = reduced["statistics"]
     if scale is None:
         scale = tf.ones(totals.largest.shape[1:])
-    measured = measure(totals, scale, **options)
-    return tuple(reduced["mean"].tensors), measured
+    measured = measure(totals, scale, shares=shares)
+    return RuleResult(
+        OrderedDict(), tuple(reduced["mean"].tensors), measured, measured["clients"] <= 0
+    )

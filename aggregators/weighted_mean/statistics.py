@@ -8,36 +8,20 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from aggregators.core.reduction import Reduction
-from aggregators.weighted_mean.streaming import log_add, share
-
-
-class PerLayer(NamedTuple):
-    """A measurement with a number per layer, which is shown by the layers' names.
-
-    Attributes:
-      numbers: A tensor of shape `[..., num_layers]`.
-
-    Example:
-      >>> from aggregators.core.layers import ModelLayers
-      >>> layers = ModelLayers([tf.TensorSpec([2]), tf.TensorSpec([])], {"w": (0,), "b": (1,)})
-      >>> shown = layers.named(PerLayer(tf.constant([3.0, 4.0])).numbers)
-      >>> {name: float(number) for name, number in shown.items()}
-      {'w': 3.0, 'b': 4.0}
-    """
-
-    numbers: Any
+from aggregators.core.rule import PerLayer
+from aggregators.weighted_mean.streaming import by_layer, log_add, share
 
 
 class ClientStatistics(NamedTuple):
     """What one client contributes to the measurements.
 
     Attributes:
-      scores: float32 of shape `[num_layers]`.
-      log_weights: float64 of shape `[num_layers]`; -inf if the client does not count.
+      scores: float32 of shape `[num_layers]`, or one number for all layers.
+      log_weights: float64 of the same shapes; -inf if the client does not count.
       non_finite: bool; whether that is because its update, weight or loss is not finite.
       bad_score: bool; whether it is because a score is not a finite number of at least 0, or the
         rule has no number for it.
-      others: Log-weights in further means of the same clients, float64 of shape `[num_layers]` each.
+      others: Log-weights in further means of the same clients, each float64 of the same shapes.
     """
 
     scores: Any
@@ -73,7 +57,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int =
     """Reduces `ClientStatistics` to `Totals`.
 
     Args:
-      num_layers: Length of `scores` and `log_weights`.
+      num_layers: How many layers there are.
       sample_size: How many clients are kept one by one: the first of the cohort.
       others: How many further log-weights come along.
 
@@ -96,19 +80,20 @@ def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int =
         )
 
     def lift(value: ClientStatistics) -> Totals:
-        logs = value.log_weights
+        logs = by_layer("log_weight", value.log_weights, num_layers)
+        others_logs = [by_layer("others", other, num_layers) for other in value.others]
         counts = tf.reduce_any(logs > -math.inf)
         weightless = tf.logical_not(counts | value.non_finite | value.bad_score)
-        scores = tf.cast(value.scores, tf.float64)
+        scores = by_layer("scores", tf.cast(value.scores, tf.float64), num_layers)
         kinds = tf.stack([counts, value.non_finite, value.bad_score, weightless])
         sample: Any = ()
         if sample_size:
-            row = tf.stack([scores, logs, *value.others])
+            row = tf.stack([scores, logs, *others_logs])
             sample = (tf.constant(1), pad(row[tf.newaxis]))
         return Totals(
             sums=tf.concat([tf.cast(kinds, tf.float64), tf.where(counts, scores, 0.0)], 0),
             largest=tf.where(counts, tf.stack([scores, -scores, logs]), -math.inf),
-            log_sums=tf.stack([logs, 2.0 * logs, *value.others]),
+            log_sums=tf.stack([logs, 2.0 * logs, *others_logs]),
             sample=sample,
         )
 
@@ -150,7 +135,6 @@ def measure(
         least 0, or for which the rule had no number.
       * `zero_weight_clients` int32: clients left out for a weight of 0 or less: those without data,
         and those whose update TFF's own client work found not finite and sent as zeros.
-      * `unchanged` int32: 1 if no client counted, and the result is therefore no change.
       * `score_mean`, `score_min`, `score_max` float32 per layer: over the clients that counted, each
         counting once; NaN if none did.
       * `effective_clients` float32 per layer: `(sum w)^2 / sum w^2`. The number of clients if all
@@ -169,7 +153,7 @@ def measure(
     log_sum, log_square_sum, *log_other_sums = tf.unstack(totals.log_sums)
     clients, non_finite, bad_score, zero_weight = tf.unstack(tf.cast(counts, tf.int32))
     some = clients > 0
-    by_layer = OrderedDict(
+    numbers = OrderedDict(
         score_mean=scores / tf.unstack(counts)[0],
         score_min=tf.where(some, -minus_min, math.nan),
         score_max=tf.where(some, score_max, math.nan),
@@ -177,14 +161,13 @@ def measure(
         largest_weight=share(log_max, log_sum),
         scale=tf.cast(scale, tf.float64),
     )
-    narrow = tf.unstack(tf.cast(tf.stack(list(by_layer.values())), tf.float32))
+    narrow = tf.unstack(tf.cast(tf.stack(list(numbers.values())), tf.float32))
     found = OrderedDict(
         clients=clients,
         non_finite_clients=non_finite,
         bad_score_clients=bad_score,
         zero_weight_clients=zero_weight,
-        unchanged=tf.cast(tf.logical_not(some), tf.int32),
-        **{name: PerLayer(numbers) for name, numbers in zip(by_layer, narrow, strict=True)},
+        **{name: PerLayer(values) for name, values in zip(numbers, narrow, strict=True)},
     )
     if totals.sample:
         filled, rows = totals.sample

@@ -30,7 +30,8 @@ class LogWeighted(NamedTuple):
 
     Attributes:
       tensors: Tuple of floating tensors.
-      log_weights: float64 of shape `[num_layers]`; -inf stands for weight 0.
+      log_weights: float64 of shape `[num_layers]`, or one number for all layers; -inf stands for
+        weight 0.
     """
 
     tensors: Any
@@ -73,7 +74,7 @@ def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
 
     def lift(value: LogWeighted) -> LogWeighted:
         tensors = (tf.cast(x, dtype) for x, dtype in zip(value.tensors, wide, strict=True))
-        return LogWeighted(tuple(tensors), value.log_weights)
+        return LogWeighted(tuple(tensors), by_layer("log_weight", value.log_weights, len(groups)))
 
     def merge(a: LogWeighted, b: LogWeighted) -> LogWeighted:
         total = log_add(a.log_weights, b.log_weights)
@@ -91,6 +92,18 @@ def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
         return LogWeighted(tuple(tensors), total.log_weights)
 
     return Reduction(zero, merge, lift, report)
+
+
+def by_layer(argument: str, numbers: tf.Tensor, num_layers: int) -> tf.Tensor:
+    """One number for all layers, or one for each, as a tensor of shape `[num_layers]`."""
+    if numbers.shape == []:
+        return tf.fill([num_layers], numbers)
+    if numbers.shape != [num_layers]:
+        raise ValueError(
+            f"`{argument}` must be one number, or one for each of the model's layers, {num_layers}; "
+            f"found a tensor of shape {numbers.shape}. `needs` says what a layer is."
+        )
+    return numbers
 
 
 def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

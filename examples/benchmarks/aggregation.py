@@ -71,7 +71,7 @@ def aggregation(kind: str, shapes: list[tuple[int, ...]]) -> Any:
         if kind != "scored":
             return update
         measured = OrderedDict(kl_divergence=tf.fill([len(shapes)], seed))
-        return aggregators.ClientUpdate(update, measured, non_finite=tf.constant(False))
+        return aggregators.MeasuredUpdate(update, measured, non_finite=tf.constant(False))
 
     if kind == "kl":
         rule = rules.adaptive_mean(scores.kl_divergence, weighting.softmax(scale=1e-3))

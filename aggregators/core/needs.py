@@ -1,0 +1,87 @@
+"""What a rule has its clients measure."""
+
+from collections import OrderedDict
+from typing import Any, Literal, TypeAlias
+
+import attrs
+
+from aggregators.core import checks
+from aggregators.core.candidates import Candidates
+from aggregators.core.client_memory import ClientMemory
+from aggregators.core.layers import Layers, check_layers
+from aggregators.core.score import Score, as_score
+
+LossAt: TypeAlias = Literal["training", "initial"]
+
+
+def _optional_score(value: Any) -> Score | None:
+    return None if value is None else as_score(value)
+
+
+@attrs.frozen
+class Needs:
+    """What clients measure for a rule, besides their updates.
+
+    A client's rule finds it in its `ClientUpdate`.
+
+    Attributes:
+      score: How far each layer moved, found under `scores`; None if not needed.
+      layers: What is scored, and weighed, at a time; see `aggregators.core.layers.resolve_layers`.
+      loss: `"training"`: mean over examples of the loss before each batch's own step. `"initial"`:
+        the loss of the weights that training starts from, one forward pass over the data more. Found
+        under `loss`.
+      steps: Whether the number of optimizer steps is needed, found under `steps`.
+      candidates: Models that clients score on their data, one forward pass for each, found under
+        `candidate_errors` and `errors_are_losses`. None if there are none. They are made of the rule's
+        state, so only `build_fed_avg` has them.
+      memory: What clients keep from round to round, and do with it in training; what they then send is
+        found under `sent`. Only `build_fed_avg` has clients that keep something.
+
+    Example:
+      >>> from aggregators import scores
+      >>> Needs(score=scores.kl_divergence, loss="training").names
+      ('kl_divergence', 'training_loss')
+    """
+
+    score: Score | None = attrs.field(default=None, converter=_optional_score)
+    layers: Layers = attrs.field(
+        default="tensor", validator=checks.validated(lambda name, value: check_layers(value))
+    )
+    loss: LossAt | None = attrs.field(
+        default=None, validator=checks.validated(checks.word, "training", "initial", optional=True)
+    )
+    steps: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
+    candidates: Candidates | None = attrs.field(
+        default=None, validator=checks.validated(checks.instance, Candidates, optional=True)
+    )
+    memory: ClientMemory | None = attrs.field(
+        default=None, validator=checks.validated(checks.instance, ClientMemory, optional=True)
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(
+                "`score` must have a name that nothing else measured has; found "
+                f"{self.score.name!r}. Give it another: `Score(f, name=...)`."  # type: ignore[union-attr]
+            )
+
+    @property
+    def fields(self) -> OrderedDict[str, str]:
+        """The fields of `ClientUpdate` that are measured, and their names in `MeasuredUpdate`."""
+        found = OrderedDict()
+        if self.score is not None:
+            found["scores"] = self.score.name
+        if self.loss is not None:
+            found["loss"] = {"training": "training_loss", "initial": "initial_loss"}[self.loss]
+        if self.steps:
+            found["steps"] = "steps"
+        if self.candidates is not None:
+            found.update(candidate_errors="candidate_errors", errors_are_losses="errors_are_losses")
+        if self.memory is not None:
+            found["sent"] = "sent"
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in `MeasuredUpdate.measured`, which tell one score, or loss, from another."""
+        return tuple(self.fields.values())
