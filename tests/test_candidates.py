@@ -175,7 +175,10 @@ def test_probabilities_are_known_in_every_precision(dtype):
     rng = np.random.default_rng(5)
     logits = tf.constant(rng.normal(size=(200, 60)) * 3.0, dtype)
     labels = tf.constant(rng.integers(0, 60, 200))
-    shares = tf.nn.softmax(logits)
+    try:
+        shares = tf.nn.softmax(logits)
+    except tf.errors.AbortedError:  # oneDNN has none in bfloat16 for processors without AVX-512
+        shares = tf.cast(tf.nn.softmax(tf.cast(logits, tf.float32)), dtype)
     expected = 1.0 - tf.gather(tf.cast(shares, tf.float64), labels, axis=1, batch_dims=1)
     for outputs in (shares, logits):
         total = errors_of_batch(None, tf.constant(9.0), outputs, labels, tf.constant(200))

@@ -56,10 +56,10 @@ class VariableSets:
 
     def take(self) -> Variables:
         """Returns variables that nobody else uses; their values are arbitrary."""
-        with self._lock:
+        # Made by one thread at a time: of four at once, under load, two met each other's first values.
+        with self._lock, device_scope(self._device):
             variables = self._free.pop() if self._free else None
-        if variables is None:
-            with device_scope(self._device):
+            if variables is None:
                 variables = [
                     tf.Variable(leaves.any_value(leaf.shape, leaf.dtype), False, shape=leaf.shape)
                     for leaf in self.leaves
