@@ -78,6 +78,20 @@ def weighted_mean(tensors_by_client, weights, groups):
     ]
 
 
+def adaptive_mean(
+    deltas, scores, examples, memory, *, rule, groups, scale="running", keep=0.5, **options
+):
+    """`scores[k][layer]` of a round; `memory["typical"]` is their running mean over rounds."""
+    scores = np.asarray(scores, np.float64)
+    typical = memory.setdefault("typical", np.zeros(len(groups)))
+    by = typical if scale == "running" else np.full(len(groups), scale)
+    raw = raw_weights(scores, examples, rule=rule, scale=by, typical=typical, **options)
+    mean = scores[np.array(examples) > 0].mean(0)
+    known = np.all(typical > 0)
+    memory["typical"] = keep * typical + (1 - keep) * mean if known else mean
+    return weighted_mean(deltas, raw, groups)
+
+
 def q_fed_avg(deltas, losses, *, q, learning_rate):
     lipschitz = 1 / learning_rate
     numerator, denominator = [0.0] * len(deltas[0]), 0.0

@@ -97,23 +97,20 @@ def adaptive(score, rule, *, groups=TENSOR, running=True, keep=0.5, **options):
     """The adaptive mean with scores of the models; `keep` is the memory of the running scale."""
 
     def combine(weights, clients, memory):
-        scores = np.array(
-            [
-                [score([weights[t] for t in g], [c["trained"][t] for t in g]) for g in groups]
-                for c in clients
-            ]
-        )
-        typical = memory.setdefault("typical", np.zeros(len(groups)))
-        raw = twins.raw_weights(
+        scores = [
+            [score([weights[t] for t in g], [c["trained"][t] for t in g]) for g in groups]
+            for c in clients
+        ]
+        return twins.adaptive_mean(
+            [c["delta"] for c in clients],
             scores,
             [c["examples"] for c in clients],
+            memory,
             rule=rule,
-            scale=typical if running else np.ones(len(groups)),
-            typical=typical,
+            groups=groups,
+            scale="running" if running else 1.0,
+            keep=keep,
             **options,
         )
-        mean = scores.mean(0)
-        memory["typical"] = keep * typical + (1 - keep) * mean if typical.any() else mean
-        return twins.weighted_mean([c["delta"] for c in clients], raw, groups)
 
     return combine

@@ -7,7 +7,6 @@ to build counts for the first test that uses it.
 import collections
 import contextlib
 import json
-import os
 import pathlib
 
 import psutil
@@ -65,8 +64,8 @@ class ProcessorTime:
         ]
 
     def pytest_sessionfinish(self, session):
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            return
+        if hasattr(session.config, "workerinput"):
+            return  # a process of pytest-xdist, which sends its reports to the one that was started
         if self._path:
             found = {name: round(s, 2) for name, s in self._seconds.most_common()}
             pathlib.Path(self._path).write_text(json.dumps(found, indent=1) + "\n")

@@ -145,23 +145,18 @@ UPDATE_TWINS = {
 
 def adaptive_mean(chosen, rule, groups, clients, scores_of, weights, memory):
     """The twin of `rules.adaptive_mean`, running scale included."""
-    found = np.array([scores_of(c) for c in clients], np.float64)
-    typical = memory.setdefault("typical", np.zeros(len(groups)))
-    fixed = 1.0 if chosen.scale in (None, "running") else chosen.scale.value
-    scale = typical if chosen.scale == "running" else np.full(len(groups), fixed)
-    raw = twins.raw_weights(
-        found,
+    return twins.adaptive_mean(
+        [c["delta"] for c in clients],
+        [scores_of(c) for c in clients],
         weights,
+        memory,
         rule=rule,
-        scale=scale,
-        typical=typical,
+        groups=groups,
+        scale=getattr(chosen.scale, "value", chosen.scale) or 1.0,
+        keep=chosen.memory.value,
         bound=chosen.bound and chosen.bound.value,
         times_examples=chosen.times_examples,
     )
-    mean = found[np.array(weights) > 0].mean(0)
-    first, keep = not np.all(typical > 0), chosen.memory.value
-    memory["typical"] = mean if first else keep * typical + (1 - keep) * mean
-    return twins.weighted_mean([c["delta"] for c in clients], raw, groups)
 
 
 def _q_twin(q: float, learning_rate: float) -> Callable[..., list[np.ndarray]]:

@@ -8,14 +8,17 @@ import threading
 import attack_checkpoints
 import attacks
 import pytest
+import selection
 
 from tff_optim.resident import versions
 from tff_optim.resident.versions import VersionDirectory
 
+PARTS = {attack.name: attack for attack in attacks.all_attacks() if attack.in_tests}
+# Those in which nothing has to be trained; what happens to workers and runs has tests of its own.
+QUICK = ["saves by two writers", "damaged versions", "files that cannot grow"]
 
-@pytest.mark.parametrize(
-    "attack", [a for a in attacks.all_attacks() if a.in_tests], ids=lambda a: a.name
-)
+
+@pytest.mark.parametrize("attack", selection.params(PARTS, QUICK))
 def test_a_part_of_each_attack(attack):
     faults = []
     found = attacks.carry_out(

@@ -9,6 +9,7 @@ import federated_twin as twin
 import numpy as np
 import pytest
 import rule_contracts as contracts
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 from nearness import assert_near
@@ -65,9 +66,12 @@ def only_looks(rule):
 
 
 def _measured(rule):
-    memory = rule.needs.memory
-    gradients = memory and (memory.initial_gradient, memory.mean_gradient)
-    return "+".join(rule.needs.names), gradients
+    """All that clients measure for a rule, as a name."""
+    names, memory = list(rule.needs.names), rule.needs.memory
+    if memory:
+        asked = ("initial_gradient", "mean_gradient")
+        names += ["memory", *(name for name in asked if getattr(memory, name))]
+    return "+".join(names) or "nothing"
 
 
 # All that clients can be asked for after they have trained: by two rules in one, in every way to train.
@@ -79,10 +83,12 @@ RULES = [
     rules.fed_dyn(4, 1e-9, rule=rules.loss_gated(loss_at="initial")),
     rules.kept_optimizer(),
 ]
-RULES = list({_measured(rule): rule for rule in RULES}.values())
+RULES = {_measured(rule): rule for rule in RULES}
 WAYS = list(itertools.product(MODELS, tff.learning.LoopImplementation))
-CASES = [(ASKING, *way) for way in WAYS]
-CASES += [(rule, *way) for rule, way in zip(RULES, itertools.cycle(WAYS), strict=False)]
+CASES = {f"everything-{kind}-{loop.name}": (ASKING, kind, loop) for kind, loop in WAYS}
+CASES |= {name: (rule, *way) for (name, rule), way in zip(RULES.items(), itertools.cycle(WAYS))}
+QUICK = ["everything-functional-DATASET_ITERATOR", "everything-variable-DATASET_REDUCE"]
+QUICK += ["nothing", "initial_loss", "steps"]
 
 
 def trained(process, rounds, states=None):
@@ -105,11 +111,7 @@ def tffs(kind, loop, rounds):
     return trained(process, rounds)
 
 
-@pytest.mark.parametrize(
-    ("rule", "kind", "loop"),
-    CASES,
-    ids=lambda x: "+".join(x.needs.names) if isinstance(x, aggregators.Rule) else str(x),
-)
+@pytest.mark.parametrize(("rule", "kind", "loop"), selection.params(CASES, QUICK, unpack=True))
 def test_weights_and_metrics_are_tffs_whatever_is_measured(rule, kind, loop):
     process = aggregators.build_fed_avg(
         MODELS[kind], SGD, rule=only_looks(rule), loop_implementation=loop
