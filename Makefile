@@ -36,7 +36,7 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --strict-durations
 
 # One process, so that what tests share is built once and counts for one of them.
 durations: .venv/installed

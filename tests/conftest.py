@@ -31,6 +31,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--durations-json", metavar="FILE", help="where to write each test's processor seconds"
     )
+    parser.addoption(
+        "--strict-durations",
+        action="store_true",
+        help="fail where a test without the mark `slow` takes too many processor seconds",
+    )
 
 
 def pytest_configure(config):

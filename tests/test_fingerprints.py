@@ -8,17 +8,16 @@ import pathlib
 import subprocess
 import sys
 
+import fingerprint_cases
 import numpy as np
 import pytest
 import selection
 import tensorflow as tf
 import tensorflow_federated as tff
-import test_resident_algorithms
-from problems import INPUT_SPEC, model_fn
+from fingerprint_cases import ALGORITHMS, of_process
+from problems import INPUT_SPEC
 from test_optimizer_laws import CASES
-from test_resident_algorithms import OF_TFF, OURS
 
-import aggregators
 import tff_optim
 from tff_optim.resident.graphs import fingerprints
 
@@ -27,45 +26,8 @@ VECTOR = tff.TensorType(np.float32, [2])
 
 
 OPTIMIZERS = {name: case.make for name, case in CASES.items()}
-ALL = [*OPTIMIZERS, *OF_TFF, *OURS, "build_scaffold"]
-
-
-def build(name):
-    if name == "build_scaffold":
-        return aggregators.build_scaffold(
-            model_fn, tff.learning.optimizers.build_sgdm(0.1), num_clients=3
-        )
-    return test_resident_algorithms.build(name)
-
-
-def of_optimizer(name):
-    both = tff_optim.build_optimizer_computations(OPTIMIZERS[name](), [VECTOR, VECTOR])
-    initialize, step = map(fingerprints.of_computation, both)
-    return {"initialize": initialize, "next": step}
-
-
-def of_process(process):
-    return {
-        name: fingerprints.of_computation(
-            getattr(process, name), without=process.get_model_weights.type_signature.result
-        )
-        for name in ("initialize", "next", "get_model_weights", "get_hparams", "set_hparams")
-    }
-
-
-# One for each kind of computation that TFF or an optimizer is made of.
-QUICK = [
-    "build_fed_kmeans",
-    "build_fed_recon",
-    "build_weighted_mime_lite",
-    "build_fed_avg",
-    "build_scaffold",
-    "Nadam",
-    "moving average",
-    "pipeline: everything, compiled",
-    "pipeline: around Keras",
-    "optax rmsprop",
-]
+ALL = [*OPTIMIZERS, *ALGORITHMS]
+QUICK = ["build_weighted_mime_lite", "build_scaffold"]
 
 # Builds in another order, so that counters in names differ, and with another order of sets.
 CHILD = """
@@ -73,14 +35,18 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import tensorflow_federated as tff
 tff.test.set_no_default_context()
-from test_fingerprints import found_of
+from {module} import found_of
 with open(sys.argv[2], "w") as file:
-    json.dump({name: found_of(name) for name in sys.argv[:2:-1]}, file)
+    json.dump({{name: found_of(name) for name in sys.argv[:2:-1]}}, file)
 """
 
 
 def found_of(name):
-    return of_optimizer(name) if name in OPTIMIZERS else of_process(build(name))
+    if name not in OPTIMIZERS:
+        return fingerprint_cases.found_of(name)
+    both = tff_optim.build_optimizer_computations(OPTIMIZERS[name](), [VECTOR, VECTOR])
+    initialize, step = map(fingerprints.of_computation, both)
+    return {"initialize": initialize, "next": step}
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +56,11 @@ def elsewhere(tmp_path_factory):
 
     @functools.cache
     def run(quick):
+        # The module with the cases of all optimizers takes long to import.
+        code = CHILD.format(module="fingerprint_cases" if quick else "test_fingerprints")
+        names = [name for name in ALL if (name in QUICK) is quick]
         subprocess.run(
-            [
-                *(sys.executable, "-c", CHILD, str(ROOT / "tests"), str(path)),
-                *(name for name in ALL if (name in QUICK) is quick),
-            ],
+            [sys.executable, "-c", code, str(ROOT / "tests"), str(path), *names],
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -111,9 +77,9 @@ def test_what_is_built_in_two_programs_is_the_same(name, elsewhere):
     assert found_of(name) == elsewhere(name in QUICK)[name]
 
 
-@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_no_two_are_the_same(quick, elsewhere):
-    found = elsewhere(True) if quick else elsewhere(True) | elsewhere(False)
+@pytest.mark.slow
+def test_no_two_are_the_same(elsewhere):
+    found = elsewhere(True) | elsewhere(False)
     assert len({one["next"] for one in found.values()}) == len(found)
 
 

@@ -1,5 +1,6 @@
 """What the READMEs show runs as shown."""
 
+import ast
 import pathlib
 import re
 
@@ -22,12 +23,21 @@ SECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", [name for name, blocks in SECTIONS.items() if blocks])
 def test_code_blocks_of_a_section_run_in_order(section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an example may write files
     namespace: dict = {}
     for block in SECTIONS[section]:
         exec(compile(block, section, "exec"), namespace)
+
+
+def test_code_blocks_import_what_there_is():
+    for name, blocks in SECTIONS.items():
+        for block in blocks:
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    exec(compile(ast.unparse(node), name, "exec"), {})
 
 
 def test_there_are_code_blocks_in_every_room():

@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-import selection
 import tensorflow as tf
 from nearness import assert_near
 from tensorflow_federated.python.simulation.models import mobilenet_v2
@@ -39,10 +38,11 @@ def example(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_is_short_listed_and_tested(name):
+def test_an_example_is_short_listed_and_tested(name, example):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
     assert f"| [`{name}.py`]({name}.py) |" in (EXAMPLES / "README.md").read_text()
     assert name in CALLED
+    assert callable(example(name).main) or name == "digits"
 
 
 @pytest.mark.slow
@@ -65,6 +65,7 @@ def test_old_code_trains_as_it_is_written_now(example):
     assert evaluated < losses[0]
 
 
+@pytest.mark.slow
 def test_rules_are_compared_in_a_picture(example, tmp_path):
     history = example("compare_rules").main("2", "2", str(tmp_path))
     assert list(history.ended) == [("FedAvg", 0), ("FedAvg", 1), ("KL", 0), ("KL", 1)]
@@ -77,6 +78,7 @@ def test_keras_optimizers_train(example):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_fed_prox_holds_clients_and_constraints_hold_the_server(example):
     moved, (kernel, bias) = example("fed_prox_pipeline").main("6")
     assert max(moved[3:]) < 0.5 * min(moved[:3])  # from the middle on the pull is 50 times stronger
@@ -86,6 +88,7 @@ def test_fed_prox_holds_clients_and_constraints_hold_the_server(example):
     assert kernel.min() == pytest.approx(-1, abs=1e-6)  # the truth is -2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(example, tmp_path):
     module = example("kill_and_resume")
     module.main("2", str(tmp_path / "pieces"))
@@ -94,6 +97,7 @@ def test_a_run_goes_on(example, tmp_path):
     assert np.shape(weights.trainable[0]) == (3, 1)
 
 
+@pytest.mark.slow
 def test_three_ways_of_kl_weighting_agree(example):
     by_way, shares = example("kl_three_ways").main("3")
     for weights in by_way[1:]:
@@ -112,11 +116,13 @@ def test_a_gate_of_yours_opens_and_shuts(example):
     assert_near(share, expected)
 
 
+@pytest.mark.slow
 def test_lamb_trains_on_the_server(example):
     accuracy = example("lamb_on_server").main("12").rounds["evaluation/accuracy"]
     assert accuracy[-1] > accuracy[0] + 0.2
 
 
+@pytest.mark.slow
 def test_several_workers_give_the_numbers_of_plain_tff(example):
     plain, *others = example("several_workers").main("2").values()
     assert len(others) == 2
@@ -124,6 +130,7 @@ def test_several_workers_give_the_numbers_of_plain_tff(example):
         assert_near(weights, plain, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_language_model_learns(example):
     history = example("language_model").main("10")
     first, last = history.rounds.where(round=0)[0], history.rounds.where(round=10)[0]
@@ -152,7 +159,8 @@ TASKS = [
 ]
 
 
-@pytest.mark.parametrize("task", selection.params(TASKS, ["emnist_autoencoder"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
 def test_a_baseline_task_trains(example, task, monkeypatch):
     if task == "landmark":
         # Plain TFF takes most of a minute to build MobileNetV2 and run its first round, with three
