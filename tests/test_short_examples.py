@@ -42,7 +42,7 @@ def test_an_example_is_short_listed_and_tested(name, example):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
     assert f"| [`{name}.py`]({name}.py) |" in (EXAMPLES / "README.md").read_text()
     assert name in CALLED
-    assert callable(example(name).main) or name == "digits"
+    example(name)  # all that it imports is there
 
 
 @pytest.mark.slow
