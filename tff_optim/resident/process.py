@@ -15,6 +15,7 @@ from tff_optim.resident import forks, leaves, parts
 from tff_optim.resident.client_data import ClientData, explain
 from tff_optim.resident.clients import Clients
 from tff_optim.resident.clients.in_process.cohort import InProcess
+from tff_optim.resident.clients.in_process.vectorised import Vectorised
 from tff_optim.resident.clients.in_workers.cohort import InWorkers
 from tff_optim.resident.clients.in_workers.workers import Workers
 from tff_optim.resident.server import Server
@@ -87,6 +88,7 @@ class ResidentProcess:
         device: str | DevicePolicy | None = None,
         workers: int | Sequence[str] | None = None,
         clients_at_once: int | None = None,
+        vectorize: bool = False,
         compile_step: bool | None = None,
         heartbeat: float = 10.0,
         start_timeout: float = 60.0,
@@ -120,7 +122,8 @@ class ResidentProcess:
         self._server = Server(process, cut, self._device, compile_step, exact=targets is not None)
         self._clients: Clients
         if targets is None:
-            self._clients = InProcess(cut, self._device, clients_at_once)
+            place = Vectorised if vectorize else InProcess
+            self._clients = place(cut, self._device, clients_at_once)
         else:
             self._clients = InWorkers(
                 cut,

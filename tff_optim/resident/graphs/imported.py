@@ -48,7 +48,7 @@ class ImportedComputation:
         self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
         self.result = leaves.leaves_of(computation.type_signature.result)
         self._device = device
-        proto = _tensorflow_proto(computation)
+        proto = tensorflow_proto(computation)
         graph = unpack(proto)
         inputs = list(tensor_names(proto.parameter)) if parameter_type is not None else []
         outputs = list(tensor_names(proto.result))
@@ -160,7 +160,8 @@ def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:
     return tf.TensorSpec([], tf.variant)
 
 
-def _tensorflow_proto(computation: Any) -> Any:
+def tensorflow_proto(computation: Any) -> Any:
+    """The `tensorflow` part of a serialized computation, which is made one graph if it is several."""
     proto = tff.framework.serialize_computation(computation)
     if proto.WhichOneof("computation") != "tensorflow":
         block = tff.backends.mapreduce.consolidate_and_extract_local_processing(

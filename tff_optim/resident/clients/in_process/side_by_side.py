@@ -1,0 +1,353 @@
+"""Programs of clients run for many clients at once."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tff_optim.resident.clients.in_process.batches import Batches
+from tff_optim.resident.clients.in_process.program import (
+    IF,
+    RANDOM,
+    SCAN,
+    WHILE,
+    Operation,
+    Program,
+    Value,
+    refusal,
+)
+
+Tensors = dict[Value, tf.Tensor]
+
+
+def evaluate(
+    program: Program, inputs: Sequence[tf.Tensor], others: Mapping[Value, Any]
+) -> list[Any]:
+    """Adds the operations of a program to the current graph; returns its results.
+
+    Args:
+      program: A program without a `SCAN`.
+      inputs: Its inputs.
+      others: The values from outside.
+    """
+    found = {**others, **dict(zip(program.inputs, inputs, strict=True))}
+    _add(program.operations, found)
+    return [found[value] for value in program.outputs]
+
+
+def _add(operations: Sequence[Operation], found: Tensors) -> None:
+    """Adds operations to the current graph, and their results to `found`."""
+    for one in operations:
+        inputs = [found[value] for value in one.inputs]
+        if one.kind == IF:
+            branches = [_branch(program, found) for program in one.programs]
+            results = tf.nest.flatten(tf.cond(inputs[0], *branches))
+        elif one.kind == WHILE:
+            results = _while(one, inputs, found)
+        elif one.kind in _OTHER_FORMS:
+            results = [_OTHER_FORMS[one.kind](one, *inputs)]
+        else:
+            results = (
+                tf.compat.v1.get_default_graph()
+                .create_op(
+                    one.kind,
+                    inputs,
+                    [value.dtype for value in one.outputs],
+                    attrs=one.attributes,
+                )
+                .outputs
+            )
+        found.update(zip(one.outputs, results, strict=True))
+
+
+def _branch(program: Program, found: Tensors) -> Callable[[], list[tf.Tensor]]:
+    return lambda: [tf.identity(result) for result in evaluate(program, [], found)]
+
+
+def _while(one: Operation, inputs: list[tf.Tensor], found: Tensors) -> list[tf.Tensor]:
+    condition, body = one.programs
+    return list(
+        tf.while_loop(
+            lambda *state: evaluate(condition, state, found)[0],
+            lambda *state: evaluate(body, state, found),
+            inputs,
+            shape_invariants=[value.shape for value in body.inputs],
+        )
+    )
+
+
+# What TensorFlow has no vectorised form of, as operations that it has one of.
+
+
+def _l2_loss(one: Operation, x: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(x * x) / 2
+
+
+def _segment_sum(one: Operation, x: tf.Tensor, segments: tf.Tensor) -> tf.Tensor:
+    return tf.math.unsorted_segment_sum(x, segments, segments[-1] + 1)
+
+
+def _segment_max(one: Operation, x: tf.Tensor, segments: tf.Tensor) -> tf.Tensor:
+    number = segments[-1] + 1
+    largest = tf.math.unsorted_segment_max(x, segments, number)
+    rows = tf.math.unsorted_segment_sum(tf.ones_like(segments), segments, number)
+    rows = tf.reshape(rows, tf.concat([[number], tf.ones([tf.rank(x) - 1], number.dtype)], 0))
+    return tf.where(rows > 0, largest, tf.zeros_like(largest))  # of nothing it is 0
+
+
+def _scatter_add(one: Operation, x: tf.Tensor, indices: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
+    if indices.shape.rank is None or indices.shape[-1] != 1:
+        raise refusal(f"{one.kind} ({one.name}) at several indices")
+    rows = tf.reshape(indices, [-1])
+    by = tf.reshape(by, tf.concat([[-1], tf.shape(x)[1:]], 0))
+    return x + tf.math.unsorted_segment_sum(by, rows, tf.shape(x)[0])
+
+
+_OTHER_FORMS: dict[str, Callable[..., tf.Tensor]] = {
+    "L2Loss": _l2_loss,
+    "SegmentSum": _segment_sum,
+    "SegmentMax": _segment_max,
+    "TensorScatterAdd": _scatter_add,
+}
+
+
+class SideBySide:
+    """A client's program for many clients at once.
+
+    What is the same for all clients is computed once. The rest is vectorised, in pieces between the
+    loops over data; in a loop it is the step that is vectorised.
+
+    Args:
+      program: The program of one client.
+      stacked: For each of its inputs, whether each client has its own.
+    """
+
+    def __init__(self, program: Program, stacked: Sequence[bool]):
+        self._program = program
+        self._stacked = [v for v, own in zip(program.inputs, stacked, strict=True) if own]
+        varying = set(self._stacked)
+        self._once: list[Operation] = []
+        pieces: list[list[Operation]] = [[]]
+        for one in program.operations:
+            if one.kind != SCAN and one.uses.isdisjoint(varying) and not _draws(one):
+                self._once.append(one)
+                continue
+            varying.update(one.outputs)
+            if one.kind == SCAN:
+                pieces += [[one], []]
+            else:
+                pieces[-1].append(one)
+        self._varying = varying
+        self._pieces = [piece for piece in pieces if piece]
+
+    def __call__(
+        self, inputs: Sequence[tf.Tensor], batches: Mapping[int, Batches], number: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Adds the program to the current graph.
+
+        Args:
+          inputs: Of those of which each client has its own, one for each client.
+          batches: The batches at each leaf of the clients' data.
+          number: How many clients there are.
+
+        Returns:
+          The results, one for each client.
+        """
+        found = dict(zip(self._program.inputs, inputs, strict=True))
+        _add(self._once, found)
+        for i, piece in enumerate(self._pieces):
+            if piece[0].kind == SCAN:
+                source = piece[0].source
+                assert source is not None
+                found.update(self._scan(piece[0], batches[source], number, found))
+                continue
+            later = set(self._program.outputs).union(
+                *(one.uses for after in self._pieces[i + 1 :] for one in after)
+            )
+            made = [value for one in piece for value in one.outputs if value in later]
+            used = set().union(*(one.uses for one in piece)) & found.keys()
+            given = [value for value in used if value in self._varying]
+            results = _vectorised(Program(tuple(given), tuple(piece), tuple(made)), found)(
+                number, [found[value] for value in given]
+            )
+            found.update(zip(made, results, strict=True))
+        return [
+            found[value] if value in self._varying else _repeated(found[value], number)
+            for value in self._program.outputs
+        ]
+
+    def _scan(
+        self, one: Operation, batches: Batches, number: tf.Tensor, found: Tensors
+    ) -> dict[Value, tf.Tensor]:
+        (body,) = one.programs
+        num_state = len(one.inputs)
+        start = [
+            found[value] if value in self._varying else _repeated(found[value], number)
+            for value in one.inputs
+        ]
+        own = [value for value in body.uses if value in self._varying]
+        program = Program((*body.inputs, *own), body.operations, body.outputs)
+        step = _vectorised(program, found)
+        others = [found[value] for value in own]
+        shapes = [tf.TensorShape([None]).concatenate(x.shape[1:]) for x in start]
+
+        def turn(at: tf.Tensor, first: tf.Tensor, *state: tf.Tensor) -> Any:
+            last = batches.ends[at]
+            clients, which = batches.clients[first:last], batches.batches[first:last]
+            everyone = batches.everyone[at]
+
+            def chosen(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+                if not tensors:
+                    return []
+                return _flat(
+                    tf.cond(
+                        everyone,
+                        lambda: [tf.identity(x) for x in tensors],
+                        lambda: [tf.gather(x, clients) for x in tensors],
+                    )
+                )
+
+            parts = [
+                _batch(rows, starts, sizes[at], which, spec.shape)
+                for rows, starts, sizes, spec in zip(
+                    batches.rows,
+                    batches.starts,
+                    batches.shapes,
+                    body.inputs[num_state:],
+                    strict=False,
+                )
+            ]
+            new = step(tf.size(clients), [*chosen(state), *parts, *chosen(others)])
+            after = _flat(
+                tf.cond(
+                    everyone,
+                    lambda: [tf.identity(x) for x in new],
+                    lambda: [
+                        tf.tensor_scatter_nd_update(x, clients[:, tf.newaxis], y)
+                        for x, y in zip(state, new, strict=True)
+                    ],
+                )
+            )
+            return at + 1, last, *map(tf.ensure_shape, after, shapes)
+
+        zero = tf.constant(0)
+        _, _, *after = tf.while_loop(
+            lambda at, *unused: at < tf.size(batches.ends),
+            turn,
+            [zero, zero, *start],
+            shape_invariants=[zero.shape, zero.shape, *shapes],
+        )
+        return dict(zip(one.outputs, after, strict=True))
+
+
+def sum_over(
+    accumulate: Program, total: Sequence[tf.Tensor], updates: Sequence[tf.Tensor], number: tf.Tensor
+) -> list[tf.Tensor]:
+    """Adds the updates of many clients to an aggregate.
+
+    Where `accumulate` is seen to add something to each part of the aggregate, the clients' sums are
+    taken. Otherwise it is called for one client after the other.
+
+    Args:
+      accumulate: `<A, U> -> A`.
+      total: The leaves of an `A`.
+      updates: Those of a `U`, one for each client.
+      number: How many clients there are.
+    """
+    summands = _summands(accumulate, len(total))
+    if summands is not None:
+        added = SideBySide(summands, [True] * len(updates))(updates, {}, number)
+        return [x + tf.reduce_sum(y, 0) for x, y in zip(total, added, strict=True)]
+
+    def turn(client: tf.Tensor, *aggregate: tf.Tensor) -> Any:
+        new = evaluate(accumulate, [*aggregate, *(x[client] for x in updates)], {})
+        return client + 1, *new
+
+    zero = tf.constant(0)
+    shapes = [value.shape for value in accumulate.inputs[: len(total)]]
+    return list(
+        tf.while_loop(
+            lambda client, *unused: client < number,
+            turn,
+            [zero, *total],
+            shape_invariants=[zero.shape, *shapes],
+        )[1:]
+    )
+
+
+def _summands(accumulate: Program, num_total: int) -> Program | None:
+    """`U` to what is added to each leaf of `A`, if that is what `accumulate` does."""
+    total, updates = accumulate.inputs[:num_total], accumulate.inputs[num_total:]
+    made_by = {value: one for one in accumulate.operations for value in one.outputs}
+    added = []
+    for before, after in zip(total, accumulate.outputs, strict=True):
+        one = made_by.get(after)
+        if one is None or one.kind not in ("Add", "AddV2") or before not in one.inputs:
+            return None
+        (position,) = (i for i, value in enumerate(one.inputs) if value is before)
+        added.append(one.inputs[1 - position])
+        if not before.dtype.is_floating and not before.dtype.is_integer:
+            return None
+    program = Program(updates, accumulate.operations, tuple(added))
+    return None if program.uses else program
+
+
+def _vectorised(program: Program, found: Mapping[Value, Any]) -> Callable[..., list[tf.Tensor]]:
+    """`program` as a function of a number of clients and of stacked inputs."""
+
+    def one_client(arguments: tuple[Any, list[tf.Tensor]]) -> list[tf.Tensor]:
+        _, inputs = arguments
+        return evaluate(program, inputs, found)
+
+    def call(number: tf.Tensor, stacked: list[tf.Tensor]) -> list[tf.Tensor]:
+        try:
+            return tf.vectorized_map(
+                one_client, (tf.range(number), stacked), fallback_to_while_loop=False
+            )
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            if "`vectorize`" in str(error):
+                raise
+            raise refusal(_found(error)) from error
+
+    return call
+
+
+def _found(error: Exception) -> str:
+    """What TensorFlow cannot vectorise, by its message."""
+    text = str(error)
+    for pattern in (r"No pfor vectorization defined for (\w+)", r"of op '(\w+)' expected"):
+        if match := re.search(pattern, text):
+            return f"{match[1]} of each client's own values"
+    return f"an operation that it cannot: {text.splitlines()[0] if text else repr(error)}"
+
+
+def _draws(one: Operation) -> bool:
+    """Whether an operation draws random numbers, of which each client has its own."""
+    return one.kind in RANDOM or any(
+        _draws(inner) for program in one.programs for inner in program.operations
+    )
+
+
+def _repeated(tensor: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    result = tf.broadcast_to(tensor, tf.concat([[number], tf.shape(tensor)], 0))
+    return tf.ensure_shape(result, tf.TensorShape([None]).concatenate(tensor.shape))
+
+
+def _flat(results: Any) -> list[tf.Tensor]:
+    return tf.nest.flatten(results)
+
+
+def _batch(
+    rows: tf.Tensor, starts: tf.Tensor, shape: tf.Tensor, which: tf.Tensor, spec: tf.TensorShape
+) -> tf.Tensor:
+    """Gathers one part of the batches of some clients."""
+    first = tf.gather(starts, which)
+    if spec.rank == 0:
+        return tf.gather(rows, first)
+    flat = rows.shape.rank == 1  # single numbers, of parts with more than one unknown size
+    size = tf.reduce_prod(shape) if flat else shape[0]
+    found = tf.gather(rows, first[:, tf.newaxis] + tf.range(size))
+    if flat and spec.rank != 1:
+        found = tf.reshape(found, tf.concat([tf.shape(which), shape], 0))
+    return tf.ensure_shape(found, tf.TensorShape([None]).concatenate(spec))

@@ -1,0 +1,124 @@
+"""The clients of a round side by side in one TensorFlow program."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tff_optim.core import tracing
+from tff_optim.core.devices import device_scope
+from tff_optim.resident import leaves
+from tff_optim.resident.clients.in_process.batches import Reader
+from tff_optim.resident.clients.in_process.data import ClientTensors
+from tff_optim.resident.clients.in_process.program import record, refusal
+from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
+from tff_optim.resident.graphs.imported import ImportedComputation, as_function, spec_of
+from tff_optim.resident.parts import RoundParts
+
+_MOST_CLIENTS = 128
+_MOST_BYTES = 512 << 20
+_COPIES = 6  # of a model for each client: weights, their gradients, what an optimizer keeps
+
+
+class Vectorised:
+    """Trains groups of clients in one program each, and adds up what they return.
+
+    Args:
+      parts: The round.
+      device: Where the clients' operations go.
+      at_once: How many clients a group has at most; None to choose by memory.
+
+    Raises:
+      ValueError: TensorFlow cannot vectorise what a client does. The message names the operation.
+    """
+
+    def __init__(self, parts: RoundParts, device: str, at_once: int | None):
+        self._device = device
+        self._zero = as_function(ImportedComputation(parts.zero, device))
+        data_type, context_type = parts.work.type_signature.parameter
+        self._data = ClientTensors(data_type)
+        self._leaves = leaves.leaves_of(data_type)
+        self._readers = {
+            i: Reader(leaf.type.element)
+            for i, leaf in enumerate(self._leaves)
+            if not leaf.is_tensor
+        }
+        size = _COPIES * max(leaves.num_bytes(context_type), 1)
+        self._most = at_once or max(min(_MOST_BYTES // size, _MOST_CLIENTS), 1)
+        work, accumulate = record(parts.work), record(parts.accumulate)
+        if accumulate.checks:
+            raise refusal(f"a check while updates are added up ({accumulate.checks[0]})")
+        self._checks = work.checks
+        context = [spec_of(leaf) for leaf in leaves.leaves_of(context_type)]
+        total = [spec_of(leaf) for leaf in leaves.leaves_of(parts.aggregate_type)]
+        own = [spec_of(leaf) for leaf in self._leaves if leaf.is_tensor]
+        stacked = [tf.TensorSpec([None, *spec.shape], spec.dtype) for spec in own]
+        num_updates = len(accumulate.program.inputs) - len(total)
+        clients = SideBySide(
+            work.program.first(num_updates, bool(work.checks)),
+            [True] * len(own) + [False] * len(context),
+        )
+
+        def add(
+            total: list[Any],
+            context: list[Any],
+            tensors: list[Any],
+            batches: list[Any],
+            number: Any,
+        ) -> Any:
+            with device_scope(device):
+                sources = dict(zip(self._readers, batches, strict=True))
+                updates = clients([*tensors, *context], sources, number)
+                fine = updates[num_updates:]
+                new = sum_over(accumulate.program, total, updates[:num_updates], number)
+                return new, fine
+
+        self._add: Any = tracing.function(add, autograph=False).get_concrete_function(
+            total,
+            context,
+            stacked,
+            [reader.specs for reader in self._readers.values()],
+            tf.TensorSpec([], tf.int32),
+        )
+        self._closed = threading.Event()
+
+    @property
+    def name(self) -> str:
+        """The device."""
+        return f"one program of the Python process's {self._device[1:]}"
+
+    def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
+        """Returns the leaves of the aggregate of a cohort."""
+        kept: list[tf.data.Dataset] = []
+        clients = [self._data.of(data, kept) for data in client_data]
+        total = self._zero([])
+        for first in range(0, len(clients), self._most):
+            if self._closed.is_set():
+                raise RuntimeError("This `ResidentProcess` was closed.")
+            group = list(zip(*clients[first : first + self._most], strict=True))
+            tensors = [
+                tf.stack(values)
+                for values, leaf in zip(group, self._leaves, strict=True)
+                if leaf.is_tensor
+            ]
+            batches = [reader(group[i]) for i, reader in self._readers.items()]
+            number = tf.constant(len(clients[first : first + self._most]))
+            total, fine = self._add(total, context, tensors, batches, number)
+            self._check(fine, first)
+        return total
+
+    def close(self) -> None:
+        """Ends the round after the clients that are being trained."""
+        self._closed.set()
+
+    def _check(self, fine: list[tf.Tensor], first: int) -> None:
+        for ok in fine:
+            bad = [first + i for i, good in enumerate(ok.numpy()) if not good]
+            if bad:
+                raise tf.errors.InvalidArgumentError(
+                    None,
+                    None,
+                    f"A check of the model's graph failed for the clients at {bad}: one of "
+                    f"{', '.join(self._checks)}. Leave `vectorize` out to see its own message.",
+                )
