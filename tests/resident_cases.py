@@ -77,6 +77,19 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-7)
 
 
+def assert_near(actual, expected):
+    """Equal to rounding, in units of the largest number of each tensor."""
+    tf.nest.assert_same_structure(actual, expected)
+    for a, e in zip(tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True):
+        a, e = np.asarray(a), np.asarray(e)
+        assert (a.dtype, a.shape) == (e.dtype, e.shape)
+        if e.size and e.dtype.kind == "f":
+            largest = np.nanmax(np.abs(e), initial=0.0)
+            np.testing.assert_allclose(a, e, rtol=0, atol=2e-6 * largest + 1e-30)
+        else:
+            np.testing.assert_array_equal(a, e)
+
+
 def connections_of(resident):
     """The connections to the workers of a `ResidentProcess`, started if need be."""
     workers = resident._clients._workers

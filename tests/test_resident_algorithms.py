@@ -7,7 +7,7 @@ import pytest
 import selection
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_close, assert_equal
+from resident_cases import assert_close, assert_equal, assert_near
 
 import aggregators
 from aggregators import rules
@@ -145,7 +145,12 @@ QUICK = [
 def test_a_worker_gives_plain_tffs_bits_and_the_python_process_its_numbers(name):
     process = build(name)
     expected = run(process, name)
-    for check, place in ((assert_equal, {"workers": 1}), (assert_close, {"device": "CPU:1"})):
+    places = (
+        (assert_equal, {"workers": 1}),
+        (assert_close, {"device": "CPU:1"}),
+        (assert_near, {"device": "CPU:1", "vectorize": True}),
+    )
+    for check, place in places:
         with ResidentProcess(process, **place) as resident:
             for ours, theirs in zip(run(resident, name), expected, strict=True):
                 check(ours, theirs)

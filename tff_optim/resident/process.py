@@ -69,6 +69,10 @@ class ResidentProcess:
       clients_at_once: The largest number of clients that are trained at once, on the device or in
         each worker, which bounds the memory needed; None to choose by cores and memory. It makes
         no difference to the numbers.
+      vectorize: Whether groups of clients are trained in one vectorised program, of at most
+        `clients_at_once`. Many small models of dense layers are trained several times as fast, large
+        ones more slowly. Numbers are those of clients trained one by one to rounding, and building
+        takes seconds more. A client's data are read once for all passes over them.
       compile_step: Whether XLA compiles the server's step; None for states of 4 MB and more in
         large tensors, where XLA can and there are no workers.
       heartbeat: Seconds between two looks at a worker while it computes, and the time it
@@ -78,7 +82,7 @@ class ResidentProcess:
     Raises:
       TypeError: `process` is not a learning process, or `device` no device.
       ValueError: An argument is out of range, there is no such device, or the process cannot be
-        split.
+        split, or vectorised.
     """
 
     def __init__(
@@ -111,7 +115,14 @@ class ResidentProcess:
             )
         if not isinstance(compile_step, bool | None):
             raise ValueError(f"`compile_step` must be True, False or None; found {compile_step!r}.")
+        if not isinstance(vectorize, bool):
+            raise ValueError(f"`vectorize` must be True or False; found {vectorize!r}.")
         targets = _targets(workers)
+        if vectorize and targets is not None:
+            raise ValueError(
+                "`vectorize` must be False where there are `workers`, which train clients one by one; "
+                f"found workers={workers!r}. Leave one of the two out."
+            )
         self._device = _chosen(device)
         parts.check_no_secure_sum(process.next)
         cut = parts.cut(process.next)
@@ -122,7 +133,7 @@ class ResidentProcess:
         self._server = Server(process, cut, self._device, compile_step, exact=targets is not None)
         self._clients: Clients
         if targets is None:
-            place = Vectorised if vectorize else InProcess
+            place: Any = Vectorised if vectorize else InProcess
             self._clients = place(cut, self._device, clients_at_once)
         else:
             self._clients = InWorkers(

@@ -613,8 +613,8 @@ class _Recorder:
     def _loop_over_data(self, op: Any, inputs: list[Any]) -> list[Any]:
         """Records a loop over an iterator, as AutoGraph writes it, or over its optionals.
 
-        AutoGraph's asks for an element in its body, and does nothing where there is none. The other
-        begins with an element, and asks for the next one at the end.
+        AutoGraph's asks for an element in its body, once more than there are any. The other begins
+        with an element, and asks for the next one at the end.
         """
         test, body = op.get_attr("cond").name, op.get_attr("body").name
         odd = refusal(f"{op.type} ({op.name}), a loop over data that may end before the data do")
@@ -661,16 +661,11 @@ class _Recorder:
         iterator.optionals = []
         if flags:  # AutoGraph's last turn, without an element
             iterator.optionals = [_MISSING]
-            with self._apart("a loop"):
-                state = dict(self._state)
-                last = self._follow(body, after)
-                if self._state != state or any(last[i] is not after[i] for i in slots):
-                    raise odd
-            after = last
+            after = self._follow(body, after)
         end = goes_on(after)
         if not isinstance(end, Value) or end.known is None or end.known:
             raise odd
-        return [self._constant(False) if i in flags else item for i, item in enumerate(after)]
+        return after
 
 
 def _is_known(op: Any, known: dict[Any, Any]) -> bool:

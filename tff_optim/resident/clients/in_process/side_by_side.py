@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops.parallel_for.control_flow_ops import pfor
 
 from tff_optim.resident.clients.in_process.batches import Batches
 from tff_optim.resident.clients.in_process.program import (
@@ -45,8 +46,10 @@ def _add(operations: Sequence[Operation], found: Tensors) -> None:
             results = tf.nest.flatten(tf.cond(inputs[0], *branches))
         elif one.kind == WHILE:
             results = _while(one, inputs, found)
-        elif one.kind in _OTHER_FORMS:
-            results = [_OTHER_FORMS[one.kind](one, *inputs)]
+        elif (
+            one.kind in _OTHER_FORMS and (other := _OTHER_FORMS[one.kind](one, *inputs)) is not None
+        ):
+            results = [other]
         else:
             results = (
                 tf.compat.v1.get_default_graph()
@@ -104,7 +107,16 @@ def _scatter_add(one: Operation, x: tf.Tensor, indices: tf.Tensor, by: tf.Tensor
     return x + tf.math.unsorted_segment_sum(by, rows, tf.shape(x)[0])
 
 
-_OTHER_FORMS: dict[str, Callable[..., tf.Tensor]] = {
+def _one_slice(one: Operation, x: tf.Tensor, begin: tf.Tensor, *unused: tf.Tensor) -> Any:
+    """`x[i]`, where it may be that each client has an `i` of its own."""
+    if begin.op.type == "Const" or begin.shape != [1] or one.attributes["shrink_axis_mask"].i != 1:
+        return None
+    i = begin[0]
+    return tf.gather(x, tf.where(i < 0, i + tf.shape(x, begin.dtype)[0], i))
+
+
+_OTHER_FORMS: dict[str, Callable[..., Any]] = {
+    "StridedSlice": _one_slice,
     "L2Loss": _l2_loss,
     "SegmentSum": _segment_sum,
     "SegmentMax": _segment_max,
@@ -296,15 +308,15 @@ def _summands(accumulate: Program, num_total: int) -> Program | None:
 def _vectorised(program: Program, found: Mapping[Value, Any]) -> Callable[..., list[tf.Tensor]]:
     """`program` as a function of a number of clients and of stacked inputs."""
 
-    def one_client(arguments: tuple[Any, list[tf.Tensor]]) -> list[tf.Tensor]:
-        _, inputs = arguments
-        return evaluate(program, inputs, found)
-
     def call(number: tf.Tensor, stacked: list[tf.Tensor]) -> list[tf.Tensor]:
+        def of_client(i: tf.Tensor) -> list[tf.Tensor]:
+            results = evaluate(program, [tf.gather(tensor, i) for tensor in stacked], found)
+            return [tf.identity(result) for result in results]  # some are of the graph outside
+
         try:
-            return tf.vectorized_map(
-                one_client, (tf.range(number), stacked), fallback_to_while_loop=False
-            )
+            # What `tf.vectorized_map` is made of. That copies its arguments where their number is
+            # not known while it is traced.
+            return pfor(of_client, number, fallback_to_while_loop=False)
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             if "`vectorize`" in str(error):
                 raise

@@ -1,10 +1,12 @@
 """The clients of a round side by side in one TensorFlow program."""
 
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+import tensorflow_federated as tff
 
 from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
@@ -16,6 +18,7 @@ from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_o
 from tff_optim.resident.graphs.imported import ImportedComputation, as_function, spec_of
 from tff_optim.resident.parts import RoundParts
 
+_MOST_NUMBERS = 50_000  # from here on it takes longer than one client after the other, on a CPU
 _MOST_CLIENTS = 128
 _MOST_BYTES = 512 << 20
 _COPIES = 6  # of a model for each client: weights, their gradients, what an optimizer keeps
@@ -35,6 +38,7 @@ class Vectorised:
 
     def __init__(self, parts: RoundParts, device: str, at_once: int | None):
         self._device = device
+        _warn_if_large(parts.context_type)
         self._zero = as_function(ImportedComputation(parts.zero, device))
         data_type, context_type = parts.work.type_signature.parameter
         self._data = ClientTensors(data_type)
@@ -86,7 +90,7 @@ class Vectorised:
     @property
     def name(self) -> str:
         """The device."""
-        return f"one program of the Python process's {self._device[1:]}"
+        return f"the Python process's {self._device[1:]}, vectorised"
 
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
         """Returns the leaves of the aggregate of a cohort."""
@@ -122,3 +126,13 @@ class Vectorised:
                     f"A check of the model's graph failed for the clients at {bad}: one of "
                     f"{', '.join(self._checks)}. Leave `vectorize` out to see its own message.",
                 )
+
+
+def _warn_if_large(context_type: tff.Type) -> None:
+    numbers = leaves.num_bytes(context_type) // 4
+    if numbers > _MOST_NUMBERS:
+        warnings.warn(
+            f"`vectorize` makes rounds slower on a CPU where a client is sent more than "
+            f"{_MOST_NUMBERS:,} numbers; found {numbers:,}. Measure, or leave it out.",
+            stacklevel=4,
+        )

@@ -1,0 +1,315 @@
+"""Clients side by side in one vectorised program, against the same clients one by one."""
+
+import collections
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from resident_cases import assert_near, process
+
+from tff_optim import ResidentProcess
+from tff_optim.resident.clients.in_process import side_by_side
+from tff_optim.resident.clients.in_process.batches import Reader
+from tff_optim.resident.clients.in_process.program import record
+from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
+from tff_optim.resident.graphs.imported import ImportedComputation, as_function
+
+NUMBERS = tff.SequenceType(tff.TensorType(np.float32, [None, 2]))
+
+
+def variant(data):
+    return tf.data.experimental.to_variant(data)
+
+
+def batched(rows, size=4, width=2, seed=0):
+    x = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+    return tf.data.Dataset.from_tensor_slices(x).batch(size)
+
+
+# Short batches at the end, none at all, one row, and short batches in the middle.
+CLIENTS = [
+    *(batched(rows, seed=i) for i, rows in enumerate([8, 13, 0, 1, 8, 7, 13])),
+    batched(6, seed=7).repeat(3),
+    batched(9, seed=8).map(lambda x: x * np.nan),
+]
+
+
+def one_by_one(computation, clients, context):
+    function = as_function(ImportedComputation(computation, "/CPU:0"))
+    return [[x.numpy() for x in function([variant(data), *context])] for data in clients]
+
+
+def all_at_once(computation, clients, context):
+    """The results of each client; at the end whether the graph's assertions hold, if it has any."""
+    recorded = record(computation)
+    together = SideBySide(recorded.program, [False] * len(context))
+    batches = Reader(NUMBERS.element)([variant(data) for data in clients])
+
+    @tf.function(autograph=False)
+    def run():
+        return together([tf.constant(x) for x in context], {0: batches}, tf.constant(len(clients)))
+
+    results = [x.numpy() for x in run()]
+    return [list(of_client) for of_client in zip(*results, strict=True)]
+
+
+@tff.tensorflow.computation(NUMBERS, tff.TensorType(np.float32, [2]))
+def reduction(data, start):
+    def step(state, batch):
+        weights, rows, steps = state
+        gradient = tf.reduce_mean(batch * tf.tanh(weights), 0) - weights * tf.nn.l2_loss(batch)
+        return weights - 0.1 * gradient, rows + tf.shape(batch)[0], steps + 1
+
+    weights, rows, steps = data.reduce((start, 0, 0), step)
+    # A second pass, which begins with what the first has found.
+    loss = data.reduce(0.0, lambda total, batch: total + tf.reduce_mean((batch - weights) ** 2))
+    return weights, rows, steps, loss, start * 2
+
+
+class Counter:
+    """A variable in a client's graph, one that a branch and a loop change, and an assertion."""
+
+    def __init__(self):
+        self.weights = tf.Variable(np.ones(2, np.float32))
+        self.steps = tf.Variable(0)
+
+    @tf.function
+    def train(self, data, start):
+        self.weights.assign(start)
+        for batch in iter(data):
+            tf.debugging.assert_less(tf.shape(batch)[0], 5)
+            mean = tf.reduce_mean(batch, 0)
+            if mean[0] > 0:
+                self.weights.assign_add(mean)
+            else:
+                self.weights.assign_sub(2 * mean)
+            power = 0
+            while tf.reduce_sum(self.weights**2) > 1.0:
+                self.weights.assign(self.weights / 2)
+                power += 1
+            self.steps.assign_add(power)
+        return self.weights.read_value(), self.steps.read_value()
+
+
+@tff.tensorflow.computation(NUMBERS, tff.TensorType(np.float32, [2]))
+def variables(data, start):
+    counter = Counter()  # which its function does not keep
+    return counter.train(data, start)
+
+
+@tff.tensorflow.computation(NUMBERS, tff.TensorType(np.float32, [2]))
+@tf.function(autograph=False)
+def optionals(data, start):
+    iterator = iter(data)
+    first = iterator.get_next_as_optional()
+    return tf.while_loop(
+        lambda optional, state: optional.has_value(),
+        lambda optional, state: (
+            iterator.get_next_as_optional(),
+            state * 0.5 + tf.reduce_mean(optional.get_value(), 0),
+        ),
+        (first, start),
+    )[1]
+
+
+@pytest.mark.parametrize("computation", [reduction, variables, optionals])
+def test_each_client_gets_what_it_gets_alone(computation):
+    context = [np.array([0.5, -1.5], np.float32)]
+    together = all_at_once(computation, CLIENTS, context)
+    alone = one_by_one(computation, CLIENTS, context)
+    for one, expected in zip(together, alone, strict=True):
+        assert_near(one[: len(expected)], expected)
+        assert all(one[len(expected) :])  # what the graph asserts
+
+
+def test_a_batch_is_what_the_data_set_has_in_every_structure_and_dtype():
+    spec = collections.OrderedDict(
+        text=tf.TensorSpec([None], tf.string),
+        image=tf.TensorSpec([None, 2, 1], tf.uint8),
+        tokens=tf.TensorSpec([None, None], tf.int64),
+        number=tf.TensorSpec([], tf.float64),
+    )
+    rng = np.random.default_rng(0)
+
+    def batches(number):
+        for rows in rng.integers(1, 4, number):
+            length = rng.integers(1, 5)
+            yield collections.OrderedDict(
+                text=np.array([f"{rng.random()}" for _ in range(rows)]),
+                image=rng.integers(0, 255, (rows, 2, 1)).astype(np.uint8),
+                tokens=rng.integers(0, 9, (rows, length)),
+                number=rng.random(),
+            )
+
+    lists = [list(batches(n)) for n in (5, 0, 3, 9)]
+    data = [
+        tf.data.Dataset.from_generator(lambda x=x: iter(x), output_signature=spec) for x in lists
+    ]
+    reader = Reader(tff.types.tensorflow_to_type(spec))
+    read = reader([variant(one) for one in data])
+    found = [[] for _ in lists]
+    first = 0
+    specs = tf.nest.flatten(spec)
+    for step, last in enumerate(read.ends.numpy()):
+        who, which = read.clients[first:last], read.batches[first:last]
+        assert len(set(who.numpy())) == last - first
+        parts = [
+            side_by_side._batch(rows, starts, shapes[step], which, one.shape)
+            for rows, starts, shapes, one in zip(
+                read.rows, read.starts, read.shapes, specs, strict=True
+            )
+        ]
+        for i, client in enumerate(who.numpy()):
+            found[client].append([part[i].numpy() for part in parts])
+        assert read.everyone[step] == np.array_equal(who, range(len(lists)))
+        first = last
+    for one, batches_of_client in zip(found, lists, strict=True):
+        for parts, batch in zip(one, batches_of_client, strict=True):
+            for a, e in zip(parts, tf.nest.flatten(batch), strict=True):
+                np.testing.assert_array_equal(np.asarray(a).astype(str), np.asarray(e).astype(str))
+
+
+def test_every_client_draws_numbers_of_its_own():
+    @tff.tensorflow.computation(NUMBERS)
+    def dropped(data):
+        return data.reduce(0.0, lambda s, x: s + tf.reduce_sum(tf.nn.dropout(tf.ones([64]), 0.5)))
+
+    same = [batched(4)] * 20
+    found = np.array(all_at_once(dropped, same, [])).ravel()
+    assert len(set(found)) > 5
+    assert np.all(np.abs(found - 64) < 40)
+
+
+@pytest.mark.parametrize("is_a_sum", [True, False])
+def test_updates_are_added_up_as_one_after_the_other(is_a_sum):
+    pair = tff.to_type([np.float32, np.int32])
+
+    @tff.tensorflow.computation(pair, pair)
+    def accumulate(total, update):
+        value = total[0] + update[0] * 2 if is_a_sum else (total[0] + 1) * update[0]
+        return value, total[1] + update[1]
+
+    program = record(accumulate).program
+    updates = [tf.constant([0.5, -2.0, 3.0]), tf.constant([1, 2, 4])]
+    total = [np.float32(0.25), np.int32(1)]
+    traced = tf.function(
+        lambda: sum_over(program, [tf.constant(x) for x in total], updates, tf.constant(3))
+    )
+    kinds = {op.type for op in traced.get_concrete_function().graph.get_operations()}
+    assert ("While" in kinds or "StatelessWhile" in kinds) is not is_a_sum
+    for a, b in zip(*(x.numpy() for x in updates), strict=True):
+        total = [total[0] + a * 2 if is_a_sum else (total[0] + 1) * a, total[1] + b]
+    np.testing.assert_allclose(traced()[0], total[0], rtol=1e-6)
+    assert traced()[1] == total[1]
+
+
+def printing(data):
+    def step(total, batch):
+        tf.print("a step")
+        return total + tf.reduce_sum(batch)
+
+    return data.reduce(0.0, step)
+
+
+def own_pipeline(data):
+    return data.skip(1).reduce(0.0, lambda s, x: s + 1)
+
+
+@tf.function
+def ends_early(data):
+    total = 0.0
+    for batch in iter(data):
+        total += tf.reduce_sum(batch)
+        if total > 3.0:
+            break
+    return total
+
+
+@tf.function
+def in_pairs(data):
+    iterator = iter(data)
+    total = 0.0
+    for batch in iterator:
+        total += tf.reduce_sum(batch) + tf.reduce_sum(next(iterator))
+    return total
+
+
+def in_a_loop(data):
+    return tf.while_loop(
+        lambda i, s: i < 3,
+        lambda i, s: (i + 1, s + data.reduce(0.0, lambda t, x: t + tf.reduce_sum(x))),
+        [0, 0.0],
+    )[1]
+
+
+def convolution(data):
+    def step(kernel, batch):
+        image = tf.reshape(batch, [-1, 2, 1, 1])
+        return kernel + tf.reduce_mean(tf.nn.conv2d(image, kernel, 1, "SAME"))
+
+    return data.reduce(tf.ones([1, 1, 1, 1]), step)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (printing, "PrintV2"),
+        (own_pipeline, "SkipDataset"),
+        (ends_early, "a loop over data that may end before the data do"),
+        (in_pairs, "IteratorGetNext"),
+        (in_a_loop, "a pass over the data in a loop"),
+        (convolution, "Conv2D"),
+    ],
+)
+def test_what_cannot_be_vectorised_is_refused_by_name(function, found):
+    computation = tff.tensorflow.computation(function, NUMBERS)
+    with pytest.raises(ValueError, match=f"`vectorize` needs .*; found .*{found}.* Leave `vec"):
+        all_at_once(computation, [batched(8)], [])
+
+
+def cohort(number, nan=None):
+    rng = np.random.default_rng(number)
+    clients = []
+    for i in range(number):
+        rows = int(rng.integers(0, 15))
+        x = rng.normal(size=(rows, 3)).astype(np.float32)
+        y = x[:, :1] * (np.nan if i == nan else 2.0)
+        clients.append(tf.data.Dataset.from_tensor_slices((x, y)).batch(4))
+    return clients
+
+
+def test_any_cohort_by_one_trace_gives_the_numbers_of_clients_one_by_one(monkeypatch):
+    with (
+        ResidentProcess(process(), device="CPU:1") as alone,
+        ResidentProcess(process(), device="CPU:1", vectorize=True, clients_at_once=40) as together,
+    ):
+        assert "vectorised" in repr(together)
+
+        def no_tracing(*unused, **named):
+            raise AssertionError("a function is made")
+
+        begin = alone.materialize(alone.initialize())
+        alone.next(begin, cohort(3))
+        together.next(begin, cohort(3))
+        monkeypatch.setattr(side_by_side, "evaluate", no_tracing)
+        states = [begin, begin]
+        for number in (1, 3, 17, 0, 101, 2, 5, 40, 41, 12):
+            clients = cohort(number, nan=number - 2 if number in (3, 17) else None)
+            outputs = [
+                place.next(state, clients)
+                for place, state in zip((alone, together), states, strict=True)
+            ]
+            assert_near(outputs[1].metrics, outputs[0].metrics)
+            states = [
+                place.materialize(o.state)
+                for place, o in zip((alone, together), outputs, strict=True)
+            ]
+            assert_near(states[1], states[0])
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="`vectorize` must be True or False; found 1"):
+        ResidentProcess(process(), vectorize=1)
+    with pytest.raises(ValueError, match="`vectorize` must be False where there are `workers`"):
+        ResidentProcess(process(), vectorize=True, workers=1)
