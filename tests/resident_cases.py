@@ -77,7 +77,7 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-7)
 
 
-def assert_near(actual, expected):
+def assert_near(actual, expected, rounding=2e-6):
     """Equal to rounding, in units of the largest number of each tensor."""
     tf.nest.assert_same_structure(actual, expected)
     for a, e in zip(tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True):
@@ -85,7 +85,7 @@ def assert_near(actual, expected):
         assert (a.dtype, a.shape) == (e.dtype, e.shape)
         if e.size and e.dtype.kind == "f":
             largest = np.nanmax(np.abs(e), initial=0.0)
-            np.testing.assert_allclose(a, e, rtol=0, atol=2e-6 * largest + 1e-30)
+            np.testing.assert_allclose(a, e, rtol=0, atol=rounding * largest + 1e-30)
         else:
             np.testing.assert_array_equal(a, e)
 
