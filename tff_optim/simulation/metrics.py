@@ -87,7 +87,7 @@ def why_unchanged(record: Mapping[str, Any]) -> dict[str, Any]:
 def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
     """Assigns to clients, by id, what a round shows of single ones.
 
-    That is what `sample_size` of the rules of `aggregators` asks for, one row for each client in
+    That is what `sample_size` of the builders of `aggregators` asks for, one row for each client in
     the order of the cohort: `sample_scores` becomes a column `aggregator/scores`, or several, by
     the layers' names.
 

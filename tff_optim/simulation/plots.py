@@ -102,7 +102,7 @@ def client_weights(
     """Draws the share of each client, by id, in the result of each round; white where not drawn.
 
     Args:
-      history: Of a single run; choose one with `only`. The rule needs a `sample_size`.
+      history: Of a single run; choose one with `only`. The process needs a `sample_size`.
       metric: A column of `history.clients`, or the start of one per layer: then the mean over
         layers is drawn.
       axes: Matplotlib axes to draw on; None for new ones.
