@@ -7,12 +7,13 @@
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
 # make bench-rivals  rounds of other simulators beside ours, each in an environment of its own
 # make study     which rules are safe: 2880 runs, goes on where it was left; study-quick is a first look
+# make docs      the documentation, into output/site; docs-serve shows it in a browser, with its search
 # make build     wheel and sdist
 # make lock      resolves requirements.lock anew
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example lint test test-all durations test-torch attack bench bench-rivals study study-quick build lock clean
+.PHONY: example lint test test-all durations test-torch attack bench bench-rivals study study-quick docs docs-serve build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -94,6 +95,16 @@ study study-quick: .venv/installed
 	$(BIN)/python examples/study/run.py $(if $(filter study-quick,$@),--quick)
 	$(BIN)/python examples/study/report.py $(if $(filter study-quick,$@),--results examples/study/quick.csv --pictures output)
 
+# The site reads docstrings from the files, so it needs no TensorFlow.
+.venv-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+docs docs-serve: .venv-docs/installed
+	PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs \
+	  $(if $(filter docs-serve,$@),serve,build --quiet) --config-file docs/mkdocs.yml
+
 # TFF 0.87.0 pins jaxlib==0.4.14, which is gone; 0.4.13 is the nearest that is there.
 lock:
 	$(PYTHON) -m venv .venv-lock
@@ -106,4 +117,4 @@ lock:
 	    --custom-compile-command 'make lock' --output-file requirements.lock --quiet
 
 clean:
-	rm -rf .venv .venv-lock .venv-rivals .venv-torch build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-lock .venv-rivals .venv-torch build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache

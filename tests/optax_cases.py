@@ -1,6 +1,6 @@
 """Every public optax transformation: an optimizer, its plain optax, and what is told of it.
 
-`python tests/optax_cases.py` prints the table of `tff_optim/README.md`.
+`python tests/optax_cases.py` prints the table of `docs/pages/guides/optax.md`.
 """
 
 import functools

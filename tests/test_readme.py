@@ -13,13 +13,30 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for folder in (".", "tff_optim", "aggregators", "examples")
-    for path in sorted((ROOT / folder).glob("README.md" if folder == "." else "**/README.md"))
+    for pattern in (
+        "README.md",
+        "tff_optim/**/README.md",
+        "aggregators/**/README.md",
+        "examples/**/README.md",
+        "docs/pages/**/*.md",
+    )
+    for path in sorted(ROOT.glob(pattern))
 }
+
+
+def sections(page, text):
+    """The parts of a page whose blocks belong together, by name: a guide is one, a README several."""
+    if page.startswith("docs/"):
+        return {page: text}
+    return {
+        f"{page}, {part.splitlines()[0]}": part for part in re.split(r"^## ", text, flags=re.M)[1:]
+    }
+
+
 SECTIONS = {
-    f"{page}, {section.splitlines()[0]}": re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    name: re.findall(r"^```python\n(.*?)^```", part, re.M | re.S)
     for page, text in PAGES.items()
-    for section in re.split(r"^## ", text, flags=re.M)[1:]
+    for name, part in sections(page, text).items()
 }
 
 
@@ -43,7 +60,9 @@ def test_code_blocks_import_what_there_is():
 def test_there_are_code_blocks_in_every_room():
     with_code = {name.split(",")[0] for name, blocks in SECTIONS.items() if blocks}
     rooms = {
-        "tff_optim/README.md",
+        "docs/pages/guides/keras.md",
+        "docs/pages/guides/optax.md",
+        "docs/pages/guides/pipelines.md",
         "tff_optim/simulation/README.md",
         "tff_optim/resident/README.md",
         "aggregators/README.md",

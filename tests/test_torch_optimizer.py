@@ -165,7 +165,7 @@ def test_every_public_name_of_torch_is_run_or_refused(plain):
 
 
 def table():
-    """What runs and what does not, and why: `tff_optim/README.md` holds it."""
+    """What runs and what does not, and why: `docs/pages/guides/torch.md` holds it."""
     rows = ["| torch | runs |", "| --- | --- |"]
     refused = {**torch_arguments.REFUSED, **torch_arguments.REFUSED_SCHEDULERS}
     runs = {name: "yes" for name in (*OPTIMIZERS, *SCHEDULERS)}
@@ -180,8 +180,8 @@ def table():
 
 
 def test_the_table_of_what_runs_is_true():
-    readme = pathlib.Path(tff_optim.__file__).with_name("README.md").read_text()
-    assert table() in readme
+    page = pathlib.Path(__file__).parent.parent / "docs/pages/guides/torch.md"
+    assert table() in page.read_text()
 
 
 @needs_torch

@@ -1,0 +1,275 @@
+"""Pages of the site that are made of the source: a page for each public module, one for each rule.
+
+Names and docstrings are read from the files: nothing is imported, so this needs no TensorFlow.
+"""
+
+import ast
+import csv
+import functools
+import math
+import os
+import pathlib
+import re
+import statistics
+from collections import defaultdict
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGES = ("tff_optim", "aggregators")
+# Public modules that their package does not import by itself.
+BESIDE = ("tff_optim.simulation", "tff_optim.resident", "tff_optim.interrupts", "tff_optim.doctor")
+# Pages of the repository that are pages of the site, too.
+PAGES_OF = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "aggregators/README.md": "guides/aggregators.md",
+    "tff_optim/README.md": "guides/tff_optim.md",
+    "tff_optim/resident/README.md": "guides/resident.md",
+    "tff_optim/simulation/README.md": "guides/simulation.md",
+    "examples/README.md": "examples/index.md",
+    "examples/study/README.md": "study.md",
+    "examples/benchmarks/README.md": "benchmarks.md",
+}
+STUDY = ROOT / "examples/study/results.csv"
+# What a rule is called in the study's file.
+STUDIED = {
+    "jury_mean": ("jury", "jury, direction", "jury, three voices"),
+    "redescending_mean": ("redescending",),
+    "adaptive_mean": ("KL near", "loss near"),
+    "plain_mean": ("FedAvg",),
+}
+
+
+def source_of(module: str) -> pathlib.Path | None:
+    """The file of a module, if there is one."""
+    path = ROOT.joinpath(*module.split("."))
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file
+    return None
+
+
+@functools.cache
+def public_names(module: str) -> tuple[str, ...]:
+    """The names that `__all__` of a module lists, or its public functions and classes."""
+    tree = ast.parse(source_of(module).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == [
+            "__all__"
+        ]:
+            return tuple(ast.literal_eval(node.value))
+    made = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return tuple(name for name in made if not name.startswith("_"))
+
+
+def first_line(module: str) -> str:
+    """The first line of a module's docstring."""
+    return ast.get_docstring(ast.parse(source_of(module).read_text())).splitlines()[0]
+
+
+@functools.cache
+def modules() -> dict[str, tuple[str, ...]]:
+    """Every public module, with the names that are shown on its page. No name is shown twice."""
+    found: dict[str, tuple[str, ...]] = {}
+    seen: set[str] = set()
+    for module in (*PACKAGES, *BESIDE):
+        for name in public_names(module):
+            inner = f"{module}.{name}"
+            if source_of(inner) and name not in seen:
+                found[inner] = public_names(inner)
+        listed = [
+            n for n in public_names(module) if not source_of(f"{module}.{n}") and n not in seen
+        ]
+        found[module] = tuple(listed)
+        seen.update(listed)
+    return {module: found[module] for module in sorted(found)}
+
+
+def reference_page(module: str) -> str:
+    """A page with the docstrings of a module's public names."""
+    parts = [f"# {module}", "", first_line(module), ""]
+    if module == "aggregators.rules":
+        parts += ["Each rule has [a page of its own](../rules/index.md).", ""]
+        return "\n".join(parts)
+    for name in modules()[module]:
+        parts += [f"::: {module}.{name}", ""]
+    return "\n".join(parts)
+
+
+def late(accuracies: str) -> float:
+    """The mean of the last ten rounds, in points."""
+    return 100.0 * statistics.fmean(float(x) for x in accuracies.split()[-10:])
+
+
+@functools.cache
+def study() -> dict[str, dict[tuple[str, ...], float]]:
+    """For each rule of the study the mean difference to FedAvg in every cell, in points."""
+    runs: dict[tuple[str, ...], dict[str, dict[str, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    with STUDY.open(newline="") as file:
+        for row in csv.DictReader(file):
+            cell = tuple(row[name] for name in ("task", "server", "concentration", "corruption"))
+            runs[cell][row["rule"]][row["seed"]] = late(row["accuracies"])
+    found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
+    for cell, by_rule in runs.items():
+        plain = by_rule["FedAvg"]
+        for rule, by_seed in by_rule.items():
+            found[rule][cell] = statistics.fmean(by_seed[s] - plain[s] for s in by_seed)
+    return dict(found)
+
+
+def study_rows(rule: str) -> str:
+    """The rows of a rule in the study, as a table; a sentence if it was not part of it."""
+    names = [name for name in STUDIED.get(rule, ()) if name in study()]
+    if not names:
+        return "The study did not run this rule."
+    if names == ["FedAvg"]:
+        return "The study compares all others with this rule."
+    lines = [
+        "Points of late accuracy against FedAvg, over the cells of [the study](../study.md); -10 times "
+        "is left out of the last column.",
+        "",
+        "| in the study | worst cell | where | clean cells, mean | bad clients, mean |",
+        "|---|---|---|---|---|",
+    ]
+    for name in names:
+        cells = study()[name]
+        worst = min(cells, key=cells.__getitem__)
+        clean = statistics.fmean(d for cell, d in cells.items() if cell[3] == "none")
+        bad = statistics.fmean(
+            d for cell, d in cells.items() if cell[3] not in ("none", "times -10")
+        )
+        assert math.isfinite(clean + bad)
+        where = f"{worst[0]}, {worst[1]}, Dirichlet {worst[2]}, {worst[3]}"
+        lines.append(f"| {name} | {cells[worst]:+.1f} | {where} | {clean:+.1f} | {bad:+.1f} |")
+    return "\n".join(lines)
+
+
+def summary_of(rule: str) -> str:
+    """The first line of a rule's docstring."""
+    for path in sorted((ROOT / "aggregators/rules").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name == rule:
+                return ast.get_docstring(node).splitlines()[0]
+    raise ValueError(f"no rule {rule}")
+
+
+def rule_page(rule: str) -> str:
+    """A rule's docstring and its rows of the study."""
+    docstring = f"::: aggregators.rules.{rule}\n    options:\n      heading_level: 1"
+    return f"{docstring}\n\n## In the study\n\n{study_rows(rule)}\n"
+
+
+def rules_page() -> str:
+    """A table of all rules."""
+    rows = [f"| [`{r}`]({r}.md) | {summary_of(r)} |" for r in public_names("aggregators.rules")]
+    head = [
+        "# Rules",
+        "",
+        first_line("aggregators.rules"),
+        "",
+        "| rule | what it does |",
+        "|---|---|",
+    ]
+    return "\n".join(head + rows) + "\n"
+
+
+def reference_index() -> str:
+    """A table of all public modules."""
+    rows = [f"| [`{m}`]({m}.md) | {first_line(m)} |" for m in modules()]
+    return "\n".join(["# Reference", "", "| module | |", "|---|---|", *rows]) + "\n"
+
+
+def site_path(source: str) -> str | None:
+    """Where a file of the repository is on the site: a page, a file beside the pages, or nowhere."""
+    for page, target in PAGES_OF.items():
+        if source == page:
+            return target
+    if source.startswith("docs/pages/"):
+        return source.removeprefix("docs/pages/")
+    if source.startswith("examples/") and source.endswith(".py"):
+        return source.removesuffix(".py") + ".md"
+    return source if source.endswith((".png", ".ipynb", ".lock", ".csv")) else None
+
+
+def linked(text: str, source: str, target: str) -> str:
+    """A page's text with links from its place in the repository turned into links on the site.
+
+    A link to what the site does not hold, such as the packages' source, becomes its text.
+    """
+
+    def link(found: re.Match) -> str:
+        words, path, anchor = found[1], found[2], found[3] or ""
+        goal = os.path.normpath(os.path.join(os.path.dirname(source), path))
+        if (ROOT / goal).is_dir():
+            goal += "/README.md"
+        place = site_path(goal)
+        if place is None and goal.startswith((*PACKAGES, "tests", "examples")):
+            return words
+        if place is None:
+            raise ValueError(f"{source} links to {goal}, which has no place on the site")
+        return f"[{words}]({os.path.relpath(place, os.path.dirname(target) or '.')}{anchor})"
+
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)", link, text)
+
+
+def program_page(path: pathlib.Path) -> str:
+    """A program of the examples, with its docstring above it."""
+    code = path.read_text()
+    about = ast.get_docstring(ast.parse(code)) or path.stem
+    return f"# {path.stem}\n\n{about.splitlines()[0]}\n\n```python\n{code.rstrip()}\n```\n"
+
+
+def made() -> dict[str, str]:
+    """All pages that are made of the source, by their paths."""
+    pages = {"reference/index.md": reference_index(), "rules/index.md": rules_page()}
+    pages |= {f"reference/{module}.md": reference_page(module) for module in modules()}
+    pages |= {f"rules/{rule}.md": rule_page(rule) for rule in public_names("aggregators.rules")}
+    for source, target in PAGES_OF.items():
+        pages[target] = linked((ROOT / source).read_text(), source, target)
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        pages[site_path(path.relative_to(ROOT).as_posix())] = program_page(path)
+    return pages
+
+
+def on_config(config):
+    """Fills the sections of the navigation that end with a slash."""
+
+    def filled(entry):
+        ((title, target),) = entry.items()
+        if not isinstance(target, str) or not target.endswith("/"):
+            return entry
+        # Programs of deeper folders are linked from their pages.
+        paths = [p for p in made() if p.startswith(target) and "/" not in p[len(target) :]]
+        paths.sort(key=lambda path: (not path.endswith("/index.md"), path.removesuffix(".md")))
+        names = ["All" if p.endswith("/index.md") else p[len(target) : -len(".md")] for p in paths]
+        return {title: [{name: path} for name, path in zip(names, paths)]}
+
+    config["nav"] = [filled(entry) for entry in config["nav"]]
+    return config
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Turns the links of written pages, which lead through the repository, into links on the site."""
+    if page.file.src_uri not in made():
+        return linked(markdown, f"docs/pages/{page.file.src_uri}", page.file.src_uri)
+    return markdown
+
+
+def on_files(files, config):
+    """Adds the pages that are made of the source, and the files that they show or link."""
+    from mkdocs.structure.files import File  # lies in the site's environment only
+
+    for path, content in made().items():
+        files.append(File.generated(config, path, content=content))
+    for pattern in (
+        "examples/**/*.png",
+        "examples/*.ipynb",
+        "examples/study/*.csv",
+        "requirements.lock",
+    ):
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
