@@ -85,8 +85,9 @@ def main(rounds: str = "25", seeds: str = "3", directory: str = "output/compare"
     simulation.plots.learning_curves(history, "evaluation/accuracy", axes=axes[0])
     simulation.plots.score_heatmap(history.only("KL", 0), axes=axes[1])
     simulation.plots.client_weights(history.only("KL", 0), axes=axes[2])
-    figure.savefig(f"{directory}/compare.png", dpi=80)
-    print(f"Picture: {directory}/compare.png. Curves: tensorboard --logdir {directory}")
+    simulation.plots.panel_letters(axes)
+    simulation.plots.save(figure, f"{directory}/compare")
+    print(f"Picture: {directory}/compare.png, and .pdf. Curves: tensorboard --logdir {directory}")
     return history
 
 

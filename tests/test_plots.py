@@ -48,10 +48,14 @@ def close_figures():
 def test_curves_are_means_over_seeds_with_their_range():
     axes = plots.learning_curves(make_history(), "loss")
     lines = axes.get_lines()
-    assert [line.get_label() for line in lines] == ["FedAvg (2 seeds)", "KL (2 seeds)"]
+    assert [line.get_label() for line in lines] == [
+        f"{name} (mean and range of 2 seeds)" for name in ("FedAvg", "KL")
+    ]
     np.testing.assert_allclose(lines[0].get_xdata(), [0, 1, 2, 3])
     np.testing.assert_allclose(lines[0].get_ydata(), [1.5, 1.0, 1 / 3 + 0.5, 0.75])
     assert len({line.get_linestyle() for line in lines}) == 2  # told apart without colours
+    assert lines[0].get_linewidth() > lines[1].get_linewidth()  # seen where the other covers it
+    assert axes.get_xlabel() == "round of training"
     band = axes.collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == (0.25, 2.0)
 
@@ -83,6 +87,18 @@ def test_pictures_are_drawn_on_axes_of_yours():
     assert plots.score_heatmap(history, axes=axes[1]) is axes[1]
     assert plots.client_weights(history, axes=axes[2]) is axes[2]
     figure.canvas.draw()
+
+
+def test_many_lines_differ_all():
+    styles = [plots.line_style(number, 28) for number in range(28)]
+    assert len({(one["color"], one["linestyle"]) for one in styles}) == 28
+
+
+def test_maps_are_dark_where_there_is_much():
+    history = make_history(["KL"], [0])
+    for axes in (plots.score_heatmap(history), plots.client_weights(history)):
+        colours = axes.collections[0].cmap([0.0, 1.0])[:, :3].sum(axis=1)
+        assert colours[0] > colours[1]
 
 
 def test_what_cannot_be_drawn_is_said():

@@ -16,11 +16,19 @@ matplotlib.use("Agg")  # draws into files, with or without a screen
 import matplotlib.pyplot as plt
 import numpy as np
 
+from tff_optim.interrupts import end_worker_at_exit
+from tff_optim.simulation import plots
+
 HERE = pathlib.Path(__file__).parent
 PLAIN = "FedAvg"
 LATE = 10
 TARGET = 0.9
-DRAWN = ("none", "random labels", "times -1")  # in curves, with SGD on the server
+FAULTS = {
+    "none": "no bad clients",
+    "random labels": "random labels",
+    "times -1": "updates times -1",
+}
+DRAWN = tuple(FAULTS)  # in curves, with SGD on the server
 CELL = ("task", "server", "concentration", "corruption")
 
 
@@ -222,9 +230,14 @@ def draw_heat_map(curves: Curves, path: pathlib.Path) -> None:
         axes.set_xticks(range(len(rules)), rules, rotation=40, ha="left", fontsize=9)
         axes.xaxis.tick_top()
         axes.set_title(task)
-    figure.suptitle("Late test accuracy against FedAvg, in points, by what is wrong and the split")
-    figure.colorbar(image, ax=panels, extend="both", label="points", shrink=0.5)
-    figure.savefig(path, dpi=100)
+    figure.suptitle(
+        "Mean test accuracy of the last ten rounds, less that of FedAvg, in points.\n"
+        "Rows: what is wrong with the bad clients, and the concentration of the Dirichlet split "
+        "(0.05: clients of few labels; 5.0: clients alike)"
+    )
+    plots.panel_letters(panels[0])
+    figure.colorbar(image, ax=panels, extend="both", label="points of accuracy", shrink=0.5)
+    plots.save(figure, path)
     plt.close(figure)
 
 
@@ -243,17 +256,27 @@ def draw_curves(curves: Curves, path: pathlib.Path, shown: tuple[str, ...]) -> N
                 continue
             found = np.array(list(curves[cell][rule].values()))
             rounds = np.arange(1, found.shape[1] + 1)
-            axes.plot(rounds, found.mean(0), color=f"C{number}", label=rule, linewidth=1.2)
-            axes.fill_between(rounds, found.min(0), found.max(0), color=f"C{number}", alpha=0.15)
-        axes.set_title(f"{cell[0]}, {cell[1]}, {cell[2]}, {cell[3]}", fontsize=9)
+            style = plots.line_style(number, len(shown))
+            axes.plot(rounds, found.mean(0), label=rule, **style)
+            axes.fill_between(rounds, found.min(0), found.max(0), color=style["color"], alpha=0.1)
+        axes.set_title(f"{cell[0]}, Dirichlet({cell[2]}), {FAULTS[cell[3]]}", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(cells) :]:
         axes.axis("off")
+    plots.panel_letters(grid.flat[: len(cells)])
     for axes in grid[-1]:
-        axes.set_xlabel("round")
-    grid[0][0].set_ylabel("test accuracy")
-    grid[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+        axes.set_xlabel("round of training")
+    figure.supylabel("test accuracy")
+    seeds = {len(curves[cell][PLAIN]) for cell in cells}
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(shown),
+        title=f"mean, and range from least to largest, of {' or '.join(map(str, seeds))} seeds",
+    )
+    plots.save(figure, path)
     plt.close(figure)
 
 
@@ -263,6 +286,7 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results.csv")
     parser.add_argument("--pictures", type=pathlib.Path, default=HERE)
     options = parser.parse_args()
+    end_worker_at_exit()
     curves: Any = whole(read(options.results))
     runs = sum(len(seeds) for by_rule in curves.values() for seeds in by_rule.values())
     print(f"{len(curves)} cells that every rule has run, {runs} runs\n")
@@ -270,10 +294,10 @@ def main() -> None:
         print(part(curves), "\n")
     print(rates(HERE / "tuning.csv"), "\n")
     options.pictures.mkdir(parents=True, exist_ok=True)
-    draw_heat_map(curves, options.pictures / "regret.png")
+    draw_heat_map(curves, options.pictures / "regret")
     draw_curves(
         curves,
-        options.pictures / "curves.png",
+        options.pictures / "curves",
         (PLAIN, "KL near", "loss near", "redescending", "jury"),
     )
 

@@ -1,15 +1,83 @@
 """Pictures of a `History`; matplotlib is in the extra `examples`."""
 
+import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from tff_optim.simulation.history import History, Table
 
+# Four dashes and seven colours: 28 lines that all differ.
 _STYLES = ["-", "--", ":", "-."]
 # Colours of Okabe and Ito, ordered so that neighbours differ in grey too.
 _COLOURS = ["#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
+_MAP = "cividis_r"  # of every map: dark is much
+_ROUND = "round of training"
+
+
+def line_style(number: int, lines: int) -> dict[str, Any]:
+    """How to draw one of several lines, for `axes.plot`: they differ without colours too.
+
+    The first ones are wider, and later ones dashed, so that lines that coincide are all seen.
+
+    Example:
+      >>> line_style(1, lines=3)
+      {'color': '#D55E00', 'linestyle': '--', 'linewidth': 1.7}
+
+    Args:
+      number: Which line, from 0 on.
+      lines: How many there are.
+    """
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _STYLES[number % len(_STYLES)],
+        "linewidth": min(1.2 + 0.5 * (lines - 1 - number), 3.2),
+    }
+
+
+def words(metric: str) -> str:
+    """What the name of a metric says, for an axis.
+
+    Example:
+      >>> words("evaluation/accuracy"), words("client_work/train/loss")
+      ('accuracy (evaluation)', 'loss (client work, train)')
+    """
+    *where, name = metric.split("/")
+    text = name.replace("_", " ")
+    return f"{text} ({', '.join(where)})".replace("_", " ") if where else text
+
+
+def panel_letters(axes: Iterable[Any]) -> None:
+    """Writes a, b, c, ... at the top left of panels, for a caption to refer to.
+
+    Example:
+      >>> import matplotlib.pyplot as plt
+      >>> figure, panels = plt.subplots(1, 2)
+      >>> panel_letters(panels)
+      >>> [panel.get_title(loc="left") for panel in panels]
+      ['a', 'b']
+    """
+    for number, one in enumerate(axes):
+        one.set_title(chr(ord("a") + number), loc="left", fontweight="bold")
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a picture twice: `PATH.png` to look at, and `PATH.pdf` for a paper, of lines and letters.
+
+    Example:
+      >>> import matplotlib.pyplot as plt, os, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(plt.figure(), f"{folder}/curves")
+      ...     sorted(os.listdir(folder))
+      ['curves.pdf', 'curves.png']
+    """
+    base = os.fspath(path)
+    base = base.removesuffix(".png").removesuffix(".pdf")
+    figure.savefig(f"{base}.png", dpi=110)
+    # Without a date the same picture is the same file.
+    figure.savefig(f"{base}.pdf", metadata={"CreationDate": None})
 
 
 def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
@@ -22,7 +90,7 @@ def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
       ... ])
       >>> axes = learning_curves(History(rounds, Table(), {}, {}), "loss")
       >>> axes.get_ylabel(), [text.get_text() for text in axes.get_legend().get_texts()]
-      ('loss', ['FedAvg (2 seeds)'])
+      ('loss', ['FedAvg (mean and range of 2 seeds)'])
 
     Args:
       history: What `run` returned.
@@ -34,7 +102,8 @@ def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
     """
     axes = _axes(axes)
     records = _with(history.rounds, metric, "metric")
-    for number, name in enumerate(dict.fromkeys(record["process"] for record in records)):
+    names = list(dict.fromkeys(record["process"] for record in records))
+    for number, name in enumerate(names):
         mine = [record for record in records if record["process"] == name]
         by_round: dict[int, list[float]] = {}
         for record in mine:
@@ -42,23 +111,23 @@ def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
         x = sorted(by_round)
         means = [float(np.mean(by_round[r])) for r in x]
         seeds = len({record["seed"] for record in mine})
-        colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number % len(_STYLES)]
-        label = f"{name} ({seeds} seeds)" if seeds > 1 else name
-        axes.plot(x, means, style, color=colour, label=label)
+        style = line_style(number, len(names))
+        label = f"{name} (mean and range of {seeds} seeds)" if seeds > 1 else name
+        axes.plot(x, means, label=label, **style)
         if seeds > 1:
             low, high = ([f(by_round[r]) for r in x] for f in (min, max))
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="round", ylabel=metric)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set(xlabel=_ROUND, ylabel=words(metric))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     return axes
 
 
 def score_heatmap(
     history: History, metric: str = "aggregator/score_mean", *, axes: Any = None
 ) -> Any:
-    """Draws a number per layer as a map of layers and rounds, dark where it is small.
+    """Draws a number per layer as a map of layers and rounds, dark where it is large.
 
     Args:
       history: Of a single run; choose one with `only`.
@@ -85,21 +154,21 @@ def score_heatmap(
     rounds = table["round"]
     edges = np.append(rounds - 0.5, rounds[-1] + 0.5)
     image = axes.pcolormesh(
-        edges, np.arange(len(columns) + 1), values, cmap="cividis", norm=norm, rasterized=True
+        edges, np.arange(len(columns) + 1), values, cmap=_MAP, norm=norm, rasterized=True
     )
     names = [column.removeprefix(metric).lstrip("/") or metric for column in columns]
     axes.set_yticks(np.arange(len(columns)) + 0.5, names)
     axes.invert_yaxis()
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="round")
-    axes.figure.colorbar(image, ax=axes, label=metric)
+    axes.set(xlabel=_ROUND, ylabel="layer")
+    axes.figure.colorbar(image, ax=axes, label=words(metric))
     return axes
 
 
 def client_weights(
     history: History, metric: str = "aggregator/weights", *, axes: Any = None
 ) -> Any:
-    """Draws the share of each client, by id, in the result of each round; white where not drawn.
+    """Draws the share of each client, by id, in the result of each round, dark where it is large.
 
     Args:
       history: Of a single run; choose one with `only`. The process needs a `sample_size`.
@@ -125,14 +194,14 @@ def client_weights(
     axes = _axes(axes)
     edges = np.append(rounds - 0.5, rounds[-1] + 0.5)
     image = axes.pcolormesh(
-        edges, np.arange(len(clients) + 1), values, cmap="cividis_r", vmin=0, rasterized=True
+        edges, np.arange(len(clients) + 1), values, cmap=_MAP, vmin=0, rasterized=True
     )
     if len(clients) <= 40:
         axes.set_yticks(np.arange(len(clients)) + 0.5, [str(client) for client in clients])
     axes.invert_yaxis()
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="round", ylabel="client")
-    axes.figure.colorbar(image, ax=axes, label=metric)
+    axes.set(xlabel=_ROUND, ylabel="client (white: not drawn)")
+    axes.figure.colorbar(image, ax=axes, label=words(metric))
     return axes
 
 
