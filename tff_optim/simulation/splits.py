@@ -1,0 +1,283 @@
+"""Splits of one data set over clients that differ, drawn from a seed."""
+
+import collections
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+import tensorflow as tf
+
+from tff_optim.core.messages import shown
+from tff_optim.simulation.checks import check_whole, whole
+
+__all__ = ["Split", "by_label", "by_size", "dirichlet"]
+
+_TRIES = 1000
+
+
+@attrs.frozen(eq=False)
+class Split:
+    """Which examples each client has; every example is with one client at most.
+
+    Example:
+      >>> labels = np.array([0, 0, 0, 1, 1, 1])
+      >>> split = by_label(labels, clients=3, labels_per_client=1, seed=0)
+      >>> split.counts(labels)
+      array([[0, 3],
+             [2, 0],
+             [1, 0]])
+      >>> list(split.datasets({"y": labels}, batch_size=2))
+      ['client 0', 'client 1', 'client 2']
+
+    Attributes:
+      indices: For each client the positions of its examples, in random order.
+      drawn: What was drawn: see the function that made the split.
+    """
+
+    indices: tuple[np.ndarray, ...]
+    drawn: np.ndarray
+
+    def counts(self, labels: Any) -> np.ndarray:
+        """How many examples of each label (0, 1, ...) each client has, `[clients, labels]`."""
+        labels = _labels(labels)
+        return np.stack([np.bincount(labels[i], minlength=labels.max() + 1) for i in self.indices])
+
+    def hold_out(self, share: float) -> tuple["Split", "Split"]:
+        """Two splits with the same clients: what each trains on, and a share that it holds out.
+
+        Each client holds out `share` of its examples, rounded, and one at least; it keeps one at least.
+
+        Args:
+          share: Above 0, below 1.
+
+        Raises:
+          ValueError: The share is out of range, or a client has fewer than two examples.
+        """
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise ValueError(f"`share` must be above 0 and below 1; found {shown(share)}.")
+        least = min(map(len, self.indices))
+        if least < 2:
+            raise ValueError(
+                f"`share` must leave each client an example to train on; found one with {least}. Split "
+                "with `least=2`."
+            )
+        counts = [min(max(round(share * len(i)), 1), len(i) - 1) for i in self.indices]
+        kept = tuple(its[count:] for its, count in zip(self.indices, counts, strict=True))
+        held = tuple(its[:count] for its, count in zip(self.indices, counts, strict=True))
+        return Split(kept, self.drawn), Split(held, self.drawn)
+
+    def datasets(self, columns: Any, batch_size: int) -> dict[str, tf.data.Dataset]:
+        """The data of each client in batches, by ids `client 0`, `client 1`, ...: for `run`.
+
+        Args:
+          columns: Arrays of all examples, as a mapping, a tuple or one array.
+          batch_size: Of all batches but a client's last one.
+        """
+        width = len(str(len(self.indices) - 1))
+        if isinstance(columns, Mapping):
+            columns = collections.OrderedDict(columns)  # TFF keeps the order of names
+        return {
+            f"client {i:0{width}d}": tf.data.Dataset.from_tensor_slices(
+                tf.nest.map_structure(lambda array, its=its: np.asarray(array)[its], columns)
+            ).batch(batch_size)
+            for i, its in enumerate(self.indices)
+        }
+
+
+def dirichlet(
+    labels: Any, clients: int, concentration: float, *, seed: int, least: int = 1
+) -> Split:
+    """Splits the examples of each label by shares of a symmetric Dirichlet distribution.
+
+    ```
+    q_k ~ Dirichlet(concentration, ..., concentration)    of `clients` shares, for each label k
+    client c has the share q_k[c] of the examples with label k
+    ```
+
+    Small concentrations give clients of few labels, and of unequal sizes too; at 100 clients are
+    nearly alike. `drawn` holds the shares, `[labels, clients]`. All is drawn again where a client
+    would have too few examples.
+
+    Example:
+      >>> labels = np.repeat(np.arange(3), 100)
+      >>> split = dirichlet(labels, clients=4, concentration=0.3, seed=1)
+      >>> split.counts(labels).sum(axis=0).tolist()
+      [100, 100, 100]
+      >>> split.drawn.shape, np.allclose(split.drawn.sum(axis=1), 1.0)
+      ((3, 4), True)
+
+    Args:
+      labels: Of all examples: whole numbers from 0 on.
+      clients: How many.
+      concentration: Above 0.
+      seed: Of the draws.
+      least: Fewest examples of a client.
+
+    Raises:
+      ValueError: An argument is out of range, or a thousand draws leave some client too few examples.
+
+    Source: Yurochkin et al., ICML 2019; Li et al., ICDE 2022.
+    """
+    labels = _labels(labels)
+    clients = _clients(clients, len(labels))
+    _positive("concentration", concentration)
+    check_whole("least", whole(least), 0)
+    rng = _rng(seed)
+    kinds = labels.max() + 1
+    own = [rng.permutation(np.flatnonzero(labels == kind)) for kind in range(kinds)]
+
+    def draw() -> tuple[list[np.ndarray], np.ndarray]:
+        shares = rng.dirichlet(np.full(clients, float(concentration)), size=kinds)
+        parts = [_cut(its, share) for its, share in zip(own, shares)]
+        return [rng.permutation(np.concatenate(its)) for its in zip(*parts)], shares
+
+    return _enough(draw, least, "concentration", concentration)
+
+
+def by_label(labels: Any, clients: int, labels_per_client: int, *, seed: int) -> Split:
+    """Gives each client the same number of labels, and each label's examples to its clients evenly.
+
+    Labels are dealt so that each is held by as many clients as another, give or take one. `drawn`
+    holds the labels of each client, `[clients, labels_per_client]`. Examples of labels that no client
+    holds are left out: there are none from `clients * labels_per_client >= labels` on.
+
+    Example:
+      >>> split = by_label(np.repeat(np.arange(4), 10), clients=4, labels_per_client=2, seed=0)
+      >>> np.unique(split.drawn, return_counts=True)[1].tolist()
+      [2, 2, 2, 2]
+      >>> [len(its) for its in split.indices]
+      [10, 10, 10, 10]
+
+    Args:
+      labels: Of all examples: whole numbers from 0 on.
+      clients: How many.
+      labels_per_client: From 1 to the number of labels.
+      seed: Of the draws.
+
+    Raises:
+      ValueError: An argument is out of range, or a label has fewer examples than clients.
+
+    Source: Li et al., ICDE 2022, after McMahan et al., AISTATS 2017.
+    """
+    labels = _labels(labels)
+    clients = _clients(clients, len(labels))
+    kinds = labels.max() + 1
+    count = whole(labels_per_client)
+    check_whole("labels_per_client", count, 1)
+    if count > kinds:
+        raise ValueError(
+            f"`labels_per_client` must be at most the number of labels, {kinds}; found {count}."
+        )
+    rng, used = _rng(seed), np.zeros(kinds, int)
+    drawn = np.empty([clients, count], int)
+    for one in range(clients):
+        drawn[one] = np.sort(np.lexsort((rng.random(kinds), used))[:count])  # the least used
+        used[drawn[one]] += 1
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for kind in range(kinds):
+        holders = np.flatnonzero((drawn == kind).any(axis=1))
+        its = rng.permutation(np.flatnonzero(labels == kind))
+        if len(its) < len(holders):
+            raise ValueError(
+                f"`labels` must have an example for each client that holds a label; found {len(its)} of "
+                f"label {kind} for {len(holders)} clients. Take fewer clients, or labels for each."
+            )
+        for holder, part in zip(holders, np.array_split(its, max(len(holders), 1))):
+            parts[holder].append(part)
+    return Split(tuple(rng.permutation(np.concatenate(its)) for its in parts), drawn)
+
+
+def by_size(
+    examples: int, clients: int, concentration: float, *, seed: int, least: int = 1
+) -> Split:
+    """Splits examples at random into parts of unequal sizes: shares of one Dirichlet draw.
+
+    ```
+    q ~ Dirichlet(concentration, ..., concentration)    of `clients` shares
+    ```
+
+    `drawn` holds the shares, `[clients]`. All is drawn again where a client would have too few
+    examples.
+
+    Example:
+      >>> split = by_size(100, clients=4, concentration=0.5, seed=0)
+      >>> sorted(len(its) for its in split.indices)
+      [12, 16, 25, 47]
+
+    Args:
+      examples: How many there are.
+      clients: How many.
+      concentration: Above 0; sizes are nearly equal at 100.
+      seed: Of the draws.
+      least: Fewest examples of a client.
+
+    Raises:
+      ValueError: An argument is out of range, or a thousand draws leave some client too few examples.
+
+    Source: Li et al., ICDE 2022.
+    """
+    examples = whole(examples)
+    check_whole("examples", examples, 1)
+    clients = _clients(clients, examples)
+    _positive("concentration", concentration)
+    check_whole("least", whole(least), 0)
+    rng = _rng(seed)
+
+    def draw() -> tuple[list[np.ndarray], np.ndarray]:
+        share = rng.dirichlet(np.full(clients, float(concentration)))
+        return _cut(rng.permutation(examples), share), share
+
+    return _enough(draw, least, "concentration", concentration)
+
+
+def _cut(its: np.ndarray, share: np.ndarray) -> list[np.ndarray]:
+    ends = np.round(np.cumsum(share)[:-1] * len(its)).astype(int)
+    return np.split(its, ends)
+
+
+def _enough(
+    draw: Callable[[], tuple[list[np.ndarray], np.ndarray]], least: int, name: str, value: Any
+) -> Split:
+    for _ in range(_TRIES):
+        parts, drawn = draw()
+        if min(map(len, parts)) >= least:
+            return Split(tuple(parts), drawn)
+    raise ValueError(
+        f"`{name}` must leave each client at least {least} examples; found {shown(value)}, which did "
+        f"not in {_TRIES} draws. Raise it, take fewer clients, or a smaller `least`."
+    )
+
+
+def _labels(labels: Any) -> np.ndarray:
+    found = np.asarray(labels)
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 1 or found.dtype.kind not in "iu" or not found.size or found.min() < 0:
+        raise ValueError(
+            "`labels` must be whole numbers from 0 on, one for each example; found "
+            f"{found.dtype} of shape {list(found.shape)}."
+        )
+    return found
+
+
+def _clients(clients: Any, examples: int) -> int:
+    found = whole(clients)
+    check_whole("clients", found, 1)
+    if found > examples:
+        raise ValueError(
+            f"`clients` must be at most the number of examples, {examples}; found {found}."
+        )
+    return int(found)
+
+
+def _positive(name: str, value: Any) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and 0 < value < float("inf")):
+        raise ValueError(f"`{name}` must be a finite number above 0; found {shown(value)}.")
+
+
+def _rng(seed: Any) -> np.random.Generator:
+    check_whole("seed", whole(seed), 0)
+    return np.random.default_rng(whole(seed))
