@@ -65,6 +65,18 @@ def test_without_a_terminal_or_wish_there_is_no_bar(process, monkeypatch, capfd)
     assert "seed 0" not in capfd.readouterr().err
 
 
+def test_a_log_file_gets_lines(process, monkeypatch, capfd):
+    arguments = {"rounds": 3, "clients_per_round": 2, "evaluate": evaluate}
+    simulation.run({"KL": process}, make_clients(), **arguments)
+    assert "seed 0" not in capfd.readouterr().err  # of a run that takes no ten seconds
+    monkeypatch.setattr("tff_optim.simulation.progress._SECONDS", 0.0)
+    simulation.run({"KL": process}, make_clients(), **arguments)
+    lines = [one for one in capfd.readouterr().err.splitlines() if "seed 0" in one]
+    assert len(lines) == 3
+    expected = r"KL, seed 0: round 2 of 3, \S+ s a round, 0:00:\d\d left, size \d.*, loss \d\S*"
+    assert re.fullmatch(expected, lines[1]), lines
+
+
 class Mark(tff.program.ReleaseManager):
     """Writes something, so that there is something to read."""
 

@@ -389,10 +389,10 @@ def test_large_metrics_are_summed_up_and_texts_kept():
 
 
 def test_no_better_looks_at_the_best_so_far():
-    stop = simulation.no_better("accuracy", rounds=2, larger_is_better=True)
+    stop = simulation.no_better("accuracy", rounds=2)
     table = [{"round": i, "accuracy": a} for i, a in enumerate([0.1, 0.5, math.nan, 0.4])]
     assert [stop(simulation.Table(table[:n])) for n in range(5)] == [False] * 4 + [True]
-    with pytest.raises(ValueError, match="`name` must be a metric of the run; found 'accuracy'"):
+    with pytest.raises(ValueError, match="`metric` must be a metric of the run; found 'accuracy'"):
         stop(simulation.Table([{"round": i, "loss": 1.0} for i in range(3)]))
     with pytest.raises(ValueError, match="`rounds` must be a whole number"):
         simulation.no_better("loss", rounds=0)

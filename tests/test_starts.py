@@ -151,7 +151,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         directory=tmp_path,
         runs_at_once=np.int64(1),
         evaluate=evaluate,
-        stop=simulation.no_better("evaluation/size", np.int64(5)),
+        stop=simulation.no_better("min evaluation/size", np.int64(5)),
     )
     assert list(history.ended) == [("process", 0), ("process", 1)]
     alone = simulation.run(

@@ -4,7 +4,7 @@ from tff_optim._requirements import check_tff
 
 check_tff()  # before the imports below, which would fail less readably
 
-from tff_optim import hyperparameters, projections, regularizers, schedules, transforms
+from tff_optim import hyperparameters, projections, regularizers, schedules, simulation, transforms
 from tff_optim.backends.keras.optimizer import build_keras_optimizer
 from tff_optim.backends.optax.optimizer import build_optax_optimizer
 from tff_optim.backends.torch.optimizer import build_torch_optimizer
@@ -35,5 +35,6 @@ __all__ = [
     "schedules",
     "select_device",
     "set_device_policy",
+    "simulation",
     "transforms",
 ]

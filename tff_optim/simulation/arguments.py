@@ -3,7 +3,7 @@
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,17 +12,69 @@ import tensorflow_federated as tff
 from tff_optim.core.messages import shown
 from tff_optim.resident import ResidentProcess
 from tff_optim.resident.client_data import data_of_client
-from tff_optim.simulation.cohorts import check_whole, whole
+from tff_optim.simulation import calls
+from tff_optim.simulation.checks import check_whole, whole
+from tff_optim.simulation.cohorts import Draw
+from tff_optim.simulation.goals import Goal, goal
 from tff_optim.simulation.history import Table
+from tff_optim.simulation.per_client import PerClient
 from tff_optim.simulation.starts import Starts
 
 _NAME = "process"  # of a process that is given without one
 
 
-def _function(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _function(*given: str, offered: Sequence[str] = ()) -> Callable[..., None]:
+    """Checks that an argument is None or a function of these."""
+    return lambda plan, attribute, value: calls.check(attribute.name, value, given, offered)
+
+
+def _size(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+    if callable(value):
+        calls.check(attribute.name, value, ["round"], ())
+    elif value is not None:
+        check_whole(attribute.name, value, 1)
+    if (value is None) == (plan.draw is None):
+        raise ValueError(
+            "`clients_per_round` or `draw` must be given, and not both; found "
+            f"{shown(value)} and {shown(plan.draw)}."
+        )
+
+
+def _per_client(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+    del plan, attribute
+    if value is not None and not isinstance(value, PerClient):
+        raise TypeError(
+            f"`per_client` must be a `simulation.PerClient` or None; found {shown(value)}."
+        )
+
+
+def _goal(text: Any) -> Goal | None:
+    return None if text is None else goal("keep_best", text)
+
+
+def _is_evaluated(plan: Any, attribute: attrs.Attribute, value: Goal | None) -> None:
+    if value is None or plan.evaluate is not None or plan.per_client is not None:
+        return
+    if value.name.startswith("evaluation/"):
+        raise ValueError(
+            f"`{attribute.name}` must be a metric of the run; found {value.name!r} and neither "
+            "`evaluate` nor `per_client`. Give one of them."
+        )
+
+
+def _managers(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
     del plan
-    if value is not None and not callable(value):
-        raise TypeError(f"`{attribute.name}` must be a function or None; found {shown(value)}.")
+    if callable(value):
+        calls.check(attribute.name, value, ["process", "seed"], ())
+        return
+    are_managers = isinstance(value, Iterable) and all(
+        isinstance(one, tff.program.ReleaseManager) for one in value
+    )
+    if not are_managers or isinstance(value, Iterator):
+        raise TypeError(
+            "`managers` must be a list of `tff.program.ReleaseManager`s, or a function of process and "
+            f"seed that returns one; found {shown(value)}."
+        )
 
 
 def _resume(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
@@ -40,16 +92,26 @@ class Plan:
     """The arguments that all runs of a call share; see `run`."""
 
     rounds: int = attrs.field(converter=whole, validator=_at_least(0))
-    clients_per_round: int = attrs.field(converter=whole, validator=_at_least(1))
-    evaluate: Callable[[Any], Mapping[str, Any]] | None = attrs.field(validator=_function)
+    draw: Draw | None = attrs.field(validator=_function("round", "ids", "rng"))
+    clients_per_round: Any = attrs.field(converter=whole, validator=_size)
+    hparams: Callable[..., Mapping[str, Any]] | None = attrs.field(
+        validator=_function("round", offered=("process", "seed"))
+    )
+    evaluate: Callable[..., Mapping[str, Any]] | None = attrs.field(
+        validator=_function("weights", offered=("round", "process", "seed"))
+    )
+    per_client: PerClient | None = attrs.field(validator=_per_client)
     rounds_per_evaluation: int = attrs.field(converter=whole, validator=_at_least(1))
     rounds_per_checkpoint: int = attrs.field(converter=whole, validator=_at_least(1))
     resume: bool | str = attrs.field(validator=_resume)
     compare_data: bool
     progress: bool
-    stop: Callable[[Table], bool] | None = attrs.field(validator=_function)
-    managers: tuple[tff.program.ReleaseManager, ...]
-    client_states: Callable[..., Any] | None = attrs.field(validator=_function)
+    stop: Callable[[Table], bool] | None = attrs.field(validator=_function("rounds"))
+    keep_best: Goal | None = attrs.field(converter=_goal, validator=_is_evaluated)
+    managers: Any = attrs.field(validator=_managers)
+    client_states: Callable[..., Any] | None = attrs.field(
+        validator=_function("ids", "path", offered=("keep",))
+    )
     starts: Starts
     # Held by whatever the caller has written: one call at a time, however many runs there are.
     lock: threading.RLock = attrs.field(factory=threading.RLock)

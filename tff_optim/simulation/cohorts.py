@@ -1,14 +1,19 @@
 """Who takes part in a round, and the data of those clients."""
 
 import numbers
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
 
+import attrs
+import numpy as np
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.resident.client_data import ClientData, data_of_client
 from tff_optim.simulation import client_fingerprints
+from tff_optim.simulation.checks import check_whole, whole
+
+Draw: TypeAlias = Callable[[int, Sequence[Hashable], np.random.Generator], Sequence[Hashable]]
 
 
 def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], Any]]:
@@ -41,18 +46,21 @@ class Cohorts:
 
     Args:
       clients: See `clients_by_id`.
-      size: How many take part in a round.
-      seed: Of `tff.simulation.build_uniform_sampling_fn`.
+      size: How many take part in a round, or a function of its number; None with `draw`.
+      draw: See `run`; None for `tff.simulation.build_uniform_sampling_fn`.
+      seed: Of the draws.
       data_type: What the process takes of one client.
 
     Attributes:
       ids: Of all clients.
+      varies: Whether rounds may have other numbers of clients than each other.
       keeps_states: Whether clients keep a state, whose place is handed over with their data.
     """
 
-    def __init__(self, clients: Any, size: int, seed: int, data_type: tff.Type):
+    def __init__(self, clients: Any, size: Any, draw: Draw | None, seed: int, data_type: tff.Type):
         self.ids, self._get = clients_by_id(clients)
-        self._size = size
+        self._size, self._draw, self._seed = size, draw, seed
+        self.varies = draw is not None or callable(size)
         self._sample = tff.simulation.build_uniform_sampling_fn(
             range(len(self.ids)), random_seed=seed
         )
@@ -61,16 +69,88 @@ class Cohorts:
 
     def draw(self, round_number: int) -> list[Hashable]:
         """The ids of a round's clients."""
-        return [self.ids[i] for i in self._sample(round_number, self._size)]
+        if self._draw is not None:
+            rng = np.random.default_rng([self._seed, round_number])
+            found = self._draw(round_number, list(self.ids), rng)
+            return _as_drawn(found, self.ids, round_number)
+        size = self._size
+        if callable(size):
+            size = whole(size(round_number))
+            check_size(size, len(self.ids))
+        return [self.ids[i] for i in self._sample(round_number, size)]
+
+    def of_client(self, client: Hashable) -> Any:
+        """The data of a client, as they were given."""
+        return self._get(client)
 
     def fingerprints(self) -> dict[str, str]:
         """What the data of clients, of 100 where there are more, begin with; see `of_data`."""
         some = client_fingerprints.chosen(self.ids)
         return {str(client): client_fingerprints.of_data(self._get(client)) for client in some}
 
-    def data(self, round_number: int) -> list[Any]:
-        """The data of a round's clients, as the process takes them."""
-        return [self._taken(self._get(client), client) for client in self.draw(round_number)]
+    def data(self, drawn: Sequence[Hashable]) -> list[Any]:
+        """The data of some clients, as the process takes them."""
+        return [self._taken(self._get(client), client) for client in drawn]
+
+
+@attrs.frozen
+class _Poisson:
+    """See `poisson`."""
+
+    rate: float = attrs.field()
+
+    @rate.validator
+    def _check(self, attribute: attrs.Attribute, value: Any) -> None:
+        del attribute
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and 0 < value <= 1):
+            raise ValueError(
+                f"`rate` must be a number above 0 and of at most 1; found {shown(value)}."
+            )
+
+    def __call__(
+        self, number: int, ids: Sequence[Hashable], rng: np.random.Generator
+    ) -> list[Hashable]:
+        """The clients of one round, in the order of the ids."""
+        del number  # every round is drawn alike
+        return [one for one, hit in zip(ids, rng.random(len(ids)) < self.rate) if hit]
+
+
+def poisson(rate: float) -> Draw:
+    """Draws each client with probability `rate`, independently of all others, for `draw` of `run`.
+
+    This is the sampling that `aggregators.privacy.epsilon` accounts for. A cohort has `rate` times
+    the number of clients on average. It may be empty: the round counts, and the model stays. Under
+    differential privacy such a round adds no noise and can be told apart, so the probability of an
+    empty cohort, `(1 - rate) ** clients`, is to be far below `delta`.
+
+    Example:
+      >>> draw = poisson(0.5)
+      >>> ids = ["ann", "bob", "eve", "zoe"]
+      >>> [draw(number, ids, np.random.default_rng([0, number])) for number in (1, 2, 3)]
+      [[], ['ann', 'bob', 'zoe'], ['eve', 'zoe']]
+
+    Args:
+      rate: Above 0, at most 1.
+
+    Raises:
+      ValueError: It is out of range.
+    """
+    return _Poisson(rate)
+
+
+def _as_drawn(found: Any, ids: Sequence[Hashable], number: int) -> list[Hashable]:
+    """What `draw` has returned, as ids of the run."""
+    if isinstance(found, str) or not isinstance(found, Sequence | np.ndarray):
+        raise TypeError(f"`draw` must return a list of ids of clients; found {shown(found)}.")
+    known = {one: one for one in ids}
+    odd = [one for one in found if one not in known]
+    if odd or len(set(found)) < len(found):
+        raise ValueError(
+            "`draw` must return ids of clients, each once; found "
+            f"{shown(odd[:3] if odd else list(found))} for round {number}."
+        )
+    return [known[one] for one in found]
 
 
 def check_size(clients_per_round: Any, clients: int) -> None:
@@ -80,18 +160,4 @@ def check_size(clients_per_round: Any, clients: int) -> None:
         raise ValueError(
             f"`clients_per_round` must be at most the number of clients, {clients}; found "
             f"{clients_per_round}."
-        )
-
-
-def whole(value: Any) -> Any:
-    """A whole number as Python's, NumPy's too; anything else as it is."""
-    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return int(value) if is_number else value
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises `ValueError` unless this is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least {least}; found {shown(value)}."
         )

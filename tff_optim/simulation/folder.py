@@ -11,9 +11,10 @@ import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.resident import locks
-from tff_optim.simulation import same_run, stores
+from tff_optim.simulation import best, same_run, stores
 from tff_optim.simulation.board import Board
 from tff_optim.simulation.checkpoints import Checkpoints
+from tff_optim.simulation.goals import Goal
 from tff_optim.simulation.records import CsvView, Record, RecordFile
 from tff_optim.simulation.threads import wait
 
@@ -22,7 +23,7 @@ _RECORDS, _ROUNDS, _CLIENTS = "records.jsonl", "rounds.csv", "clients.csv"
 _CHECKPOINTS, _BOARD = "checkpoints", "tensorboard"
 _KINDS: dict[str, Callable[[str], bool]] = {
     **dict.fromkeys((same_run.FILE, _RECORDS, _ROUNDS, _CLIENTS), os.path.isfile),
-    **dict.fromkeys((_CHECKPOINTS, _BOARD, stores.FOLDER), os.path.isdir),
+    **dict.fromkeys((_CHECKPOINTS, best.FOLDER, _BOARD, stores.FOLDER), os.path.isdir),
 }
 
 
@@ -38,11 +39,14 @@ class Folder(tff.program.ProgramStateManager):
 
     Args:
       path: The directory, made if it is not there; None to keep the records in memory alone.
+      keep_best: What the best state is told by; None to keep none.
 
     Attributes:
       path: As given.
+      best: The best round so far; None if none is kept.
       saved: The round to go on from; None to begin anew.
       reach: How many rounds before that one lies the one that counts if that one is damaged.
+      changed: Names of functions that return something else than before, to be written down.
       rounds: A record for each round.
       clients: A record for each client of each round.
 
@@ -51,10 +55,14 @@ class Folder(tff.program.ProgramStateManager):
       ValueError: It cannot be made.
     """
 
-    def __init__(self, path: str | None):
-        self.path = path
+    def __init__(self, path: str | None, keep_best: Goal | None):
+        self.path, self._keep_best = path, keep_best
+        self.best = None if keep_best is None else best.Best(keep_best, None)
+        self._of_best: Checkpoints | None = None
+        self._best_counts: set[int] = set()
         self.saved: int | None = None
         self.reach = 0
+        self.changed: list[str] = []
         self.rounds: list[Record] = []
         self.clients: list[Record] = []
         self._state: Any = None
@@ -96,12 +104,20 @@ class Folder(tff.program.ProgramStateManager):
             self._checkpoints = Checkpoints(
                 process, self._path_of(_CHECKPOINTS), accept_changes=resume == "changed"
             )
+            if self._keep_best is not None:
+                self._of_best = Checkpoints(
+                    process, self._path_of(best.FOLDER), accept_changes=resume == "changed"
+                )
+                self.best = best.Best(self._keep_best, self._of_best)
             saves = self._choose()
+            self._choose_best()
         if self.saved is not None:
             self._state = wait(self._checkpoints.load(self.saved, state))
             older = [number for number in self._checkpoints.found() if number in saves]
             self.reach = self.saved - min(older)
         self._take(self.saved)
+        if self.best is not None:
+            self.best.take_up(max(self._best_counts, default=None), self.rounds)
 
     def _choose(self) -> dict[int, str]:
         """Decides which state to go on from; returns the digests of those saved up to it."""
@@ -128,6 +144,20 @@ class Folder(tff.program.ProgramStateManager):
             )
         self._counts = {number for number in saves if number <= (self.saved or 0)}
         return {number: saves[number] for number in self._counts}
+
+    def _choose_best(self) -> None:
+        """Finds the best states of the rounds that count; refuses if the last one is damaged."""
+        values = [one for one in self._records.values if "best" in one]
+        values = [one for one in values if one["at"] <= (self.saved or 0)]
+        self._best_counts = {value["best"] for value in values}
+        if self._of_best is not None and values:
+            fault = self._of_best.fault(values[-1]["best"], values[-1]["files"])
+            if fault:
+                raise ValueError(
+                    f"`directory` must hold the best state as it was written; found in "
+                    f"{self._path_of(best.FOLDER)}: {fault}. Nothing was changed. Bring a copy back, or "
+                    "name another directory to begin anew."
+                )
 
     def _read(self) -> str:
         """Reads the records; returns what is wrong with them."""
@@ -163,8 +193,10 @@ class Folder(tff.program.ProgramStateManager):
         if self.path is None:
             return
         with _in_words():
-            same_run.take_over(self.path, self._run, self.saved or 0)
+            same_run.take_over(self.path, self._run, self.saved or 0, self.changed)
             odd = self._checkpoints.clear(self._counts, self._killed)
+            if self._of_best is not None:
+                odd += self._of_best.clear(self._best_counts, self._killed)
             odd = [
                 name for name in odd if not any(t.startswith(f"{name} ") for t in self._left_out)
             ]
@@ -182,7 +214,10 @@ class Folder(tff.program.ProgramStateManager):
 
     def _cut(self, last: int) -> None:
         """Drops the records of later rounds."""
-        keys = [value.get("round", value.get("saved")) for value in self._records.values]
+        keys = [
+            next(value[name] for name in ("round", "saved", "at") if name in value)
+            for value in self._records.values
+        ]
         self._records.cut(sum(key <= last for key in keys))
 
     def _show(self) -> None:
@@ -224,10 +259,13 @@ class Folder(tff.program.ProgramStateManager):
         if self.path is None or version in self._counts:
             return
         digest = await self._checkpoints.save(program_state, version)
+        of_best = {} if self.best is None else await self.best.save()
         if self.rounds and self.rounds[-1]["round"] > version:
             self._cut(version)
             self._take(version)
             self._show()
+        if of_best:
+            self._records.append({"at": version, **of_best})
         self._records.append({"saved": version, "files": digest})
         self._counts.add(version)
 

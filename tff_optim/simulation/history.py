@@ -3,12 +3,14 @@
 import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 
+from tff_optim.simulation.checks import check_whole, whole
+from tff_optim.simulation.goals import goal
 from tff_optim.simulation.progress import main_metrics
 
 _KEYS = ("process", "seed", "round", "client")  # which record it is
@@ -43,6 +45,35 @@ class Table(Sequence):
 
     def __init__(self, records: Sequence[Mapping[str, Any]] = ()):
         self._records = [dict(record) for record in records]
+        self._folded: dict[Any, tuple[int, Any]] = {}
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a record, as the loop does after each round to the table that `stop` is given."""
+        self._records.append(dict(record))
+
+    def running(self, step: Callable[[Any, Mapping[str, Any]], Any], initial: Any) -> Any:
+        """What folding a function over all records gives, each of which is looked at once.
+
+        A table that has grown goes on from the value before: a `stop` that is asked after each round
+        takes time in proportion to the rounds.
+
+        Example:
+          >>> table, total = Table([{"n": 1}, {"n": 2}]), lambda so_far, record: so_far + record["n"]
+          >>> table.running(total, 0)
+          3
+          >>> table.append({"n": 4})
+          >>> table.running(total, 0)
+          7
+
+        Args:
+          step: A function of the value so far and a record, the same object in each call.
+          initial: The value before the first record.
+        """
+        done, value = self._folded.get(step, (0, initial))
+        for record in self._records[done:]:
+            value = step(value, record)
+        self._folded[step] = (len(self._records), value)
+        return value
 
     @property
     def columns(self) -> list[str]:
@@ -66,6 +97,22 @@ class Table(Sequence):
         except ImportError as error:
             raise ImportError("`to_pandas` needs pandas: `pip install pandas`.") from error
         return pandas.DataFrame(self._records, columns=self.columns)
+
+    def to_markdown(self) -> str:
+        """All records as a table for a page."""
+        rows = [[text.replace("|", "\\|") for text in row] for row in self._rows(self._records)]
+        lines = [" | ".join(row) for row in (self.columns, ["---"] * len(self.columns), *rows)]
+        return "\n".join(f"| {line} |" for line in lines)
+
+    def to_latex(self) -> str:
+        """All records as a `tabular`, which needs no package."""
+        columns = self.columns
+        rows = [
+            " & ".join(map(_latex, row)) + r" \\" for row in (columns, *self._rows(self._records))
+        ]
+        kinds = "".join("l" if any(isinstance(v, str) for v in self[c]) else "r" for c in columns)
+        body = "\n".join([rows[0], r"\hline", *rows[1:]])
+        return f"\\begin{{tabular}}{{{kinds}}}\n{body}\n\\end{{tabular}}"
 
     def __len__(self) -> int:
         return len(self._records)
@@ -115,15 +162,15 @@ class Table(Sequence):
         return f"<table>{row(self.columns, 'th')}{''.join(row(t, 'td') for t in self._texts())}</table>"
 
     def _texts(self) -> list[list[str]]:
-        columns = self.columns
-
-        def texts(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-            return [[_text(record.get(name, "")) for name in columns] for record in records]
-
         if len(self) <= 2 * _ENDS + 1:
-            return texts(self._records)
-        left_out = ["..." for _ in columns]
-        return [*texts(self._records[:_ENDS]), left_out, *texts(self._records[-_ENDS:])]
+            return self._rows(self._records)
+        left_out = ["..." for _ in self.columns]
+        first, last = self._records[:_ENDS], self._records[-_ENDS:]
+        return [*self._rows(first), left_out, *self._rows(last)]
+
+    def _rows(self, records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        columns = self.columns
+        return [[_text(record.get(name, "")) for name in columns] for record in records]
 
 
 def _blocks(columns: list[str], widths: list[int]) -> list[list[int]]:
@@ -146,9 +193,36 @@ def _text(value: Any) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
+def _latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {one: "\\" + one for one in "&%$#_{}"}
+    return "".join(special.get(one, one) for one in text)
+
+
+@attrs.frozen
+class Kept:
+    """The best round of a run, by `keep_best` of `run`.
+
+    Attributes:
+      round: Its number.
+      value: Of the metric.
+      state: The state after it.
+    """
+
+    round: int
+    value: float
+    state: Any = attrs.field(repr=False)
+
+
 @attrs.frozen(repr=False)
 class History:
     """What one or several runs have shown; prints how each run ended, with its last main metrics.
+
+    Example:
+      >>> rounds = Table([{"process": "KL", "seed": 0, "round": 3, "evaluation/accuracy": 0.5}])
+      >>> History(rounds, Table(), {("KL", 0): None}, {("KL", 0): "finished"})
+      process  seed  round     ended  evaluation/accuracy
+           KL     0      3  finished                  0.5
 
     Attributes:
       rounds: A record for each round, with `process`, `seed` and `round`, the flat metrics, and
@@ -157,12 +231,14 @@ class History:
         shows of single clients (see `client_records`).
       states: The last state by `(process, seed)`.
       ended: How each run ended, by `(process, seed)`: "finished", "stopped" or "interrupted".
+      kept: The best round and its state by `(process, seed)`, where `keep_best` was given.
     """
 
     rounds: Table
     clients: Table
     states: dict[tuple[str, int], Any]
     ended: dict[tuple[str, int], str]
+    kept: dict[tuple[str, int], Kept] = attrs.field(factory=dict)
 
     def __repr__(self) -> str:
         return repr(self._ends())
@@ -179,8 +255,78 @@ class History:
             end = {"process": process, "seed": seed, "round": done, "ended": how}
             for record in mine:
                 end.update(main_metrics(record))
+            if (process, seed) in self.kept:
+                end["best_round"] = self.kept[process, seed].round
             ends.append(end)
         return Table(ends)
+
+    def summary(self, metric: str, *, target: float | None = None, last: int = 1) -> Table:
+        """A row for each process: a metric in the end over seeds, and rounds to a target.
+
+        ```
+        v_s = mean of the metric over the last rounds of seed s that show it
+        mean = mean of v_s        spread = standard deviation of v_s, with n - 1; nan for one seed
+        rounds_to_target = median over seeds of the first round that is as good as the target
+        ```
+
+        A seed that never gets there counts as infinitely many rounds. `to_markdown` and `to_latex` make
+        a table for a page or a paper.
+
+        Example:
+          >>> rounds = Table([
+          ...     {"process": name, "seed": seed, "round": r, "accuracy": a * r + seed / 10}
+          ...     for name, a in (("slow", 0.1), ("fast", 0.2)) for seed in (0, 1) for r in (1, 2, 3)
+          ... ])
+          >>> history = History(rounds, Table(), {}, {})
+          >>> history.summary("accuracy", target=0.5)
+          process  seeds  mean   spread  rounds_to_target
+             slow      2  0.35  0.07071               inf
+             fast      2  0.65  0.07071               2.5
+          >>> history.best("accuracy")["process"]
+          'fast'
+
+        Args:
+          metric: `"max NAME"` or `"min NAME"`, or the name of an accuracy or a loss.
+          target: A value to be reached; None for no such column.
+          last: How many rounds the end is.
+
+        Raises:
+          ValueError: No round shows the metric.
+        """
+        wanted, last = goal("metric", metric), whole(last)
+        check_whole("last", last, 1)
+        curves: dict[str, dict[int, list[tuple[int, float]]]] = {}
+        for record in self.rounds:
+            if wanted.name in record:
+                by_seed = curves.setdefault(record["process"], {})
+                point = (record["round"], float(record[wanted.name]))
+                by_seed.setdefault(record["seed"], []).append(point)
+        if not curves:
+            raise ValueError(
+                f"`metric` must be a metric of the history; found {wanted.name!r}, and there are "
+                f"{self.rounds.columns}."
+            )
+        rows = []
+        for process, by_seed in curves.items():
+            ends = [np.mean([value for _, value in curve[-last:]]) for curve in by_seed.values()]
+            row = {"process": process, "seeds": len(ends), "mean": float(np.mean(ends))}
+            row["spread"] = float(np.std(ends, ddof=1)) if len(ends) > 1 else math.nan
+            if target is not None:
+                reached = [
+                    next((n for n, v in curve if wanted.sign * (v - target) >= 0), math.inf)
+                    for curve in by_seed.values()
+                ]
+                row["rounds_to_target"] = float(np.median(reached))
+            rows.append(row)
+        return Table(rows)
+
+    def best(self, metric: str, *, last: int = 1) -> dict[str, Any]:
+        """The row of `summary` with the best mean: the rate, or the rule, that did best in a grid.
+
+        A process whose mean is not a number is never the best.
+        """
+        rows, wanted = self.summary(metric, last=last), goal("metric", metric)
+        return max(rows, key=lambda row: wanted.value({wanted.name: row["mean"]}))
 
     @property
     def state(self) -> Any:
@@ -196,7 +342,11 @@ class History:
     def materialized(self, process: Any) -> "History":
         """The same with plain states in the place of those of a `ResidentProcess`."""
         states = {run: process.materialize(state) for run, state in self.states.items()}
-        return attrs.evolve(self, states=states)
+        kept = {
+            run: attrs.evolve(one, state=process.materialize(one.state))
+            for run, one in self.kept.items()
+        }
+        return attrs.evolve(self, states=states, kept=kept)
 
     def only(self, process: str, seed: int = 0) -> "History":
         """The history of one run among several."""
@@ -211,6 +361,7 @@ class History:
             clients=self.clients.where(process=process, seed=seed),
             states={run: self.states[run]},
             ended={run: self.ended[run]},
+            kept={run: self.kept[run]} if run in self.kept else {},
         )
 
 
@@ -221,4 +372,5 @@ def join(histories: Sequence[History]) -> History:
         clients=Table([record for history in histories for record in history.clients]),
         states={run: state for history in histories for run, state in history.states.items()},
         ended={run: how for history in histories for run, how in history.ended.items()},
+        kept={run: one for history in histories for run, one in history.kept.items()},
     )

@@ -10,8 +10,9 @@ import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.interrupts import end_worker_at_exit
-from tff_optim.simulation import arguments, cohorts, interrupts, starts
+from tff_optim.simulation import arguments, checks, cohorts, interrupts, starts
 from tff_optim.simulation.history import History, Table, join
+from tff_optim.simulation.per_client import PerClient
 from tff_optim.simulation.threads import side_by_side
 from tff_optim.simulation.training import train
 
@@ -21,9 +22,12 @@ def run(
     clients: Any,
     *,
     rounds: int,
-    clients_per_round: int,
+    clients_per_round: int | Callable[[int], int] | None = None,
+    draw: cohorts.Draw | None = None,
+    hparams: Callable[..., Mapping[str, Any]] | None = None,
     seed: int | Sequence[int] = 0,
-    evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
+    evaluate: Callable[..., Mapping[str, Any]] | None = None,
+    per_client: PerClient | None = None,
     rounds_per_evaluation: int = 1,
     directory: str | os.PathLike[str] | None = None,
     rounds_per_checkpoint: int = 10,
@@ -31,7 +35,8 @@ def run(
     compare_data: bool = True,
     progress: bool = True,
     stop: Callable[[Table], bool] | None = None,
-    managers: Sequence[tff.program.ReleaseManager] = (),
+    keep_best: str | None = None,
+    managers: Sequence[tff.program.ReleaseManager] | Callable[..., Any] = (),
     client_states: Callable[..., Any] | None = None,
     initial_weights: Any = None,
     runs_at_once: int | None = None,
@@ -78,9 +83,19 @@ def run(
         list of them. A function in its place is called once with each seed, before training,
         and returns one of these, so that clients may differ too.
       rounds: Rounds of training, those before a resume included: no fewer than `directory` holds.
-      clients_per_round: Clients drawn for each round, uniformly and without replacement.
+      clients_per_round: Clients drawn for each round, uniformly and without replacement; a number,
+        or a function from a round to one.
+      draw: In its place, a function that draws otherwise: of the round, the ids of all clients, and
+        a `numpy.random.Generator` that seed and round alone decide. It returns a list of ids, and
+        an empty one for a round that leaves the model alone. See `poisson`.
+      hparams: Called before each round with its number, returns what `process.set_hparams` is to
+        set: some numbers by name, such as `{"finalizer/learning_rate": 0.1}`. Nothing is traced
+        again. What is left out stays as it is. Rounds show what was set, as `hparams/NAME`.
       seed: Of the draws, or several.
-      evaluate: Called with the model weights, returns numbers by name.
+      evaluate: Called with the model weights, returns numbers by name; several sets are mappings by
+        name in one. It is also the hook that sees the model after a round.
+      per_client: A `PerClient`: evaluates the model on single clients, those of the round or of a
+        federation that is held out.
       rounds_per_evaluation: How often; also before the first round.
       directory: Where to keep files. With several runs each has a folder of its own,
         `NAME/seed_N`.
@@ -94,9 +109,16 @@ def run(
       compare_data: Whether the data of clients (of 100, spread over the ids, where there are more)
         are among what is the same: their specification, number of elements and first element. A
         millisecond or a few for each.
-      progress: Whether to show a bar on a terminal or in a notebook.
-      stop: Called after each round with the rounds so far; true ends the run. See `no_better`.
-      managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round.
+      progress: Whether to show a bar on a terminal or in a notebook, and where stderr is a log file, a
+        line every ten seconds at most.
+      stop: Called after each round with the rounds so far; true ends the run. See
+        `no_better` and `reached`.
+      keep_best: A metric, such as "evaluation/accuracy", whose best round is kept beside the last two:
+        its state is in `History.kept`, and in `best/`. Names say which way is better by "accuracy" or
+        "loss", others by "max NAME" or "min NAME".
+      managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round; or a
+        function, called for each run with its name and seed, that returns them. After a kill, rounds
+        since the last saved state are released again.
       client_states: `aggregators.ClientStates`, for processes whose clients keep a state
         (`build_scaffold`): each run has a store of its own, in its folder or in memory. It can
         go back to both checkpoints, so that a resumed run finds the states of its round.
@@ -110,6 +132,10 @@ def run(
         (functions that build or evaluate, data, `stop`, managers) is called by one run at a
         time, and one `ResidentProcess` trains one run at a time: give a function of the seed
         that makes one.
+
+    `evaluate` and `hparams` may also have parameters named `process` (its name) and `seed`, without
+    defaults, and `evaluate` one named `round`: they are given what they ask for. So one process under
+    several names is trained at several rates, for example.
 
     Returns:
       A `History`. The states of a `ResidentProcess` that a function made are plain ones, since it is
@@ -127,33 +153,38 @@ def run(
         arguments.as_seeds(seed),
         arguments.as_path(directory),
     )
-    clients_per_round = cohorts.whole(clients_per_round)
     by_seed = {number: clients(number) if callable(clients) else clients for number in seeds}
-    for some in by_seed.values():
-        cohorts.check_size(clients_per_round, len(cohorts.clients_by_id(some)[0]))
     plan = arguments.Plan(
         rounds=rounds,
+        draw=draw,
         clients_per_round=clients_per_round,
+        hparams=hparams,
         evaluate=evaluate,
+        per_client=per_client,
         rounds_per_evaluation=rounds_per_evaluation,
         rounds_per_checkpoint=rounds_per_checkpoint,
         resume=resume,
         compare_data=compare_data,
         progress=progress,
         stop=stop,
-        managers=tuple(managers),
+        keep_best=keep_best,
+        managers=managers,
         client_states=client_states,
         starts=starts.Starts(
             {number: starts.initial_weights(initial_weights, number) for number in seeds},
             compared=len(processes) > 1,
         ),
     )
+    for some in by_seed.values():
+        ids, _ = cohorts.clients_by_id(some)
+        if isinstance(plan.clients_per_round, int):
+            cohorts.check_size(plan.clients_per_round, len(ids))
     arguments.check_states_are_kept(client_states, processes)
     end_worker_at_exit()
     half = max(len(os.sched_getaffinity(0)) // 2, 1)
-    at_once: int = half if runs_at_once is None else cohorts.whole(runs_at_once)
-    cohorts.check_whole("runs_at_once", at_once, 1)
-    several = isinstance(process, Mapping) or not isinstance(cohorts.whole(seed), int)
+    at_once: int = half if runs_at_once is None else checks.whole(runs_at_once)
+    checks.check_whole("runs_at_once", at_once, 1)
+    several = isinstance(process, Mapping) or not isinstance(checks.whole(seed), int)
 
     def train_one(name: str, number: int) -> list[History]:
         if interrupt.requested:
@@ -163,7 +194,7 @@ def run(
             folder = os.path.join(folder, name, f"seed_{number}")
         with _built(processes[name], number, name, plan) as one:
             drawn = cohorts.Cohorts(
-                by_seed[number], clients_per_round, number, arguments.data_type(one)
+                by_seed[number], plan.clients_per_round, draw, number, arguments.data_type(one)
             )
             history = train(one, drawn, plan, folder, interrupt, name, number)
             is_closed = one is not processes[name] and hasattr(one, "materialize")

@@ -1,6 +1,7 @@
-"""A progress bar as a release manager."""
+"""How far a run is: a bar on a terminal, lines in a log file."""
 
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 import tensorflow_federated as tff
 
 _SHOWN = 3
+_SECONDS = 10.0  # between two lines of a log file
 
 
 class ProgressBar(tff.program.ReleaseManager):
-    """Shows rounds, time left and main metrics on a terminal or in a notebook, and nothing elsewhere.
+    """Shows rounds, time left and main metrics: as a bar on a terminal or in a notebook, else in lines.
+
+    Where stderr is a log file, a line is written every ten seconds at most.
 
     Args:
       name: Of the run.
@@ -23,7 +27,10 @@ class ProgressBar(tff.program.ReleaseManager):
     def __init__(self, name: str, rounds: int, done: int, visible: bool):
         self._bar: Any = None
         self._evaluation: dict[str, Any] = {}
-        if not visible or not (sys.stderr.isatty() or _in_notebook()):
+        self._name, self._rounds, self._done = name, rounds, done
+        self._began = self._told = time.monotonic()
+        self._in_lines = visible and not (sys.stderr.isatty() or _in_notebook())
+        if not visible or self._in_lines:
             return
         try:
             import tqdm
@@ -38,21 +45,39 @@ class ProgressBar(tff.program.ReleaseManager):
 
     async def release(self, value: Mapping[str, Any], key: int) -> None:
         """Shows round `key`: the last evaluation, or what training gave."""
-        if self._bar is None:
+        if self._bar is None and not self._in_lines:
             return
         main = main_metrics(value)
         self._evaluation.update({k: v for k, v in main.items() if k.startswith("evaluation/")})
         chosen = {**main, **self._evaluation}
         first = sorted(chosen, key=lambda name: not name.startswith("evaluation/"))[:_SHOWN]
-        self._bar.set_postfix(
-            {name.rpartition("/")[2]: f"{chosen[name]:.4g}" for name in first}, refresh=False
-        )
+        shown = {name.rpartition("/")[2]: f"{chosen[name]:.4g}" for name in first}
+        if self._in_lines:
+            self._write_line(key, shown)
+            return
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(key - self._bar.n)
+
+    def _write_line(self, key: int, shown: Mapping[str, str]) -> None:
+        now = time.monotonic()
+        if now - self._told < _SECONDS or key == self._done:
+            return
+        self._told, pace = now, (now - self._began) / (key - self._done)
+        texts = [f"round {key} of {self._rounds}", f"{pace:.3g} s a round"]
+        texts.append(f"{_time(pace * (self._rounds - key))} left")
+        texts += [f"{name} {text}" for name, text in shown.items()]
+        print(f"{self._name}: {', '.join(texts)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

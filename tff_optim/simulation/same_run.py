@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import attrs
 import numpy as np
 import tensorflow as tf
 
@@ -66,6 +67,8 @@ def describe(process: Any, state: Any, *, given: Any, **arguments: Any) -> dict[
 def of_function(function: Callable[..., Any] | None) -> str | None:
     """The name of a function and a fingerprint of its code; what the code refers to does not count.
 
+    A function that is frozen data, as `poisson(0.1)`, is what it prints.
+
     Example:
       >>> one, same, other = (eval(f"lambda w: {{'n': {n}}}") for n in (1, 1, 2))
       >>> of_function(one) == of_function(same) != of_function(other)
@@ -73,6 +76,8 @@ def of_function(function: Callable[..., Any] | None) -> str | None:
     """
     if function is None:
         return None
+    if attrs.has(type(function)):
+        return repr(function)
     inner: Any = function
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -143,11 +148,24 @@ def check(folder: str, run: dict[str, Any], *, resume: bool | str, files: Sequen
         )
 
 
-def take_over(folder: str, run: dict[str, Any], number: int) -> None:
-    """Writes down that a run goes on after a round with what differs, if something does."""
+def last_change(folder: str) -> int:
+    """The round after which the run of a folder has gone on as another one; 0 if it never has."""
+    changes = _read(os.path.join(folder, FILE)).get(_CHANGES, [])
+    return int(changes[-1]["after_round"]) if changes else 0
+
+
+def take_over(folder: str, run: dict[str, Any], number: int, others: Sequence[str]) -> None:
+    """Writes down that a run goes on after a round with what differs, if something does.
+
+    Args:
+      folder: The run's.
+      run: See `describe`.
+      number: The round.
+      others: Names of functions that return something else than before.
+    """
     path = os.path.join(folder, FILE)
     found = _read(path)
-    names = _differences(run, found)
+    names = list(dict.fromkeys([*_differences(run, found), *others]))
     if found.get(_VERSIONS) != run[_VERSIONS]:
         names.append(_VERSIONS)
     if names:

@@ -1,12 +1,16 @@
 """When a run ends before its last round: functions for `stop` of `run`."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from tff_optim.simulation import cohorts
+from tff_optim.core.messages import shown
+from tff_optim.simulation import checks
+from tff_optim.simulation.goals import goal
 from tff_optim.simulation.history import Table
 
 
-def no_better(name: str, rounds: int, *, larger_is_better: bool = False) -> Callable[[Table], bool]:
+def no_better(metric: str, rounds: int) -> Callable[[Table], bool]:
     """Ends a run whose metric has had no new best value for a number of rounds.
 
     Example:
@@ -17,25 +21,60 @@ def no_better(name: str, rounds: int, *, larger_is_better: bool = False) -> Call
       [False, False, False, True]
 
     Args:
-      name: Of the metric. Rounds without it, or where it is not finite, are no new best.
+      metric: `"max NAME"` or `"min NAME"`, or the name of an accuracy or a loss. Rounds without it, or
+        where it is not finite, are no new best.
       rounds: How many rounds may pass.
-      larger_is_better: As for an accuracy.
 
     Returns:
       A function for `stop` of `run`.
     """
-    cohorts.check_whole("rounds", cohorts.whole(rounds), 1)
-    sign = 1.0 if larger_is_better else -1.0
+    wanted = goal("metric", metric)
+    checks.check_whole("rounds", checks.whole(rounds), 1)
 
     def stop(table: Table) -> bool:
-        values = [(record["round"], sign * record[name]) for record in table if name in record]
-        if not values and len(table) > rounds:
-            raise ValueError(
-                f"`name` must be a metric of the run; found {name!r}, and there are {table.columns}."
-            )
-        finite = [(number, value) for number, value in values if abs(value) < float("inf")]
-        first = table[0]["round"] if len(table) else 0
-        best = max(finite, key=lambda pair: pair[1])[0] if finite else first
-        return len(table) > 0 and table[-1]["round"] - best >= rounds
+        if not len(table):
+            return False
+        best, *_ = table.running(newer, (table[0]["round"], False, -math.inf))
+        return bool(table[-1]["round"] - best >= rounds)
+
+    def newer(
+        so_far: tuple[int, bool, float], record: Mapping[str, Any]
+    ) -> tuple[int, bool, float]:
+        best, seen, value = so_far
+        if not seen:
+            wanted.check("metric", record)
+        seen, now = seen or wanted.name in record, wanted.value(record)
+        return (record["round"], seen, now) if now > value else (best, seen, value)
+
+    return stop
+
+
+def reached(metric: str, value: float) -> Callable[[Table], bool]:
+    """Ends a run as soon as a metric is at least, or at most, as good as a target.
+
+    Example:
+      >>> stop = reached("evaluation/accuracy", 0.9)
+      >>> [stop(Table([{"round": 1, "evaluation/accuracy": a}])) for a in (0.89, 0.9)]
+      [False, True]
+
+    Args:
+      metric: `"max NAME"` or `"min NAME"`, or the name of an accuracy or a loss.
+      value: The target.
+
+    Returns:
+      A function for `stop` of `run`.
+    """
+    wanted = goal("metric", metric)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"`value` must be a finite number; found {shown(value)}.")
+
+    def stop(table: Table) -> bool:
+        table.running(seen, False)
+        return len(table) > 0 and wanted.value(table[-1]) >= wanted.sign * value
+
+    def seen(so_far: bool, record: Mapping[str, Any]) -> bool:
+        if not so_far:
+            wanted.check("metric", record)
+        return so_far or wanted.name in record
 
     return stop

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,9 +12,11 @@ import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.resident import client_data
-from tff_optim.simulation import metrics, same_run, stores
+from tff_optim.simulation import calls, hparams, metrics, same_run, stores, workers
 from tff_optim.simulation.arguments import Plan
 from tff_optim.simulation.cohorts import Cohorts
+from tff_optim.simulation.evaluation import COLUMN as _EVALUATION
+from tff_optim.simulation.evaluation import Evaluation
 from tff_optim.simulation.folder import Folder
 from tff_optim.simulation.history import History, Table
 from tff_optim.simulation.interrupts import Interrupt
@@ -22,7 +24,9 @@ from tff_optim.simulation.progress import ProgressBar
 from tff_optim.simulation.threads import on_a_loop, wait
 
 _TIME = tff.simulation.TRAINING_TIME_KEY
-_EVALUATION = "evaluation/"
+_DRAWN = "drawn_clients"  # where a round may have another number of them
+_IS_DRAWN = "drawn"  # where a row may be of a client that is evaluated alone
+_TAKEN = ("round", "process", "seed", _TIME, _EVALUATION, hparams.COLUMN, _DRAWN)
 _STUCK = 3  # rounds without a change that are told
 
 
@@ -42,7 +46,7 @@ def train(
     """Runs one process with one seed; see `run`."""
 
     def on_this_loop() -> History:
-        with contextlib.closing(Folder(folder)) as where:
+        with contextlib.closing(Folder(folder, plan.keep_best)) as where:
             return _Run(process, cohorts, plan, where, interrupt, name, seed).history()
 
     return on_a_loop(on_this_loop)
@@ -63,6 +67,10 @@ class _Run:
     ):
         self._process, self._cohorts, self._plan, self._folder = process, cohorts, plan, folder
         self._interrupt, self._run, self._initial = interrupt, (name, seed), None
+        self._evaluation = Evaluation(plan, cohorts, name, seed)
+        with plan.lock:
+            given = plan.managers
+            self._managers = list(given(name, seed) if callable(given) else given)
         if folder.path is not None:
             self._find(seed)
         self._store: Any = None  # of the states of clients
@@ -70,7 +78,9 @@ class _Run:
         self._done = folder.saved or 0
         self._in_round = False
         self._told = False  # that the model does not change
+        self._cohort: list[Any] = []
         self._of_clients: list[dict[str, Any]] = []
+        self._of_evaluation: dict[Any, dict[str, Any]] = {}  # by client
         self._bar: ProgressBar | None = None
 
     def _find(self, seed: int) -> None:
@@ -84,19 +94,64 @@ class _Run:
             self.initialize(),
             given=plan.starts.weights[seed],
             seed=seed,
-            clients_per_round=plan.clients_per_round,
+            clients_per_round=_written(plan.clients_per_round),
+            draw=same_run.of_function(plan.draw),
+            hparams=same_run.of_function(plan.hparams),
+            keep_best=plan.keep_best and str(plan.keep_best),
             ids=same_run.of_ids(cohorts.ids),
             data=data,
-            evaluate=same_run.of_function(plan.evaluate),
-            rounds_per_evaluation=plan.rounds_per_evaluation if plan.evaluate else None,
+            **self._evaluation.described(),
         )
-        folder.find(run, self._process, self.initialize(), cohorts.ids, resume=plan.resume)
+        ids = list(dict.fromkeys([*cohorts.ids, *self._evaluation.ids]))
+        folder.find(run, self._process, self.initialize(), ids, resume=plan.resume)
         saved = folder.saved or 0
         if saved > plan.rounds:
             raise ValueError(
                 f"`rounds` must be at least {saved}, those that {folder.path} holds; found "
                 f"{plan.rounds}. Give {saved} for these, or name another directory."
             )
+        if saved:
+            self._check_rounds(same_run.last_change(folder.path))
+
+    def _check_rounds(self, last_change: int) -> None:
+        """Raises `ValueError` if rounds since a change had other clients or numbers set."""
+        drawn: dict[int, list[Any]] = {}
+        for row in self._folder.clients:
+            if row.get(_IS_DRAWN, True):
+                drawn.setdefault(row["round"], []).append(row["client"])
+        prefix = hparams.COLUMN
+        for record in self._folder.rounds:
+            number = record["round"]
+            if number <= last_change:
+                continue
+            with self._plan.lock:
+                now = self._cohorts.draw(number)
+            before = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(prefix)}
+            drawn_by = "draw" if self._plan.draw else "clients_per_round"
+            self._check_same(drawn_by, number, now, drawn.get(number, []))
+            self._check_same("hparams", number, self._numbers(number), before)
+
+    def _check_same(self, name: str, number: int, now: Any, before: Any) -> None:
+        """Raises `ValueError` if a function returns something else for a round, or notes that."""
+        if now == before:
+            return
+        if self._plan.resume != "changed":
+            raise ValueError(
+                f"`{name}` must give what it gave in {self._folder.path}, {shown(before)} for round "
+                f"{number}; found {shown(now)}. A function must depend on what it is given alone. "
+                "Name another directory, or go on all the same with `resume='changed'`."
+            )
+        if name not in self._folder.changed:
+            self._folder.changed.append(name)
+
+    def _numbers(self, number: int) -> dict[str, Any]:
+        """The hyperparameters that are set before a round, by name."""
+        if self._plan.hparams is None:
+            return {}
+        process, seed = self._run
+        with self._plan.lock:
+            given = calls.call(self._plan.hparams, number, process=process, seed=seed)
+        return hparams.named(given)
 
     def history(self) -> History:
         """Trains, saves what is not saved yet, and tells."""
@@ -115,12 +170,16 @@ class _Run:
         between = self._plan.rounds_per_checkpoint
         # Two checkpoints are kept, and the older one counts if the newer one is damaged.
         keep = 1 if folder.path is None else between + max(between, folder.reach)
-        return stores.opened(factory, self._cohorts.ids, folder.path, keep, folder.saved or 0)
+        # A round without clients is none for the store, nor for the server's state.
+        empty = sum(record.get(_DRAWN, 1) == 0 for record in folder.rounds)
+        done = (folder.saved or 0) - empty
+        return stores.opened(factory, self._cohorts.ids, folder.path, keep, done)
 
     def _train(self) -> History:
         plan, run = self._plan, self._run
         ended, rounds = "finished", plan.rounds
         saved = self._folder.saved or 0
+        self._so_far = self._table(self._folder.rounds)
         if saved and self._is_enough():
             ended, rounds = "stopped", saved
         self._bar = ProgressBar(f"{run[0]}, seed {run[1]}", rounds, saved, plan.progress)
@@ -129,8 +188,8 @@ class _Run:
                 self,
                 self._draw,
                 rounds,
-                evaluation_fn=self._evaluate if plan.evaluate else None,
-                evaluation_selection_fn=lambda number: None,
+                evaluation_fn=self._evaluate if self._evaluation else None,
+                evaluation_selection_fn=lambda number: number,
                 rounds_per_evaluation=plan.rounds_per_evaluation,
                 program_state_manager=self._folder,
                 rounds_per_saving_program_state=plan.rounds_per_checkpoint,
@@ -147,11 +206,14 @@ class _Run:
         finally:
             self._bar.close()
         wait(self._folder.save(self._state, self._done))
+        best = self._folder.best
+        kept = None if best is None else best.kept(self._state)
         return History(
             rounds=self._table(self._folder.rounds),
             clients=self._table(self._folder.clients),
             states={run: self._state},
             ended={run: ended},
+            kept={} if kept is None else {run: kept},
         )
 
     def _rescue(self, error: Exception) -> None:
@@ -167,26 +229,35 @@ class _Run:
         """The initial state, made once."""
         if self._initial is None:
             self._initial = self._plan.starts.begin(self._process, *self._run)
+            workers.watch()
         return self._initial
 
     def next(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
         """A round, with flat metrics; clients' states count once it has ended."""
         if self._state is None and self._folder.saved is not None:
             self._check_evaluate(state)
+        number = self._done + 1
+        numbers = self._numbers(number)
+        state = hparams.with_numbers(self._process, state, numbers)
         ids = [str(client) for client in self._cohort]
         plain = contextlib.nullcontext(data)
-        with plain if self._store is None else self._store.cohort(ids, data) as cohort:
+        with plain if self._store is None or not ids else self._store.cohort(ids, data) as cohort:
             self._in_round = True
             try:
-                state, found = _pair(self._process.next(state, cohort))
+                # Without clients there is nothing that a server's optimizer should step on.
+                state, found = _pair(self._process.next(state, cohort)) if ids else (state, {})
             except Exception as error:
                 client_data.explain(error, zip(self._cohort, data, strict=True))
                 raise
             self._in_round = False
+        workers.watch()  # TFF starts another one where one is lost
         self._of_clients = metrics.client_records(found, self._cohort)
         self._next_state, self._initial = state, None
         flat = metrics.flatten(found)
-        metrics.check_names(flat, "process", ("round", "process", "seed", _TIME, _EVALUATION))
+        metrics.check_names(flat, "process", _TAKEN)
+        flat |= {hparams.COLUMN + name: value for name, value in numbers.items()}
+        if self._cohorts.varies:
+            flat[_DRAWN] = len(ids)
         return state, collections.OrderedDict(flat)
 
     def _draw(self, number: int) -> list[Any]:
@@ -195,18 +266,16 @@ class _Run:
                 raise _StopTraining("interrupted")
             if self._is_enough():
                 raise _StopTraining("stopped")
-        self._cohort = self._cohorts.draw(number)
         with self._plan.lock:
-            return self._cohorts.data(number)
+            self._cohort = self._cohorts.draw(number)
+            return self._cohorts.data(self._cohort)
 
     def _is_enough(self) -> bool:
         with self._plan.lock:
-            return self._plan.stop is not None and bool(
-                self._plan.stop(self._table(self._folder.rounds))
-            )
+            return self._plan.stop is not None and bool(self._plan.stop(self._so_far))
 
     def _check_evaluate(self, state: Any) -> None:
-        """Raises `ValueError` if `evaluate` gives other numbers than the run's for the same weights."""
+        """Raises `ValueError` if the same weights are evaluated to other numbers than the run's."""
         found = {
             name.removeprefix(_EVALUATION): value
             for record in self._folder.rounds
@@ -214,10 +283,15 @@ class _Run:
             if record["round"] == self._done and name.startswith(_EVALUATION)
         }
         found.pop(tff.simulation.EVALUATION_TIME_KEY, None)
-        if self._plan.evaluate is None or not found or self._plan.resume == "changed":
+        if not self._evaluation or not found or self._plan.resume == "changed":
             return
-        now = self._evaluate(state, None)
-        if not metrics.alike(now, found) and metrics.alike(now, self._evaluate(state, None)):
+        rows = (row for row in self._folder.clients if row["round"] == self._done)
+        drawn = [row["client"] for row in rows if row.get(_IS_DRAWN, True)]
+        now, _ = self._evaluated(state, self._done, drawn)
+        if metrics.alike(now, found):
+            return
+        again, _ = self._evaluated(state, self._done, drawn)
+        if metrics.alike(now, again):
             names = [name for name in {**now, **found} if now.get(name) != found.get(name)][:3]
             mine, theirs = ({name: one.get(name) for name in names} for one in (now, found))
             raise ValueError(
@@ -226,38 +300,39 @@ class _Run:
                 "directory, or go on all the same with `resume='changed'`."
             )
 
-    def _evaluate(self, state: Any, unused: Any) -> dict[str, Any]:
-        del unused
+    def _evaluate(self, state: Any, number: int) -> dict[str, Any]:
+        found, self._of_evaluation = self._evaluated(state, number, self._cohort)
+        return found
+
+    def _evaluated(self, state: Any, number: int, cohort: Sequence[Any]) -> tuple[Any, Any]:
         read = getattr(self._process, "get_model_weights", lambda state: state)
-        assert self._plan.evaluate is not None
-        weights = read(state)
-        with self._plan.lock:
-            found = self._plan.evaluate(weights)
-        if not isinstance(found, Mapping):
-            raise TypeError(
-                f"`evaluate` must return a mapping from names to numbers; found {shown(found)}."
-            )
-        flat = metrics.flatten(found)
-        metrics.check_names(flat, "evaluate", (tff.simulation.EVALUATION_TIME_KEY,))
-        for name, value in flat.items():
-            if not isinstance(value, int | float | str):
-                raise TypeError(
-                    f"`evaluate` must return a mapping from names to numbers; found {shown(value)} "
-                    f"at {name!r}."
-                )
-        return flat
+        return self._evaluation(read(state), number, cohort)
 
     async def _release(self, value: Mapping[str, Any], number: int) -> None:
         record = {k: v for k, v in value.items() if k != tff.simulation.ROUND_NUMBER_KEY}
-        self._folder.add(number, record, self._of_clients if number else [])
+        self._folder.add(number, record, self._rows(number))
+        self._so_far.append(self._named(self._folder.rounds[-1]))
         if number:
             self._state, self._done = self._next_state, number
             self._warn_if_stuck()
+        if self._folder.best is not None:
+            state = self._state if number else self.initialize()
+            self._folder.best.see(number, record, state)
         with self._plan.lock:
-            for manager in self._plan.managers:
+            for manager in self._managers:
                 await manager.release(record, number)
         assert self._bar is not None
         await self._bar.release(record, number)
+
+    def _rows(self, number: int) -> list[dict[str, Any]]:
+        """A row for each client that was drawn or evaluated."""
+        rows, evaluated = self._of_clients if number else [], self._of_evaluation
+        self._of_evaluation = {}
+        if self._plan.per_client is None or self._plan.per_client.clients is None:
+            return [{**row, **evaluated.get(row["client"], {})} for row in rows]
+        drawn = [{**row, _IS_DRAWN: True, **evaluated.pop(row["client"], {})} for row in rows]
+        others = evaluated.items()
+        return drawn + [{"client": one, _IS_DRAWN: False, **found} for one, found in others]
 
     def _warn_if_stuck(self) -> None:
         """Warns once of a model that several rounds in a row have left alone."""
@@ -275,8 +350,11 @@ class _Run:
         )
 
     def _table(self, records: list[dict[str, Any]]) -> Table:
+        return Table([self._named(record) for record in records])
+
+    def _named(self, record: Mapping[str, Any]) -> dict[str, Any]:
         process, seed = self._run
-        return Table([{"process": process, "seed": seed, **record} for record in records])
+        return {"process": process, "seed": seed, **record}
 
 
 @attrs.frozen
@@ -295,3 +373,8 @@ def _pair(output: Any) -> tuple[Any, Any]:
         return output.state, output.metrics
     state, found = output
     return state, found if isinstance(found, Mapping) else {"result": found}
+
+
+def _written(size: Any) -> Any:
+    """A number as it is, and a function in short."""
+    return same_run.of_function(size) if callable(size) else size

@@ -1,0 +1,83 @@
+"""Best: the round that was best so far, and its state, kept beside the last ones."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tff_optim.simulation.checkpoints import Checkpoints
+from tff_optim.simulation.goals import Goal
+from tff_optim.simulation.history import Kept
+from tff_optim.simulation.records import Record
+from tff_optim.simulation.threads import wait
+
+FOLDER = "best"
+
+
+class Best:
+    """The best round of a run so far, and its state.
+
+    The state is held, and written when the last one is: so it is of a round that counts after a kill.
+    Two are kept in files, those that were best when either of the two last states was saved.
+
+    Args:
+      goal: What is best.
+      checkpoints: Where the states are saved; None to hold them alone.
+
+    Attributes:
+      round: The best one so far; None before the first.
+    """
+
+    def __init__(self, goal: Goal, checkpoints: Checkpoints | None):
+        self._goal, self._checkpoints = goal, checkpoints
+        self.round: int | None = None
+        self._value, self._state = -math.inf, None
+        self._saved: int | None = None
+        self._seen = False
+
+    def take_up(self, saved: int | None, records: Sequence[Record]) -> None:
+        """Goes on after some rounds.
+
+        Args:
+          saved: The best of these, whose state is in a file; None if there is none.
+          records: Theirs.
+        """
+        for record in records:
+            self._seen = self._seen or self._goal.name in record
+            if record["round"] == saved:
+                self.round = self._saved = saved
+                self._value = self._goal.value(record)
+
+    def see(self, number: int, record: Mapping[str, Any], state: Any) -> None:
+        """Looks at a round; the first of several that are equally good is the best.
+
+        Raises:
+          ValueError: The round does not show the metric.
+        """
+        if not self._seen:
+            self._goal.check("keep_best", {"round": number, **record})
+        self._seen = self._seen or self._goal.name in record
+        value = self._goal.value(record)
+        if value > self._value:
+            self.round, self._value, self._state = number, value, state
+
+    async def save(self) -> dict[str, Any]:
+        """Saves the best state, unless it is saved; returns what tells its files, or nothing."""
+        if self._checkpoints is None or self.round is None or self.round == self._saved:
+            return {}
+        digest = await self._checkpoints.save(self._state, self.round)
+        self._saved, self._state = self.round, None  # it is loaded in the end
+        return {"best": self.round, "files": digest}
+
+    def kept(self, structure: Any) -> Kept | None:
+        """The best round with its state; None if no round has shown a finite number.
+
+        Args:
+          structure: A state, in whose structure one is loaded.
+        """
+        if self.round is None:
+            return None
+        state = self._state
+        if state is None:
+            assert self._checkpoints is not None
+            state = wait(self._checkpoints.load(self.round, structure))
+        return Kept(self.round, self._goal.sign * self._value, state)

@@ -1,0 +1,64 @@
+"""Functions of the caller: given what they ask for by name, and checked before the first round."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tff_optim.core.messages import shown
+
+
+def call(function: Callable[..., Any], *given: Any, **offered: Any) -> Any:
+    """Calls a function, with those of the offered values that it has parameters for.
+
+    That is a parameter of the same name without a default: one with a default may have got another
+    meaning from whoever wrote it, as in `lambda weights, seed=seed: ...`.
+
+    Example:
+      >>> call(lambda weights, seed: (weights, seed), "w", seed=3, round=7)
+      ('w', 3)
+    """
+    return function(*given, **{name: offered[name] for name in _asked(function, list(offered))})
+
+
+def check(
+    name: str, function: Any, given: Sequence[str], offered: Sequence[str], *, optional: bool = True
+) -> None:
+    """Raises `TypeError` unless this is a function that `call` can call.
+
+    Args:
+      name: Of the argument that holds it.
+      function: What was given.
+      given: Names of what it is called with, by position.
+      offered: Names of what it may ask for.
+      optional: Whether it may be None.
+    """
+    if optional and function is None:
+        return
+    if not callable(function):
+        none = " or None" if optional else ""
+        raise TypeError(f"`{name}` must be a function{none}; found {shown(function)}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a built-in function
+        return
+    try:
+        signature.bind(*given, **dict.fromkeys(_asked(function, offered)))
+    except TypeError as error:
+        may = f", and of {', '.join(offered)} what it names" if offered else ""
+        raise TypeError(
+            f"`{name}` must be a function of {', '.join(given)}{may}; found one of {signature} "
+            f"({error})."
+        ) from None
+
+
+def _asked(function: Callable[..., Any], offered: Sequence[str]) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a built-in function
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        one.name
+        for one in parameters
+        if one.name in offered and one.kind in kinds and one.default is one.empty
+    ]

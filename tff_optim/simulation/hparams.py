@@ -1,0 +1,74 @@
+"""Numbers of a process that change by round, in its state: nothing is traced again."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tff_optim.core.messages import shown
+from tff_optim.simulation import metrics
+
+COLUMN = "hparams/"
+
+
+def named(given: Any) -> dict[str, Any]:
+    """The numbers that `hparams` has returned, by paths as in `flatten`.
+
+    Raises:
+      TypeError: It has returned something else.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "`hparams` must return a mapping from names to numbers; found "
+            f"{shown(given)}. Return {{}} for a round that changes nothing."
+        )
+    flat = metrics.flatten(given)
+    for name, value in flat.items():
+        if isinstance(value, str) or value is None or value != value:
+            raise ValueError(f"`hparams` must return numbers; found {shown(value)} at {name!r}.")
+    return flat
+
+
+def with_numbers(process: Any, state: Any, numbers: Mapping[str, Any]) -> Any:
+    """The state with some of its hyperparameters set, by their paths.
+
+    Args:
+      process: With `get_hparams` and `set_hparams`, as a `LearningProcess` has them.
+      state: Of the process.
+      numbers: See `named`.
+
+    Raises:
+      ValueError: There is no such hyperparameter, or it is of another kind.
+    """
+    if not numbers:
+        return state
+    there = process.get_hparams(state) if hasattr(process, "get_hparams") else {}
+    known = metrics.flatten(there)
+    unknown = sorted(set(numbers) - set(known))
+    if unknown:
+        raise ValueError(
+            f"`hparams` must name hyperparameters of the process; found {unknown}. There are "
+            f"{sorted(known)}."
+        )
+    return process.set_hparams(state, _replaced(there, numbers, ()))
+
+
+def _replaced(value: Any, numbers: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    if isinstance(value, Mapping):
+        members = {key: _replaced(one, numbers, (*path, str(key))) for key, one in value.items()}
+        return OrderedDict(members)
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(one, numbers, (*path, str(i))) for i, one in enumerate(value))
+    name = "/".join(path)
+    if name not in numbers:
+        return value
+    wanted = np.asarray(value).dtype
+    with np.errstate(over="ignore"):
+        found = np.asarray(numbers[name]).astype(wanted)
+    # A fraction for a whole number, or a number beyond what the type holds.
+    if not np.isclose(float(found), float(numbers[name]), rtol=1e-3, atol=1e-30):
+        raise ValueError(
+            f"`hparams` must return a number of {wanted} at {name!r}; found {shown(numbers[name])}."
+        )
+    return found
