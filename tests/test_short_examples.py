@@ -1,12 +1,15 @@
 """The short examples do, in a few rounds, what they say, and stay short."""
 
 import ast
+import http.server
 import importlib
 import itertools
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -63,6 +66,57 @@ def test_old_code_trains_as_it_is_written_now(example):
     losses, evaluated = example("porting").main("6")
     assert losses[-1] < losses[0]
     assert evaluated < losses[0]
+
+
+def test_rules_are_compared_on_every_client(example, tmp_path, capfd):
+    assert len((EXAMPLES / "compare_fairness.py").read_text().splitlines()) < 60
+    history = example("compare_fairness").main("1", "2", str(tmp_path))
+    assert len(history.ended) == 10
+    held_out = history.clients.where(process="jury", seed=1, round=1)
+    shares = held_out["evaluation/accuracy"]
+    assert len(shares) == 20
+    (record,) = history.rounds.where(process="jury", seed=1, round=1)
+    assert record["evaluation/clients/accuracy/mean"] == pytest.approx(np.mean(shares))
+    worst = record["evaluation/clients/accuracy/lowest_decile"]
+    assert worst == pytest.approx(np.mean(np.sort(shares)[:2]))
+    assert capfd.readouterr().out.count("| jury |") == 2
+    assert (tmp_path / "fairness.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "fairness.pdf").read_bytes().startswith(b"%PDF")
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Takes what MLflow's server takes."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        runs = self.server.runs
+        answer = {}
+        if self.path == "/api/2.0/mlflow/runs/create":
+            runs[body["run_name"]] = []
+            answer = {"run": {"info": {"run_id": body["run_name"]}}}
+        else:
+            assert self.path == "/api/2.0/mlflow/runs/log-batch"
+            runs[body["run_id"]] += body["metrics"]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *arguments):
+        """Says nothing."""
+
+
+def test_each_round_is_sent_to_mlflow(example):
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        server.runs = {}
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        history = example("mlflow_sink").main("2", url)
+        server.shutdown()
+    assert list(server.runs) == ["FedAvg, seed 0", "FedAvg, seed 1"]
+    for seed, name in enumerate(server.runs):
+        sent = [one for one in server.runs[name] if one["key"] == "client_work/train/error"]
+        found = history.rounds.where(seed=seed)["client_work/train/error"].tolist()
+        assert [(one["step"], one["value"]) for one in sent] == list(enumerate(found, 1))
 
 
 @pytest.mark.slow
