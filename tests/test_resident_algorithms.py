@@ -135,13 +135,10 @@ def plain(name):
 
 # One for each shape of a state and of what is sent.
 QUICK = [
-    "build_fed_eval",
     "build_fed_kmeans",
     "build_fed_recon",
     "build_weighted_mime_lite",
-    "build_weighted_fed_prox",
     "build_fed_avg",
-    "robust aggregation",
     "a server's step that the compiler rewrites",
 ]
 
