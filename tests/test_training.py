@@ -127,7 +127,9 @@ def test_weights_and_metrics_are_tffs_whatever_is_measured(rule, kind, loop):
     assert_near(metrics, their_metrics)
 
 
-@pytest.mark.parametrize(("kind", "loop"), [WAYS[0], WAYS[3]])
+@pytest.mark.parametrize(
+    ("kind", "loop"), [WAYS[0], pytest.param(*WAYS[3], marks=pytest.mark.slow)]
+)
 def test_examples_that_nothing_clips_train_as_tffs(kind, loop):
     process = aggregators.build_fed_avg(
         MODELS[kind],
