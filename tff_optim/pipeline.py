@@ -13,7 +13,17 @@ from tff_optim.core import devices, leaves, tracing
 from tff_optim.core.messages import refusal, shown
 from tff_optim.core.numbers import STEP
 from tff_optim.core.tracing import as_written, call_traced
-from tff_optim.core.types import Gradients, Hparams, Number, Rate, Specs, State, Weights
+from tff_optim.core.types import (
+    Gradients,
+    Hparams,
+    Leaves,
+    Number,
+    Rate,
+    Specs,
+    State,
+    Stepped,
+    Weights,
+)
 from tff_optim.regularizers import Penalty
 from tff_optim.transforms.interface import GradientTransform
 
@@ -123,19 +133,15 @@ class PipelineOptimizer(PureOptimizer):
         return state
 
     def _step(
-        self,
-        state: State,
-        given: Weights,
-        weights: list[tf.Tensor],
-        gradients: list[tf.Tensor | None],
-    ) -> tuple[State, list[tf.Tensor]]:
+        self, state: State, given: Weights, weights: Leaves, gradients: Leaves
+    ) -> tuple[State, Leaves]:
         leaves.check_keys(state, [*self.pipeline.rate_names, STEP, _PARTS], "state")
         leaves.check_keys(state[_PARTS], list(self.pipeline.parts), "parts` of `state")
         packed = (tf.nest.pack_sequence_as(given, flat) for flat in (weights, gradients))
         state, new_weights = call_traced(self._run, state, *packed)
         return state, tf.nest.flatten(new_weights)
 
-    def _run(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Weights]:
+    def _run(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
         with devices.device_scope(self.device):
             if not self.pipeline.jit_compile:
                 return self._update_all(state, weights, gradients)
@@ -154,9 +160,7 @@ class PipelineOptimizer(PureOptimizer):
         ]
         return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
 
-    def _changes(
-        self, state: State, weights: Weights, gradients: Gradients
-    ) -> tuple[State, Weights]:
+    def _changes(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
         """A step, with `None` for what stays in the state: compiled code would copy it."""
         new_state, new_weights = self._update_all(state, weights, gradients)
         changes = tf.nest.map_structure(
@@ -164,9 +168,7 @@ class PipelineOptimizer(PureOptimizer):
         )
         return changes, new_weights
 
-    def _update_all(
-        self, state: State, weights: Weights, gradients: Gradients
-    ) -> tuple[State, Weights]:
+    def _update_all(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
         rates = self._rates(state)
         new_state = self._advance_rates(state)
         wide = tf.nest.map_structure(leaves.widen, weights)

@@ -17,7 +17,17 @@ from tff_optim.core.entries import Described, Entry
 from tff_optim.core.messages import refusal
 from tff_optim.core.numbers import FINITE, Interval
 from tff_optim.core.tracing import eager_world
-from tff_optim.core.types import Gradients, Hparams, Json, Number, Specs, State, Weights
+from tff_optim.core.types import (
+    Gradients,
+    Hparams,
+    Json,
+    Leaves,
+    Number,
+    Specs,
+    State,
+    Stepped,
+    Weights,
+)
 
 LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 SLOTS = "slots"
@@ -116,7 +126,7 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
         return self._initial_state(specs)
 
     @tf.autograph.experimental.do_not_convert
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Weights]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
         """Takes one step.
 
         Args:
@@ -150,12 +160,8 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
 
     @abc.abstractmethod
     def _step(
-        self,
-        state: State,
-        given: Weights,
-        weights: list[tf.Tensor],
-        gradients: list[tf.Tensor | tf.IndexedSlices | None],
-    ) -> tuple[State, list[tf.Tensor]]:
+        self, state: State, given: Weights, weights: Leaves, gradients: Leaves
+    ) -> tuple[State, Leaves]:
         """The state and the weights after a step.
 
         Args:

@@ -8,32 +8,23 @@ import collections
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-Structure: TypeAlias = Any
-"""Something nested as `tf.nest` takes it: one leaf, or tuples, lists and mappings of them."""
-
 Function: TypeAlias = Callable[..., Any]
-"""A function, whatever it takes and returns."""
+Json: TypeAlias = Any  # None, a bool, a number, a text, or a list or dictionary of these
+Number: TypeAlias = Any  # a Python or NumPy number, or a scalar tensor
+Rate: TypeAlias = Any  # a `Number`, or a schedule of Keras that gives one at each step
+Hparams: TypeAlias = collections.OrderedDict[str, Number]
 
-Weights: TypeAlias = Structure
-"""A structure of tensors; where a caller gives them, of variables or arrays too."""
+Structure: TypeAlias = (
+    Any  # nested as `tf.nest` takes it: a leaf, or tuples, lists, mappings of them
+)
+Specs: TypeAlias = Structure  # of `tf.TensorSpec`s
+Weights: TypeAlias = Structure  # of tensors; where a caller gives them, of variables or arrays too
+Gradients: TypeAlias = Structure  # of tensors, None, and `tf.IndexedSlices` before they are read
+State: TypeAlias = (
+    Structure  # a mapping of an optimizer's tensors by name; whatever a transform has
+)
+Transformed: TypeAlias = tuple[State, Gradients]
+Stepped: TypeAlias = tuple[State, Weights]
 
-Gradients: TypeAlias = Structure
-"""A structure like the weights; a leaf may be None, or a `tf.IndexedSlices` before it is read."""
-
-Specs: TypeAlias = Structure
-"""A structure of `tf.TensorSpec`s like the weights."""
-
-State: TypeAlias = Any
-"""The state of an optimizer, a mapping of tensors by name, or that of a gradient transform."""
-
-Hparams: TypeAlias = collections.OrderedDict[str, Any]
-"""Hyper-parameters that are numbers, by name: Python or NumPy numbers, or scalar tensors."""
-
-Number: TypeAlias = Any
-"""A Python or NumPy number, or a scalar tensor."""
-
-Rate: TypeAlias = Any
-"""A `Number`, or a schedule of Keras that gives one at each step."""
-
-Json: TypeAlias = Any
-"""None, a bool, a number, a text, or a list or dictionary of these."""
+# The leaves of weights or gradients, in the order of `tf.nest.flatten`.
+Leaves: TypeAlias = list[Any]

@@ -50,24 +50,16 @@ class Kind:
         }
 
 
-OPTIMIZER = Kind(
-    "a Keras optimizer", tf.keras.optimizers.Optimizer, "keras.optimizers", tf.keras.optimizers
-)
+_K, _S = tf.keras, tf.keras.optimizers.schedules
+OPTIMIZER = Kind("a Keras optimizer", _K.optimizers.Optimizer, "keras.optimizers", _K.optimizers)
 SCHEDULE = Kind(
-    "a learning-rate schedule",
-    tf.keras.optimizers.schedules.LearningRateSchedule,
-    "keras.optimizers.schedules",
-    tf.keras.optimizers.schedules,
-    schedules,
+    "a learning-rate schedule", _S.LearningRateSchedule, "keras.optimizers.schedules", _S, schedules
 )
 REGULARIZER = Kind(
-    "a Keras regularizer",
-    tf.keras.regularizers.Regularizer,
-    "keras.regularizers",
-    tf.keras.regularizers,
+    "a Keras regularizer", _K.regularizers.Regularizer, "keras.regularizers", _K.regularizers
 )
 CONSTRAINT = Kind(
-    "a Keras constraint", tf.keras.constraints.Constraint, "keras.constraints", tf.keras.constraints
+    "a Keras constraint", _K.constraints.Constraint, "keras.constraints", _K.constraints
 )
 KINDS = (OPTIMIZER, SCHEDULE, REGULARIZER, CONSTRAINT)
 

@@ -17,7 +17,7 @@ from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shorten
 from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked
 from tff_optim.core.tracing import call_traced, eager_world
-from tff_optim.core.types import Json, Number, Specs, State, Structure, Weights
+from tff_optim.core.types import Json, Leaves, Number, Specs, State, Structure, Weights
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 
@@ -54,7 +54,7 @@ class KerasOptimizer(PureOptimizer):
         self._numbers = numbers
         self._templates: dict[Any, Callable[[], Template]] = {}
         # Made once: a function made in every call would be traced and compiled in every call.
-        self._compiled = tracing.function(self._build_and_run, jit_compile=True, autograph=False)
+        self._compiled = tracing.function(self._run, jit_compile=True, autograph=False)
 
     @property
     def keras_optimizer(self) -> tf.keras.optimizers.Optimizer:
@@ -109,31 +109,25 @@ class KerasOptimizer(PureOptimizer):
         return state
 
     def _step(
-        self,
-        state: State,
-        given: Weights,
-        weights: list[tf.Tensor],
-        gradients: list[tf.Tensor | tf.IndexedSlices | None],
-    ) -> tuple[State, list[tf.Tensor]]:
+        self, state: State, given: Weights, weights: Leaves, gradients: Leaves
+    ) -> tuple[State, Leaves]:
         names = tuple(_names(given))
-        template = self._template(names, weights)
+        expected = {n: leaves.spec_of(c) for n, c in self._template(names, weights).slots.items()}
         rate = [] if self._learning_rate is None else [LEARNING_RATE]
         leaves.check_keys(state, [*rate, *self._numbers, _ITERATIONS, SLOTS], "state")
-        leaves.check_slots(state, {n: leaves.spec_of(cell) for n, cell in template.slots.items()})
-        labels = self._labels(tf.nest.flatten(given), names)
+        leaves.check_slots(state, expected)
         positions = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         with device_scope(self.device):
             prepared = steps.prepare_gradients(
                 self.keras_optimizer, [gradients[i] for i in positions]
             )
         state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
-        if self.keras_optimizer.jit_compile:
-            run = functools.partial(self._compiled, names, labels, positions)
-        else:
-            run = functools.partial(self._run, template, labels, positions)
-        return call_traced(run, state, weights, prepared)
+        # By these a step that has been compiled is found again.
+        key = names, self._labels(tf.nest.flatten(given), names), positions
+        run = self._compiled if self.keras_optimizer.jit_compile else self._run
+        return call_traced(functools.partial(run, key), state, weights, prepared)
 
-    def _template(self, names: tuple[str, ...], weights: Sequence[tf.Tensor]) -> Template:
+    def _template(self, names: tuple[str, ...], weights: Leaves) -> Template:
         """The optimizer built for such weights, for one step: threads may take steps at once."""
         specs = tuple(leaves.spec_of(weight) for weight in weights)
         if (names, specs) not in self._templates:
@@ -142,28 +136,15 @@ class KerasOptimizer(PureOptimizer):
             )
         return self._templates[names, specs]()
 
-    def _build_and_run(
-        self,
-        names: tuple[str, ...],
-        labels: tuple[str, ...],
-        positions: tuple[int, ...],
-        state: State,
-        weights: list[tf.Tensor],
-        gradients: list[tf.Tensor | tf.IndexedSlices],
-    ) -> tuple[State, list[tf.Tensor]]:
-        """`_run`, from arguments by which a traced one is found again."""
-        template = self._template(names, weights)
-        return self._run(template, labels, positions, state, weights, gradients)
-
     def _run(
         self,
-        template: Template,
-        labels: tuple[str, ...],
-        positions: tuple[int, ...],
+        key: tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]],
         state: State,
-        weights: list[tf.Tensor],
-        gradients: list[tf.Tensor | tf.IndexedSlices],
-    ) -> tuple[State, list[tf.Tensor]]:
+        weights: Leaves,
+        gradients: Leaves,
+    ) -> tuple[State, Leaves]:
+        names, labels, positions = key
+        template = self._template(names, weights)
         copies.exclude(template, labels)
         with device_scope(self.device):
             numbers = {name: state[name] for name in self._numbers}
@@ -173,7 +154,6 @@ class KerasOptimizer(PureOptimizer):
             slots = dict(state[SLOTS])
             is_later = tf.executing_eagerly() and int(state[_ITERATIONS]) > 0
             if template.from_weights and not is_later:
-                names = [cell.name for cell in template.weights]
                 fresh = copies.build(self.keras_optimizer, self._initial, weights, names)
                 first = tf.equal(state[_ITERATIONS], 0)
                 for name in template.from_weights:

@@ -17,7 +17,7 @@ from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import STEP, Interval
 from tff_optim.core.tracing import call_traced
-from tff_optim.core.types import Number, Rate, Specs, State, Weights
+from tff_optim.core.types import Leaves, Number, Rate, Specs, State, Weights
 
 if TYPE_CHECKING:
     from tff_optim.backends.optax.program import Program
@@ -114,12 +114,8 @@ class OptaxOptimizer(PureOptimizer):
         return tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
 
     def _step(
-        self,
-        state: State,
-        given: Weights,
-        weights: list[tf.Tensor],
-        gradients: list[tf.Tensor | None],
-    ) -> tuple[State, list[tf.Tensor]]:
+        self, state: State, given: Weights, weights: Leaves, gradients: Leaves
+    ) -> tuple[State, Leaves]:
         program = self._program(tf.nest.pack_sequence_as(given, weights))
         steps = [STEP] if program.from_weights else []
         leaves.check_keys(state, [*program.numbers, *program.injected, *steps, SLOTS], "state")
@@ -159,11 +155,8 @@ class OptaxOptimizer(PureOptimizer):
 
 
 def _run(
-    program: "Program",
-    state: State,
-    weights: list[tf.Tensor],
-    gradients: list[tf.Tensor | None],
-) -> tuple[State, list[tf.Tensor]]:
+    program: "Program", state: State, weights: Leaves, gradients: Leaves
+) -> tuple[State, Leaves]:
     slots = state[SLOTS]
     new_state = collections.OrderedDict(state)
     if STEP in state:

@@ -17,7 +17,7 @@ from tff_optim.backends.torch.process import TorchProcess
 from tff_optim.core import entries, leaves
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked_number
-from tff_optim.core.types import Function, Json, Specs, State, Weights
+from tff_optim.core.types import Function, Json, Leaves, Specs, State, Weights
 
 _STARTED = "started"
 _GROUP_RATE = "group/lr"
@@ -95,12 +95,8 @@ class TorchOptimizer(PureOptimizer):
         return entries
 
     def _step(
-        self,
-        state: State,
-        given: Weights,
-        weights: list[tf.Tensor],
-        gradients: list[tf.Tensor | None],
-    ) -> tuple[State, list[tf.Tensor]]:
+        self, state: State, given: Weights, weights: Leaves, gradients: Leaves
+    ) -> tuple[State, Leaves]:
         layout = self._layout(weights)
         entries = self._entries(_process(layout), given)
         leaves.check_keys(state, [*self._rate, _STARTED, SLOTS], "state")
