@@ -58,17 +58,17 @@ class Rule(transforms.ElementwiseTransform):
     scale: float = hyperparameters.positive(2.0)
     counts_steps = True
 
-    def numbers(self, values, step, dtype):
-        numbers = super().numbers(values, step, dtype)
+    def scalars(self, values, step, dtype):
+        scalars = super().scalars(values, step, dtype)
         if step > 1.0:
-            numbers = {"scale": numbers["scale"] * 3.0}
-        return numbers
+            scalars = {"scale": scalars["scale"] * 3.0}
+        return scalars
 
-    def rule(self, numbers, gradient):
+    def rule(self, scalars, gradient):
         if tf.reduce_sum(gradient) >= 0:
-            gradient = numbers["scale"] * gradient
+            gradient = scalars["scale"] * gradient
         else:
-            gradient = gradient / numbers["scale"]
+            gradient = gradient / scalars["scale"]
         return (gradient,)
 
 

@@ -75,7 +75,7 @@ BASE = {"lrate": 0.1}
     [
         (
             {"modules": ["scaffold-client"]},
-            "at 'modules/0' must have a counterpart here, but it exch",
+            "at 'modules/0' must have a counterpart here, which this has not: it exch",
         ),
         ({"modules": [["scaffold-server", {}]]}, "at 'modules/0/0' must have a counterpart"),
         (

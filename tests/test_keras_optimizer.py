@@ -160,7 +160,9 @@ def test_a_learning_rate_takes_the_place_of_the_optimizers_own():
         with pytest.raises(ValueError, match="pass it as `learning_rate`"):
             build_keras_optimizer(lambda: K.SGD(rate))
         for given in (rate, 0.1):
-            with pytest.raises(ValueError, match=r"Pass what makes it.*learning_rate=r\)"):
+            with pytest.raises(
+                ValueError, match=r"Pass a callable that makes it.*learning_rate=r\)"
+            ):
                 build_keras_optimizer(K.SGD(given))
         with pytest.raises(ValueError, match="must be something that JSON can hold"):
             tff_optim.get_config(build_keras_optimizer(K.SGD, learning_rate=rate))
@@ -794,7 +796,7 @@ def test_a_learning_rate_is_checked_when_an_optimizer_is_built_and_when_it_is_se
             (1.0, 1, 1e30),
             "must give a finite rate of at least 0 at every step; found inf at step 10",
         ),
-        ((1.0, 1, 1.05), "found inf at step 1000000. One that grows needs an end"),
+        ((1.0, 1, 1.05), "found inf at step 1000000. A schedule that grows needs an end"),
     ],
 )
 def test_a_schedule_is_checked_when_an_optimizer_is_built(arguments, message):

@@ -385,7 +385,7 @@ def test_a_rate_of_a_function_is_given_apart():
 
     @tf.function(autograph=False)
     def step(rate):
-        with pytest.raises(ValueError, match=r"given apart: .*learning_rate=r"):
+        with pytest.raises(ValueError, match=r"of a TFF computation by itself: .*learning_rate=r"):
             build_optax_optimizer(optax.sgd(rate)).initialize([tf.TensorSpec([2])])
         optimizer = build_optax_optimizer(optax.sgd, learning_rate=rate)
         state = optimizer.initialize([tf.TensorSpec([2])])
@@ -416,7 +416,7 @@ def test_a_weight_without_gradient_and_its_slots_stay(case):
     weights, gradients = make_problem(case, steps=3)
     optimizer = case.shared
     if case is RUNS["flatten"]:
-        with pytest.raises(ValueError, match="of several weights together"):
+        with pytest.raises(ValueError, match="made of several weights together"):
             optimizer.next(start(optimizer, weights), weights, [gradients[0][0], None])
         return
     before, middle = run_shared(case, weights, gradients[:2])

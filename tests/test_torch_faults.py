@@ -268,7 +268,11 @@ def test_modules_are_found_where_the_search_path_says(safe, modules, monkeypatch
         (10**400, None, r"at most 64 bits; found one of 1330 bits at 'group/count'"),
         (0, "overflow", r"at most 64 bits; found one of 16611 bits at 'group/count'"),
         (0, "grow", r"whole; found 1e\+300 for 'group/count' of int64. Give it as a float."),
-        (0, "rate", r"leave its learning rate as it is; found that a step makes it 0\.25 of 0\.5"),
+        (
+            0,
+            "rate",
+            r"not change its learning rate; found that a step changes it from 0\.5 to 0\.25",
+        ),
     ],
     ids=["64 bits", "400 digits", "grown", "a fraction", "the rate"],
 )

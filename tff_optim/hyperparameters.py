@@ -41,7 +41,7 @@ from tff_optim.core.numbers import (
     to_float,
     update,
 )
-from tff_optim.core.tracing import as_written
+from tff_optim.core.tracing import converted
 from tff_optim.core.types import Hparams, Number, State
 from tff_optim.keras_objects import arguments as keras_arguments
 
@@ -286,7 +286,7 @@ def current(part: object, state: State) -> dict[str, Number]:
         given = getattr(part, f.name)
         if isinstance(given, Schedule):
             step = leaves.number(state[STEP], tf.int64)
-            value = tf.convert_to_tensor(as_written(given)(step))
+            value = tf.convert_to_tensor(converted(given)(step))
             check_scalar(type(part).__name__, f.name, value)
             values[f.name] = leaves.number(value, tf.float32)
         else:

@@ -12,7 +12,7 @@ from tff_optim.backends.common import PureOptimizer
 from tff_optim.core import devices, leaves, tracing
 from tff_optim.core.messages import refusal, shown
 from tff_optim.core.numbers import STEP
-from tff_optim.core.tracing import as_written, call_traced
+from tff_optim.core.tracing import call_traced, converted
 from tff_optim.core.types import (
     Gradients,
     Hparams,
@@ -127,7 +127,7 @@ class PipelineOptimizer(PureOptimizer):
             if not self.pipeline.decays:
                 del state["weight_decay"]
             state[_PARTS] = collections.OrderedDict(
-                (name, as_written(part.initialize)(specs))
+                (name, converted(part.initialize)(specs))
                 for name, part in self.pipeline.parts.items()
             )
         return state
@@ -155,7 +155,7 @@ class PipelineOptimizer(PureOptimizer):
     def _begin(self, state: State, weights: Weights) -> State:
         wide = tf.nest.map_structure(leaves.widen, weights)
         begun = [
-            (name, as_written(part.begin)(state[_PARTS][name], wide))
+            (name, converted(part.begin)(state[_PARTS][name], wide))
             for name, part in self.pipeline.parts.items()
         ]
         return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
@@ -176,7 +176,7 @@ class PipelineOptimizer(PureOptimizer):
         new_state[_PARTS] = collections.OrderedDict()
         for name, part in self.pipeline.parts.items():
             old = state[_PARTS][name]
-            new, changed = as_written(part.next)(old, wide, direction)
+            new, changed = converted(part.next)(old, wide, direction)
             _check_result(name, changed, direction, new, old)
             new_state[_PARTS][name], direction = new, changed
         # A weight without a gradient is handed back as it came, untouched by decay or projection.

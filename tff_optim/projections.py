@@ -9,7 +9,7 @@ import tensorflow as tf
 from tff_optim import hyperparameters
 from tff_optim.core import comparison, leaves, patterns
 from tff_optim.core.messages import shown
-from tff_optim.core.tracing import as_written
+from tff_optim.core.tracing import converted
 from tff_optim.core.types import Specs
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
@@ -91,7 +91,7 @@ class Projection:
         name = getattr(self.function, "__name__", type(self.function).__name__)
         where = f"`projection` {name} on the weights at '{path}'"
         try:
-            projected = tf.convert_to_tensor(as_written(self.function)(tensor))
+            projected = tf.convert_to_tensor(converted(self.function)(tensor))
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"{where} must be a function of such tensors; found that it fails for shape "

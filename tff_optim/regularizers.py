@@ -9,7 +9,7 @@ import tensorflow as tf
 from tff_optim import hyperparameters
 from tff_optim.core import comparison, entries, leaves
 from tff_optim.core.messages import shown
-from tff_optim.core.tracing import as_written
+from tff_optim.core.tracing import converted
 from tff_optim.core.types import Gradients, Rate, Specs, State, Weights
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
@@ -137,7 +137,7 @@ class Penalty(GradientTransform):
     def _penalty_gradient(self, w: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             tape.watch(w)
-            penalty = as_written(self.regularizer)(w)
+            penalty = converted(self.regularizer)(w)
         if not tf.is_tensor(penalty):
             return tf.zeros_like(w)  # Keras' base class gives the plain number 0.0.
         if penalty.shape.rank != 0:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tff_optim.core import comparison, numbers
 from tff_optim.core.messages import refusal, shown
 from tff_optim.core.numbers import NON_NEGATIVE, POSITIVE
-from tff_optim.core.tracing import as_written
+from tff_optim.core.tracing import converted
 from tff_optim.core.types import Number
 from tff_optim.hyperparameters import constant
 
@@ -157,6 +157,6 @@ class Warmup(_Schedule):
         steps = tf.constant(min(self.steps, step.dtype.max), step.dtype)
         later = tf.maximum(step - steps, tf.zeros([], step.dtype))
         after = (
-            self.first if self.then is None else tf.cast(as_written(self.then)(later), tf.float32)
+            self.first if self.then is None else tf.cast(converted(self.then)(later), tf.float32)
         )
         return tf.where(tf.cast(step, tf.float32) < self.steps, warm, after)

@@ -230,13 +230,13 @@ class OptimizerKind:
     required: tuple[str, ...]
 
 
-def place_to_json(optimizer: PureOptimizer) -> dict[str, Json]:
+def names_and_device_to_json(optimizer: PureOptimizer) -> dict[str, Json]:
     """The entries `weight_names` and `device`."""
     names = optimizer.weight_names
     return {"weight_names": None if names is None else [*names], "device": optimizer.device}
 
 
-def place_from_json(fields: Mapping[str, Entry]) -> dict[str, Any]:
+def names_and_device(fields: Mapping[str, Entry]) -> dict[str, Any]:
     """The arguments `weight_names` and `device` of what builds an optimizer."""
     names = fields.get("weight_names")
     given = None if names is None or names.value is None else names.strings()

@@ -188,9 +188,11 @@ def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Described:
     if not isinstance(name.value, str):
         entry.refuse("be like 'name' or ['name', {...}]", TypeError)
     if name.value in _NO_COUNTERPART:
-        name.refuse(f"have a counterpart here, but {_NO_COUNTERPART[name.value]}")
+        name.refuse(f"have a counterpart here, which this has not: {_NO_COUNTERPART[name.value]}")
     if name.value not in rules:
-        name.refuse(f"be a name of declearn that has its place here{suggestion(name.value, rules)}")
+        name.refuse(
+            f"be a name of declearn that has a counterpart here{suggestion(name.value, rules)}"
+        )
     rule = rules[name.value]
     inner = entry.at(1) if pair else attrs.evolve(entry, value={})
     parts = inner.fields({*rule.required, *rule.optional, *rule.fixed}, rule.required)

@@ -48,7 +48,7 @@ class Entry:
     torch_python: str | os.PathLike | None = None
 
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """How messages call it."""
         return at(self.name, self.path)
 
@@ -63,7 +63,7 @@ class Entry:
 
     def refuse(self, rule: str, error: type[Exception] = ValueError) -> NoReturn:
         """Raises an error that says where the entry stands and what it must be."""
-        raise error(f"{self.place} must {rule}; found {shown(self.value)}.")
+        raise error(f"{self.label} must {rule}; found {shown(self.value)}.")
 
     def check_trusted(self, package: str) -> None:
         """Refuses the entry if it names something of a package that is not trusted."""
@@ -97,7 +97,7 @@ class Entry:
         if missing := [name for name in required if name not in self.value]:
             problems.append(f"missing {shown(missing)}")
         if problems:
-            raise refusal(self.place, "have the entries that it takes", ", ".join(problems))
+            raise refusal(self.label, "have the entries that it takes", ", ".join(problems))
         return {name: self.at(name) for name in self.value}
 
     def build(self, make: Function, *arguments: Any, **named: Any) -> Any:
@@ -107,7 +107,7 @@ class Entry:
         except Exception as error:  # constructors of Keras and of trusted packages raise anything
             kind = TypeError if isinstance(error, TypeError) else ValueError
             reason = str(error) or type(error).__name__
-            raise kind(f"{self.place} cannot be built: {shorten(reason, 1000)}") from error
+            raise kind(f"{self.label} cannot be built: {shorten(reason, 1000)}") from error
 
 
 @attrs.frozen
@@ -252,10 +252,10 @@ def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Json:
         ]
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str) or not _is_text(key)]:
-            raise refusal(entry.place, "have texts as keys", shown(odd[0]), error=TypeError)
+            raise refusal(entry.label, "have texts as keys", shown(odd[0]), error=TypeError)
         if long := [key for key in value if len(key) > _LONGEST_STRING]:
             raise refusal(
-                entry.place, f"have keys of at most {_LONGEST_STRING} characters", shown(long[0])
+                entry.label, f"have keys of at most {_LONGEST_STRING} characters", shown(long[0])
             )
         return {
             str(key): _plain(

@@ -66,7 +66,7 @@ def check_paths(structure: Structure, name: str) -> None:
     for path, _ in named_leaves(structure):
         if path in seen:
             raise ValueError(
-                f"`{name}` must have paths that stay apart when joined by '/'; found "
+                f"`{name}` must have paths that differ when joined by '/'; found "
                 f"{shown(path)} twice. Rename a key that has a '/' in it."
             )
         seen.add(path)

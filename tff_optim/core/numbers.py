@@ -267,5 +267,5 @@ def check_names(hparams: Mapping[str, Number], known: Collection[str], owner: st
     if unknown := [name for name in hparams if name not in known]:
         raise ValueError(
             f"`hparams` of `{owner}` must hold some of {', '.join(known) or 'nothing'}; found "
-            f"{', '.join(map(str, unknown))}. What else there is, is fixed when it is built."
+            f"{', '.join(map(str, unknown))}. All else is fixed when the optimizer is built."
         )

@@ -15,8 +15,8 @@ _autograph = tf.__internal__.autograph
 _CONTEXT = _autograph.control_status_ctx()
 
 
-def as_written(function: Function) -> Function:
-    """Has AutoGraph convert a function of a user, in which `if tensor:` is an operation then.
+def converted(function: Function) -> Function:
+    """A function of a user as AutoGraph converts it: `if tensor:` is an operation in it.
 
     All that the function calls is converted with it, but for Keras and TensorFlow. The code of this
     package around it need not be converted, which takes seconds when a process is built first.

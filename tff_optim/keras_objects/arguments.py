@@ -226,6 +226,6 @@ def _check_rates(schedule: tf.keras.optimizers.schedules.LearningRateSchedule) -
             if not math.isfinite(rate) or rate < 0:
                 raise ValueError(
                     f"The schedule `{name}` must give a finite rate of at least 0 at every step; "
-                    f"found {rate} at step {step}. One that grows needs an end, as `PolynomialDecay` "
-                    "to a greater rate has."
+                    f"found {rate} at step {step}. A schedule that grows needs an end, such as the "
+                    "`end_learning_rate` of `PolynomialDecay`."
                 )

@@ -85,7 +85,7 @@ def object_to_json(value: object) -> dict[str, Json]:
     elif "<locals>" in cls.__qualname__:
         raise ValueError(
             f"`{cls.__qualname__}` must be defined at the top of a module to be found again; "
-            "found it inside of a function."
+            "found it inside a function."
         )
     else:
         module = cls.__module__
@@ -220,8 +220,8 @@ def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
         )
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         raise TypeError(
-            "`optimizer` must be a Keras optimizer; found one of TFF already, "
-            f"{type(optimizer).__name__}. Use it as it is."
+            "`optimizer` must be a Keras optimizer; found one of TFF, "
+            f"{type(optimizer).__name__}. Use that as it is."
         )
     if callable(optimizer):
         made = optimizer()

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
 from tff_optim.core.types import Number, Rate
-from tff_optim.transforms.elementwise import ElementwiseTransform, Numbers, Tensors
+from tff_optim.transforms.elementwise import ElementwiseTransform, Scalars, Tensors
 
 
 @attrs.frozen
@@ -35,10 +35,10 @@ class Adagrad(ElementwiseTransform):
 
     slots = ("square_sum",)
 
-    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
+    def rule(self, scalars: Scalars, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         square_sum = slots[0] + tf.square(gradient)
-        return gradient / (tf.sqrt(square_sum) + numbers["epsilon"]), square_sum
+        return gradient / (tf.sqrt(square_sum) + scalars["epsilon"]), square_sum
 
 
 @attrs.frozen
@@ -67,10 +67,10 @@ class RMSProp(ElementwiseTransform):
 
     slots = ("square_average",)
 
-    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
+    def rule(self, scalars: Scalars, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
-        average = slots[0] + (1 - numbers["beta"]) * (tf.square(gradient) - slots[0])
-        return gradient / (tf.sqrt(average) + numbers["epsilon"]), average
+        average = slots[0] + (1 - scalars["beta"]) * (tf.square(gradient) - slots[0])
+        return gradient / (tf.sqrt(average) + scalars["epsilon"]), average
 
 
 @attrs.frozen
@@ -93,7 +93,7 @@ class _Moments(ElementwiseTransform):
     def average_squares(self, v: tf.Tensor, square: tf.Tensor, move: tf.Tensor) -> tf.Tensor:
         """The next second moment, from `v`, the squared gradient and `1 - beta_2`."""
 
-    def numbers(
+    def scalars(
         self, values: Mapping[str, Number], step: tf.Tensor | None, dtype: tf.DType
     ) -> dict[str, tf.Tensor]:
         """See base class."""
@@ -107,16 +107,16 @@ class _Moments(ElementwiseTransform):
             found[f"correction_{i}"] = leaves.number(correction, dtype)
         return found
 
-    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
+    def rule(self, scalars: Scalars, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
         m, v, *maximum = slots
-        m += numbers["move_1"] * (gradient - m)
-        v = self.average_squares(v, tf.square(gradient), numbers["move_2"])
-        corrected = v * numbers["correction_2"]
+        m += scalars["move_1"] * (gradient - m)
+        v = self.average_squares(v, tf.square(gradient), scalars["move_2"])
+        corrected = v * scalars["correction_2"]
         if maximum:
             corrected = tf.maximum(corrected, maximum[0])
             maximum = [corrected]
-        result = m * numbers["correction_1"] / (tf.sqrt(corrected) + numbers["epsilon"])
+        result = m * scalars["correction_1"] / (tf.sqrt(corrected) + scalars["epsilon"])
         return result, m, v, *maximum
 
 

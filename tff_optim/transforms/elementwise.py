@@ -9,11 +9,11 @@ import tensorflow as tf
 
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
-from tff_optim.core.tracing import as_written
+from tff_optim.core.tracing import converted
 from tff_optim.core.types import Gradients, Number, Specs, State, Weights
 from tff_optim.transforms.interface import GradientTransform
 
-Numbers: TypeAlias = Mapping[str, tf.Tensor]
+Scalars: TypeAlias = Mapping[str, tf.Tensor]
 Tensors: TypeAlias = tuple[tf.Tensor, ...]
 
 
@@ -36,8 +36,8 @@ class ElementwiseTransform(GradientTransform):
       ...     beta: float = tff_optim.hyperparameters.fraction(0.9)
       ...     slots = ("average",)
       ...
-      ...     def rule(self, numbers, gradient, average):
-      ...         average += (1 - numbers["beta"]) * (gradient - average)
+      ...     def rule(self, scalars, gradient, average):
+      ...         average += (1 - scalars["beta"]) * (gradient - average)
       ...         return tf.sign(average), average
       >>> part = AverageSign(beta=0.5)
       >>> state = part.initialize([tf.TensorSpec([])])
@@ -53,9 +53,9 @@ class ElementwiseTransform(GradientTransform):
         """The names of the slots, in the order of `rule`; a subclass may set an attribute instead."""
         return ()
 
-    def numbers(
+    def scalars(
         self, values: Mapping[str, Number], step: tf.Tensor | None, dtype: tf.DType
-    ) -> Numbers:
+    ) -> Scalars:
         """What `rule` computes with, once for each dtype of the weights.
 
         Args:
@@ -70,11 +70,11 @@ class ElementwiseTransform(GradientTransform):
         return {name: leaves.number(value, dtype) for name, value in values.items()}
 
     @abc.abstractmethod
-    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
+    def rule(self, scalars: Scalars, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """One step of one tensor.
 
         Args:
-          numbers: What `numbers` returned for the dtype of the gradient.
+          scalars: What `scalars` returned for the dtype of the gradient.
           gradient: The gradient.
           *slots: The slots of this tensor.
 
@@ -101,11 +101,11 @@ class ElementwiseTransform(GradientTransform):
         carried = hyperparameters.advance(self, state)
         step = carried.get(hyperparameters.STEP)
         counted = None if step is None else tf.cast(step, tf.float64)
-        numbers = functools.cache(functools.partial(as_written(self.numbers), values, counted))
-        rule = as_written(self.rule)
+        scalars = functools.cache(functools.partial(converted(self.scalars), values, counted))
+        rule = converted(self.rule)
 
         def apply(gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
-            return rule(numbers(gradient.dtype), gradient, *slots)
+            return rule(scalars(gradient.dtype), gradient, *slots)
 
         old = {name: state[name] for name in self.slots}
         gradients, new = leaves.map_leaves(apply, gradients, old)

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from tff_optim import hyperparameters
 from tff_optim.core.types import Rate
-from tff_optim.transforms.elementwise import ElementwiseTransform, Numbers, Tensors
+from tff_optim.transforms.elementwise import ElementwiseTransform, Scalars, Tensors
 
 
 @attrs.frozen
@@ -36,10 +36,10 @@ class Momentum(ElementwiseTransform):
 
     slots = ("velocity",)
 
-    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
+    def rule(self, scalars: Scalars, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
-        velocity = numbers["beta"] * slots[0] + gradient
-        return (numbers["beta"] * velocity + gradient if self.nesterov else velocity), velocity
+        velocity = scalars["beta"] * slots[0] + gradient
+        return (scalars["beta"] * velocity + gradient if self.nesterov else velocity), velocity
 
 
 @attrs.frozen
@@ -63,9 +63,9 @@ class EWMA(ElementwiseTransform):
 
     slots = ("average",)
 
-    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
+    def rule(self, scalars: Scalars, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
-        average = slots[0] + (1 - numbers["beta"]) * (gradient - slots[0])
+        average = slots[0] + (1 - scalars["beta"]) * (gradient - slots[0])
         return average, average
 
 
@@ -93,7 +93,7 @@ class YogiMomentum(ElementwiseTransform):
 
     slots = ("average",)
 
-    def rule(self, numbers: Numbers, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
+    def rule(self, scalars: Scalars, gradient: tf.Tensor, *slots: tf.Tensor) -> Tensors:
         """See base class."""
-        average = slots[0] - tf.sign(slots[0] - gradient) * (1 - numbers["beta"]) * gradient
+        average = slots[0] - tf.sign(slots[0] - gradient) * (1 - scalars["beta"]) * gradient
         return average, average

@@ -139,7 +139,7 @@ def _read_in_graph(
             f"`optimizer` of class {type(optimizer).__name__}",
             "hold its variables in attributes, or in lists, tuples or dictionaries that are",
             "that a step uses another `tf.Variable`: a schedule's, for example",
-            "It would be read as it is at the moment, not as state.",
+            "A graph would hold the value that it has now.",
         )
     return {name for name, number in numbers.items() if depends_on(outputs, [number])}
 
@@ -155,9 +155,9 @@ def check_supported(optimizer: Keras) -> Keras:
     ]
     if overridden:
         raise ValueError(
-            f"`optimizer` of class {name} must leave Keras' own what a pure step does not call; found "
-            f"that it overrides {', '.join(overridden)}. Keras' extension points "
-            "are `build`, `update_step` and `get_config`."
+            f"`optimizer` of class {name} must not override what a pure step does not call; found "
+            f"{', '.join(overridden)}. Keras' extension points are `build`, `update_step` and "
+            "`get_config`."
         )
     replaced = [key for key in vars(optimizer) if callable(getattr(Keras, key, None))]
     if replaced:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tff_optim.backends.common import OptimizerKind, place_from_json, place_to_json
+from tff_optim.backends.common import OptimizerKind, names_and_device, names_and_device_to_json
 from tff_optim.backends.keras import copies
 from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.core import entries
@@ -20,7 +20,7 @@ def _to_json(optimizer: KerasOptimizer) -> dict[str, Json]:
         "optimizer": keras_objects.object_to_json(keras),
         # Set by a method and missing from Keras' own configuration.
         "exclude_from_weight_decay": copies.excluded_patterns(keras),
-        **place_to_json(optimizer),
+        **names_and_device_to_json(optimizer),
     }
 
 
@@ -30,7 +30,7 @@ def _from_json(entry: Entry, fields: Mapping[str, Entry]) -> Described:
     arguments = {
         "optimizer": keras_objects.optimizer_from_json(fields["optimizer"]),
         "excluded": () if excluded is None else excluded.strings(entries.MOST_PARTS),
-        **place_from_json(fields),
+        **names_and_device(fields),
     }
     return Described(fields["optimizer"], _build, arguments)
 

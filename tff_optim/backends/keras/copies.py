@@ -145,9 +145,9 @@ def read_variables(optimizer: Keras) -> dict[int, np.ndarray]:
             if tf.is_symbolic_tensor(variable.handle):
                 raise ValueError(
                     "`optimizer` must have variables with values; found that it was made inside a "
-                    "TFF computation or another graph. Pass what makes it, and a rate that is a tensor "
-                    "of that graph apart: `build_keras_optimizer(tf.keras.optimizers.SGD, "
-                    "learning_rate=r)`."
+                    "TFF computation or another graph. Pass a callable that makes it, and by itself a "
+                    "rate that is a tensor of that graph: `build_keras_optimizer("
+                    "tf.keras.optimizers.SGD, learning_rate=r)`."
                 )
             values[id(variable)] = variable.numpy()
         return variable
@@ -181,7 +181,7 @@ def build(
             raise ValueError(
                 "`build` must make its variables directly; found that it makes "
                 f"{arguments.get('name')!r} in a `tf.init_scope` or a `tf.function` of its own, where "
-                "a pure optimizer cannot replace it by state. Make it without, with `add_variable`."
+                "a pure optimizer cannot replace it by state. Call `add_variable` outside of these."
             )
         value = arguments["initial_value"]
         value = value() if callable(value) else value

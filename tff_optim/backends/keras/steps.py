@@ -48,9 +48,9 @@ def prepare_gradients(optimizer: Keras, gradients: Sequence[Gradient]) -> list[G
 def _refuse_new_variable(next_creator: object, **arguments: object) -> None:
     del next_creator
     raise ValueError(
-        "`update_step` must do with the variables that `build` makes; found that it creates "
-        f"{arguments.get('name')!r}. Create every variable in "
-        "`build`: a step of a pure optimizer can only change state that `initialize` has made."
+        "`update_step` must use the variables that `build` makes, and no others; found that "
+        f"it creates {arguments.get('name')!r}. Create every variable in `build`: a step of a pure "
+        "optimizer can only change state that `initialize` has made."
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from tff_optim.backends.common import (
     OptimizerKind,
     arguments_from_json,
-    place_from_json,
-    place_to_json,
+    names_and_device,
+    names_and_device_to_json,
 )
 from tff_optim.backends.optax.optimizer import OptaxOptimizer, build_optax_optimizer
 from tff_optim.core import comparison, entries
@@ -54,8 +54,8 @@ def _to_json(optimizer: OptaxOptimizer) -> dict[str, Json]:
         raise ValueError(
             "`transformation_or_factory` must be a public factory of optax to be written to a "
             f"configuration; found {shown(optimizer)}. Give the factory and its arguments, as in "
-            "`build_optax_optimizer(optax.adam, learning_rate=0.1)`; a transformation that is ready, "
-            "or a function of your own, can be built by your program only."
+            "`build_optax_optimizer(optax.adam, learning_rate=0.1)`. No configuration can hold a "
+            "finished transformation or a function of your own."
         )
     arguments = {}
     for name, value in optimizer.arguments.items():
@@ -63,10 +63,14 @@ def _to_json(optimizer: OptaxOptimizer) -> dict[str, Json]:
             arguments[name] = keras_objects.to_json(value, name)
         except ValueError as error:
             raise ValueError(
-                f"{error} Give a number, a text or a list of such; an optimizer with a function, a "
-                "schedule or a transformation among its arguments can be built by your program only."
+                f"{error} Give a number, a text or a list of such. No configuration can hold an "
+                "argument that is a function, a schedule or a transformation."
             ) from error
-    return {"transformation": names[0], "arguments": arguments, **place_to_json(optimizer)}
+    return {
+        "transformation": names[0],
+        "arguments": arguments,
+        **names_and_device_to_json(optimizer),
+    }
 
 
 def _from_json(entry: Entry, fields: Mapping[str, Entry]) -> Described:
@@ -78,7 +82,7 @@ def _from_json(entry: Entry, fields: Mapping[str, Entry]) -> Described:
         name.refuse(f"be the name of a public factory of optax{known}", kind)
     build = functools.partial(build_optax_optimizer, factories[name.value])
     given = arguments_from_json(fields, build_optax_optimizer)
-    return Described(entry, build, place_from_json(fields) | given)
+    return Described(entry, build, names_and_device(fields) | given)
 
 
 KIND = OptimizerKind(

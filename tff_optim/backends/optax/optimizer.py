@@ -103,9 +103,9 @@ class OptaxOptimizer(PureOptimizer):
                 problem = error
         if self._numbers or _has_injected(self._transformation_or_factory):
             raise ValueError(
-                "`transformation_or_factory` must take one weight alone too, for TFF's client work "
-                f"asks for its hparams by one; found that it does not: {problem} Give masks and "
-                "labels as functions of the weights, or pass `weight_names`."
+                "`transformation_or_factory` must also take a single weight, by which TFF's client "
+                f"work asks for its hparams; found that it does not: {problem} Give masks and labels "
+                "as functions of the weights, or pass `weight_names`."
             ) from problem
         return None  # a mask for weights of another structure, and no numbers whatever they are
 
@@ -253,8 +253,8 @@ def build_optax_optimizer(
     if isinstance(made, optax.GradientTransformation | optax.MultiSteps):
         if arguments:
             raise TypeError(
-                "`transformation_or_factory` must be a factory if it is given arguments; found a "
-                f"transformation that is made already, and {', '.join(sorted(arguments))}. Pass the "
+                "`transformation_or_factory` must be a factory if it is given arguments; found "
+                f"{', '.join(sorted(arguments))} for a transformation that is made already. Pass the "
                 "factory itself: `build_optax_optimizer(optax.adam, learning_rate=0.1)`."
             )
     elif callable(made):

@@ -10,6 +10,7 @@ import jax
 import tensorflow as tf
 from jax.experimental import enable_x64, jax2tf
 
+from tff_optim.backends.common import check_weight_names
 from tff_optim.core.messages import refusal, shorten, shown
 from tff_optim.core.types import Function, Weights
 
@@ -51,7 +52,7 @@ class Layout:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What two layouts of one key have in common: all of it."""
+        """Equal for equal layouts, and hashable."""
         return repr(self.tree), self.specs
 
     @property
@@ -66,10 +67,7 @@ def arrange(weights: Weights, names: Sequence[str] | None) -> Layout:
     specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in flat)
     if names is None:
         return Layout(_containers(tf.nest.pack_sequence_as(weights, range(len(flat)))), specs)
-    if len(names) != len(flat):
-        raise refusal(
-            "weight_names", "name every weight", f"{len(names)} names for {len(flat)} weights"
-        )
+    check_weight_names(names, len(flat))
     return Layout({name: position for position, name in enumerate(names)}, specs)
 
 
@@ -93,7 +91,7 @@ def flatten_with_path(tree: Tree) -> "collections.OrderedDict[str, Leaf]":
         path = "/".join(str(_key(key)) for key in keys)
         if path in found:
             raise ValueError(
-                "`transformation_or_factory` must keep a state whose paths stay apart when joined by "
+                "`transformation_or_factory` must keep a state whose paths differ when joined by "
                 f"'/'; found {shown(path)} twice."
             )
         found[path] = leaf
@@ -176,15 +174,15 @@ def _failure(error: Exception, method: str) -> ValueError:
     if isinstance(error, TypeError) and "required" in text and "argument" in text:
         names = ", ".join(_QUOTED.findall(text)) or text
         return ValueError(
-            "`transformation_or_factory` must do with gradients, state and weights, which are all "
-            f"that TFF hands to an optimizer; found that its `{method}` needs the extra arguments: "
+            "`transformation_or_factory` must need no more than gradients, state and weights, which are "
+            f"all that TFF gives to an optimizer; found that its `{method}` needs the extra arguments: "
             f"{names}."
         )
     # TensorFlow was given what jax traces: the transformation holds a tensor.
     advice = ""
     if "Tracer" in text and ("Tensor" in text or " of op " in text):
         advice = (
-            " A rate that is a tensor of a TFF computation is given apart: "
+            " Give a rate that is a tensor of a TFF computation by itself: "
             "`build_optax_optimizer(optax.adam, learning_rate=r)`."
         )
     return ValueError(

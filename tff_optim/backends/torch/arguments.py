@@ -62,7 +62,7 @@ def check_name(
     if not isinstance(name, str):
         raise TypeError(
             f"`{argument}` must be the name of a class of {where}, or its full name in a trusted "
-            f"package; found {shown(name)}. torch is not imported here, so that names do."
+            f"package; found {shown(name)}. Give its name, for torch runs in another process."
         )
     if not all(part.isidentifier() and part[0] != "_" for part in name.split(".")):
         raise refusal(argument, "be a public name, with dots between", shown(name))

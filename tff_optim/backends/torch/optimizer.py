@@ -58,9 +58,9 @@ class TorchOptimizer(PureOptimizer):
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             # TFF's client work asks for hparams by one scalar weight.
             raise ValueError(
-                "`optimizer` must be one of Keras or optax on clients, since one of torch steps on the "
-                "server, in the Python process; found that a client's work is built of it. Use "
-                "`build_keras_optimizer` or `build_optax_optimizer` there."
+                "`optimizer` must be one of Keras or optax on clients, since torch runs on the server "
+                "only, in the Python process; found one of torch in the work of clients. "
+                "Use `build_keras_optimizer` or `build_optax_optimizer` there."
             )
         process = _process(self._layout(specs))
         state: State = collections.OrderedDict()
@@ -181,9 +181,8 @@ def _run(
     result = process.step(weights, dict(zip(given, gradients)), tensors, started, by_path)
     if rate and result.numbers.get(_GROUP_RATE) != by_path[_GROUP_RATE]:
         raise ValueError(
-            "`optimizer` must leave its learning rate as it is; found that a step makes it "
-            f"{result.numbers.get(_GROUP_RATE)!r} of {by_path[_GROUP_RATE]!r}. Change the rate by an "
-            "`lr_scheduler`."
+            "`optimizer` must not change its learning rate; found that a step changes it from "
+            f"{by_path[_GROUP_RATE]!r} to {result.numbers.get(_GROUP_RATE)!r}. Use an `lr_scheduler`."
         )
     new_numbers = [_number(name, result.numbers, old.dtype) for name, old in zip(names, numbers)]
     now = np.array([bool(s) or i in given for i, s in enumerate(started)])
@@ -198,7 +197,7 @@ def _number(name: str, numbers: Mapping[str, Json], dtype: np.dtype) -> np.ndarr
         new = None
     if new is None or (new != value and value == value):
         raise ValueError(
-            f"`optimizer` must keep its numbers what they are, whole numbers whole; found "
+            "`optimizer` must keep the types of its numbers, and whole numbers whole; found "
             f"{shown(value)} for {name!r} of {dtype}. Give it as a float."
         )
     return new
