@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import concurrent.futures
 import copy
 import dataclasses
 import inspect
@@ -348,6 +349,63 @@ def test_compiled_steps_are_traced_once_for_the_same_gradients():
     contracts.assert_close(*ends)
     assert counts[:5] == [2, 4, 6, 7, 8]
     assert counts[5:] == [2, 2, 2, 3, 3]
+
+
+# ------------------------------------------------------------------------------- steps in eager code
+
+
+BUILDS = []
+
+
+class Counting(K.SGD):
+    """Counts how often it is built."""
+
+    def build(self, var_list):
+        BUILDS.append(self)
+        super().build(var_list)
+
+
+class InABox(Counting):
+    """Keeps a variable where no copy of the optimizer finds it."""
+
+    def build(self, var_list):
+        super().build(var_list)
+        self.box = types.SimpleNamespace(last=self.add_variable([], name="last"))
+
+    def update_step(self, gradient, variable):
+        super().update_step(gradient + self.box.last, variable)
+        self.box.last.assign(tf.reduce_sum(gradient))
+
+
+@pytest.mark.parametrize(("cls", "builds_a_step"), [(Counting, 0), (InABox, 2)])
+def test_an_eager_optimizer_is_built_once_where_it_can_be_copied(cls, builds_a_step):
+    optimizer = build_keras_optimizer(cls(0.1, momentum=0.5))
+    state, weights = one_step(optimizer)
+    before, state_in_graph, in_graph = len(BUILDS), state, weights
+    for step in range(1, 4):
+        gradients = [np.full_like(w, step) for w in WEIGHTS]
+        state, weights = optimizer.next(state, weights, gradients)
+    assert len(BUILDS) - before == 3 * builds_a_step
+    for step in range(1, 4):
+        gradients = [tf.fill(w.shape, float(step)) for w in WEIGHTS]
+        state_in_graph, in_graph = tf.function(optimizer.next)(state_in_graph, in_graph, gradients)
+    contracts.assert_equal((state, weights), (state_in_graph, in_graph))
+
+
+def test_threads_take_steps_of_one_optimizer_at_the_same_time():
+    optimizer = build_keras_optimizer(K.Adam(0.1))
+
+    def steps(sign):
+        state, weights = optimizer.initialize(SPECS), WEIGHTS
+        for _ in range(10):
+            state, weights = optimizer.next(
+                state, weights, [sign * np.ones_like(w) for w in WEIGHTS]
+            )
+        return state, weights
+
+    alone = [steps(sign) for sign in (1.0, -1.0)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        contracts.assert_equal(list(pool.map(steps, (1.0, -1.0))), alone)
 
 
 # ------------------------------------------------------------------------------------ user subclasses
