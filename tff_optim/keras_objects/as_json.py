@@ -220,8 +220,8 @@ def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
         )
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         raise TypeError(
-            "`optimizer` must be a Keras optimizer; found one of TFF, "
-            f"{type(optimizer).__name__}. Use that as it is."
+            "`optimizer` must be a Keras optimizer; found "
+            f"{type(optimizer).__name__}, which is one of TFF already. Use it as it is."
         )
     if callable(optimizer):
         made = optimizer()

@@ -156,8 +156,8 @@ def check_supported(optimizer: Keras) -> Keras:
     if overridden:
         raise ValueError(
             f"`optimizer` of class {name} must not override what a pure step does not call; found "
-            f"{', '.join(overridden)}. Keras' extension points are `build`, `update_step` and "
-            "`get_config`."
+            f"that it overrides {', '.join(overridden)}. Keras' extension points are `build`, "
+            "`update_step` and `get_config`."
         )
     replaced = [key for key in vars(optimizer) if callable(getattr(Keras, key, None))]
     if replaced:
