@@ -46,7 +46,7 @@ def refusals(tree):
         if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
             continue
         made_by, texts = ast.unparse(node.exc.func), [text_of(arg) for arg in node.exc.args]
-        if made_by == "refusal":
+        if made_by == "refusal" and len(texts) > 2:
             _, rule, found, advice = [*(text or "{}" for text in texts), ""][:4]
             parts = f"{rule} ", f"{found} "
             wrong = [part for part in parts if re.search(r"\bmust\b|; found|[.;] $", part)]
