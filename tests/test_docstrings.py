@@ -1,11 +1,13 @@
 """Every example in a docstring runs and prints what it says."""
 
 import doctest
+import functools
 import importlib
 import inspect
 import pkgutil
 
 import pytest
+import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
@@ -30,8 +32,24 @@ def test_examples(name, monkeypatch):
     # What an example registers is forgotten with it.
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     module = importlib.import_module(name)
-    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    assert results.failed == 0
+    given = fed_avg_example() if name.startswith("aggregators.builders.") else {}
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(module, extraglobs=given, optionflags=flags).failed == 0
+
+
+@functools.cache
+def fed_avg_example():
+    """The model and the optimizer that the example of `build_fed_avg` makes, for the other builders'."""
+    (first,) = [
+        test
+        for test in doctest.DocTestFinder().find(aggregators.build_fed_avg, "build_fed_avg")
+        if test.examples
+    ]
+    made = {"tf": tf, "tff": tff}
+    for example in first.examples:
+        if "keras_model" in example.source or example.source.startswith("sgd = "):
+            exec(example.source, made)
+    return {name: made[name] for name in ("model", "sgd")}
 
 
 def _public():

@@ -121,10 +121,10 @@ def test_with_a_seed_it_differs_by_the_bits_of_the_batch_in_every_part():
         return [tf.zeros([SIZE]), tf.zeros([SIZE])], tf.constant(0.0)
 
     @tf.function
-    def draw(batch, *moment):
+    def draw(batch, *position):
         scheme = ExampleClipping(2.0, 1.5, 10, seed=3)
         parts = [tf.zeros([SIZE])] * 2
-        return clip_examples(scheme, batch, parts, one, moment=moment).gradients
+        return clip_examples(scheme, batch, parts, one, noise_position=position).gradients
 
     batch = {"text": tf.constant(["a", "b"]), "z": tf.constant([[True], [False]])}
     noises = [*draw(batch), *draw(batch, 1), *draw(batch, 1, 0), *draw(batch, 0, 1)]

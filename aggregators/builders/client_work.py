@@ -1,162 +1,16 @@
 """Client work that trains as TFF's does, and measures what a rule needs."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators.client.example_clipping import (
-    ExampleClipping,
-    check_clipping,
-    check_examples_are_apart,
-)
-from aggregators.client.task import Given, Loop, Task, initial_state
-from aggregators.client.training import build_training, check_model_fn, check_optimizer
-from aggregators.core.client_memory import Context
-from aggregators.core.layers import ModelLayers, layers_of_type, names_of_variables
+from aggregators.client.loop import Loop
+from aggregators.client.training import ClientTraining, check_optimizer
+from aggregators.core.layers import layers_of_type
 from aggregators.core.needs import Needs
-from aggregators.core.score import score_layers
-from aggregators.core.update import ClientUpdate, MeasuredUpdate, client_update
-
-
-class ClientOutput(NamedTuple):
-    """What one client's work gives.
-
-    Attributes:
-      update: Its `ClientUpdate`.
-      metrics: The model's unfinalized metrics; those of no example at all if the update is not
-        finite.
-      counts: Of clipping; empty without.
-      state: What the client keeps for its next round; empty if the rule has it keep nothing.
-    """
-
-    update: ClientUpdate
-    metrics: Any
-    counts: Any
-    state: Any
-
-
-@attrs.frozen
-class ClientTraining:
-    """The clients' side of a round for one model, optimizer and `Needs`, checked.
-
-    Attributes:
-      model_fn: A functional model, or a function that makes a variable model.
-      optimizer: The clients' optimizer.
-      needs: What is measured.
-      client_weighting: By number of examples, or uniform.
-      metrics_aggregator: From the model's metric finalizers to a computation over clients.
-      loop_implementation: `dataset.reduce` or a loop over the dataset's iterator.
-      example_clipping: How each example's gradient is clipped; None for not at all.
-    """
-
-    model_fn: Any
-    optimizer: tff.learning.optimizers.Optimizer
-    needs: Needs
-    client_weighting: tff.learning.ClientWeighting
-    metrics_aggregator: Any
-    loop_implementation: tff.learning.LoopImplementation
-    example_clipping: ExampleClipping | None = None
-
-    def __attrs_post_init__(self) -> None:
-        check_model_fn(self.model_fn)
-        for argument, kind in (
-            ("client_weighting", tff.learning.ClientWeighting),
-            ("loop_implementation", tff.learning.LoopImplementation),
-        ):
-            found = getattr(self, argument)
-            if not isinstance(found, kind):
-                raise TypeError(
-                    f"`{argument}` must be a member of tff.learning.{kind.__name__}; found {found!r}."
-                )
-
-        check_clipping(self.example_clipping)
-        if self.example_clipping is not None:
-            check_examples_are_apart(self.model_fn, self.example_clipping)
-
-    def hparams(self) -> Any:
-        """The optimizer's hyperparameters, Python or NumPy numbers."""
-        return self.optimizer.get_hparams(self.optimizer.initialize(tf.TensorSpec((), tf.float32)))
-
-    def types(self) -> "ModelTypes":
-        """The model's types, the names of its weights, and the aggregation of its metrics."""
-        return _model_types(
-            self.model_fn, self.metrics_aggregator or tff.learning.metrics.sum_then_finalize
-        )
-
-    def work(self, layers: ModelLayers) -> Callable[..., ClientOutput]:
-        """The work of one client: `(weights, dataset, hparams, rule_state, load, moment) -> ...`.
-
-        `load` gives the client's state, from one that it would have had at its first round; `moment`
-        is where in the run it trains, see `client_task.Given`. The result is a `ClientOutput`.
-
-        To be called where the graph is built that trains: the model is made there.
-        """
-        needs = self.needs
-        candidates = needs.candidates
-        task = Task(
-            self.optimizer,
-            needs.loss,
-            self.loop_implementation,
-            self.example_clipping,
-            None if candidates is None else candidates.error,
-            needs.memory,
-        )
-        train = build_training(self.model_fn, task)
-
-        def run(
-            weights: Any,
-            dataset: Any,
-            hparams: Any,
-            rule_state: Any = None,
-            load: Any = None,
-            moment: Any = (),
-        ) -> ClientOutput:
-            trainable = tuple(tf.nest.flatten(weights.trainable))
-            models: Any = ()
-            if candidates is not None:
-                models = candidates.of(trainable, rule_state)
-            context = None
-            if needs.memory is not None:
-                start = initial_state(self.optimizer, trainable, hparams)
-                fresh = needs.memory.initial_state(trainable, start)
-                context = Context(load(fresh), rule_state, trainable)
-            done = train(Given(weights, dataset, hparams, models, context, moment))
-            measured: dict[str, Any] = {"loss": done.loss}
-            if needs.score is not None:
-                measured["scores"] = score_layers(
-                    needs.score, done.initial, done.trained, layers.groups
-                )
-            if needs.steps:
-                measured["steps"] = done.steps
-            if candidates is not None:
-                measured["candidate_errors"], measured["errors_are_losses"] = done.errors
-            if self.client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
-                weight = tf.cast(done.examples, tf.float64)
-            else:
-                # Without examples there is neither score nor loss, and zeros look like the best.
-                weight = tf.cast(done.examples > 0, tf.float64)
-            delta = [old - new for old, new in zip(done.initial, done.trained, strict=True)]
-            kept: Any = OrderedDict()
-            if context is not None:
-                kept, measured["sent"] = done.remembered
-            update = client_update(delta, weight, also=tf.nest.flatten(kept), **measured)
-            if context is not None:
-                counts = update.weight > 0
-                kept = tf.nest.map_structure(
-                    lambda new, old: tf.where(counts, new, old), kept, context.state
-                )
-            metrics = tf.nest.map_structure(
-                lambda fresh, new: tf.where(update.non_finite, fresh, new),
-                done.fresh_metrics,
-                done.metrics,
-            )
-            return ClientOutput(update, metrics, done.counts, kept)
-
-        return run
+from aggregators.core.update import MeasuredUpdate
 
 
 def build_client_work(
@@ -199,15 +53,9 @@ def build_client_work(
       TypeError: If an argument is of the wrong kind.
       ValueError: If the layers do not fit the model.
 
-    Example:
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> from aggregators import rules
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
-      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
       >>> work = build_client_work(model, sgd, rules.fed_nova().needs)
       >>> str(work.next.type_signature.result.result.member.update.measured)
       '<steps=int32>'
@@ -275,48 +123,3 @@ def build_client_work(
     return tff.learning.templates.ClientWorkProcess(
         initialize, next_fn, get_hparams_fn=get_hparams, set_hparams_fn=set_hparams
     )
-
-
-class ModelTypes(NamedTuple):
-    """What a process has to know of a model.
-
-    Attributes:
-      weights: TFF type of the model's weights.
-      data: TFF type of a client's dataset.
-      names: Names of the trainable weights; None for a functional model, which has none.
-      aggregate_metrics: Computation from the clients' unfinalized metrics to the server's metrics.
-    """
-
-    weights: Any
-    data: Any
-    names: Sequence[str] | None
-    aggregate_metrics: Any
-
-
-def _model_types(model_fn: Any, metrics_aggregator: Any) -> ModelTypes:
-    names = None
-    if isinstance(model_fn, tff.learning.models.FunctionalModel):
-        model = model_fn
-        weights = tff.learning.models.ModelWeights(
-            *(
-                tuple(tf.TensorSpec(w.shape, tf.as_dtype(w.dtype)) for w in part)
-                for part in model.initial_weights
-            )
-        )
-        weights_type = tff.types.tensorflow_to_type(weights)
-        finalizers = model.finalize_metrics
-    else:
-        with tf.Graph().as_default():  # its variables must not outlive this look at it
-            model = model_fn()
-            if not isinstance(model, tff.learning.models.VariableModel):
-                raise TypeError(
-                    "`model_fn` must make a tff.learning.models.VariableModel; "
-                    f"found {type(model)}."
-                )
-            finalizers = model.metric_finalizers()
-            weights_type = tff.learning.models.weights_type_from_model(model)
-            names = names_of_variables(tf.nest.flatten(model.trainable_variables))
-    with tf.Graph().as_default():
-        aggregate = metrics_aggregator(finalizers)
-    data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(model.input_spec))
-    return ModelTypes(weights_type, data_type, names, aggregate)

@@ -12,12 +12,11 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators import rules
-from aggregators.builders.client_work import ClientTraining
-from aggregators.client import places as client_places
+from aggregators.client import state_io
 from aggregators.client.example_clipping import ExampleClipping
 from aggregators.client.example_clipping import measurements as clipping_measurements
-from aggregators.client.task import Loop
-from aggregators.client.training import check_model_fn, check_optimizer
+from aggregators.client.loop import Loop
+from aggregators.client.training import ClientTraining, check_model_fn, check_optimizer
 from aggregators.core import hyperparameters
 from aggregators.core.bound_rule import BoundRule
 from aggregators.core.layers import Layers
@@ -138,21 +137,21 @@ def build_fed_avg(
 
     memory = rule.needs.memory
     remembers = memory is not None
-    data_type = client_places.input_type(types.data) if remembers else types.data
+    data_type = state_io.input_type(types.data) if remembers else types.data
 
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, data_type)
     def on_client(hparams: Any, rule_state: Any, weights: Any, data: Any) -> Any:
         work = training.work(bound.layers)
         round_number = rule_state["round"]
         if memory is None:
-            output = work(weights, data, hparams, rule_state, moment=(round_number,))
+            output = work(weights, data, hparams, rule_state, noise_position=(round_number,))
             part = bound.client(output.update, rule_state)
             return part, output.metrics, output.counts
-        place = client_places.Place(data["client"], round_number, memory.num_clients)
-        moment = (round_number, data["client"]["number"])
-        output = work(weights, data["data"], hparams, rule_state, place.load, moment)
+        files = state_io.ClientStateFiles(data["client"], round_number, memory.num_clients)
+        position = (round_number, data["client"]["number"])
+        output = work(weights, data["data"], hparams, rule_state, files.load, position)
         # The state is written where the client trains, and what it sends is there only after that.
-        with tf.control_dependencies([place.save(output.state)]):
+        with tf.control_dependencies([files.save(output.state)]):
             weight = tf.identity(output.update.weight)
         part = bound.client(output.update._replace(weight=weight), rule_state)
         return part, output.metrics, output.counts
@@ -258,14 +257,8 @@ def build_fed_kl(
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
 
-    Example:
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
-      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> process = build_fed_kl(model, sgd, temperature=0.5, bound=20.0)
       >>> list(process.initialize.type_signature.result.member.aggregator._asdict())
       ['round', 'temperature', 'bound', 'memory', 'typical_score']
@@ -301,14 +294,8 @@ def build_fed_att(
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
 
-    Example:
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
-      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> process = build_fed_att(model, sgd, norm="spectral")
       >>> process.get_hparams(process.initialize())["aggregator"]["step_size"]
       1.2
@@ -355,14 +342,8 @@ def build_fed_med(
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
 
-    Example:
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
-      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> process = build_fed_med(model, sgd, min_decrease=0.01)
       >>> "adaptive" in process.next.type_signature.result.metrics.member.aggregator._asdict()
       True
@@ -408,14 +389,8 @@ def build_q_fed_avg(
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range, or the optimizer has another learning rate.
 
-    Example:
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
-      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> process = build_q_fed_avg(model, sgd, learning_rate=0.1, q=1.0)
       >>> "step" in process.next.type_signature.result.metrics.member.aggregator._asdict()
       True
@@ -452,14 +427,8 @@ def build_fed_nova(
         none where one is given. An optimizer that keeps a state but does not name its momentum
         among its hyperparameters cannot be checked.
 
-    Example:
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
-      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> process = build_fed_nova(model, sgd)
       >>> isinstance(process, tff.learning.templates.LearningProcess)
       True
@@ -499,14 +468,9 @@ def build_scaffold(
       TypeError: If an argument is of the wrong kind.
       ValueError: If an argument is out of its range.
 
-    Example:
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> from aggregators import ClientStates
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
       >>> process = build_scaffold(model, tff.learning.optimizers.build_sgdm(0.1), num_clients=2)
       >>> data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))
       >>> state = process.initialize()
@@ -554,14 +518,8 @@ def compose_fed_avg(
     Raises:
       TypeError: If an argument is of the wrong kind or the parts do not fit each other.
 
-    Example:
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
-      >>> sgd = tff.learning.optimizers.build_sgdm(0.1)
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> from aggregators import build_self_weighting_client_work, scores
       >>> work = tff.learning.templates.build_functional_model_delta_client_work(
       ...     model=model,

@@ -87,14 +87,9 @@ def build_self_weighting_client_work(
       TypeError: If an argument is of the wrong kind or the client work does not fit.
       ValueError: If `layers` does not fit the model, or `sample_size` is out of its range.
 
-    Example:
+    Example: with the `model` and `sgd` of `build_fed_avg`
+
       >>> from aggregators import scores, weighting
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
       >>> plain = tff.learning.templates.build_functional_model_delta_client_work(
       ...     model=model,
       ...     optimizer=tff.learning.optimizers.build_sgdm(0.1),

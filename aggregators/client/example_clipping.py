@@ -173,7 +173,7 @@ def clip_examples(
     weights: Sequence[Any],
     one: Callable[[Any], tuple[Any, Any]],
     *,
-    moment: Sequence[Any] = (),
+    noise_position: Sequence[Any] = (),
 ) -> Clipped:
     """The gradient of a batch; see `ExampleClipping`.
 
@@ -182,7 +182,7 @@ def clip_examples(
       batch: Any structure of tensors; the first dimension of all but the shared parts counts examples.
       weights: The trainable weights.
       one: `batch of one -> (gradients, loss)`.
-      moment: Whole numbers by which batches differ, such as round and step: for noise of a seed.
+      noise_position: Whole numbers by which batches differ, such as round and step: for noise of a seed.
     """
     known: list[bool] = []
     wide = [tf.float32 if w.dtype.size < 4 else w.dtype for w in weights]  # what sums are taken in
@@ -230,7 +230,7 @@ def clip_examples(
     examples = tf.cast(counts["examples"], tf.int32)
     stddev = clipping.noise_stddev(len(weights))
     if stddev:
-        key = _noise_key(clipping.seed, moment, batch)
+        key = _noise_key(clipping.seed, noise_position, batch)
         sums = [total + _noise(total, stddev, key, k) for k, total in enumerate(sums)]
     divisor = clipping.expected_batch_size
     divisor = tf.cast(examples if divisor is None else divisor, tf.float32)
@@ -249,14 +249,14 @@ def add_counts(total: Any, found: Any) -> Any:
     return tf.nest.map_structure(tf.add, total, found)
 
 
-def _noise_key(seed: int | None, moment: Sequence[Any], batch: Any) -> tf.Tensor:
+def _noise_key(seed: int | None, noise_position: Sequence[Any], batch: Any) -> tf.Tensor:
     """int64 of shape [2], from which a batch's noise is drawn."""
     if seed is None:
         # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph,
         # and all clients would draw the same.
         return tf.raw_ops.NonDeterministicInts(shape=[2], dtype=tf.int64)
     key = tf.constant([seed, 0], tf.int64)
-    for number in moment:
+    for number in noise_position:
         key = _fold(key, tf.cast(number, tf.int64))
     for tensor in tf.nest.flatten(batch):
         row = tf.reshape(tensor, [1, tf.size(tensor)])

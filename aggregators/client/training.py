@@ -1,165 +1,201 @@
-"""A client's training, with its loss and steps kept: TFF's own loops report neither per client."""
+"""The clients' side of a round: how they train, what they measure and what they send."""
 
-import functools
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators.client import sums as sums_of
-from aggregators.client.batch_rows import take_rows
-from aggregators.client.example_clipping import add_counts, clip_examples, no_counts
-from aggregators.client.model_adapters import Output, adapter_of
-from aggregators.client.task import Given, Task, Trained, Training, fold
-from aggregators.core.candidates import errors_of_batch, mean_errors, no_errors
-from aggregators.core.client_memory import Finished, densify
+from aggregators.client.example_clipping import (
+    ExampleClipping,
+    check_clipping,
+    check_examples_are_apart,
+)
+from aggregators.client.loop import build_loop, initial_state
+from aggregators.core.autograph import with_autograph
+from aggregators.core.client_memory import Context
+from aggregators.core.layers import ModelLayers, names_of_variables
+from aggregators.core.needs import Needs
+from aggregators.core.score import score_layers
+from aggregators.core.update import ClientUpdate, client_update
 
 
-def build_training(model_fn: Any, task: Task) -> Training:
-    """Builds the training of one client: `Given -> Trained`.
+class ClientOutput(NamedTuple):
+    """What one client's work gives.
 
-    One optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work` takes. The
-    data set's first pass is the training's: a data set that shuffles gives each pass another order. A
-    second pass measures all that is not measured while the client trains: the loss and the gradient of
-    the weights that training started from, and the errors of candidates.
-
-    Args:
-      model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
-        `tff.learning.models.FunctionalModel`.
-      task: How the client trains, and what is measured.
-
-    Returns:
-      A function to be called while a graph is built.
+    Attributes:
+      update: Its `ClientUpdate`.
+      metrics: The model's unfinalized metrics; those of no example at all if the update is not
+        finite.
+      counts: Of clipping; empty without.
+      state: What the client keeps for its next round; empty if the rule has it keep nothing.
     """
-    model = adapter_of(model_fn)
-    clipping, memory = task.clipping, task.memory
-    sums_gradients = memory is not None and memory.mean_gradient
-    wants_gradient = memory is not None and memory.initial_gradient
-    wants_loss = task.loss_at == "initial"
 
-    def differentiate(held: Any, batch: Any, *, training: bool) -> tuple[Any, Output]:
-        weights = model.trainable(held)
-        with tf.GradientTape() as tape:
-            tape.watch([w for w in weights if not isinstance(w, tf.Variable)])
-            output = model.forward(held, batch, training=training)
-        return tape.gradient(output.loss, weights), output
+    update: ClientUpdate
+    metrics: Any
+    counts: Any
+    state: Any
 
-    def gradient(held: Any, metrics: Any, batch: Any, moment: Any) -> Any:
-        """The gradient of a batch, its loss and examples, the metrics, and what clipping counted."""
-        if clipping is None:
-            gradients, output = differentiate(held, batch, training=True)
-            metrics = model.update_metrics(metrics, output)
-            return gradients, output.loss, output.examples, metrics, no_counts(None)
 
-        def one(example: Any) -> Any:
-            gradients, output = differentiate(held, example, training=True)
-            return gradients, output.loss
+@attrs.frozen
+class ClientTraining:
+    """The clients' side of a round for one model, optimizer and `Needs`, checked.
 
-        weights = model.trainable(held)
-        found = model.without_metrics(
-            lambda: clip_examples(clipping, batch, weights, one, moment=moment)
+    Attributes:
+      model_fn: A functional model, or a function that makes a variable model.
+      optimizer: The clients' optimizer.
+      needs: What is measured.
+      client_weighting: By number of examples, or uniform.
+      metrics_aggregator: From the model's metric finalizers to a computation over clients.
+      loop_implementation: `dataset.reduce` or a loop over the dataset's iterator.
+      example_clipping: How each example's gradient is clipped; None for not at all.
+    """
+
+    model_fn: Any
+    optimizer: tff.learning.optimizers.Optimizer
+    needs: Needs
+    client_weighting: tff.learning.ClientWeighting
+    metrics_aggregator: Any
+    loop_implementation: tff.learning.LoopImplementation
+    example_clipping: ExampleClipping | None = None
+
+    def __attrs_post_init__(self) -> None:
+        check_model_fn(self.model_fn)
+        for argument, kind in (
+            ("client_weighting", tff.learning.ClientWeighting),
+            ("loop_implementation", tff.learning.LoopImplementation),
+        ):
+            found = getattr(self, argument)
+            if not isinstance(found, kind):
+                raise TypeError(
+                    f"`{argument}` must be a member of tff.learning.{kind.__name__}; found {found!r}."
+                )
+
+        check_clipping(self.example_clipping)
+        if self.example_clipping is not None:
+            check_examples_are_apart(self.model_fn, self.example_clipping)
+
+    def hparams(self) -> Any:
+        """The optimizer's hyperparameters, Python or NumPy numbers."""
+        return self.optimizer.get_hparams(self.optimizer.initialize(tf.TensorSpec((), tf.float32)))
+
+    def types(self) -> "ModelTypes":
+        """The model's types, the names of its weights, and the aggregation of its metrics."""
+        return _model_types(
+            self.model_fn, self.metrics_aggregator or tff.learning.metrics.sum_then_finalize
         )
 
-        def see_batch() -> Any:
-            rows = take_rows(batch, clipping.shared_parts, lambda x: tf.boolean_mask(x, found.kept))
-            output = model.forward(held, rows, training=True)
-            return found.examples, model.update_metrics(metrics, output)
+    def work(self, layers: ModelLayers) -> Callable[..., ClientOutput]:
+        """The work of one client: `(weights, dataset, hparams, rule_state, load, noise_position)`.
 
-        # A branch has to give something, also where the metrics are the model's own.
-        examples, metrics = tf.cond(
-            found.examples > 0, see_batch, lambda: (found.examples, metrics)
+        `load` gives the client's state, from one that it would have had at its first round;
+        `noise_position` is whole numbers such as round and client, see `loop.build_loop`.
+
+        To be called where the graph is built that trains: the model is made there.
+        """
+        needs = self.needs
+        candidates = needs.candidates
+        train = build_loop(
+            self.model_fn, self.optimizer, needs, self.loop_implementation, self.example_clipping
         )
-        return found.gradients, found.loss, examples, metrics, found.counts
 
-    def step(given: Given, correct: Any, state: Any, batch: Any) -> Any:
-        held, optimizer_state, metrics, sums, counts, seen, steps = state
-        moment = (*given.moment, steps)
-        gradients, loss, examples, metrics, found = gradient(held, metrics, batch, moment)
-        trainable = model.trainable(held)
-        if sums_gradients:
-            seen = sums_of.add_step(seen, tuple(densify(gradients, trainable)))
-        gradients = correct(gradients, trainable)
-        optimizer_state, updated = task.next(optimizer_state, trainable, gradients)
-        held = model.assign(held, updated)
-        losses = sums_of.loss_of_batch(loss) if task.loss_at == "training" else ()
-        sums = sums_of.add_batch(sums, losses, examples)
-        return held, optimizer_state, metrics, sums, add_counts(counts, found), seen, steps + 1
-
-    def measure(given: Given, held: Any, sums: Any, batch: Any) -> Any:
-        """One batch of the second pass."""
-        means, errors = sums
-        found: OrderedDict[str, Any] = OrderedDict(loss=(), gradient=())
-        judged = []
-        examples: Any = None
-        initial = tuple(tf.nest.flatten(given.weights.trainable))
-        if wants_gradient or wants_loss:
-            if given.models:  # else no other weights have been there
-                held = model.assign(held, initial)
-            if wants_gradient:
-                gradients, output = differentiate(held, batch, training=False)
-                found["gradient"] = tuple(densify(gradients, initial))
+        def run(
+            weights: Any,
+            dataset: Any,
+            hparams: Any,
+            rule_state: Any = None,
+            load: Any = None,
+            noise_position: Any = (),
+        ) -> ClientOutput:
+            trainable = tuple(tf.nest.flatten(weights.trainable))
+            models: Any = ()
+            if candidates is not None:
+                models = candidates.of(trainable, rule_state)
+            context = None
+            if needs.memory is not None:
+                start = initial_state(self.optimizer, trainable, hparams)
+                fresh = needs.memory.initial_state(trainable, start)
+                context = Context(load(fresh), rule_state, trainable)
+            done = train(weights, dataset, hparams, models, context, noise_position)
+            measured: dict[str, Any] = {"loss": done.loss}
+            if needs.score is not None:
+                measured["scores"] = score_layers(
+                    needs.score, trainable, done.weights, layers.groups
+                )
+            if needs.steps:
+                measured["steps"] = done.steps
+            if candidates is not None:
+                measured["candidate_errors"], measured["errors_are_losses"] = done.errors
+            if self.client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
+                weight = tf.cast(done.examples, tf.float64)
             else:
-                output = model.forward(held, batch, training=False)
-            if wants_loss:
-                found["loss"] = sums_of.loss_of_batch(output.loss)
-            examples = output.examples
-        for candidate in given.models:
-            output = model.forward(model.assign(held, candidate), batch, training=False)
-            judged.append(errors_of_batch(task.error, *output))
-            examples = output.examples
-        errors = tf.nest.map_structure(tf.add, errors, tuple(judged))
-        return sums_of.add_batch(means, found, examples), errors
+                # Without examples there is neither score nor loss, and zeros look like the best.
+                weight = tf.cast(done.examples > 0, tf.float64)
+            delta = [old - new for old, new in zip(trainable, done.weights, strict=True)]
+            kept: Any = OrderedDict()
+            if context is not None:
+                kept, measured["sent"] = with_autograph(needs.memory.finish)(context, done)  # type: ignore[union-attr]
+            update = client_update(delta, weight, also=tf.nest.flatten(kept), **measured)
+            if context is not None:
+                counts = update.weight > 0
+                kept = tf.nest.map_structure(
+                    lambda new, old: tf.where(counts, new, old), kept, context.state
+                )
+            metrics = tf.nest.map_structure(
+                lambda fresh, new: tf.where(update.non_finite, fresh, new),
+                done.fresh_metrics,
+                done.metrics,
+            )
+            return ClientOutput(update, metrics, done.counts, kept)
 
-    @tf.function(autograph=False)
-    def train(given: Given) -> Trained:
-        initial = tuple(tf.nest.flatten(given.weights.trainable))
-        held = model.start(given.weights)
-        metrics = model.start_metrics()
-        fresh = model.report_metrics(metrics)
-        state = (
-            held,
-            task.start(model.trainable(held), given.hparams, given.context),
-            metrics,
-            sums_of.no_sum(sums_of.SCALAR if task.loss_at == "training" else ()),
-            no_counts(clipping),
-            sums_of.no_sum(initial) if sums_gradients else (),
-            tf.constant(0),
+        return run
+
+
+class ModelTypes(NamedTuple):
+    """What a process has to know of a model.
+
+    Attributes:
+      weights: TFF type of the model's weights.
+      data: TFF type of a client's dataset.
+      names: Names of the trainable weights; None for a functional model, which has none.
+      aggregate_metrics: Computation from the clients' unfinalized metrics to the server's metrics.
+    """
+
+    weights: Any
+    data: Any
+    names: Sequence[str] | None
+    aggregate_metrics: Any
+
+
+def _model_types(model_fn: Any, metrics_aggregator: Any) -> ModelTypes:
+    names = None
+    if isinstance(model_fn, tff.learning.models.FunctionalModel):
+        model = model_fn
+        weights = tff.learning.models.ModelWeights(
+            *(
+                tuple(tf.TensorSpec(w.shape, tf.as_dtype(w.dtype)) for w in part)
+                for part in model.initial_weights
+            )
         )
-        one = functools.partial(step, given, task.correction(given.context))
-        state = fold(task.loop, given.dataset, state, one)
-        held, end, metrics, sums, counts, seen, steps = state
-        trained = tuple(tf.identity(w) for w in model.trainable(held))
-        metrics = model.report_metrics(metrics)
-        losses, examples = sums_of.mean(sums), sums[1]
-
-        found = OrderedDict(
-            loss=sums_of.SCALAR if wants_loss else (),
-            gradient=initial if wants_gradient else (),
-        )
-        errors: Any = (no_errors(),) * len(given.models)
-        if tf.nest.flatten((found, errors)):
-            look = functools.partial(measure, given, model.start(given.weights))
-            nothing = (sums_of.no_sum(found), errors)
-            looked, errors = fold(task.loop, given.dataset, nothing, look, after=steps)
-            found = sums_of.mean(looked)
-
-        mean_gradient = sums_of.mean(seen) if sums_gradients else ()
-        done = Finished(trained, steps, mean_gradient, found["gradient"], end)
-        return Trained(
-            initial=initial,
-            trained=trained,
-            loss={"training": losses, "initial": found["loss"], None: None}[task.loss_at],
-            steps=steps,
-            examples=examples,
-            metrics=metrics,
-            fresh_metrics=fresh,
-            counts=counts,
-            errors=mean_errors(errors) if given.models else None,
-            remembered=task.finish(given.context, done),
-        )
-
-    return train
+        weights_type = tff.types.tensorflow_to_type(weights)
+        finalizers = model.finalize_metrics
+    else:
+        with tf.Graph().as_default():  # its variables must not outlive this look at it
+            model = model_fn()
+            if not isinstance(model, tff.learning.models.VariableModel):
+                raise TypeError(
+                    "`model_fn` must make a tff.learning.models.VariableModel; "
+                    f"found {type(model)}."
+                )
+            finalizers = model.metric_finalizers()
+            weights_type = tff.learning.models.weights_type_from_model(model)
+            names = names_of_variables(tf.nest.flatten(model.trainable_variables))
+    with tf.Graph().as_default():
+        aggregate = metrics_aggregator(finalizers)
+    data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(model.input_spec))
+    return ModelTypes(weights_type, data_type, names, aggregate)
 
 
 def check_model_fn(model_fn: Any) -> None:

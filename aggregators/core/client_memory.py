@@ -29,7 +29,7 @@ class Context(NamedTuple):
     weights: Tensors
 
 
-class Finished(NamedTuple):
+class Trained(NamedTuple):
     """What a client has after it has trained.
 
     Attributes:
@@ -38,7 +38,15 @@ class Finished(NamedTuple):
       mean_gradient: Mean over steps of the gradients before any correction; empty unless asked for.
       initial_gradient: Gradient of the mean loss over the client's examples at the weights that it
         started from, not in training mode; empty unless asked for.
-      optimizer_state: Of the client's optimizer.
+      optimizer_state: Of the client's optimizer; empty where clients keep nothing.
+      examples: int64: examples seen while training; with clipping, those that counted.
+      loss: float32: mean loss per example; 0 without examples. None if not asked for. Of a loss that
+        is no scalar, the mean over its elements stands for the batch.
+      errors: Of candidates, float32 of shape `[number]`: their mean errors; and a bool, whether these
+        are losses. None if there are none.
+      metrics: The model's unfinalized metrics.
+      fresh_metrics: The same, of no example at all.
+      counts: Of clipping, see `example_clipping.Clipped`; empty without.
     """
 
     weights: Tensors
@@ -46,6 +54,12 @@ class Finished(NamedTuple):
     mean_gradient: Tensors
     initial_gradient: Tensors
     optimizer_state: Any
+    examples: tf.Tensor
+    loss: Any
+    errors: Any
+    metrics: Any
+    fresh_metrics: Any
+    counts: Any
 
 
 Correction = Callable[[Tensors, Tensors], Tensors]
@@ -75,7 +89,7 @@ class ClientMemory:
     Attributes:
       initial_state: `(weights, optimizer state) -> state`, an `OrderedDict` of tensors or of flat
         sequences of them: what a client has that never took part.
-      finish: `(context, finished) -> (state, sent)`: its state for the next round, and flat tensors for
+      finish: `(context, trained) -> (state, sent)`: its state for the next round, and flat tensors for
         the rule, found under `sent` in `ClientUpdate`.
       correction: `context -> (gradients, weights) -> gradients`: called once, before training; what it
         returns is called in every step, before the optimizer.
@@ -98,8 +112,8 @@ class ClientMemory:
     initial_state: Callable[[Tensors, Any], State] = attrs.field(
         validator=checks.validated(checks.function, "(weights, optimizer_state)")
     )
-    finish: Callable[[Context, Finished], tuple[State, Tensors]] = attrs.field(
-        validator=checks.validated(checks.function, "(context, finished)")
+    finish: Callable[[Context, Trained], tuple[State, Tensors]] = attrs.field(
+        validator=checks.validated(checks.function, "(context, trained)")
     )
     correction: Callable[[Context], Correction] = attrs.field(
         default=_same, validator=checks.validated(checks.function, "(context)")

@@ -7,7 +7,7 @@ import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
-from aggregators.core.client_memory import ClientMemory, Context, Correction, Finished
+from aggregators.core.client_memory import ClientMemory, Context, Correction, Trained
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import add_sum, check_base
@@ -73,7 +73,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
 
         return correct
 
-    def finish(context: Context, done: Finished) -> Any:
+    def finish(context: Context, done: Trained) -> Any:
         new = tuple(
             own + tf.cast(context.shared["alpha"], own.dtype) * (start - w)
             for own, start, w in zip(

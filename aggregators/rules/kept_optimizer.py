@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import tensorflow as tf
 
-from aggregators.core.client_memory import ClientMemory, Context, Finished
+from aggregators.core.client_memory import ClientMemory, Context, Trained
 from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import check_base
 from aggregators.rules.plain import plain_mean
@@ -45,7 +45,7 @@ def kept_optimizer(rule: Rule | None = None) -> Rule:
     def start(optimizer_state: Any, context: Context) -> Any:
         return tf.nest.pack_sequence_as(optimizer_state, list(context.state["optimizer"]))
 
-    def finish(context: Context, done: Finished) -> Any:
+    def finish(context: Context, done: Trained) -> Any:
         return initial_state(context.weights, done.optimizer_state), ()
 
     memory = ClientMemory(initial_state, finish, start=start)

@@ -7,7 +7,7 @@ import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
-from aggregators.core.client_memory import ClientMemory, Context, Correction, Finished
+from aggregators.core.client_memory import ClientMemory, Context, Correction, Trained
 from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain import plain_mean
@@ -73,7 +73,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         added = [c - own for c, own in both]
         return lambda gradients, weights: [g + x for g, x in zip(gradients, added, strict=True)]
 
-    def finish(context: Context, done: Finished) -> Any:
+    def finish(context: Context, done: Trained) -> Any:
         new = tuple(done.mean_gradient if option == "II" else done.initial_gradient)
         sent = tuple(a - b for a, b in zip(new, context.state["control"], strict=True))
         return OrderedDict(control=new), sent

@@ -1,4 +1,4 @@
-"""Where a client's state is, in the graph that trains the client: what `ClientStates` sends it."""
+"""How the graph that trains a client reads and writes its state: by what `ClientStates` sends it."""
 
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from aggregators.core.checks import only_if
 def input_type(data_type: Any) -> Any:
     """TFF type of what a client that keeps a state takes: its data, and where its state is."""
     numbers = [(name, np.int32) for name in ("round", "number", "clients")]
-    place = [("load", np.str_), ("save", np.str_), *numbers]
-    return tff.to_type(OrderedDict(data=data_type, client=tff.to_type(OrderedDict(place))))
+    files = [("load", np.str_), ("save", np.str_), *numbers]
+    return tff.to_type(OrderedDict(data=data_type, client=tff.to_type(OrderedDict(files))))
 
 
-class Place(NamedTuple):
-    """Where one client's state is, in the graph that trains it.
+class ClientStateFiles(NamedTuple):
+    """The files of one client's state, in the graph that trains it.
 
     Attributes:
       client: `load` and `save`, paths (`load` empty for a client without a state), `round`, how many

@@ -1,0 +1,229 @@
+"""A client's training, with its loss and steps kept: TFF's own loops report neither per client."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from aggregators.client import sums as sums_of
+from aggregators.client.batch_rows import take_rows
+from aggregators.client.example_clipping import (
+    ExampleClipping,
+    add_counts,
+    clip_examples,
+    no_counts,
+)
+from aggregators.client.model_adapters import Output, adapter_of
+from aggregators.core.autograph import with_autograph
+from aggregators.core.candidates import errors_of_batch, mean_errors, no_errors
+from aggregators.core.client_memory import Trained, correction, densify
+from aggregators.core.needs import Needs
+
+Loop: TypeAlias = tff.learning.LoopImplementation
+
+
+def build_loop(
+    model_fn: Any,
+    optimizer: tff.learning.optimizers.Optimizer,
+    needs: Needs,
+    loop: Loop,
+    clipping: ExampleClipping | None,
+) -> Callable[..., Trained]:
+    """Builds the training of one client.
+
+    One optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work` takes. The
+    data set's first pass is the training's: a data set that shuffles gives each pass another order. A
+    second pass measures all that is not measured while the client trains: the loss and the gradient of
+    the weights that training started from, and the errors of candidates.
+
+    Args:
+      model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
+        `tff.learning.models.FunctionalModel`.
+      optimizer: The client's optimizer.
+      needs: What is measured, and what the client does with a state of its own.
+      loop: `dataset.reduce` or a loop over the dataset's iterator.
+      clipping: How each example's gradient is clipped; None takes the batch's as it is.
+
+    Returns:
+      A function `(weights, dataset, hparams, models, context, noise_position) -> Trained`, to be called
+      while a graph is built: the model's weights; its data; the optimizer's hyperparameters; flat
+      candidates for the trainable weights, to be scored; a `Context`, or None for a client that keeps
+      nothing; and whole numbers that tell where in a run it trains, for noise that a seed decides.
+    """
+    model = adapter_of(model_fn)
+    memory, candidates = needs.memory, needs.candidates
+    sums_gradients = memory is not None and memory.mean_gradient
+    wants_gradient = memory is not None and memory.initial_gradient
+    wants_loss = needs.loss == "initial"
+    next_step = with_autograph(optimizer.next)
+
+    def differentiate(held: Any, batch: Any, *, training: bool) -> tuple[Any, Output]:
+        weights = model.trainable(held)
+        with tf.GradientTape() as tape:
+            tape.watch([w for w in weights if not isinstance(w, tf.Variable)])
+            output = model.forward(held, batch, training=training)
+        return tape.gradient(output.loss, weights), output
+
+    def gradient(held: Any, metrics: Any, batch: Any, noise_position: Any) -> Any:
+        """The gradient of a batch, its loss and examples, the metrics, and what clipping counted."""
+        if clipping is None:
+            gradients, output = differentiate(held, batch, training=True)
+            metrics = model.update_metrics(metrics, output)
+            return gradients, output.loss, output.examples, metrics, no_counts(None)
+
+        def one(example: Any) -> Any:
+            gradients, output = differentiate(held, example, training=True)
+            return gradients, output.loss
+
+        weights = model.trainable(held)
+        found = model.without_metrics(
+            lambda: clip_examples(clipping, batch, weights, one, noise_position=noise_position)
+        )
+
+        def see_batch() -> Any:
+            rows = take_rows(batch, clipping.shared_parts, lambda x: tf.boolean_mask(x, found.kept))
+            output = model.forward(held, rows, training=True)
+            return found.examples, model.update_metrics(metrics, output)
+
+        # A branch has to give something, also where the metrics are the model's own.
+        examples, metrics = tf.cond(
+            found.examples > 0, see_batch, lambda: (found.examples, metrics)
+        )
+        return found.gradients, found.loss, examples, metrics, found.counts
+
+    def step(noise_position: Any, correct: Any, state: Any, batch: Any) -> Any:
+        held, optimizer_state, metrics, sums, counts, seen, steps = state
+        gradients, loss, examples, metrics, found = gradient(
+            held, metrics, batch, (*noise_position, steps)
+        )
+        trainable = model.trainable(held)
+        if sums_gradients:
+            seen = sums_of.add_step(seen, tuple(densify(gradients, trainable)))
+        gradients = correct(gradients, trainable)
+        optimizer_state, updated = next_step(optimizer_state, trainable, gradients)
+        held = model.assign(held, updated)
+        losses = sums_of.loss_of_batch(loss) if needs.loss == "training" else ()
+        sums = sums_of.add_batch(sums, losses, examples)
+        return held, optimizer_state, metrics, sums, add_counts(counts, found), seen, steps + 1
+
+    def measure(initial: Any, models: Any, held: Any, sums: Any, batch: Any) -> Any:
+        """One batch of the second pass."""
+        means, errors = sums
+        found: OrderedDict[str, Any] = OrderedDict(loss=(), gradient=())
+        judged = []
+        examples: Any = None
+        if wants_gradient or wants_loss:
+            if models:  # else no other weights have been there
+                held = model.assign(held, initial)
+            if wants_gradient:
+                gradients, output = differentiate(held, batch, training=False)
+                found["gradient"] = tuple(densify(gradients, initial))
+            else:
+                output = model.forward(held, batch, training=False)
+            if wants_loss:
+                found["loss"] = sums_of.loss_of_batch(output.loss)
+            examples = output.examples
+        for candidate in models:
+            output = model.forward(model.assign(held, candidate), batch, training=False)
+            judged.append(errors_of_batch(candidates.error, *output))  # type: ignore[union-attr]
+            examples = output.examples
+        errors = tf.nest.map_structure(tf.add, errors, tuple(judged))
+        return sums_of.add_batch(means, found, examples), errors
+
+    @tf.function(autograph=False)
+    def train(
+        weights: Any, dataset: Any, hparams: Any, models: Any, context: Any, noise_position: Any
+    ) -> Trained:
+        initial = tuple(tf.nest.flatten(weights.trainable))
+        held = model.start(weights)
+        metrics = model.start_metrics()
+        fresh = model.report_metrics(metrics)
+        optimizer_state = initial_state(optimizer, model.trainable(held), hparams)
+        if memory is not None:
+            kept = with_autograph(memory.start)(optimizer_state, context)
+            optimizer_state = optimizer.set_hparams(kept, hparams)
+        state = (
+            held,
+            optimizer_state,
+            metrics,
+            sums_of.no_sum(sums_of.SCALAR if needs.loss == "training" else ()),
+            no_counts(clipping),
+            sums_of.no_sum(initial) if sums_gradients else (),
+            tf.constant(0),
+        )
+        one = functools.partial(step, noise_position, correction(memory, context))
+        state = fold(loop, dataset, state, one)
+        held, end, metrics, sums, counts, seen, steps = state
+        trained = tuple(tf.identity(w) for w in model.trainable(held))
+        metrics = model.report_metrics(metrics)
+        losses, examples = sums_of.mean(sums), sums[1]
+
+        found = OrderedDict(
+            loss=sums_of.SCALAR if wants_loss else (),
+            gradient=initial if wants_gradient else (),
+        )
+        errors: Any = (no_errors(),) * len(models)
+        if tf.nest.flatten((found, errors)):
+            look = functools.partial(measure, initial, models, model.start(weights))
+            nothing = (sums_of.no_sum(found), errors)
+            looked, errors = fold(loop, dataset, nothing, look, after=steps)
+            found = sums_of.mean(looked)
+        return Trained(
+            weights=trained,
+            steps=steps,
+            mean_gradient=sums_of.mean(seen) if sums_gradients else (),
+            initial_gradient=found["gradient"],
+            optimizer_state=() if memory is None else end,
+            examples=examples,
+            loss={"training": losses, "initial": found["loss"], None: None}[needs.loss],
+            errors=mean_errors(errors) if models else None,
+            metrics=metrics,
+            fresh_metrics=fresh,
+            counts=counts,
+        )
+
+    return train
+
+
+def initial_state(
+    optimizer: tff.learning.optimizers.Optimizer, trainable: tuple[Any, ...], hparams: Any
+) -> Any:
+    """The state of an optimizer that knows of no step."""
+    specs = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in trainable)
+    return optimizer.set_hparams(optimizer.initialize(specs), hparams)
+
+
+def fold(
+    loop: Loop,
+    dataset: tf.data.Dataset,
+    state: Any,
+    step: Callable[[Any, Any], Any],
+    after: Any = (),
+) -> Any:
+    """Folds a dataset's batches into a state: `step(state, batch) -> state`.
+
+    Args:
+      loop: How.
+      dataset: The batches.
+      state: What is there before the first.
+      step: One batch.
+      after: Tensors of earlier folds of the dataset. A dataset that shuffles draws an order for each
+        iterator when it is made: made in no order of their own, they would get another in each run.
+    """
+    with tf.control_dependencies(tf.nest.flatten(after)):
+        return _fold(loop, dataset, state, step)
+
+
+def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
+    if loop is Loop.DATASET_REDUCE:
+        return dataset.reduce(state, tf.autograph.experimental.do_not_convert(step))
+    iterator = iter(dataset)
+    _, state = tf.while_loop(
+        lambda batch, state: batch.has_value(),
+        lambda batch, state: (iterator.get_next_as_optional(), step(state, batch.get_value())),
+        (iterator.get_next_as_optional(), state),
+    )
+    return state
