@@ -48,7 +48,7 @@ class Seen(NamedTuple):
     """What a weighting's rule may look at besides relative scores.
 
     Attributes:
-      numbers: The weighting's hyperparameters by name, float64 scalars.
+      hparams: The weighting's hyperparameters by name, float64 scalars.
       layer: int32 of shape `[num_layers]`: the layers' positions.
       round: int32 scalar: rounds done before this one.
       loss: float64 scalar: the client's mean loss; None unless `loss_at` says where it is taken.
@@ -60,7 +60,7 @@ class Seen(NamedTuple):
       True
     """
 
-    numbers: Mapping[str, tf.Tensor]
+    hparams: Mapping[str, tf.Tensor]
     layer: tf.Tensor
     round: tf.Tensor
     loss: tf.Tensor | None = None
@@ -70,15 +70,15 @@ Rule = Callable[..., tf.Tensor]
 
 
 def _softmax_near(relative: tf.Tensor, seen: Seen) -> tf.Tensor:
-    return -relative / seen.numbers["temperature"]
+    return -relative / seen.hparams["temperature"]
 
 
 def _softmax_far(relative: tf.Tensor, seen: Seen) -> tf.Tensor:
-    return relative / seen.numbers["temperature"]
+    return relative / seen.hparams["temperature"]
 
 
 def _power(relative: tf.Tensor, seen: Seen) -> tf.Tensor:
-    return seen.numbers["exponent"] * tf.math.log(tf.maximum(relative, seen.numbers["floor"]))
+    return seen.hparams["exponent"] * tf.math.log(tf.maximum(relative, seen.hparams["floor"]))
 
 
 def _uniform(relative: tf.Tensor) -> tf.Tensor:
@@ -134,16 +134,16 @@ def _bound(value: Any) -> Any:
 _BOUND_HINT = "It is the largest ratio between two clients' weights; None for no limit."
 
 
-def _memory(value: Any) -> Hparam:
+def _decay(value: Any) -> Hparam:
     if isinstance(value, Hparam):
         return value
     return hparam(
-        "memory", value, 0.0, 1.0, below=True, hint="It is the share of the earlier rounds."
+        "decay", value, 0.0, 1.0, below=True, hint="It is the share of the earlier rounds."
     )
 
 
 def _own(hparams: Mapping[str, Any]) -> Mapping[str, Hparam]:
-    taken = ("scale", "bound", "memory", "round", "typical_score")
+    taken = ("scale", "bound", "decay", "round", "typical_score")
     if not isinstance(hparams, Mapping) or not all(
         isinstance(name, str) and name not in taken for name in hparams
     ):
@@ -167,9 +167,9 @@ class Weighting:
 
     Example:
       >>> def later(relative, seen):
-      ...     return -seen.numbers["sharpness"] * tf.cast(seen.round, tf.float64) * relative
-      >>> list(Weighting(later, hparams={"sharpness": 0.1}).numbers)
-      ['sharpness', 'memory']
+      ...     return -seen.hparams["sharpness"] * tf.cast(seen.round, tf.float64) * relative
+      >>> list(Weighting(later, hparams={"sharpness": 0.1}).all_hparams)
+      ['sharpness', 'decay']
     """
 
     rule: Rule = attrs.field(
@@ -178,7 +178,7 @@ class Weighting:
     scale: Any = attrs.field(default="running", converter=_scale)
     times_examples: bool = attrs.field(default=True, validator=checks.validated(checks.flag))
     bound: Hparam | None = attrs.field(default=None, converter=_bound)
-    memory: Hparam = attrs.field(default=_memory(0.5), converter=_memory)
+    decay: Hparam = attrs.field(default=_decay(0.5), converter=_decay)
     hparams: Mapping[str, Hparam] = attrs.field(factory=dict, converter=_own)
 
     @property
@@ -197,11 +197,11 @@ class Weighting:
         return self.scale == "running" or self.bound is not None
 
     @property
-    def numbers(self) -> OrderedDict[str, Hparam]:
+    def all_hparams(self) -> OrderedDict[str, Hparam]:
         """What may change between rounds, by name."""
-        around = OrderedDict(scale=self.scale, bound=self.bound, memory=self.memory)
+        around = OrderedDict(scale=self.scale, bound=self.bound, decay=self.decay)
         if not self.needs_typical_score:
-            del around["memory"]  # it changes nothing but what is shown
+            del around["decay"]  # it changes nothing but what is shown
         return OrderedDict(
             [*self.hparams.items(), *((n, x) for n, x in around.items() if isinstance(x, Hparam))]
         )
@@ -214,7 +214,7 @@ def softmax(
     scale: Number | Literal["running"] | None = "running",
     times_examples: bool = True,
     bound: Number | None = None,
-    memory: Number = 0.5,
+    decay: Number = 0.5,
 ) -> Weighting:
     """Weighs clients by a softmax over their scores.
 
@@ -240,7 +240,7 @@ def softmax(
       bound: The largest ratio between two clients' weights, number of examples aside. Log-weights
         are clipped to `log(bound) / 2` around that of the typical score. Until that score is known
         all scores count alike.
-      memory: Share of the earlier rounds in the running mean score, in [0, 1). With 0, only the
+      decay: Share of the earlier rounds in the running mean score, in [0, 1). With 0, only the
         round before counts.
 
     Returns:
@@ -251,8 +251,8 @@ def softmax(
       TypeError: If `times_examples` is not a bool.
 
     Example:
-      >>> {name: number.value for name, number in softmax(0.5, bound=20.0).numbers.items()}
-      {'temperature': 0.5, 'bound': 20.0, 'memory': 0.5}
+      >>> {name: number.value for name, number in softmax(0.5, bound=20.0).all_hparams.items()}
+      {'temperature': 0.5, 'bound': 20.0, 'decay': 0.5}
     """
     checks.word("prefer", prefer, "near", "far")
     hint = "For equal weights use `weighting.uniform()`."
@@ -261,7 +261,7 @@ def softmax(
         scale=scale,
         times_examples=times_examples,
         bound=bound,
-        memory=memory,
+        decay=decay,
         hparams={"temperature": hparam("temperature", temperature, _LEAST_TEMPERATURE, hint=hint)},
     )
 
@@ -273,7 +273,7 @@ def power(
     scale: Number | Literal["running"] | None = "running",
     times_examples: bool = True,
     bound: Number | None = None,
-    memory: Number = 0.5,
+    decay: Number = 0.5,
 ) -> Weighting:
     """Weighs clients by a power of their score.
 
@@ -291,7 +291,7 @@ def power(
       scale: As in `softmax`.
       times_examples: As in `softmax`.
       bound: As in `softmax`.
-      memory: As in `softmax`.
+      decay: As in `softmax`.
 
     Returns:
       A `Weighting`.
@@ -301,7 +301,7 @@ def power(
       TypeError: If `times_examples` is not a bool.
 
     Example:
-      >>> {name: number.value for name, number in power(-0.5, scale=None).numbers.items()}
+      >>> {name: number.value for name, number in power(-0.5, scale=None).all_hparams.items()}
       {'exponent': -0.5, 'floor': 0.001}
     """
     return Weighting(
@@ -309,7 +309,7 @@ def power(
         scale=scale,
         times_examples=times_examples,
         bound=bound,
-        memory=memory,
+        decay=decay,
         hparams=OrderedDict(
             exponent=hparam("exponent", exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT),
             floor=hparam("floor", floor, 0.0, above=True),
@@ -345,7 +345,7 @@ def log_weights(
     state: Mapping[str, Any],
     loss: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """One client's log-weight per layer, and whether its scores are sound.
+    """One client's log-weight per layer, and whether its scores are valid.
 
     Args:
       weighting: The rule.
@@ -369,7 +369,7 @@ def log_weights(
     known, has_weight = typical > 0.0, weight > 0.0
     scale = relative_scale(weighting, state)
     seen = Seen(
-        numbers={name: tf.cast(state[name], tf.float64) for name in weighting.numbers},
+        hparams={name: tf.cast(state[name], tf.float64) for name in weighting.all_hparams},
         layer=tf.range(scores.shape[0]),
         round=state["round"],
         loss=None if loss is None else tf.cast(loss, tf.float64),
@@ -381,12 +381,12 @@ def log_weights(
         centre = _apply(weighting.rule, tf.math.divide_no_nan(typical, scale), seen)
         logs -= tf.where(known & tf.math.is_finite(centre), centre, 0.0)
     if weighting.bound is not None:
-        half = 0.5 * tf.math.log(seen.numbers["bound"])
+        half = 0.5 * tf.math.log(seen.hparams["bound"])
         logs = tf.clip_by_value(logs, -half, half)
     if weighting.needs_typical_score:
         logs = tf.where(known, logs, 0.0)
     is_number = tf.math.is_finite(scores) & (scores >= 0.0) & ~tf.math.is_nan(logs)
-    sound = tf.reduce_all(is_number) | ~has_weight
+    is_valid = tf.reduce_all(is_number) | ~has_weight
     none = tf.equal(logs, -math.inf)
     logs = tf.clip_by_value(logs, -_LARGEST_LOG, _LARGEST_LOG)
     logs = tf.where(
@@ -394,7 +394,7 @@ def log_weights(
     )  # what the rule gave no weight has none
     if weighting.times_examples:
         logs += tf.math.log(weight)
-    return tf.where(sound & has_weight, logs, -math.inf), sound
+    return tf.where(is_valid & has_weight, logs, -math.inf), is_valid
 
 
 def _apply(rule: Rule, relative: tf.Tensor, seen: Seen) -> tf.Tensor:
@@ -439,17 +439,17 @@ def next_typical_score(
       mean_score: This round's mean over the clients that counted; NaN if there was none.
 
     Returns:
-      `memory * typical + (1 - memory) * min(mean, 10 * typical)`; the mean where nothing was known;
+      `decay * typical + (1 - decay) * min(mean, 10 * typical)`; the mean where nothing was known;
       unchanged where there is no mean.
     """
     typical = state["typical_score"]
-    memory = (
-        state["memory"] if "memory" in weighting.numbers else weighting.memory.at(state["round"])
+    decay = (
+        state["decay"] if "decay" in weighting.all_hparams else weighting.decay.at(state["round"])
     )
-    memory = tf.cast(memory, typical.dtype)
+    decay = tf.cast(decay, typical.dtype)
     mean_score = tf.cast(mean_score, typical.dtype)
     limited = tf.minimum(mean_score, _LARGEST_GROWTH * typical)
-    moved = memory * typical + (1.0 - memory) * limited
+    moved = decay * typical + (1.0 - decay) * limited
     moved = tf.where(typical > 0, moved, mean_score)
     return tf.where(tf.math.is_finite(mean_score), moved, typical)
 

@@ -164,10 +164,10 @@ def jury(
     memory,
     *,
     groups,
-    slope=20.0,
+    sharpness=20.0,
     margin=0.3,
-    vote_memory=0.8,
-    gap_memory=0.5,
+    vote_decay=0.8,
+    gap_decay=0.5,
     limit=6.0,
     floor=1e-3,
     vote_rate=0.5,
@@ -182,8 +182,8 @@ def jury(
     weights = np.asarray(weights, np.float64)
     voiced, kept = len(voices), np.flatnonzero(weights > 0)
     number = voiced + (stride_step is not None)
-    memory.setdefault("share", 1 / (np.exp(slope * margin) + voiced) * np.ones(voiced))
-    memory.setdefault("stride", 1 / (1 + np.exp(0.5 * slope)) if number > voiced else 0.0)
+    memory.setdefault("share", 1 / (np.exp(sharpness * margin) + voiced) * np.ones(voiced))
+    memory.setdefault("stride", 1 / (1 + np.exp(0.5 * sharpness)) if number > voiced else 0.0)
     memory.setdefault("gap", [[np.zeros(np.shape(x)) for x in deltas[0]] for _ in range(number)])
     memory.setdefault("norm", numbers.get("start", 1.0) or 0.0)
     is_first = not memory["norm"]
@@ -207,14 +207,14 @@ def jury(
     others = [mean(by) if by[kept].sum() > 0 else first for by in voices]
     cap = limit * memory["scale"]
     cast, part = np.clip(raw, -cap, cap), weights[kept] / weights[kept].sum()
-    memory["agreement"] = vote_memory * memory["agreement"] + part @ cast
-    memory["size"] = vote_memory * memory["size"] + part @ np.abs(cast)
+    memory["agreement"] = vote_decay * memory["agreement"] + part @ cast
+    memory["size"] = vote_decay * memory["size"] + part @ np.abs(cast)
     if memory.setdefault("rounds", 0):
         usual = np.mean(np.abs(raw) <= memory["scale"], 0)
         memory["scale"] = np.maximum(memory["scale"] * np.exp(-vote_rate * (usual - 0.5)), floor)
     memory["rounds"] += 1
     trust = memory["agreement"] / np.maximum(memory["size"], floor)
-    powers = np.exp(slope * (trust[:voiced] - margin))
+    powers = np.exp(sharpness * (trust[:voiced] - margin))
     memory["share"] = powers / (1 + powers.sum())
     apart = [[b - a for a, b in zip(first, other, strict=True)] for other in others]
     mix = [
@@ -225,10 +225,10 @@ def jury(
         mix = shortened(mix, memory)
     if number > voiced:
         apart.append(mix)
-        longer = 1 / (1 + np.exp(-slope * (trust[-1] - 0.5)))
+        longer = 1 / (1 + np.exp(-sharpness * (trust[-1] - 0.5)))
         memory["stride"] = min(longer, memory["stride"] + stride_step)
     memory["gap"] = [
-        [gap_memory * g + d for g, d in zip(gap, parts, strict=True)]
+        [gap_decay * g + d for g, d in zip(gap, parts, strict=True)]
         for gap, parts in zip(memory["gap"], apart, strict=True)
     ]
     return [(1 + memory["stride"]) * x for x in mix]

@@ -153,7 +153,7 @@ def adaptive_mean(chosen, rule, groups, clients, scores_of, weights, memory):
         rule=rule,
         groups=groups,
         scale=getattr(chosen.scale, "value", chosen.scale) or 1.0,
-        keep=chosen.memory.value,
+        keep=chosen.decay.value,
         bound=chosen.bound and chosen.bound.value,
         times_examples=chosen.times_examples,
     )
@@ -281,7 +281,7 @@ def _power(exponent: float, floor: float) -> Callable[[np.ndarray], np.ndarray]:
     return lambda r: np.maximum(r, floor) ** exponent
 
 
-_NEAR = weighting.softmax(0.7, memory=0.25)
+_NEAR = weighting.softmax(0.7, decay=0.25)
 
 CASES = [
     _adaptive("softmax-near", "softmax", _NEAR, lambda r: np.exp(-r / 0.7)),
@@ -369,8 +369,10 @@ CASES = [
     Case(
         "jury-direction",
         ("jury_mean",),
-        rules.jury_mean(votes="direction", slope=10.0, margin=0.1, cutoff=4.0, initial_norm=3.0),
-        jury_twin(("loss",), direction=True, slope=10.0, margin=0.1, cutoff=4.0, start=3.0),
+        rules.jury_mean(
+            votes="direction", sharpness=10.0, margin=0.1, cutoff=4.0, initial_norm=3.0
+        ),
+        jury_twin(("loss",), direction=True, sharpness=10.0, margin=0.1, cutoff=4.0, start=3.0),
     ),
     Case(
         "jury-three-voices",
@@ -378,18 +380,18 @@ CASES = [
         rules.jury_mean(
             THREE_VOICES,
             layers="tensor",
-            slope=3.0,
-            vote_memory=0.3,
-            gap_memory=0.2,
+            sharpness=3.0,
+            vote_decay=0.3,
+            gap_decay=0.2,
             vote_limit=1.5,
             vote_floor=0.02,
         ),
         jury_twin(
             ("loss", "kl"),
             "tensor",
-            slope=3.0,
-            vote_memory=0.3,
-            gap_memory=0.2,
+            sharpness=3.0,
+            vote_decay=0.3,
+            gap_decay=0.2,
             limit=1.5,
             floor=0.02,
         ),
@@ -401,7 +403,7 @@ CASES = [
             FOUR_VOICES,
             layers="tensor",
             margin=0.2,
-            gap_memory=0.8,
+            gap_decay=0.8,
             stride_step=0.05,
             initial_norm=None,
         ),
@@ -409,7 +411,7 @@ CASES = [
             ("loss", "kl", "uniform"),
             "tensor",
             margin=0.2,
-            gap_memory=0.8,
+            gap_decay=0.8,
             stride_step=0.05,
             start=None,
         ),

@@ -202,7 +202,7 @@ WRONG = {
     ),
     "a jury around its own number": (
         lambda: rules.jury_mean([(score_called("vote"), weighting.softmax())]),
-        r"`voices` must not bring a name .*; found \['vote_memory'\]",
+        r"`voices` must not bring a name .*; found \['vote_decay'\]",
     ),
     "a voice called as the jury's state": (
         lambda: (

@@ -77,7 +77,7 @@ def jury_of(weights, chosen, deltas, losses, memory):
     return twins.jury(deltas, ones, [by], vote, memory, groups=twin.MODEL, **JURY)
 
 
-JURY = {"slope": 5.0, "margin": -0.1, "cutoff": 1.5}
+JURY = {"sharpness": 5.0, "margin": -0.1, "cutoff": 1.5}
 
 
 def scaffold_twin(cohorts, option, momentum=0.0, combine=mean_of):
@@ -265,7 +265,7 @@ def test_variable_models_train_alike(name):
 @pytest.mark.parametrize("runtime", selection.params(runtimes.IN_PIECES, ["two-workers"]))
 def test_pieces_of_a_cohort_give_the_same_rounds(runtime):
     weights, _, _ = scaffold_twin(COHORTS[:4], "II")
-    with runtimes.IN_PIECES[runtime](2), ClientStates(IDS) as states:
+    with runtime(2), ClientStates(IDS) as states:
         state = run(built("scaffold-II"), states, COHORTS[:4])
         close(built("scaffold-II").get_model_weights(state).trainable, weights)
 

@@ -102,7 +102,7 @@ def test_equals_the_reference_vectors_of_a_jury_with_a_stride():
         [*voices, ("loss", weighting.uniform(times_examples=False))],
         layers=[(0,), (1,)],
         margin=0.2,
-        gap_memory=0.8,
+        gap_decay=0.8,
         stride_step=0.05,
         initial_norm=None,
     )
@@ -200,10 +200,10 @@ def trained(process, rounds):
     ),
 )
 def test_a_process_equals_numpy_and_the_same_in_pieces(model):
-    rule = rules.jury_mean(slope=5.0, margin=-0.1, cutoff=1.5)
+    rule = rules.jury_mean(sharpness=5.0, margin=-0.1, cutoff=1.5)
     process = aggregators.build_fed_avg(model(), SGD, rule=rule)
     weights, outputs = trained(process, 6)
-    expected = twin.simulate(6, DATA, jury_in_numpy(slope=5.0, margin=-0.1, cutoff=1.5))
+    expected = twin.simulate(6, DATA, jury_in_numpy(sharpness=5.0, margin=-0.1, cutoff=1.5))
     for a, b in zip(weights, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     # A regression has no classes, and its clients vote by their loss.
@@ -232,9 +232,9 @@ def test_votes_by_a_function_of_ones_own():
     def in_numpy(weights, x, y):
         return np.mean(np.max(np.abs(np.float64(x) @ weights[0] + weights[1] - y), axis=1))
 
-    rule = rules.jury_mean(votes=largest, slope=5.0, margin=-0.1)
+    rule = rules.jury_mean(votes=largest, sharpness=5.0, margin=-0.1)
     weights, _ = trained(aggregators.build_fed_avg(twin.functional_model(), SGD, rule=rule), 5)
-    expected = twin.simulate(5, DATA, jury_in_numpy(in_numpy, slope=5.0, margin=-0.1))
+    expected = twin.simulate(5, DATA, jury_in_numpy(in_numpy, sharpness=5.0, margin=-0.1))
     for a, b in zip(weights, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -324,7 +324,7 @@ def test_numbers_change_between_rounds():
     process = aggregators.build_fed_avg(twin.functional_model(), SGD, rule=rule)
     state = process.next(process.initialize(), twin.datasets(DATA)).state
     hparams = process.get_hparams(state)
-    assert {"slope", "margin", "cutoff", "loss_temperature", "loss_memory"} <= set(
+    assert {"sharpness", "margin", "cutoff", "loss_temperature", "loss_decay"} <= set(
         hparams["aggregator"]
     )
     hparams["aggregator"]["margin"] = -1.0
@@ -386,8 +386,8 @@ REFUSED = {
     "a cutoff of nothing": (lambda: rules.redescending_mean(cutoff=0.0), "`cutoff` must be"),
     "a norm of nothing": (lambda: rules.jury_mean(initial_norm=0.0), "`initial_norm` must be"),
     "a memory that never fades": (
-        lambda: rules.jury_mean(vote_memory=1.0),
-        "`vote_memory` must be",
+        lambda: rules.jury_mean(vote_decay=1.0),
+        "`vote_decay` must be",
     ),
     "models of another shape": (
         lambda: Candidates(lambda weights, state: [weights[:1]], 1).of([tf.zeros(2)] * 2, {}),

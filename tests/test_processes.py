@@ -287,7 +287,7 @@ def test_numbers_of_a_rule_are_hyperparameters_and_follow_schedules():
     states = [scheduled.initialize(), by_hand.initialize()]
     for temperature in (2.0, 0.5, 0.25):
         hparams = by_hand.get_hparams(states[1])
-        assert list(hparams["aggregator"]) == ["temperature", "bound", "memory"]
+        assert list(hparams["aggregator"]) == ["temperature", "bound", "decay"]
         hparams["aggregator"]["temperature"] = temperature
         states[1] = by_hand.set_hparams(states[1], hparams)
         assert states[0].aggregator["temperature"] == temperature

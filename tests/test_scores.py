@@ -317,7 +317,7 @@ def state_of(chosen, typical, round_number=0):
     return {
         "typical_score": tf.constant(typical, tf.float32),
         "round": start,
-        **values(chosen.numbers, start),
+        **values(chosen.all_hparams, start),
     }
 
 
@@ -428,7 +428,7 @@ def test_clients_of_no_score_do_not_count(score):
 
 
 def test_the_running_score_remembers_and_skips_rounds_without_clients():
-    chosen = weighting.softmax(memory=0.75)
+    chosen = weighting.softmax(decay=0.75)
     moved = weighting.next_typical_score(
         chosen, state_of(chosen, [4.0, 0.0, 4.0]), tf.constant([8.0, 8.0, np.nan], tf.float64)
     )
@@ -436,7 +436,7 @@ def test_the_running_score_remembers_and_skips_rounds_without_clients():
 
 
 def test_one_round_cannot_blow_the_running_score_up():
-    chosen = weighting.softmax(memory=0.5)
+    chosen = weighting.softmax(decay=0.5)
     state = state_of(chosen, [2.0, 0.0])
     moved = weighting.next_typical_score(chosen, state, tf.constant([1e15, 1e15], tf.float64))
     # At most ten times what was known; what was not known has nothing to be held against.
@@ -460,7 +460,7 @@ def test_one_round_cannot_blow_the_running_score_up():
         (lambda: weighting.softmax(scale=0), ValueError, "`scale` must be"),
         (lambda: weighting.softmax(scale="mean"), ValueError, "`scale` must be"),
         (lambda: weighting.softmax(bound=0.5), ValueError, "`bound` must be"),
-        (lambda: weighting.softmax(memory=1.0), ValueError, "`memory` must be"),
+        (lambda: weighting.softmax(decay=1.0), ValueError, "`decay` must be"),
         (lambda: weighting.uniform(times_examples=1), TypeError, "`times_examples` must be"),
         (lambda: weighting.power(np.inf), ValueError, "`exponent`"),
         (lambda: weighting.power(floor=0.0), ValueError, "`floor`"),

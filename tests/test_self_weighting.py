@@ -44,7 +44,7 @@ def close(found, expected, tolerance=1e-5):
 def test_kl_weights_on_the_clients_equal_numpy(kind):
     model = model_fn if kind == "variable" else twin.functional_model()
     work = aggregators.build_self_weighting_client_work(
-        plain_work(model), scores.kl_divergence, weighting.softmax(0.5, memory=0.0)
+        plain_work(model), scores.kl_divergence, weighting.softmax(0.5, decay=0.0)
     )
     weights, outputs = run(aggregators.compose_fed_avg(model, work), [DATA] * 3)
     combine = twin.adaptive(kl, lambda r: np.exp(-r / 0.5), groups=twin.MODEL, keep=0.0)
@@ -324,7 +324,7 @@ def test_the_weightings_numbers_are_hyperparameters_too(guarded):
     state = guarded.initialize()
     hparams = guarded.get_hparams(state)["client_work"]
     assert list(hparams) == ["learning_rate", "weighting"]
-    assert list(hparams["weighting"]) == ["temperature", "bound", "memory"]
+    assert list(hparams["weighting"]) == ["temperature", "bound", "decay"]
     first = guarded.next(state, twin.datasets(DATA)).state
     new = guarded.get_hparams(first)
     new["client_work"]["weighting"]["temperature"] = 0.05

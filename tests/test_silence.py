@@ -176,8 +176,8 @@ AT_CONSTRUCTION = {
         (ValueError, "`min_decrease` must be 0 for a gate of yours"),
     ),
     "a number of a rule's own with a taken name": (
-        lambda: Weighting(tf.negative, hparams={"memory": 1.0}),
-        (ValueError, "`hparams` must map names, which must not be any of scale, bound, memory"),
+        lambda: Weighting(tf.negative, hparams={"decay": 1.0}),
+        (ValueError, "`hparams` must map names, which must not be any of scale, bound, decay"),
     ),
     "a number of a rule that is text": (
         lambda: hparam("mine", "1", 0.0),
@@ -271,7 +271,7 @@ def test_a_weighting_sees_layer_round_loss_and_its_own_numbers():
     def rule(relative, seen):
         layer = tf.cast(seen.layer, tf.float64)
         late = tf.cast(seen.round, tf.float64)
-        return seen.numbers["slope"] * late * (1.0 + layer) * seen.loss - relative
+        return seen.hparams["slope"] * late * (1.0 + layer) * seen.loss - relative
 
     chosen = Weighting(rule, scale=None, times_examples=False, hparams={"slope": 0.5})
     made = rules.adaptive_mean(scores.l2_distance, chosen, loss_at="training")

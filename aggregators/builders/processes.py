@@ -261,7 +261,7 @@ def build_fed_kl(
 
       >>> process = build_fed_kl(model, sgd, temperature=0.5, bound=20.0)
       >>> list(process.initialize.type_signature.result.member.aggregator._asdict())
-      ['round', 'temperature', 'bound', 'memory', 'typical_score']
+      ['round', 'temperature', 'bound', 'decay', 'typical_score']
     """
     weighting = softmax(temperature, prefer=prefer, bound=bound, times_examples=times_examples)
     rule = rules.adaptive_mean(kl_divergence, weighting, layers=layers)

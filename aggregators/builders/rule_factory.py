@@ -37,7 +37,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
       >>> update, weight = tff.to_type((np.float32, [3])), tff.to_type(np.float32)
       >>> process = RuleFactory(rule).create(update, weight)
       >>> list(process.initialize.type_signature.result.member._asdict())
-      ['round', 'temperature', 'memory', 'typical_score']
+      ['round', 'temperature', 'decay', 'typical_score']
     """
 
     def __init__(self, rule: Rule, *, sample_size: int = 0) -> None:

@@ -97,7 +97,7 @@ def build_self_weighting_client_work(
       ... )
       >>> work = build_self_weighting_client_work(plain, scores.kl_divergence, weighting.softmax())
       >>> list(work.initialize.type_signature.result.member._asdict())
-      ['client_work', 'typical_score', 'round', 'temperature', 'memory']
+      ['client_work', 'typical_score', 'round', 'temperature', 'decay']
     """
     if not isinstance(client_work, tff.learning.templates.ClientWorkProcess):
         raise TypeError(
@@ -127,7 +127,7 @@ def build_self_weighting_client_work(
         )
     reduction = statistics_reduction(1, sample_size)
     inner_type = state_type.member
-    numbers = weighting.numbers
+    numbers = weighting.all_hparams
 
     def own_state(round_number: Any, typical_score: Any) -> OrderedDict[str, Any]:
         return OrderedDict(
@@ -169,15 +169,15 @@ def build_self_weighting_client_work(
             bad = bad | ((own <= 0.0) & has_data)
             own = tf.where(has_data, own, tf.zeros_like(own))
         own = tf.where(bad, tf.zeros_like(own), tf.maximum(own, 0.0))
-        logs, sound = log_weights(weighting, mean, own, state)
-        counted = (own > 0.0) & sound
+        logs, is_valid = log_weights(weighting, mean, own, state)
+        counted = (own > 0.0) & is_valid
         examples = own if weighting.times_examples else tf.ones_like(own)
         exponent = tf.where(counted, logs[0] - tf.math.log(tf.where(counted, examples, 1.0)), 0.0)
         exponent = tf.clip_by_value(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
         new = tf.where(counted, examples * tf.exp(exponent), tf.zeros_like(own))
         bad = bad | (new * largest > _LARGEST_WEIGHTED_UPDATE)
         new = tf.where(bad, tf.zeros_like(new), new)
-        kept = sound & ~bad
+        kept = is_valid & ~bad
         update = [tf.where(kept, tensor, tf.zeros_like(tensor)) for tensor in update]
         weighted = tff.learning.templates.ClientResult(
             update=tf.nest.pack_sequence_as(result.update, update),
@@ -185,7 +185,7 @@ def build_self_weighting_client_work(
         )
         # The logarithms of the weights that are sent, clipped as those are.
         logs = tf.math.log(new)[tf.newaxis]
-        return weighted, reduction.lift(ClientStatistics(mean, logs, bad, ~sound & ~bad))
+        return weighted, reduction.lift(ClientStatistics(mean, logs, bad, ~is_valid & ~bad))
 
     inner_measured = signature.result.measurements.member
 

@@ -40,8 +40,8 @@ def number(
       closed: See `least`.
       more: What else the caller takes, for the message.
     """
-    sound = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not sound or not (least <= value if closed else least < value) or not value < most:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not (least <= value if closed else least < value) or not value < most:
         low = "of at least" if closed else "above"
         high = "finite" if most == math.inf else f"below {most:g}"
         raise ValueError(

@@ -163,9 +163,9 @@ def check_layers(layers: Layers) -> None:
     except TypeError:
         groups = [[]]
     positions = [position for group in groups for position in group]
-    sound = all(
+    is_valid = all(
         isinstance(position, numbers.Integral) and not isinstance(position, bool) and position >= 0
         for position in positions
     )
-    if not groups or not all(groups) or not sound or len(set(positions)) != len(positions):
+    if not groups or not all(groups) or not is_valid or len(set(positions)) != len(positions):
         raise ValueError(f"{_WAYS}, none empty and none repeated; found {layers!r}.")

@@ -41,7 +41,7 @@ class Weighed:
     @property
     def hparams(self) -> Mapping[str, Hparam]:
         """The weighting's numbers."""
-        return self.weighting.numbers
+        return self.weighting.all_hparams
 
     def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Any]:
         """`typical_score`: the mean score of earlier rounds, not known yet."""
@@ -127,7 +127,7 @@ def adaptive_mean(
       >>> from aggregators import scores, weighting
       >>> rule = adaptive_mean(scores.kl_divergence, weighting.softmax(0.5, bound=20.0))
       >>> list(rule.hparams)
-      ['temperature', 'bound', 'memory']
+      ['temperature', 'bound', 'decay']
     """
     by_score = weighed(score, weighting, layers, loss_at)
     if loss_at is not None and not (isinstance(score, str) or weighting.is_own):

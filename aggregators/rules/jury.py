@@ -68,10 +68,10 @@ def jury_mean(
     *,
     votes: Literal["model", "direction"] | Error = "model",
     layers: Layers = "model",
-    slope: Number = 20.0,
+    sharpness: Number = 20.0,
     margin: Number = 0.3,
-    vote_memory: Number = 0.8,
-    gap_memory: Number = 0.5,
+    vote_decay: Number = 0.8,
+    gap_decay: Number = 0.5,
     vote_limit: Number = 6.0,
     vote_floor: Number = 1e-3,
     vote_rate: Number = 0.5,
@@ -89,30 +89,30 @@ def jury_mean(
     B_j    = sum_k n_k t_jk f_k d_k / sum_k n_k t_jk         one for each voice; t_jk its weights
     a      = w - sum_j share_j gap_j,   b_j = a - gap_j      models, scored before training
     v_jk   = clip(E_k(a) - E_k(b_j), +-vote_limit s_j)
-    agree_j <- vote_memory agree_j + sum_k n_k v_jk / sum_k n_k
-    size_j  <- vote_memory size_j + sum_k n_k |v_jk| / sum_k n_k
+    agree_j <- vote_decay agree_j + sum_k n_k v_jk / sum_k n_k
+    size_j  <- vote_decay size_j + sum_k n_k |v_jk| / sum_k n_k
     trust_j = agree_j / max(size_j, vote_floor)
-    share  = softmax over 0 and slope (trust_j - margin)     without that of 0, which is A's
+    share  = softmax over 0 and sharpness (trust_j - margin)     without that of 0, which is A's
     update = A + sum_j share_j (B_j - A)
-    gap_j  <- gap_memory gap_j + (B_j - A)
+    gap_j  <- gap_decay gap_j + (B_j - A)
     s_j    <- max(s_j exp(-vote_rate (share of clients with |v_jk| <= s_j  -  0.5)), vote_floor)
     ```
 
     with `d_k` the update and `n_k` the weight of client `k`, `f_k` as in `redescending_mean`, `w` the
     server's model, `E_k` the mean error of a model over the client's examples, and `s_j` the typical
     vote: the running median of the votes' size before clipping, every client counting once, from
-    `vote_floor` on. For one voice, `share` is `sigmoid(slope (trust - margin))`. `a` is the model that
-    the server would have had, had it gone by `A` alone lately, and `b_j` the one by `B_j`. One pass over
-    clients, any number of workers.
+    `vote_floor` on. For one voice, `share` is `sigmoid(sharpness (trust - margin))`. `a` is the model
+    that the server would have had, had it gone by `A` alone lately, and `b_j` the one by `B_j`. One pass
+    over clients, any number of workers.
 
     With a `stride_step` clients vote on how far to go, too, as if on one voice more (`s`), and the step
     grows slowly up to twice its length, and falls at once:
 
     ```
     a      = w - sum_j share_j gap_j - stride gap_s,   b_j = a - gap_j,   b_s = a - gap_s
-    stride = min(sigmoid(slope (trust_s - 0.5)), stride + stride_step)
+    stride = min(sigmoid(sharpness (trust_s - 0.5)), stride + stride_step)
     update = (1 + stride) mix,   mix = A + sum_j share_j (B_j - A)
-    gap_s  <- gap_memory gap_s + mix
+    gap_s  <- gap_decay gap_s + mix
     ```
 
     with the signs of `d_k`, which are those of the server's model minus the trained one.
@@ -162,10 +162,10 @@ def jury_mean(
         `v_jk = cos(d_k, gap_j)` asks who moves along the gap, and the rule needs no more than
         updates and losses.
       layers: What is weighed at a time by the voices; see `Needs`.
-      slope: At least 0: how sharply shares follow trust.
+      sharpness: At least 0: how sharply shares follow trust.
       margin: What trust must exceed for a share of more than that of `A`, from -1 to 1.
-      vote_memory: Share of earlier rounds in agreement and size, at least 0 and below 1.
-      gap_memory: Share of the earlier gap, at least 0 and below 1.
+      vote_decay: Share of earlier rounds in agreement and size, at least 0 and below 1.
+      gap_decay: Share of the earlier gap, at least 0 and below 1.
       vote_limit: Above 0: how many typical votes one may count for.
       vote_floor: Above 0: what is typical at first, and the least that is ever: votes below it are
         rounding, and prove nothing.
@@ -181,7 +181,7 @@ def jury_mean(
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.
 
     Returns:
-      A `Rule` for `build_fed_avg`; with `votes="direction"`, for any door.
+      A `Rule` for `build_fed_avg`; with `votes="direction"`, for `RuleFactory` and `federated_rule` too.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -208,10 +208,10 @@ def jury_mean(
     voted_on = [*(voice.name for voice in heard), *(["stride"] if strides else [])]
     shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
     hparams: OrderedDict[str, Hparam] = OrderedDict(
-        slope=hparam("slope", slope, 0.0, 1e6),
+        sharpness=hparam("sharpness", sharpness, 0.0, 1e6),
         margin=hparam("margin", margin, -1.0, 1.0),
-        vote_memory=hparam("vote_memory", vote_memory, 0.0, 1.0, below=True),
-        gap_memory=hparam("gap_memory", gap_memory, 0.0, 1.0, below=True),
+        vote_decay=hparam("vote_decay", vote_decay, 0.0, 1.0, below=True),
+        gap_decay=hparam("gap_decay", gap_decay, 0.0, 1.0, below=True),
         vote_limit=hparam("vote_limit", vote_limit, 0.0, above=True),
         vote_floor=hparam("vote_floor", vote_floor, 0.0, above=True),
         vote_rate=hparam("vote_rate", vote_rate, 0.0, 100.0),
@@ -279,10 +279,10 @@ def jury_mean(
     def server(state: State, reduced: Any) -> RuleResult:
         sums = reduced["sums"]
         voted = tf.math.divide_no_nan(sums["votes"], sums["weight"])
-        agreement = state["vote_memory"] * state["agreement"] + voted[0]
-        size = state["vote_memory"] * state["vote_size"] + voted[1]
+        agreement = state["vote_decay"] * state["agreement"] + voted[0]
+        size = state["vote_decay"] * state["vote_size"] + voted[1]
         trust = agreement / tf.maximum(size, state["vote_floor"])
-        shares = _shares(state["slope"], state["margin"], trust[: len(heard)])
+        shares = _shares(state["sharpness"], state["margin"], trust[: len(heard)])
 
         first, *others = [reduced[name] for name in _numbered([None] * (1 + len(heard)))]
         mix, apart = list(first.tensors), []
@@ -299,11 +299,11 @@ def jury_mean(
         update, kept = shrink.shortened(mix, state, sums)
         if strides:
             apart.append(update)
-            stride = tf.sigmoid(state["slope"] * (trust[-1] - _STRIDE_MARGIN))
+            stride = tf.sigmoid(state["sharpness"] * (trust[-1] - _STRIDE_MARGIN))
             stride = tf.minimum(stride, state["stride"] + state["stride_step"])
             update, kept = _along(update, stride, update), kept * (1.0 + stride)
         gaps = tuple(
-            tuple(_along(d, state["gap_memory"], g))
+            tuple(_along(d, state["gap_decay"], g))
             for g, d in zip(state["gap"], apart, strict=True)
         )
         # What a client's normalised weight in each mean is multiplied by in the update.
@@ -353,14 +353,14 @@ def jury_mean(
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
         start = tf.constant(0)
         none = tf.zeros([len(voted_on)], tf.float64)
-        slope = hparams["slope"].at(start)
-        shares = _shares(slope, hparams["margin"].at(start), none[: len(heard)])
+        sharpness = hparams["sharpness"].at(start)
+        shares = _shares(sharpness, hparams["margin"].at(start), none[: len(heard)])
         gap = tuple(tuple(tf.zeros(s.shape, s.dtype) for s in layers.specs) for _ in voted_on)
         own = shrink.initial_state()
         typical = none + hparams["vote_floor"].at(start)
         own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=typical)
         if strides:
-            own["stride"] = tf.sigmoid(-slope * _STRIDE_MARGIN)
+            own["stride"] = tf.sigmoid(-sharpness * _STRIDE_MARGIN)
         for voice in heard:
             own = checks.joined("voices", own, voice.initial_state(layers))
         return own
@@ -411,9 +411,9 @@ def _along(start: Sequence[tf.Tensor], far: tf.Tensor, way: Sequence[tf.Tensor])
     return [x + tf.cast(far, x.dtype) * d for x, d in zip(start, way, strict=True)]
 
 
-def _shares(slope: tf.Tensor, margin: tf.Tensor, trust: tf.Tensor) -> tf.Tensor:
+def _shares(sharpness: tf.Tensor, margin: tf.Tensor, trust: tf.Tensor) -> tf.Tensor:
     """The voices' shares: a softmax in which the redescending mean has 0."""
-    return tf.nn.softmax(tf.concat([[0.0], slope * (trust - margin)], 0))[1:]
+    return tf.nn.softmax(tf.concat([[0.0], sharpness * (trust - margin)], 0))[1:]
 
 
 def _product(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tf.Tensor:
