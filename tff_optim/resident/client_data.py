@@ -3,7 +3,7 @@
 import collections
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.resident import data_cures
+from tff_optim.resident.clients.arrays import ArrayClients
 
 
 def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
@@ -81,6 +82,33 @@ class ClientData:
             )
         taken = self._taken(data["data"], of_client, client)
         return collections.OrderedDict(data=taken, client=data["client"])
+
+    def cohort(self, cohort: Sequence[Any]) -> Sequence[Any]:
+        """The data of several clients; see above. Those in arrays stay there.
+
+        Raises:
+          TypeError: The process does not take the data of a client.
+        """
+        if isinstance(cohort, ArrayClients) and isinstance(self._type, tff.SequenceType):
+            if cohort:
+                self.check_arrays(cohort.arrays.element_spec, cohort.ids[0])
+            return cohort
+        return [self(data, client) for client, data in enumerate(cohort)]
+
+    def check_arrays(self, element_spec: Any, client: Any) -> None:
+        """Raises `TypeError` if batches of arrays are not what the process takes."""
+        wanted = data_of_client(self._type)[0]
+        if not isinstance(wanted, tff.SequenceType):
+            return
+        try:
+            empty = tf.nest.map_structure(
+                lambda spec: tf.zeros([0, *spec.shape[1:]], spec.dtype), element_spec
+            )
+            dataset = tf.data.Dataset.from_tensor_slices(empty).batch(1)
+            self._taken(dataset, wanted, client)
+        except TypeError as error:
+            told = str(error).partition(" Give `")[0].replace("a data set of", "arrays that make")
+            raise TypeError(f"{told} Give `ClientArrays` such arrays.") from None
 
     def _taken(self, data: Any, data_type: tff.Type, client: Any) -> Any:
         if not isinstance(data_type, tff.SequenceType):

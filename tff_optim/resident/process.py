@@ -177,7 +177,8 @@ class ResidentProcess:
 
         Args:
           state: A state of this process, or a plain state of the wrapped one.
-          client_data: One dataset, or list of batches, for each client.
+          client_data: One dataset, or list of batches, for each client; or a cohort of
+            `simulation.ClientArrays`.
 
         Returns:
           A `tff.learning.templates.LearningProcessOutput` with the new state, whose leaves
@@ -194,7 +195,7 @@ class ResidentProcess:
                 "`client_data` must be a list with an entry for each client; found "
                 f"{type(client_data).__name__}."
             )
-        data = [self._taken(one, client) for client, one in enumerate(client_data)]
+        data = self._taken.cohort(client_data)
         held = self._taken_in(state)
         try:
             with self._round:

@@ -12,6 +12,7 @@ from tff_optim.core.messages import shown
 from tff_optim.resident.client_data import ClientData, data_of_client
 from tff_optim.simulation import client_fingerprints
 from tff_optim.simulation.checks import check_whole, whole
+from tff_optim.simulation.client_arrays import ClientArrays
 
 Draw: TypeAlias = Callable[[int, Sequence[Hashable], np.random.Generator], Sequence[Hashable]]
 
@@ -20,11 +21,13 @@ def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], An
     """The ids of clients, and the data of one of them.
 
     Raises:
-      TypeError: `clients` is not one of the three forms.
+      TypeError: `clients` is not one of the four forms.
       ValueError: There is no client.
     """
     get: Any
-    if isinstance(clients, tff.simulation.datasets.ClientData):
+    if isinstance(clients, ClientArrays):
+        ids, get = clients.ids, clients.data_set
+    elif isinstance(clients, tff.simulation.datasets.ClientData):
         ids, get = list(clients.client_ids), clients.create_tf_dataset_for_client
     elif isinstance(clients, Mapping):
         ids, get = list(clients), clients.__getitem__
@@ -32,7 +35,7 @@ def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], An
         ids, get = list(range(len(clients))), clients.__getitem__
     else:
         raise TypeError(
-            "`clients` must be a mapping from ids to data, a list of data, a "
+            "`clients` must be a mapping from ids to data, a list of data, a `ClientArrays`, a "
             "`tff.simulation.datasets.ClientData`, or a function from a seed to one of these; found "
             f"{shown(clients)}."
         )
@@ -66,6 +69,9 @@ class Cohorts:
         )
         of_client, self.keeps_states = data_of_client(data_type)
         self._taken = ClientData(of_client)
+        self._arrays = clients if isinstance(clients, ClientArrays) else None
+        if self._arrays is not None:
+            self._taken.check_arrays(self._arrays.element_spec, self.ids[0])
 
     def draw(self, round_number: int) -> list[Hashable]:
         """The ids of a round's clients."""
@@ -86,10 +92,14 @@ class Cohorts:
     def fingerprints(self) -> dict[str, str]:
         """What the data of clients, of 100 where there are more, begin with; see `of_data`."""
         some = client_fingerprints.chosen(self.ids)
+        if self._arrays is not None:
+            return {str(client): self._arrays.fingerprint(client) for client in some}
         return {str(client): client_fingerprints.of_data(self._get(client)) for client in some}
 
-    def data(self, drawn: Sequence[Hashable]) -> list[Any]:
-        """The data of some clients, as the process takes them."""
+    def data(self, drawn: Sequence[Hashable], round_number: int) -> list[Any]:
+        """The data of some clients in a round, as the process takes them."""
+        if self._arrays is not None:
+            return self._arrays.cohort(drawn, round_number)
         return [self._taken(self._get(client), client) for client in drawn]
 
 

@@ -78,9 +78,9 @@ def run(
         names to such. A function in its place is called with the seed and returns one, so
         that models may start differently too; what it returns is closed after its run if it
         has a `close`.
-      clients: A mapping from ids to data, a list of data (ids are positions), or a
-        `tff.simulation.datasets.ClientData`. Data are a `tf.data.Dataset` of batches, or a
-        list of them. A function in its place is called once with each seed, before training,
+      clients: A mapping from ids to data, a list of data (ids are positions), a
+        `tff.simulation.datasets.ClientData`, or `ClientArrays`. Data are a `tf.data.Dataset` of
+        batches, or a list of them. A function in its place is called once with each seed, before training,
         and returns one of these, so that clients may differ too.
       rounds: Rounds of training, those before a resume included: no fewer than `directory` holds.
       clients_per_round: Clients drawn for each round, uniformly and without replacement; a number,

@@ -268,7 +268,7 @@ class _Run:
                 raise _StopTraining("stopped")
         with self._plan.lock:
             self._cohort = self._cohorts.draw(number)
-            return self._cohorts.data(self._cohort)
+            return self._cohorts.data(self._cohort, number)
 
     def _is_enough(self) -> bool:
         with self._plan.lock:

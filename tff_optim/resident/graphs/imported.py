@@ -9,7 +9,7 @@ given variables of their own. Its tables and iterators are made in every call. N
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -19,6 +19,7 @@ from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves, parts
 from tff_optim.resident.graphs import loops
+from tff_optim.resident.graphs.elements import Gathered
 from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, unpack
 from tff_optim.resident.graphs.resources import own_in_every_call
 
@@ -37,13 +38,14 @@ class ImportedComputation:
       device: Where operations go that the computation itself does not place.
       apart: Whether it is kept out of the functions that call it. Called by none, it is run as it
         is: TensorFlow's optimiser does not see it.
+      arrays: Whether sequences are passed as batches of arrays, packed, in place of data sets.
 
     Raises:
       ValueError: The computation keeps something between its operations that no call can have for
         itself.
     """
 
-    def __init__(self, computation: Any, device: str, apart: bool = False):
+    def __init__(self, computation: Any, device: str, apart: bool = False, arrays: bool = False):
         parameter_type = computation.type_signature.parameter
         self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
         self.result = leaves.leaves_of(computation.type_signature.result)
@@ -52,8 +54,14 @@ class ImportedComputation:
         graph = unpack(proto)
         inputs = list(tensor_names(proto.parameter)) if parameter_type is not None else []
         outputs = list(tensor_names(proto.result))
+        batches = {
+            name: _batches_of(leaf)
+            for name, leaf in zip(inputs, self.parameter, strict=True)
+            if arrays and not leaf.is_tensor
+        }
+        self._batches = list(batches.values())
         self._variables, function_graph = _as_function_body(
-            graph, inputs, outputs, proto.initialize_op
+            graph, inputs, outputs, proto.initialize_op, batches
         )
         signature = [
             *(spec_of(leaf) for leaf in self.parameter),
@@ -86,6 +94,15 @@ class ImportedComputation:
     def num_variables(self) -> int:
         """How many variables a call needs."""
         return len(self._variables)
+
+    @property
+    def specs_of_arrays(self) -> list[tf.TensorSpec]:
+        """The arrays of which it is passed batches."""
+        (batches,) = self._batches
+        return [
+            tf.TensorSpec([None, *shape[1:]], dtype)
+            for shape, dtype in zip(batches.shapes, batches.dtypes, strict=True)
+        ]
 
     def make_variables(self) -> list[tf.Variable]:
         """Makes the variables that one call at a time may use."""
@@ -160,6 +177,14 @@ def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:
     return tf.TensorSpec([], tf.variant)
 
 
+def _batches_of(leaf: leaves.Leaf) -> Gathered:
+    """The batches of a sequence's type."""
+    element = leaf.type.element
+    given = [spec_of(part) for part in leaves.leaves_of(element)]
+    specs = tf.nest.flatten(leaves.pack(given, element))  # in the order of a data set
+    return Gathered([spec.dtype for spec in specs], [spec.shape for spec in specs])
+
+
 def tensorflow_proto(computation: Any) -> Any:
     """The `tensorflow` part of a serialized computation, which is made one graph if it is several."""
     proto = tff.framework.serialize_computation(computation)
@@ -180,7 +205,11 @@ def _mentioned(graph: tf.compat.v1.GraphDef) -> set[str]:
 
 
 def _as_function_body(
-    graph: tf.compat.v1.GraphDef, inputs: Sequence[str], outputs: Sequence[str], initializer: str
+    graph: tf.compat.v1.GraphDef,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    initializer: str,
+    arrays: Mapping[str, Gathered],
 ) -> tuple[list[Any], tf.compat.v1.GraphDef]:
     """Turns a session's graph into the body of a function.
 
@@ -211,7 +240,7 @@ def _as_function_body(
             kept.append(f"^{initializer}")
         del node.input[:]
         node.input.extend(kept)
-    loops.reductions_as_loops(result)
+    loops.read_in_one_go(result, {node_of(name): batches for name, batches in arrays.items()})
     _rename_functions(result)
     return variables, result
 

@@ -1,5 +1,6 @@
 """What clients have, as tensors of the Python process."""
 
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -7,6 +8,7 @@ import tensorflow_federated as tff
 from tensorflow.core.framework import dataset_options_pb2
 
 from tff_optim.resident import leaves
+from tff_optim.resident.graphs.elements import MOST_BYTES
 from tff_optim.resident.graphs.imported import spec_of
 
 
@@ -80,6 +82,8 @@ def _as_it_is(dataset: tf.data.Dataset) -> tf.Tensor:
 
     TensorFlow looks for a faster form of every client's pipeline, and for the best number of
     threads: 1 to 5 ms for each client, which a pipeline of a few batches never earns back.
+
+    Its number of elements is hidden where they might be too many to be read in one go.
     """
     given = dataset.options()
     options = dataset_options_pb2.Options()
@@ -88,10 +92,60 @@ def _as_it_is(dataset: tf.data.Dataset) -> tf.Tensor:
     if given.experimental_optimization.apply_default_optimizations is None:
         options.optimization_options.apply_default_optimizations = False
     specs = tf.nest.flatten(dataset.element_spec)
+    variant = tf.data.experimental.to_variant(dataset)
+    types, shapes = [spec.dtype for spec in specs], [spec.shape for spec in specs]
+    number = int(tf.raw_ops.DatasetCardinality(input_dataset=variant))
+    if number > 0 and number * _bytes_of_element(dataset, specs) > MOST_BYTES:
+        variant = tf.raw_ops.ConcatenateDataset(
+            input_dataset=variant,
+            another_dataset=_none_of_unknown_number(types, shapes),
+            output_types=types,
+            output_shapes=shapes,
+        )
     # What `dataset.with_options` does takes 0.2 ms, ten times as long.
     return tf.raw_ops.OptionsDataset(
-        input_dataset=tf.data.experimental.to_variant(dataset),
+        input_dataset=variant,
         serialized_options=options.SerializeToString(),
-        output_types=[spec.dtype for spec in specs],
-        output_shapes=[spec.shape for spec in specs],
+        output_types=types,
+        output_shapes=shapes,
     )
+
+
+def _bytes_of_element(dataset: tf.data.Dataset, specs: list[Any]) -> float:
+    """The size of an element, with as many rows as the last batching of the pipeline gives."""
+    size = 0.0
+    for spec in specs:
+        if spec.shape.rank is None or not spec.shape[1:].is_fully_defined():
+            return math.inf
+        is_known = spec.shape.is_fully_defined()
+        rows = 1.0 if is_known else _rows_of_batch(dataset)
+        size += rows * spec.dtype.size * math.prod(n for n in spec.shape if n is not None)
+    return size
+
+
+def _rows_of_batch(dataset: tf.data.Dataset) -> float:
+    """The batch size of a pipeline, infinity if it cannot be told."""
+    if hasattr(dataset, "_batch_size"):
+        return int(dataset._batch_size)
+    rows = _known_rows(dataset)
+    if rows is not None:
+        return rows
+    inputs = dataset._inputs()
+    if len(inputs) == 1 and _known_rows(inputs[0]) is not None:
+        return math.inf  # a function gives as many as it likes
+    return max(map(_rows_of_batch, inputs), default=math.inf)
+
+
+def _known_rows(dataset: tf.data.Dataset) -> int | None:
+    """How many rows every element has."""
+    shapes = [spec.shape for spec in tf.nest.flatten(dataset.element_spec)]
+    if not all(shape.is_fully_defined() for shape in shapes):
+        return None
+    return max((shape[0] for shape in shapes if shape.rank), default=1)
+
+
+def _none_of_unknown_number(types: list[tf.DType], shapes: list[tf.TensorShape]) -> tf.Tensor:
+    """A data set without elements, of which TensorFlow does not know that it has none."""
+    empty = [tf.zeros([0, *(n or 0 for n in shape)], dtype) for dtype, shape in zip(types, shapes)]
+    source = tf.raw_ops.TensorDataset(components=empty, output_shapes=[x.shape for x in empty])
+    return tf.raw_ops.UnbatchDataset(input_dataset=source, output_types=types, output_shapes=shapes)

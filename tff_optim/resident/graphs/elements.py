@@ -1,0 +1,196 @@
+"""How a loop gets the elements of a client's data.
+
+From an iterator a loop gets them one by one, each by way of another thread: for small batches that
+takes several times as long as training on them, and in a pipeline with a `map` the iterator alone
+costs milliseconds. So a client's whole data are read as one element where that is possible, and
+every element is cut out of it: the same tensors in the same order.
+"""
+
+from typing import Any, Protocol
+
+import attrs
+import tensorflow as tf
+
+# Bytes of a client's data that are read in one go; 32 clients are trained side by side.
+MOST_BYTES = 8 << 20
+
+
+class Elements(Protocol):
+    """Elements that can be had by their number."""
+
+    @property
+    def types(self) -> list[tf.DType]:
+        """Of the tensors that hold them all."""
+
+    def number(self, held: list[Any]) -> Any:
+        """How many there are: int32."""
+
+    def element(self, held: list[Any], i: Any) -> list[Any]:
+        """The tensors of one."""
+
+
+@attrs.frozen
+class Stacked:
+    """The elements of a data set, stacked along a new first dimension, padded with zeros.
+
+    Attributes:
+      dtypes: Of an element's tensors.
+      shapes: Of the same, unknown sizes as None.
+    """
+
+    dtypes: list[tf.DType]
+    shapes: list[tf.TensorShape]
+
+    @property
+    def are_possible(self) -> bool:
+        """Whether only the number of rows may differ between elements."""
+        return bool(self.dtypes) and all(
+            dtype not in (tf.variant, tf.resource)
+            and shape.rank is not None
+            and shape[1:].is_fully_defined()
+            for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
+        )
+
+    @property
+    def _of_rows(self) -> list[int]:
+        """Which tensors have a number of rows that is not known."""
+        return [i for i, shape in enumerate(self.shapes) if not shape.is_fully_defined()]
+
+    @property
+    def types(self) -> list[tf.DType]:
+        """The shapes of elements whose rows are not known, and the stacks."""
+        return [*(tf.int32 for _ in self._of_rows), *self.dtypes]
+
+    def fit(self, data: Any) -> Any:
+        """Whether a data set's elements are known to be some, and not too many."""
+        row = sum(
+            dtype.size * (shape[1:].num_elements() if shape.rank else 1)
+            for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
+        )
+        number = tf.raw_ops.DatasetCardinality(input_dataset=data)  # negative if endless or unknown
+        return (number > 0) & (number <= MOST_BYTES // max(row, 1))
+
+    def read(self, data: Any) -> list[Any]:
+        """Reads a data set that fits."""
+
+        def with_rows(*element: Any) -> list[Any]:
+            return [*(tf.shape(element[i]) for i in self._of_rows), *element]
+
+        specs = [tf.TensorSpec(*spec) for spec in zip(self.shapes, self.dtypes, strict=True)]
+        counted = tf.function(with_rows, autograph=False).get_concrete_function(*specs)
+        shapes = [*(tf.TensorShape([self.shapes[i].rank]) for i in self._of_rows), *self.shapes]
+        number = tf.raw_ops.DatasetCardinality(input_dataset=data)
+        mapped = tf.raw_ops.MapDataset(
+            input_dataset=data,
+            other_arguments=[],
+            f=counted,
+            output_types=self.types,
+            output_shapes=shapes,
+            use_inter_op_parallelism=False,
+            preserve_cardinality=True,
+        )
+        stacked_shapes = [tf.TensorShape([None]).concatenate(shape) for shape in shapes]
+        batched = tf.raw_ops.PaddedBatchDatasetV2(
+            input_dataset=mapped,
+            batch_size=number,
+            padded_shapes=[
+                tf.constant([-1 if size is None else size for size in shape], tf.int64)
+                for shape in shapes
+            ],
+            padding_values=[tf.zeros([], dtype) for dtype in self.types],
+            drop_remainder=False,
+            output_shapes=stacked_shapes,
+        )
+        return tf.raw_ops.DatasetToSingleElement(
+            dataset=batched, output_types=self.types, output_shapes=stacked_shapes
+        )
+
+    def number(self, held: list[Any]) -> Any:
+        """How many there are: int32."""
+        return tf.shape(held[-1])[0]
+
+    def element(self, held: list[Any], i: Any) -> list[Any]:
+        """The tensors of one."""
+        counted = self._of_rows
+        sizes, stacks = held[: len(counted)], held[len(counted) :]
+        tensors = [tf.gather(stack, i) for stack in stacks]
+        for position, of_element in zip(counted, sizes, strict=True):
+            size = tf.gather(of_element, i)
+            tensors[position] = tf.slice(tensors[position], [0] * self.shapes[position].rank, size)
+        return tensors
+
+
+@attrs.frozen
+class Gathered:
+    """Batches of rows of arrays that many clients share.
+
+    They are held as `[order, begins, sizes, *arrays]`. `order` has rows of the arrays, int64. Batch `i`
+    begins at `begins[i]` in it and has `sizes[i]` rows; both are int64 of shape `[batches, 1]`.
+
+    Attributes:
+      dtypes: Of a batch's tensors, as data sets have them.
+      shapes: Of the same.
+    """
+
+    dtypes: list[tf.DType]
+    shapes: list[tf.TensorShape]
+
+    @property
+    def types(self) -> list[tf.DType]:
+        """Of the order, the begins and sizes of batches in it, and the arrays."""
+        return [tf.int64, tf.int64, tf.int64, *self.dtypes]
+
+    def number(self, held: list[Any]) -> Any:
+        """How many there are: int32."""
+        return tf.shape(held[1])[0]
+
+    def element(self, held: list[Any], i: Any) -> list[Any]:
+        """The tensors of one."""
+        order, begins, sizes, *arrays = held
+        return self._rows(tf.slice(order, tf.gather(begins, i), tf.gather(sizes, i)), arrays)
+
+    def _rows(self, rows: Any, arrays: list[Any]) -> list[Any]:
+        return [tf.gather(array, rows) for array in arrays]
+
+    def unpack(self, packed: Any) -> list[Any]:
+        """What is held, from the one variant that stands for it."""
+        return unpack(packed, self.types)
+
+    def dataset(self, packed: Any) -> Any:
+        """A data set of the batches."""
+        order, begins, sizes, *arrays = self.unpack(packed)
+        cut = tf.TensorSpec([1], tf.int64)
+
+        def batch(begin: Any, size: Any, order: Any, *arrays: Any) -> list[Any]:
+            return self._rows(tf.slice(order, begin, size), list(arrays))
+
+        of_batch = tf.function(batch, autograph=False).get_concrete_function(
+            cut,
+            cut,
+            tf.TensorSpec([None], tf.int64),
+            *(tf.TensorSpec(None, dtype) for dtype in self.dtypes),
+        )
+        pairs = tf.raw_ops.TensorSliceDataset(
+            components=[begins, sizes], output_shapes=[cut.shape] * 2
+        )
+        return tf.raw_ops.MapDataset(
+            input_dataset=pairs,
+            other_arguments=[order, *arrays],
+            f=of_batch,
+            output_types=self.dtypes,
+            output_shapes=self.shapes,
+            use_inter_op_parallelism=False,
+            preserve_cardinality=True,
+        )
+
+
+def pack(held: list[Any]) -> Any:
+    """One variant that stands for several tensors."""
+    return tf.raw_ops.OptionalFromValue(components=held)
+
+
+def unpack(packed: Any, types: list[tf.DType]) -> list[Any]:
+    """The tensors for which a variant stands."""
+    return tf.raw_ops.OptionalGetValue(
+        optional=packed, output_types=types, output_shapes=[tf.TensorShape(None)] * len(types)
+    )
