@@ -79,7 +79,7 @@ def test_every_order_is_as_likely_as_every_other():
 
 @pytest.fixture(scope="module")
 def resident():
-    with ResidentProcess(resident_cases.process(), device="CPU:1", clients_at_once=2) as resident:
+    with ResidentProcess(resident_cases.process(), device="CPU:1", clients_at_once=1) as resident:
         yield resident
 
 
@@ -111,7 +111,7 @@ def test_plain_tff_and_a_worker_take_the_same_batches():
             assert_equal(their_metrics, metrics)
 
 
-PLACES = {"plain": None, "worker": {"workers": 1}, "device": {"clients_at_once": 1}}
+PLACES = {"plain": None, "worker": {"workers": 1}, "device": {"device": "CPU:1"}}
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -125,7 +125,7 @@ def test_a_run_that_stops_and_goes_on_draws_the_same_batches(name, tmp_path):
             lambda seed: process,
             clients,
             rounds=rounds,
-            clients_per_round=3,
+            clients_per_round=2,
             directory=tmp_path / directory,
             progress=False,
         )
@@ -310,8 +310,7 @@ def pipelines():
         "no elements": (slices.take(0).batch(3), False),
         "of unknown number": (slices.filter(lambda x, y: True).batch(3), False),
         "of unknown batches": (slices.batch(2).unbatch().batch(3), False),
-        "too many": (slices.batch(3).repeat(10**6).take(4), None),
-        "one large batch": (slices.repeat(10**5).batch(10**6), False),
+        "in large batches": (slices.batch(10**6), False),
     }
 
 

@@ -80,8 +80,8 @@ def run(
         has a `close`.
       clients: A mapping from ids to data, a list of data (ids are positions), a
         `tff.simulation.datasets.ClientData`, or `ClientArrays`. Data are a `tf.data.Dataset` of
-        batches, or a list of them. A function in its place is called once with each seed, before training,
-        and returns one of these, so that clients may differ too.
+        batches, or a list of them. A function in its place is called once with each seed, before
+        training, and returns one of these, so that clients may differ too.
       rounds: Rounds of training, those before a resume included: no fewer than `directory` holds.
       clients_per_round: Clients drawn for each round, uniformly and without replacement; a number,
         or a function from a round to one.
