@@ -37,6 +37,7 @@ from tff_optim.core.numbers import (
     checked_number,
     checked_where_run,
     complete,
+    constant,
     in_dtype_of,
     to_float,
     update,
@@ -129,21 +130,6 @@ def field(
         eq=comparison.key,
         metadata={_MARK: allowed},
     )
-
-
-def constant(allowed: Interval, default: object = attrs.NOTHING) -> Declared:
-    """Declares a number that stays as it was given: no schedule, not in the state.
-
-    Example:
-      >>> part = attrs.make_class("Part", {"size": constant(POSITIVE, 2)})()
-      >>> part, dict(initialize(part))
-      (Part(size=2.0), {})
-    """
-
-    def validate(owner: object, attribute: attrs.Attribute, value: object) -> None:
-        checked_number(type(owner).__name__, attribute.name, value, allowed)
-
-    return attrs.field(default=default, converter=to_float, validator=validate)
 
 
 def fraction(default: object = attrs.NOTHING) -> Declared:

@@ -208,15 +208,7 @@ class PipelineOptimizer(PureOptimizer):
         return tf.cast(w, spec.dtype)
 
     def get_hparams(self, state: State) -> Hparams:
-        """Returns the numbers that may change between steps.
-
-        Args:
-          state: A state of this optimizer.
-
-        Returns:
-          `learning_rate` and `weight_decay` where they are numbers, then the hparams of each part
-          as `Part.name`: `Adam.beta_1`, say.
-        """
+        """See base class; a hyper-parameter of a part is called `Part.name`: `Adam.beta_1`, say."""
         hparams = collections.OrderedDict((name, state[name]) for name in self.pipeline.rate_names)
         for part_name, part in self.pipeline.parts.items():
             for name, value in part.get_hparams(state[_PARTS][part_name]).items():

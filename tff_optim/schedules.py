@@ -13,10 +13,9 @@ import tensorflow as tf
 
 from tff_optim.core import comparison, numbers
 from tff_optim.core.messages import refusal, shown
-from tff_optim.core.numbers import NON_NEGATIVE, POSITIVE
+from tff_optim.core.numbers import NON_NEGATIVE, POSITIVE, constant
 from tff_optim.core.tracing import converted
 from tff_optim.core.types import Number
-from tff_optim.hyperparameters import constant
 
 __all__ = ["CosineRestarts", "InverseScaling", "Triangular", "Warmup"]
 

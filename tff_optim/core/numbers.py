@@ -110,6 +110,20 @@ def checked_number(
     return number
 
 
+def constant(allowed: Interval, default: object = attrs.NOTHING) -> Any:
+    """Declares a number that stays as it was given: no schedule, not in the state.
+
+    Example:
+      >>> attrs.make_class("Part", {"size": constant(POSITIVE, 2)})()
+      Part(size=2.0)
+    """
+
+    def validate(owner: object, attribute: attrs.Attribute, value: object) -> None:
+        checked_number(type(owner).__name__, attribute.name, value, allowed)
+
+    return attrs.field(default=default, converter=to_float, validator=validate)
+
+
 def check_scalar(owner: str, name: str, value: tf.Tensor) -> None:
     """Raises `ValueError` unless a tensor is one real number."""
     if value.shape.rank != 0 or not (value.dtype.is_floating or value.dtype.is_integer):
