@@ -44,7 +44,7 @@ def all_at_once(computation, clients, context):
     """The results of each client; at the end whether the graph's assertions hold, if it has any."""
     recorded = record(computation)
     together = SideBySide(recorded.program, [False] * len(context))
-    batches = Reader(NUMBERS.element)([variant(data) for data in clients])
+    batches, _ = Reader(NUMBERS.element)([variant(data) for data in clients])
 
     @tf.function(autograph=False)
     def run():
@@ -147,7 +147,10 @@ def test_a_batch_is_what_the_data_set_has_in_every_structure_and_dtype():
         tf.data.Dataset.from_generator(lambda x=x: iter(x), output_signature=spec) for x in lists
     ]
     reader = Reader(tff.types.tensorflow_to_type(spec))
-    read = reader([variant(one) for one in data])
+    variants = [variant(one) for one in data]
+    assert reader(variants, most_bytes=1)[1] == 1
+    read, number = reader(variants)
+    assert number == len(data)
     found = [[] for _ in lists]
     first = 0
     specs = tf.nest.flatten(spec)

@@ -48,8 +48,8 @@ class Reader:
         specs = [spec_of(leaf) for leaf in leaves.leaves_of(element_type)]
         # In the order of a data set's variant.
         self._specs: list[tf.TensorSpec] = tf.nest.flatten(leaves.pack(specs, element_type))
-        self._read = tracing.function(self._all, autograph=False).get_concrete_function(
-            tf.TensorSpec([None], tf.variant)
+        self._read = tracing.function(self._some, autograph=False).get_concrete_function(
+            tf.TensorSpec([None], tf.variant), tf.TensorSpec([], tf.int64)
         )
 
     @property
@@ -66,49 +66,40 @@ class Reader:
             tf.TensorSpec([None], tf.bool),
         )
 
-    def __call__(self, data: Sequence[tf.Tensor]) -> Batches:
+    def __call__(
+        self, data: Sequence[tf.Tensor], most_bytes: int = tf.int64.max
+    ) -> tuple[Batches, int]:
         """Reads all batches of some clients.
 
         Args:
           data: The variant of each client's data set.
-        """
-        rows, shapes, counts = self._read(tf.stack(data))
-        ranks = [spec.shape.rank for spec in self._specs]
-        of_parts = np.split(shapes.numpy(), np.cumsum(ranks)[:-1], axis=1)
-        starts = []
-        for spec, part in zip(self._specs, of_parts, strict=True):
-            sizes = part[:, :1] if _is_by_rows(spec) else part
-            starts.append(_starts(np.prod(sizes, axis=1, dtype=np.int32)))
-        kinds, of_batches = np.unique(shapes.numpy(), axis=0, return_inverse=True)
-        steps = _steps(of_batches.reshape(-1), counts.numpy())
-        clients = [clients for clients, _ in steps]
-        everyone = [np.array_equal(x, np.arange(len(data))) for x in clients]
-        taken = [batches for _, batches in steps]
-        step_kinds = kinds[[of_batches.reshape(-1)[batches[0]] for batches in taken]]
-        return Batches(
-            list(rows),
-            [tf.constant(x, tf.int32) for x in starts],
-            [
-                tf.constant(x, tf.int32, [len(steps), rank])
-                for x, rank in zip(
-                    np.split(step_kinds, np.cumsum(ranks)[:-1], axis=1), ranks, strict=True
-                )
-            ],
-            tf.constant(np.cumsum([len(x) for x in clients]), tf.int32),
-            tf.constant(np.concatenate([*clients, np.zeros(0)]), tf.int32),
-            tf.constant(np.concatenate([*taken, np.zeros(0)]), tf.int32),
-            tf.constant(everyone, tf.bool, [len(steps)]),
-        )
+          most_bytes: After how many no further client is read.
 
-    def _all(self, data: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """The rows of all batches of all clients, the batches' shapes, and each client's number."""
+        Returns:
+          The batches, and of how many clients they are.
+        """
+        rows, shapes, counts = self._read(tf.stack(data), tf.constant(most_bytes, tf.int64))
+        sizes = shapes.numpy()
+        ranks = [spec.shape.rank for spec in self._specs]
+        starts = []
+        for spec, shape in zip(self._specs, _split(sizes, ranks), strict=True):
+            of_rows = shape[:, :1] if _is_by_rows(spec) else shape
+            starts.append(_starts(np.prod(of_rows, axis=1, dtype=np.int32)))
+        return _arranged(list(rows), starts, sizes, ranks, counts.numpy()), int(tf.size(counts))
+
+    def _some(
+        self, data: tf.Tensor, most_bytes: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """The rows of all batches of clients, the batches' shapes, and how many each client has."""
         dtypes = [spec.dtype for spec in self._specs]
         shapes = [spec.shape for spec in self._specs]
 
         def array(dtype: tf.DType, shape: Sequence[int | None]) -> tf.TensorArray:
             return tf.TensorArray(dtype, 0, True, element_shape=shape, infer_shape=False)
 
-        def of_client(client: tf.Tensor, done: tf.Tensor, counts: Any, *arrays: Any) -> Any:
+        def of_client(
+            client: tf.Tensor, size: tf.Tensor, done: tf.Tensor, counts: Any, *arrays: Any
+        ) -> Any:
             iterator = tf.raw_ops.AnonymousIteratorV3(output_types=dtypes, output_shapes=shapes)
             made = tf.raw_ops.MakeIterator(dataset=data[client], iterator=iterator)
 
@@ -117,35 +108,43 @@ class Reader:
                     iterator=iterator, output_types=dtypes, output_shapes=shapes
                 )
 
-            def take(optional: tf.Tensor, at: tf.Tensor, *arrays: Any) -> Any:
+            def take(optional: tf.Tensor, size: tf.Tensor, at: tf.Tensor, *arrays: Any) -> Any:
                 parts = tf.raw_ops.OptionalGetValue(
                     optional=optional, output_types=dtypes, output_shapes=shapes
                 )
-                size = tf.concat([tf.shape(part) for part in parts], 0)
+                shape = tf.concat([tf.shape(part) for part in parts], 0)
+                size += sum(tf.size(part, tf.int64) * part.dtype.size for part in parts)
                 flat = [
                     part if _is_by_rows(spec) else tf.reshape(part, [-1])
                     for part, spec in zip(parts, self._specs, strict=True)
                 ]
-                written = [x.write(at, y) for x, y in zip(arrays, [*flat, size], strict=True)]
+                written = [x.write(at, y) for x, y in zip(arrays, [*flat, shape], strict=True)]
                 with tf.control_dependencies(parts):
-                    return following(), at + 1, *written
+                    return following(), size, at + 1, *written
 
             with tf.control_dependencies([made]):
                 first = following()
-            _, end, *arrays = tf.while_loop(
+            _, size, end, *arrays = tf.while_loop(
                 lambda optional, *unused: tf.raw_ops.OptionalHasValue(optional=optional),
                 take,
-                [first, done, *arrays],
+                [first, size, done, *arrays],
             )
-            return client + 1, end, counts.write(client, end - done), *arrays
+            return client + 1, size, end, counts.write(client, end - done), *arrays
 
         zero = tf.constant(0)
         ranks = sum(spec.shape.rank for spec in self._specs)
         arrays = [array(spec.dtype, [None, *_row_shape(spec)]) for spec in self._specs]
-        _, _, counts, *arrays, sizes = tf.while_loop(
-            lambda client, *unused: client < tf.shape(data)[0],
+        _, _, _, counts, *arrays, sizes = tf.while_loop(
+            lambda client, size, *unused: (client < tf.shape(data)[0]) & (size < most_bytes),
             of_client,
-            [zero, zero, array(tf.int32, []), *arrays, array(tf.int32, [ranks])],
+            [
+                zero,
+                tf.constant(0, tf.int64),
+                zero,
+                array(tf.int32, []),
+                *arrays,
+                array(tf.int32, [ranks]),
+            ],
         )
         return [x.concat() for x in arrays], sizes.stack(), counts.stack()
 
@@ -159,8 +158,47 @@ def _row_shape(spec: tf.TensorSpec) -> list[int]:
     return spec.shape[1:].as_list() if _is_by_rows(spec) else []
 
 
+def _split(shapes: np.ndarray, ranks: list[int]) -> list[np.ndarray]:
+    """The shapes of each part."""
+    return np.split(shapes, np.cumsum(ranks)[:-1], axis=1)
+
+
 def _starts(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes) - sizes
+
+
+def _arranged(
+    rows: list[Any],
+    starts: list[np.ndarray],
+    shapes: np.ndarray,
+    ranks: list[int],
+    counts: np.ndarray,
+) -> Batches:
+    """Puts the batches of clients in the order in which they are taken.
+
+    Args:
+      rows: For each part, that part of all batches.
+      starts: For each part, the row where each batch begins.
+      shapes: Of each batch, the sizes of all parts.
+      ranks: How many of them belong to each part.
+      counts: The number of batches of each client.
+    """
+    kinds, kind_of = np.unique(shapes, axis=0, return_inverse=True)
+    kind_of = kind_of.reshape(-1)
+    steps = _steps(kind_of, counts)
+    clients = [who for who, _ in steps]
+    taken = [which for _, which in steps]
+    at_steps = kinds[[kind_of[which[0]] for which in taken]].reshape(len(steps), -1)
+    everyone = [np.array_equal(who, np.arange(len(counts))) for who in clients]
+    return Batches(
+        rows,
+        [tf.constant(x, tf.int32) for x in starts],
+        [tf.constant(x, tf.int32) for x in _split(at_steps, ranks)],
+        tf.constant(np.cumsum([len(who) for who in clients]), tf.int32),
+        tf.constant(np.concatenate([*clients, np.zeros(0)]), tf.int32),
+        tf.constant(np.concatenate([*taken, np.zeros(0)]), tf.int32),
+        tf.constant(everyone, tf.bool, [len(steps)]),
+    )
 
 
 def _steps(kinds: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

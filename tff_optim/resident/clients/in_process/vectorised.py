@@ -97,19 +97,27 @@ class Vectorised:
         kept: list[tf.data.Dataset] = []
         clients = [self._data.of(data, kept) for data in client_data]
         total = self._zero([])
-        for first in range(0, len(clients), self._most):
+        first = 0
+        while first < len(clients):
             if self._closed.is_set():
                 raise RuntimeError("This `ResidentProcess` was closed.")
-            group = list(zip(*clients[first : first + self._most], strict=True))
+            group = clients[first : first + self._most]
+            batches = []
+            for i, reader in self._readers.items():
+                # Those after the first have data sets beside the first one's.
+                most_bytes = tf.int64.max if batches else _MOST_BYTES
+                read, number = reader([client[i] for client in group], most_bytes)
+                group = group[:number]
+                batches.append(read)
             tensors = [
-                tf.stack(values)
-                for values, leaf in zip(group, self._leaves, strict=True)
+                tf.stack([client[i] for client in group])
+                for i, leaf in enumerate(self._leaves)
                 if leaf.is_tensor
             ]
-            batches = [reader(group[i]) for i, reader in self._readers.items()]
-            number = tf.constant(len(clients[first : first + self._most]))
-            total, fine = self._add(total, context, tensors, batches, number)
+            arguments = (tensors, batches, tf.constant(len(group)))
+            total, fine = self._add(total, context, *arguments)
             self._check(fine, first)
+            first += len(group)
         return total
 
     def close(self) -> None:
