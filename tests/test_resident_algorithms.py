@@ -152,7 +152,7 @@ def test_a_worker_gives_plain_tffs_bits_and_the_python_process_its_numbers(name)
 
 
 @pytest.mark.parametrize(
-    "name", selection.params([*OF_TFF, *OURS, *OTHERS], ["build_fed_kmeans", "build_fed_avg"])
+    "name", selection.params([*OF_TFF, *OURS, *OTHERS], ["build_fed_kmeans", "build_fed_eval"])
 )
 def test_clients_side_by_side_give_plain_tffs_numbers(name):
     # Adam squares what is left of gradients that all but cancel out.

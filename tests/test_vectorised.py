@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_near, process
+from resident_cases import assert_near, cohorts, plain_run, process
 
 from tff_optim import ResidentProcess
-from tff_optim.resident.clients.in_process import side_by_side
+from tff_optim.resident.clients.in_process import side_by_side, vectorised
 from tff_optim.resident.clients.in_process.batches import Reader
 from tff_optim.resident.clients.in_process.program import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
@@ -282,6 +282,16 @@ def cohort(number, nan=None):
     return clients
 
 
+def test_rounds_are_plain_tffs_to_rounding():
+    with ResidentProcess(process(), device="CPU:1", vectorize=True, clients_at_once=2) as together:
+        state = together.initialize()
+        for clients, (expected, metrics) in zip(cohorts(), plain_run()[1:], strict=True):
+            state, found = together.next(state, list(clients))
+            assert_near(together.materialize(state), expected)
+            assert_near(found, metrics)
+
+
+@pytest.mark.slow
 def test_any_cohort_by_one_trace_gives_the_numbers_of_clients_one_by_one(monkeypatch):
     with (
         ResidentProcess(process(), device="CPU:1") as alone,
@@ -309,6 +319,39 @@ def test_any_cohort_by_one_trace_gives_the_numbers_of_clients_one_by_one(monkeyp
                 for place, o in zip((alone, together), outputs, strict=True)
             ]
             assert_near(states[1], states[0])
+
+
+def test_a_large_model_is_warned_of():
+    large = tff.to_type([np.float32, (np.float32, [100_001])])
+    with pytest.warns(
+        UserWarning, match="a client is sent more than 100,000 numbers; found 100,002"
+    ):
+        vectorised._warn_if_large(large)
+
+
+def test_what_a_graph_asserts_is_asserted():
+    def loss(y, prediction, sample_weight=None):
+        del sample_weight
+        tf.debugging.assert_less(y, 100.0)
+        return tf.reduce_mean((y - prediction) ** 2)
+
+    model = tff.learning.models.functional_model_from_keras(
+        tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(3,))]),
+        loss,
+        (tf.TensorSpec([None, 3]), tf.TensorSpec([None, 1])),
+    )
+    made = tff.learning.algorithms.build_fed_eval(model)
+    clients = [
+        tf.data.Dataset.from_tensors((tf.ones([2, 3]), tf.fill([2, 1], value)))
+        for value in (1.0, 2.0, 200.0)
+    ]
+    with ResidentProcess(made, device="CPU:1", vectorize=True) as together:
+        state = together.initialize()
+        state, _ = together.next(state, clients[:2])
+        with pytest.raises(
+            tf.errors.InvalidArgumentError, match=r"for the clients at \[2\]: .*assert"
+        ):
+            together.next(state, clients)
 
 
 def test_bad_arguments_are_refused():
