@@ -329,29 +329,15 @@ def test_a_large_model_is_warned_of():
         vectorised._warn_if_large(large)
 
 
-def test_what_a_graph_asserts_is_asserted():
-    def loss(y, prediction, sample_weight=None):
-        del sample_weight
-        tf.debugging.assert_less(y, 100.0)
-        return tf.reduce_mean((y - prediction) ** 2)
-
-    model = tff.learning.models.functional_model_from_keras(
-        tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(3,))]),
-        loss,
-        (tf.TensorSpec([None, 3]), tf.TensorSpec([None, 1])),
-    )
-    made = tff.learning.algorithms.build_fed_eval(model)
-    clients = [
-        tf.data.Dataset.from_tensors((tf.ones([2, 3]), tf.fill([2, 1], value)))
-        for value in (1.0, 2.0, 200.0)
-    ]
-    with ResidentProcess(made, device="CPU:1", vectorize=True) as together:
-        state = together.initialize()
-        state, _ = together.next(state, clients[:2])
-        with pytest.raises(
-            tf.errors.InvalidArgumentError, match=r"for the clients at \[2\]: .*assert"
-        ):
-            together.next(state, clients)
+def test_what_a_graph_asserts_is_asserted_of_each_client():
+    clients = [batched(8), batched(9, size=9), batched(0), batched(5, size=5)]
+    found = all_at_once(variables, clients, [np.ones(2, np.float32)])
+    fine = [of_client[-1] for of_client in found]
+    assert fine == [True, False, True, False]
+    vectorised._check([tf.constant([True, True])], 0, ("assert_less",))
+    told = r"for the clients at \[41, 43\], one of assert_less"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=told):
+        vectorised._check([tf.constant(fine)], 40, ("assert_less",))
 
 
 def test_bad_arguments_are_refused():

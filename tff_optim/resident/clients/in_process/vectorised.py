@@ -116,7 +116,7 @@ class Vectorised:
             ]
             arguments = (tensors, batches, tf.constant(len(group)))
             total, fine = self._add(total, context, *arguments)
-            self._check(fine, first)
+            _check(fine, first, self._checks)
             first += len(group)
         return total
 
@@ -124,16 +124,18 @@ class Vectorised:
         """Ends the round after the clients that are being trained."""
         self._closed.set()
 
-    def _check(self, fine: list[tf.Tensor], first: int) -> None:
-        for ok in fine:
-            bad = [first + i for i, good in enumerate(ok.numpy()) if not good]
-            if bad:
-                raise tf.errors.InvalidArgumentError(
-                    None,
-                    None,
-                    f"A check of the model's graph failed for the clients at {bad}: one of "
-                    f"{', '.join(self._checks)}. Leave `vectorize` out to see its own message.",
-                )
+
+def _check(fine: list[tf.Tensor], first: int, names: tuple[str, ...]) -> None:
+    """Raises if an assertion of the graph, one of `names`, fails for a client of a group."""
+    for ok in fine:
+        bad = [first + i for i, good in enumerate(ok.numpy()) if not good]
+        if bad:
+            raise tf.errors.InvalidArgumentError(
+                None,
+                None,
+                f"A check of the model's graph failed for the clients at {bad}, one of "
+                f"{', '.join(names)}. Leave `vectorize` out to see its own message.",
+            )
 
 
 def _warn_if_large(context_type: tff.Type) -> None:
