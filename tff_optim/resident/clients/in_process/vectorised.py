@@ -11,7 +11,7 @@ import tensorflow_federated as tff
 from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves
-from tff_optim.resident.clients.in_process.batches import Reader
+from tff_optim.resident.clients.in_process.batches import Batches, Reader
 from tff_optim.resident.clients.in_process.data import ClientTensors
 from tff_optim.resident.clients.in_process.program import record, refusal
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
@@ -102,7 +102,7 @@ class Vectorised:
             if self._closed.is_set():
                 raise RuntimeError("This `ResidentProcess` was closed.")
             group = clients[first : first + self._most]
-            batches = []
+            batches: list[Batches] = []
             for i, reader in self._readers.items():
                 # Those after the first have data sets beside the first one's.
                 most_bytes = tf.int64.max if batches else _MOST_BYTES
