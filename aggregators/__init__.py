@@ -24,6 +24,7 @@ from aggregators.client.example_clipping import ExampleClipping
 from aggregators.client.states import ClientStates
 from aggregators.core.candidates import Candidates, class_error
 from aggregators.core.client_memory import ClientMemory
+from aggregators.core.collected import Collected, collected
 from aggregators.core.hyperparameters import hparam
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import (
@@ -41,6 +42,7 @@ __all__ = [
     "ClientMemory",
     "ClientStates",
     "ClientUpdate",
+    "Collected",
     "ExampleClipping",
     "FederatedRule",
     "MeasuredUpdate",
@@ -62,6 +64,7 @@ __all__ = [
     "build_scaffold",
     "build_self_weighting_client_work",
     "class_error",
+    "collected",
     "compose_fed_avg",
     "federated_print",
     "federated_reduce",

@@ -156,6 +156,52 @@ def shortened(mean, memory):
     return [t * min(1.0, memory["norm"] / length(mean)) for t in mean]
 
 
+def _matrix(deltas):
+    return np.array([_flat(delta) for delta in deltas])
+
+
+def _like(vector, delta):
+    cuts = np.cumsum([np.size(x) for x in delta])[:-1]
+    parts = zip(np.split(vector, cuts), delta, strict=True)
+    return [part.reshape(np.shape(x)) for part, x in parts]
+
+
+def coordinate_median(deltas, *_):
+    return _like(np.median(_matrix(deltas), 0), deltas[0])
+
+
+def trimmed_mean(deltas, share):
+    cut = int(share * len(deltas))
+    return _like(np.sort(_matrix(deltas), 0)[cut : len(deltas) - cut].mean(0), deltas[0])
+
+
+def multi_krum(deltas, num_bad, num_kept):
+    rows = _matrix(deltas)
+    scores = []
+    for k, row in enumerate(rows):
+        others = np.sort(np.sum((np.delete(rows, k, 0) - row) ** 2, 1))
+        scores.append(np.sum(others[: len(rows) - num_bad - 2]))
+    return _like(rows[np.argsort(scores)[:num_kept]].mean(0), deltas[0])
+
+
+def geometric_median(deltas, weights, iterations, smoothing=1e-6):
+    rows, weights = _matrix(deltas), np.asarray(weights, np.float64)
+    point = np.median(rows, 0)
+    for _ in range(iterations):
+        by = weights / np.maximum(np.linalg.norm(rows - point, axis=1), smoothing)
+        point = by @ rows / by.sum()
+    return _like(point, deltas[0])
+
+
+def centered_clipping(deltas, memory, radius):
+    rows = _matrix(deltas)
+    center = memory.setdefault("center", np.zeros(rows.shape[1]))
+    apart = rows - center
+    factors = np.minimum(1.0, radius / np.linalg.norm(apart, axis=1))
+    memory["center"] = center + np.mean(factors[:, None] * apart, 0)
+    return _like(memory["center"], deltas[0])
+
+
 def jury(
     deltas,
     weights,

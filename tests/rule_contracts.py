@@ -38,6 +38,7 @@ class Case:
     rule: aggregators.Rule
     twin: Callable[[list[dict], list[float], dict], list[np.ndarray]]
     sample_size: int = 2
+    fewest: int = attrs.field(default=1, kw_only=True)  # clients that a cohort must have
 
     @property
     def num_layers(self) -> int:
@@ -273,6 +274,13 @@ def jury_twin(
     return twin
 
 
+def _of_deltas(
+    twin: Callable[..., list[np.ndarray]], *numbers: float
+) -> Callable[..., list[np.ndarray]]:
+    """The twin of a rule that looks at updates alone, each counting once."""
+    return lambda clients, weights, memory: twin([c["delta"] for c in clients], *numbers)
+
+
 THREE_VOICES = [("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]
 FOUR_VOICES = [*THREE_VOICES, ("loss", weighting.uniform(times_examples=False))]
 
@@ -350,6 +358,41 @@ CASES = [
         ("loss_gated",),
         rules.loss_gated(_NEAR, gate=lambda seen: tf.minimum(0.3 * seen.loss / 3.0, 1.0)),
         _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), lambda loss, previous: 0.1 * loss),
+    ),
+    Case(
+        "coordinate-median",
+        ("coordinate_median",),
+        rules.coordinate_median(),
+        _of_deltas(twins.coordinate_median),
+    ),
+    Case(
+        "trimmed-mean",
+        ("trimmed_mean",),
+        rules.trimmed_mean(0.25),
+        _of_deltas(twins.trimmed_mean, 0.25),
+    ),
+    Case(
+        "multi-krum",
+        ("multi_krum",),
+        rules.multi_krum(0, 2),
+        _of_deltas(twins.multi_krum, 0, 2),
+        fewest=3,
+    ),
+    Case(
+        "geometric-median",
+        ("geometric_median",),
+        rules.geometric_median(5, smoothing=0.01),
+        lambda clients, weights, memory: twins.geometric_median(
+            [c["delta"] for c in clients], weights, 5, 0.01
+        ),
+    ),
+    Case(
+        "centered-clipping",
+        ("centered_clipping",),
+        rules.centered_clipping(2.5),
+        lambda clients, weights, memory: twins.centered_clipping(
+            [c["delta"] for c in clients], memory, 2.5
+        ),
     ),
     Case(
         "redescending",

@@ -1,0 +1,71 @@
+"""The reduction that keeps each client's update, for rules that must see all of them at once."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from aggregators.core.layers import ModelLayers
+from aggregators.core.reduction import Reduction
+
+
+class Collected(NamedTuple):
+    """The updates of a cohort's clients, one row for each that counts.
+
+    Attributes:
+      tensors: A tuple of tensors of shape `[clients, ...]`, of the dtypes of the model.
+      weights: Their weights, float64 of shape `[clients]`, all above 0.
+
+    Example:
+      >>> Collected((tf.zeros([3, 2]),), tf.ones([3], tf.float64)).tensors[0].shape
+      TensorShape([3, 2])
+    """
+
+    tensors: Any
+    weights: Any
+
+
+def collected(layers: ModelLayers) -> Reduction:
+    """Keeps each client's update as a row: `(flat update, weight)` of each client to a `Collected`.
+
+    A client of weight 0, as one has whose update is not finite, is left out, and takes no memory. Rows
+    are in the order of the cohort; in sub-rounds and on several workers, in the order in which TFF
+    merges the pieces.
+
+    Memory: the server holds `clients x model` bytes, and two to three times that while a row is added.
+    Rows are added one client at a time, which copies `clients^2 / 2 x model` bytes in all: a cohort of
+    100 clients of a million float32 parameters holds 400 MB and copies 20 GB. Not for a secure sum.
+
+    Args:
+      layers: The layers.
+
+    Returns:
+      A `Reduction`.
+
+    Example:
+      >>> import numpy as np
+      >>> import tensorflow_federated as tff
+      >>> from aggregators.core.layers import layers_of_type
+      >>> fold = collected(layers_of_type("model", tff.to_type([(np.float32, [2])])))
+      >>> total = fold.zero()
+      >>> for number, weight in ((1.0, 5.0), (2.0, 0.0), (3.0, 1.0)):
+      ...     total = fold.merge(total, fold.lift(([tf.fill([2], number)], tf.constant(weight))))
+      >>> fold.report(total).tensors[0].numpy()
+      array([[1., 1.],
+             [3., 3.]], dtype=float32)
+    """
+
+    def zero() -> Collected:
+        rows = tuple(tf.zeros([0, *spec.shape], spec.dtype) for spec in layers.specs)
+        return Collected(rows, tf.zeros([0], tf.float64))
+
+    def lift(value: tuple[Sequence[tf.Tensor], tf.Tensor]) -> Collected:
+        tensors, weight = value
+        kept = tf.cast(weight > 0.0, tf.int32)
+        row = Collected(tuple(tensors), tf.cast(weight, tf.float64))
+        return tf.nest.map_structure(lambda x: x[tf.newaxis][:kept], row)
+
+    def merge(a: Collected, b: Collected) -> Collected:
+        return tf.nest.map_structure(lambda x, y: tf.concat([x, y], 0), a, b)
+
+    return Reduction(zero, merge, lift)

@@ -1,0 +1,137 @@
+"""What rules over all updates have in common: a function of the rows between client and server."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from aggregators import weighted_mean
+from aggregators.core.collected import Collected, collected
+from aggregators.core.hyperparameters import Hparam
+from aggregators.core.layers import ModelLayers
+from aggregators.core.needs import Needs
+from aggregators.core.reduction import Reduction, zip_reductions
+from aggregators.core.rule import PerLayer, Rule, RuleResult, State
+from aggregators.core.update import ClientUpdate, length
+from aggregators.weighted_mean.statistics import statistics_reduction
+
+Rows = Sequence[tf.Tensor]
+
+
+class Combined(NamedTuple):
+    """What became of a cohort's rows.
+
+    Attributes:
+      tensors: The update, flat.
+      weights: What each client counted for, float64 of shape `[clients]`, of any scale.
+      unchanged: A bool: whether there is no update, although clients counted.
+      measurements: What is shown besides.
+    """
+
+    tensors: Sequence[tf.Tensor]
+    weights: tf.Tensor
+    unchanged: tf.Tensor | bool = False
+    measurements: Mapping[str, Any] = OrderedDict()
+
+
+def rule_of_rows(
+    combine: Callable[[Rows, tf.Tensor, State, tf.Tensor], Combined],
+    hparams: Mapping[str, Hparam] | None = None,
+) -> Rule:
+    """A rule that makes the update of all clients' updates at once.
+
+    Args:
+      combine: `(rows, weights, state, cohort) -> Combined`: rows of at least single precision, at least
+        one (of zeros, if no client counts), their weights, and how many clients there were in all.
+      hparams: The rule's numbers.
+
+    Returns:
+      A `Rule`.
+    """
+
+    def client(update: ClientUpdate, state: State) -> Any:
+        del state  # what depends on it is done on the server
+        norm, log_weight = length(update.delta), tf.math.log(update.weight)
+        found = weighted_mean.weigh(update, log_weight, scores=norm)
+        return OrderedDict(rows=(update.delta, update.weight), statistics=found["statistics"])
+
+    def server(state: State, reduced: Any) -> RuleResult:
+        rows: Collected = reduced["rows"]
+        none = {"mean": Collected((), ()), "statistics": reduced["statistics"]}
+        measured = OrderedDict(weighted_mean.report(none).measurements)
+        kinds = ("clients", "non_finite_clients", "bad_score_clients", "zero_weight_clients")
+        cohort = tf.add_n([measured[name] for name in kinds])
+        whole = Collected(tuple(_some(x) for x in rows.tensors), _some(rows.weights))
+        found = combine([_wide(x) for x in whole.tensors], whole.weights, state, cohort)
+        shares = found.weights / tf.reduce_sum(found.weights)
+        is_some = measured["clients"] > 0
+        for name, number in (
+            ("effective_clients", 1.0 / tf.reduce_sum(shares * shares)),
+            ("largest_weight", tf.reduce_max(shares)),
+        ):
+            number = tf.cast(tf.where(is_some, number, 0.0), tf.float32)
+            measured[name] = PerLayer(number[tf.newaxis])
+        if "sample_counted" in measured:
+            listed = measured["sample_counted"]
+            position = tf.maximum(tf.cumsum(tf.cast(listed, tf.int32)) - 1, 0)
+            used = tf.where(listed, tf.gather(shares, position), 0.0)
+            measured["sample_weights"] = PerLayer(tf.cast(used, tf.float32)[:, tf.newaxis])
+        measured.update(found.measurements)
+        tensors = [tf.cast(x, y.dtype) for x, y in zip(found.tensors, rows.tensors, strict=True)]
+        return RuleResult(OrderedDict(), tensors, measured, ~is_some | found.unchanged)
+
+    def reduction(layers: ModelLayers) -> Reduction:
+        statistics = statistics_reduction(1, layers.sample_size)
+        return zip_reductions(rows=collected(layers), statistics=statistics)
+
+    return Rule(
+        client,
+        reduction,
+        server,
+        needs=Needs(layers="model"),
+        hparams=hparams or OrderedDict(),
+    )
+
+
+def _some(rows: tf.Tensor) -> tf.Tensor:
+    """The rows; if there is none, one of zeros."""
+    return tf.pad(
+        rows, [[0, tf.cast(tf.shape(rows)[0] < 1, tf.int32)], *[[0, 0]] * (rows.shape.rank - 1)]
+    )
+
+
+def _wide(x: tf.Tensor) -> tf.Tensor:
+    return tf.cast(x, tf.float32) if x.dtype.size < 4 else x
+
+
+def mean_of(rows: Rows, weights: tf.Tensor) -> list[tf.Tensor]:
+    """The mean over the rows, by weights float64 of shape `[clients]`."""
+    shares = weights / tf.reduce_sum(weights)
+    means = [tf.tensordot(tf.cast(shares, x.dtype), x, 1) for x in rows]
+    return [tf.reshape(mean, x.shape[1:]) for mean, x in zip(means, rows, strict=True)]
+
+
+def squared_distances(rows: Rows, point: Rows) -> tf.Tensor:
+    """Of each row from a point, over all tensors: float64 of shape `[clients]`; may be infinite."""
+    squares = [
+        tf.reduce_sum(tf.math.squared_difference(x, y), tf.range(1, tf.rank(x)))
+        for x, y in zip(rows, point, strict=True)
+    ]
+    return tf.add_n([tf.cast(square, tf.float64) for square in squares])
+
+
+def middle(rows: Rows, cut: tf.Tensor) -> list[tf.Tensor]:
+    """The mean of each element over the clients, without the `cut` smallest and the `cut` largest."""
+    found = []
+    for x in rows:
+        clients = tf.shape(x)[0]
+        columns = tf.transpose(tf.reshape(x, [clients, -1]))
+        ordered = tf.sort(columns)[:, cut : clients - cut]
+        found.append(tf.reshape(tf.reduce_mean(ordered, 1), x.shape[1:]))
+    return found
+
+
+def half(rows: Rows) -> tf.Tensor:
+    """How many of the smallest and of the largest a median leaves out."""
+    return (tf.shape(rows[0])[0] - 1) // 2
