@@ -62,7 +62,10 @@ CASES = [
         twins.L1L2(single(0.1), single(0.2)),
     ),
 ]
-NOT_COMPARED_WITH_A_TWIN = {"GaussianNoise", "GradientTransform", "KerasTransform"}
+NOT_COMPARED_WITH_A_TWIN = {
+    *("GaussianNoise", "GradientTransform", "KerasTransform"),
+    "OptaxTransform",  # with optax itself, in test_optax_transform.py
+}
 
 
 def data(scale):

@@ -7,6 +7,7 @@ from tff_optim.transforms.interface import GradientTransform
 from tff_optim.transforms.keras_transform import KerasTransform
 from tff_optim.transforms.momentum import EWMA, Momentum, YogiMomentum
 from tff_optim.transforms.noise import GaussianNoise
+from tff_optim.transforms.optax_transform import OptaxTransform
 
 __all__ = [
     "EWMA",
@@ -19,6 +20,7 @@ __all__ = [
     "GradientTransform",
     "KerasTransform",
     "Momentum",
+    "OptaxTransform",
     "RMSProp",
     "Yogi",
     "YogiMomentum",
