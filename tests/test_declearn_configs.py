@@ -6,6 +6,7 @@ The steps are in `declearn_vectors.json`, which `examples/benchmarks/declearn_ve
 import copy
 import json
 import pathlib
+import tomllib
 
 import contracts
 import numpy as np
@@ -53,7 +54,29 @@ def test_every_name_of_declearn_is_built_or_refused_with_a_reason():
         *declearn_configs._REGULARIZERS,
         *declearn_configs._SCHEDULES,
     ):
-        assert f'["{name}", ' in run or name == "gaussian-noise"
+        assert f'["{name}", ' in run or name in ("gaussian-noise", "tensorflow-optim")
+
+
+TOML = """
+[optim.client_opt]
+lrate = 0.05
+w_decay = 0.01
+modules = [["momentum", {beta = 0.5}], ["tensorflow-optim", {optim = "adam"}]]
+[optim.server_opt]
+lrate = 1.0
+modules = [["tensorflow-optim", {optim = {class_name = "RMSprop", config = {rho = 0.5}}}]]
+"""
+
+
+def test_a_table_of_toml_and_optimizers_of_tensorflow_are_read():
+    tables = tomllib.loads(TOML)["optim"]
+    keras = tf.keras.optimizers
+    parts = [transforms.Momentum(0.5), transforms.KerasTransform(keras.Adam())]
+    expected = tff_optim.build_optimizer(0.05, weight_decay=0.01, transforms=parts)
+    assert tff_optim.from_config(tables["client_opt"]) == expected
+    part = transforms.KerasTransform(keras.RMSprop(rho=0.5))
+    expected = tff_optim.build_optimizer(1.0, transforms=[part])
+    assert tff_optim.from_config(tables["server_opt"]) == expected
 
 
 def test_noise_has_the_distribution_of_declearns():
@@ -77,7 +100,14 @@ BASE = {"lrate": 0.1}
             {"modules": ["scaffold-client"]},
             "at 'modules/0' must have a counterpart here, which this has not: it exch",
         ),
-        ({"modules": [["scaffold-server", {}]]}, "at 'modules/0/0' must have a counterpart"),
+        (
+            {"modules": [["scaffold-server", {}]]},
+            "must have .* `aggregators.build_scaffold` builds",
+        ),
+        (
+            {"modules": [["torch-optim", {}]]},
+            "must have .* `tff_optim.build_torch_optimizer` to the",
+        ),
         (
             {"lrate": ["warmup-rounds", {"base": 0.1, "warmup": 2}]},
             "at 'lrate/0' .* no optimizer of TFF knows the round",

@@ -21,6 +21,7 @@ from tff_optim import regularizers, schedules, transforms
 from tff_optim.core.entries import MOST_PARTS, Described, Entry, suggestion
 from tff_optim.core.messages import refusal
 from tff_optim.core.types import Function, Json
+from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.pipeline import build_optimizer
 
 _Keras = tf.keras.optimizers.schedules
@@ -62,6 +63,7 @@ _MODULES: Mapping[str, _Rule] = {
     "rmsprop": _Rule(transforms.RMSProp, optional=("beta", "eps"), fixed=_RESET),
     "adam": _Rule(transforms.Adam, optional=("beta_1", "beta_2", "amsgrad", "eps"), fixed=_RESET),
     "yogi": _Rule(transforms.Yogi, optional=("beta_1", "beta_2", "amsgrad", "eps"), fixed=_RESET),
+    "tensorflow-optim": _Rule(transforms.KerasTransform, required=("optim",), fixed=_RESET),
     "l2-clipping": _Rule(transforms.ClipByNorm, optional=("max_norm",)),
     "l2-global-clipping": _Rule(transforms.ClipByGlobalNorm, optional=("max_norm",)),
     "gaussian-noise": _Rule(
@@ -82,12 +84,14 @@ _REGULARIZERS: Mapping[str, _Rule] = {
     "lasso": _Rule(lambda alpha=0.01: tf.keras.regularizers.L1(alpha), optional=("alpha",)),
     "ridge": _Rule(lambda alpha=0.01: tf.keras.regularizers.L2(alpha), optional=("alpha",)),
 }
-_NAMES = {"eps": "epsilon", "std": "stddev"}
+_NAMES = {"eps": "epsilon", "std": "stddev", "optim": "optimizer"}
 _NO_COUNTERPART = {
     "scaffold-client": "it exchanges variables with the server beside the model, which is the work of "
-    "a whole learning process, not of an optimizer",
+    "a whole learning process, not of an optimizer: `aggregators.build_scaffold` builds one",
     "scaffold-server": "it exchanges variables with the clients beside the model, which is the work of "
-    "a whole learning process, not of an optimizer",
+    "a whole learning process, not of an optimizer: `aggregators.build_scaffold` builds one",
+    "torch-optim": "torch takes a whole step in a process of its own: give "
+    "`tff_optim.build_torch_optimizer` to the server",
     "warmup-rounds": "no optimizer of TFF knows the round; at the server a round is one step: take "
     "`warmup`",
 }
@@ -202,6 +206,8 @@ def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Described:
             value, reason = rule.fixed[key]
             if part.value is not value:
                 part.refuse(reason)
+        elif key == "optim":
+            arguments[_NAMES[key]] = keras_objects.optimizer_from_json(part)
         elif key == "base" and name.value == "warmup":
             arguments[key] = _warmed(part)
         else:
