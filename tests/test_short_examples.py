@@ -14,8 +14,11 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_federated as tff
 from nearness import assert_near
 from tensorflow_federated.python.simulation.models import mobilenet_v2
+
+from tff_optim import build_keras_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -66,6 +69,30 @@ def test_old_code_trains_as_it_is_written_now(example):
     losses, evaluated = example("porting").main("6")
     assert losses[-1] < losses[0]
     assert evaluated < losses[0]
+
+
+def test_a_round_written_by_hand_is_that_of_a_builder(example):
+    """Federated averaging by Keras' SGD and Adam, which TFF's builder makes too."""
+    by_hand, porting = example("porting_round"), example("porting")
+    assert len(by_hand.main("1")) == 2
+    process = tff.templates.IterativeProcess(by_hand.initialize, by_hand.step)
+    keras = tf.keras.optimizers
+    built = tff.learning.algorithms.build_weighted_fed_avg(
+        porting.model_fn,
+        build_keras_optimizer(keras.SGD(0.05)),
+        build_keras_optimizer(keras.Adam(0.1)),
+    )
+    mine, clients = process.initialize(), porting.make_clients()
+    start = tff.learning.models.ModelWeights(mine[0].trainable, mine[0].non_trainable)
+    theirs = built.set_model_weights(built.initialize(), start)
+    for _ in range(2):
+        mine, examples = process.next(mine, clients)
+        theirs = built.next(theirs, clients).state
+    assert examples == 128
+    for one, other in zip(
+        mine[0].trainable, built.get_model_weights(theirs).trainable, strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_rules_are_compared_on_every_client(example, tmp_path, capfd):
