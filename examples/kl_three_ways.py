@@ -13,7 +13,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
-from aggregators import rules, scores, weighting
+from aggregators import federated_rule, rules, scores, weighting
 
 KL, SOFTMAX = scores.kl_divergence, weighting.softmax(temperature=0.5)
 RULE = rules.adaptive_mean(KL, SOFTMAX, layers="model")  # one weight per client
@@ -63,9 +63,7 @@ def in_the_stream() -> tff.templates.IterativeProcess:
     def next_round(state, data):
         model, rule = state[0], state[1]
         trained, n = tff.federated_map(train, (tff.federated_broadcast(model), data))
-        ended = aggregators.federated_rule(
-            RULE, trained, rule, server_model=model, weight=n, sample_size=6
-        )
+        ended = federated_rule(RULE, trained, rule, server_model=model, weight=n, sample_size=6)
         return tff.federated_zip((ended.result, ended.state)), ended.measurements
 
     return tff.templates.IterativeProcess(initialize, next_round)
@@ -78,7 +76,7 @@ def main(rounds: str = "5"):
         x = np.float32(rng.normal(size=(rng.integers(8, 40), 3)))
         y = x @ np.float32([[1], [-2], [0.5]]) * (-1 if k == 5 else 1)
         clients.append(tf.data.Dataset.from_tensor_slices((x, y)).batch(8))
-    whole = aggregators.build_fed_avg(MODEL, SGD, rule=RULE, sample_size=6)
+    whole = aggregators.build_fed_avg(MODEL, SGD, rule=RULE)
     processes = [on_the_clients(), in_the_stream(), whole]
     states, shares = [process.initialize() for process in processes], []
     for number in range(int(rounds)):
