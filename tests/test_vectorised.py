@@ -14,6 +14,7 @@ from tff_optim.resident.clients.in_process.batches import Reader
 from tff_optim.resident.clients.in_process.program import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
 from tff_optim.resident.graphs.imported import ImportedComputation, as_function
+from tff_optim.simulation import ClientArrays
 
 NUMBERS = tff.SequenceType(tff.TensorType(np.float32, [None, 2]))
 
@@ -289,6 +290,33 @@ def test_rounds_are_plain_tffs_to_rounding():
             state, found = together.next(state, list(clients))
             assert_near(together.materialize(state), expected)
             assert_near(found, metrics)
+
+
+@pytest.mark.slow
+def test_arrays_give_the_numbers_of_the_data_sets_that_they_stand_for(monkeypatch):
+    rng = np.random.default_rng(5)
+    rows = {f"c{i}": int(n) for i, n in enumerate(rng.integers(0, 30, 20))}
+    arrays = ClientArrays(
+        {
+            name: (rng.normal(size=(n, 3)).astype(np.float32), rng.random((n, 1), np.float32))
+            for name, n in rows.items()
+        },
+        batch_size=4,
+        epochs=2,
+        shuffle=True,
+    )
+    with ResidentProcess(process(), device="CPU:0", vectorize=True, clients_at_once=7) as together:
+        state = together.initialize()
+        for number in (1, 2):
+            chosen = arrays.cohort(list(rows)[number:], number)
+            data_sets = list(arrays.cohort(list(rows)[number:], number))
+            assert type(chosen) is not type(data_sets)
+            expected = together.next(state, data_sets)
+            monkeypatch.setattr(vectorised, "_MOST_BYTES", 600 * number)  # groups of other sizes
+            found = together.next(state, chosen)
+            assert_near(found.metrics, expected.metrics)
+            state = found.state
+            assert_near(together.materialize(state), together.materialize(expected.state))
 
 
 @pytest.mark.slow

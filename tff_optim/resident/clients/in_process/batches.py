@@ -1,5 +1,6 @@
 """The batches of many clients as a few tensors, and the order in which clients take steps together."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import tensorflow_federated as tff
 
 from tff_optim.core import tracing
 from tff_optim.resident import leaves
+from tff_optim.resident.clients.arrays import ArrayClients
 from tff_optim.resident.graphs.imported import spec_of
 
 
@@ -147,6 +149,44 @@ class Reader:
             ],
         )
         return [x.concat() for x in arrays], sizes.stack(), counts.stack()
+
+
+def from_arrays(
+    clients: ArrayClients, device: str, first: int, most: int, most_bytes: int
+) -> tuple[Batches, int]:
+    """Gathers the batches of some clients whose data are in arrays.
+
+    Args:
+      clients: The cohort.
+      device: Where the arrays are.
+      first: The first of the clients.
+      most: How many at most.
+      most_bytes: After how many no further client is taken.
+
+    Returns:
+      The batches, and of how many clients they are.
+    """
+    arrays = clients.arrays.on(device)
+    order, bounds = clients.batches.order, clients.batches.order_bounds
+    row = sum(array.dtype.size * math.prod(array.shape[1:]) for array in arrays)
+    rows_before = bounds[first : first + most] - bounds[first]
+    number = int(np.count_nonzero(rows_before * row < most_bytes))
+    begins = clients.batches.cut_bounds[first : first + number + 1]
+    cuts = clients.batches.cuts[begins[0] : begins[-1]]
+    counts = np.diff(begins) - 1
+    is_begin = np.ones(len(cuts), bool)
+    is_begin[begins[1:] - begins[0] - 1] = False
+    at = np.flatnonzero(is_begin)
+    starts = cuts[at] + np.repeat(rows_before[:number], counts)
+    sizes = cuts[at + 1] - cuts[at]
+    shapes = np.concatenate(
+        [np.broadcast_to([0, *array.shape[1:]], [len(at), array.shape.rank]) for array in arrays], 1
+    )
+    ranks = [array.shape.rank for array in arrays]
+    shapes[:, np.cumsum(ranks) - ranks] = sizes[:, np.newaxis]
+    some = tf.constant(order[bounds[first] : bounds[first + number]])
+    rows = [tf.gather(array, some) for array in arrays]
+    return _arranged(rows, [starts] * len(arrays), shapes, ranks, counts), number
 
 
 def _is_by_rows(spec: tf.TensorSpec) -> bool:

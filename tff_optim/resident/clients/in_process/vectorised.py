@@ -11,7 +11,8 @@ import tensorflow_federated as tff
 from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves
-from tff_optim.resident.clients.in_process.batches import Batches, Reader
+from tff_optim.resident.clients.arrays import ArrayClients
+from tff_optim.resident.clients.in_process.batches import Batches, Reader, from_arrays
 from tff_optim.resident.clients.in_process.data import ClientTensors
 from tff_optim.resident.clients.in_process.program import record, refusal
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
@@ -94,31 +95,40 @@ class Vectorised:
 
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
         """Returns the leaves of the aggregate of a cohort."""
-        kept: list[tf.data.Dataset] = []
-        clients = [self._data.of(data, kept) for data in client_data]
+        take = self._from_arrays if isinstance(client_data, ArrayClients) else self._from_data_sets
         total = self._zero([])
         first = 0
-        while first < len(clients):
+        while first < len(client_data):
             if self._closed.is_set():
                 raise RuntimeError("This `ResidentProcess` was closed.")
-            group = clients[first : first + self._most]
-            batches: list[Batches] = []
-            for i, reader in self._readers.items():
-                # Those after the first have data sets beside the first one's.
-                most_bytes = tf.int64.max if batches else _MOST_BYTES
-                read, number = reader([client[i] for client in group], most_bytes)
-                group = group[:number]
-                batches.append(read)
-            tensors = [
-                tf.stack([client[i] for client in group])
-                for i, leaf in enumerate(self._leaves)
-                if leaf.is_tensor
-            ]
-            arguments = (tensors, batches, tf.constant(len(group)))
-            total, fine = self._add(total, context, *arguments)
+            tensors, batches, number = take(client_data, first)
+            total, fine = self._add(total, context, tensors, batches, tf.constant(number))
             _check(fine, first, self._checks)
-            first += len(group)
+            first += number
         return total
+
+    def _from_arrays(self, clients: Any, first: int) -> tuple[list[Any], list[Batches], int]:
+        """The data of a group from `first` on: tensors, batches, and how many clients it has."""
+        batches, number = from_arrays(clients, self._device, first, self._most, _MOST_BYTES)
+        return [], [batches], number
+
+    def _from_data_sets(self, clients: Any, first: int) -> tuple[list[Any], list[Batches], int]:
+        """The same of data sets."""
+        kept: list[tf.data.Dataset] = []
+        group = [self._data.of(data, kept) for data in clients[first : first + self._most]]
+        batches: list[Batches] = []
+        for i, reader in self._readers.items():
+            # The first leaf with data sets decides how many clients fit into memory.
+            most_bytes = tf.int64.max if batches else _MOST_BYTES
+            read, number = reader([client[i] for client in group], most_bytes)
+            group = group[:number]
+            batches.append(read)
+        tensors = [
+            tf.stack([client[i] for client in group])
+            for i, leaf in enumerate(self._leaves)
+            if leaf.is_tensor
+        ]
+        return tensors, batches, len(group)
 
     def close(self) -> None:
         """Ends the round after the clients that are being trained."""
