@@ -11,6 +11,7 @@ import tensorflow_federated as tff
 from tff_optim.core import tracing
 from tff_optim.resident import leaves
 from tff_optim.resident.clients.arrays import ArrayClients
+from tff_optim.resident.graphs.elements import Stacked
 from tff_optim.resident.graphs.imported import spec_of
 
 
@@ -93,62 +94,99 @@ class Reader:
         self, data: tf.Tensor, most_bytes: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """The rows of all batches of clients, the batches' shapes, and how many each client has."""
-        dtypes = [spec.dtype for spec in self._specs]
-        shapes = [spec.shape for spec in self._specs]
 
-        def array(dtype: tf.DType, shape: Sequence[int | None]) -> tf.TensorArray:
-            return tf.TensorArray(dtype, 0, True, element_shape=shape, infer_shape=False)
+        def of_client(client: tf.Tensor, size: tf.Tensor, counts: Any, *arrays: Any) -> Any:
+            found = self._of_client(data[client])
+            size += sum(tf.size(part, tf.int64) * part.dtype.size for part in found)
+            written = [x.write(client, y) for x, y in zip(arrays, found, strict=True)]
+            return client + 1, size, counts.write(client, tf.shape(found[-1])[0]), *written
 
-        def of_client(
-            client: tf.Tensor, size: tf.Tensor, done: tf.Tensor, counts: Any, *arrays: Any
-        ) -> Any:
-            iterator = tf.raw_ops.AnonymousIteratorV3(output_types=dtypes, output_shapes=shapes)
-            made = tf.raw_ops.MakeIterator(dataset=data[client], iterator=iterator)
-
-            def following() -> tf.Tensor:
-                return tf.raw_ops.IteratorGetNextAsOptional(
-                    iterator=iterator, output_types=dtypes, output_shapes=shapes
-                )
-
-            def take(optional: tf.Tensor, size: tf.Tensor, at: tf.Tensor, *arrays: Any) -> Any:
-                parts = tf.raw_ops.OptionalGetValue(
-                    optional=optional, output_types=dtypes, output_shapes=shapes
-                )
-                shape = tf.concat([tf.shape(part) for part in parts], 0)
-                size += sum(tf.size(part, tf.int64) * part.dtype.size for part in parts)
-                flat = [
-                    part if _is_by_rows(spec) else tf.reshape(part, [-1])
-                    for part, spec in zip(parts, self._specs, strict=True)
-                ]
-                written = [x.write(at, y) for x, y in zip(arrays, [*flat, shape], strict=True)]
-                with tf.control_dependencies(parts):
-                    return following(), size, at + 1, *written
-
-            with tf.control_dependencies([made]):
-                first = following()
-            _, size, end, *arrays = tf.while_loop(
-                lambda optional, *unused: tf.raw_ops.OptionalHasValue(optional=optional),
-                take,
-                [first, size, done, *arrays],
-            )
-            return client + 1, size, end, counts.write(client, end - done), *arrays
-
-        zero = tf.constant(0)
-        ranks = sum(spec.shape.rank for spec in self._specs)
-        arrays = [array(spec.dtype, [None, *_row_shape(spec)]) for spec in self._specs]
-        _, _, _, counts, *arrays, sizes = tf.while_loop(
+        _, _, counts, *arrays = tf.while_loop(
             lambda client, size, *unused: (client < tf.shape(data)[0]) & (size < most_bytes),
             of_client,
-            [
-                zero,
-                tf.constant(0, tf.int64),
-                zero,
-                array(tf.int32, []),
-                *arrays,
-                array(tf.int32, [ranks]),
-            ],
+            [tf.constant(0), tf.constant(0, tf.int64), _array(tf.int32, []), *self._arrays()],
         )
-        return [x.concat() for x in arrays], sizes.stack(), counts.stack()
+        *rows, shapes = (x.concat() for x in arrays)
+        return rows, shapes, counts.stack()
+
+    def _arrays(self) -> list[tf.TensorArray]:
+        """One for the rows of each part, and one for the batches' shapes."""
+        rows = [_array(spec.dtype, [None, *_row_shape(spec)]) for spec in self._specs]
+        return [*rows, _array(tf.int32, [None, sum(spec.shape.rank for spec in self._specs)])]
+
+    def _of_client(self, data: tf.Tensor) -> list[tf.Tensor]:
+        """The rows of all batches of a client, and the batches' shapes."""
+        stacked = Stacked([x.dtype for x in self._specs], [x.shape for x in self._specs])
+        known = all(_is_by_rows(x) or x.shape.is_fully_defined() for x in self._specs)
+        if not (known and stacked.are_possible):
+            return self._one_by_one(data)
+        found = tf.cond(
+            stacked.fit(data),
+            lambda: self._at_once(stacked.read(data)),
+            lambda: self._one_by_one(data),
+        )
+        return tf.nest.flatten(found)
+
+    def _at_once(self, held: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The same, of all batches as one padded element."""
+        sizes = iter(held[: len(held) - len(self._specs)])  # of parts with an unknown size
+        stacks = held[len(held) - len(self._specs) :]
+        rows, shapes = [], []
+        for spec, stack in zip(self._specs, stacks, strict=True):
+            flat = tf.reshape(stack, [-1, *_row_shape(spec)])
+            shape = tf.repeat(tf.shape(stack)[tf.newaxis, 1:], tf.shape(stack)[0], 0)
+            if not spec.shape.is_fully_defined():
+                shape = next(sizes)
+                used = tf.reshape(tf.sequence_mask(shape[:, 0], tf.shape(stack)[1]), [-1])
+                flat = tf.cond(tf.reduce_all(used), *_unless(flat, used))
+            rows.append(flat)
+            shapes.append(shape)
+        return [*rows, tf.concat(shapes, 1)]
+
+    def _one_by_one(self, data: tf.Tensor) -> list[tf.Tensor]:
+        """The same, by an iterator."""
+        dtypes = [spec.dtype for spec in self._specs]
+        shapes = [spec.shape for spec in self._specs]
+        iterator = tf.raw_ops.AnonymousIteratorV3(output_types=dtypes, output_shapes=shapes)
+        made = tf.raw_ops.MakeIterator(dataset=data, iterator=iterator)
+
+        def following() -> tf.Tensor:
+            return tf.raw_ops.IteratorGetNextAsOptional(
+                iterator=iterator, output_types=dtypes, output_shapes=shapes
+            )
+
+        def take(optional: tf.Tensor, at: tf.Tensor, *arrays: Any) -> Any:
+            parts = tf.raw_ops.OptionalGetValue(
+                optional=optional, output_types=dtypes, output_shapes=shapes
+            )
+            shape = tf.concat([tf.shape(part) for part in parts], 0)
+            flat = [
+                part if _is_by_rows(spec) else tf.reshape(part, [-1])
+                for part, spec in zip(parts, self._specs, strict=True)
+            ]
+            written = [
+                x.write(at, y) for x, y in zip(arrays, [*flat, shape[tf.newaxis]], strict=True)
+            ]
+            with tf.control_dependencies(parts):
+                return following(), at + 1, *written
+
+        with tf.control_dependencies([made]):
+            first = following()
+        _, _, *arrays = tf.while_loop(
+            lambda optional, *unused: tf.raw_ops.OptionalHasValue(optional=optional),
+            take,
+            [first, tf.constant(0), *self._arrays()],
+        )
+        return [x.concat() for x in arrays]
+
+
+def _unless(rows: tf.Tensor, used: tf.Tensor) -> tuple[Any, Any]:
+    """What gives all rows, and what gives those that are used."""
+    return lambda: tf.identity(rows), lambda: tf.boolean_mask(rows, used)
+
+
+def _array(dtype: tf.DType, shape: Sequence[int | None]) -> tf.TensorArray:
+    return tf.TensorArray(dtype, 0, True, element_shape=shape, infer_shape=False)
 
 
 def from_arrays(
@@ -169,7 +207,7 @@ def from_arrays(
     arrays = clients.arrays.on(device)
     order, bounds = clients.batches.order, clients.batches.order_bounds
     row = sum(array.dtype.size * math.prod(array.shape[1:]) for array in arrays)
-    rows_before = bounds[first : first + most] - bounds[first]
+    rows_before = bounds[:-1][first : first + most] - bounds[first]
     number = int(np.count_nonzero(rows_before * row < most_bytes))
     begins = clients.batches.cut_bounds[first : first + number + 1]
     cuts = clients.batches.cuts[begins[0] : begins[-1]]
