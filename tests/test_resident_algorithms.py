@@ -1,7 +1,9 @@
 """Every algorithm of TFF and of this package, against plain TFF: bits and numbers."""
 
+import collections
 import functools
 
+import numpy as np
 import problems
 import pytest
 import selection
@@ -11,7 +13,8 @@ from resident_cases import assert_close, assert_equal, assert_near
 
 import aggregators
 from aggregators import rules
-from tff_optim import ResidentProcess, build_keras_optimizer
+from tff_optim import ResidentProcess, build_keras_optimizer, simulation
+from tff_optim.resident.clients.in_process import data as data_lib
 
 LIBRARY = tff.learning.algorithms
 SGD = tff.learning.optimizers.build_sgdm(0.05, momentum=0.5)
@@ -115,6 +118,36 @@ def run(process, name, rounds=3):
     return outputs
 
 
+def check_readings(resident, name, monkeypatch):
+    """Batches read one by one, batches read in one go, and batches of arrays give the same bits."""
+    rng = np.random.default_rng(1)
+    sizes = {"ann": 11, "bob": 3, "eve": 0, "joe": 8}
+    if name == "build_fed_kmeans":  # takes examples, which no batches are
+        data = tf.data.Dataset.from_tensor_slices(rng.normal(size=(11, 3)).astype(np.float32))
+        cohorts = {"one by one": [data], "in one go": [data]}
+    else:
+        arrays = {
+            client: collections.OrderedDict(
+                x=rng.normal(size=(n, 3)).astype(np.float32),
+                y=rng.normal(size=(n, 2)).astype(np.float32),
+            )
+            for client, n in sizes.items()
+        }
+        clients = simulation.ClientArrays(arrays, batch_size=4, epochs=2, shuffle=True)
+        cohort = clients.cohort(sizes, 1)
+        cohorts = {"arrays": cohort, "one by one": list(cohort), "in one go": list(cohort)}
+    state = resident.restore(plain(name)[0][0])
+    outputs = []
+    for how, given in cohorts.items():
+        with monkeypatch.context() as patch:
+            if how == "one by one":
+                patch.setattr(data_lib, "MOST_BYTES", -1)
+            after, metrics = resident.next(state, given)
+        outputs.append((resident.materialize(after), metrics))
+    for output in outputs[1:]:
+        assert_equal(output, outputs[0])
+
+
 def test_no_algorithm_is_left_out():
     public = {name for module in (LIBRARY, aggregators) for name in dir(module)}
     assert {*OF_TFF, *OURS, *NOT_HERE} == {name for name in public if name.startswith("build_")}
@@ -144,19 +177,22 @@ QUICK = [
 
 
 @pytest.mark.parametrize("name", selection.params([*OF_TFF, *OURS, *OTHERS], QUICK))
-def test_a_worker_gives_plain_tffs_bits_and_the_python_process_its_numbers(name):
+def test_a_worker_gives_plain_tffs_bits_and_the_python_process_its_numbers(name, monkeypatch):
     for check, place in ((assert_equal, {"workers": 1}), (assert_close, {"device": "CPU:1"})):
         with ResidentProcess(build(name), **place) as resident:
             for ours, theirs in zip(run(resident, name), plain(name), strict=True):
                 check(ours, theirs)
+            if check is assert_close:
+                check_readings(resident, name, monkeypatch)
 
 
 @pytest.mark.parametrize(
     "name", selection.params([*OF_TFF, *OURS, *OTHERS], ["build_fed_kmeans", "build_fed_eval"])
 )
-def test_clients_side_by_side_give_plain_tffs_numbers(name):
+def test_clients_side_by_side_give_plain_tffs_numbers(name, monkeypatch):
     # Adam squares what is left of gradients that all but cancel out.
     rounding = 5e-6 if name == "build_fed_recon" else 2e-6
     with ResidentProcess(build(name), device="CPU:1", vectorize=True) as resident:
         for ours, theirs in zip(run(resident, name), plain(name), strict=True):
             assert_near(ours, theirs, rounding)
+        check_readings(resident, name, monkeypatch)

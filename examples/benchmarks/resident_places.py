@@ -23,7 +23,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from timing import table, time_side_by_side
 
-from tff_optim import ResidentProcess
+from tff_optim import ResidentProcess, simulation
 
 keras = tf.keras
 Task = collections.namedtuple("Task", "what layers inputs clients batches rows")
@@ -62,15 +62,22 @@ def keras_model(task):
     return keras.Sequential([keras.layers.InputLayer(input_shape=task.inputs), *task.layers()])
 
 
-def cohort(task):
+def arrays(task):
     rng = np.random.default_rng(0)
     number = task.batches * task.rows
     return [
-        tf.data.Dataset.from_tensor_slices(
-            (rng.random((number, *task.inputs), np.float32), rng.integers(0, 10, (number, 1)))
-        ).batch(task.rows)
+        (rng.random((number, *task.inputs), np.float32), rng.integers(0, 10, (number, 1)))
         for _ in range(task.clients)
     ]
+
+
+def cohort(task):
+    return [tf.data.Dataset.from_tensor_slices(one).batch(task.rows) for one in arrays(task)]
+
+
+def in_arrays(task):
+    clients = simulation.ClientArrays(arrays(task), batch_size=task.rows)
+    return clients.cohort(clients.ids, 1)
 
 
 def as_they_are():
@@ -158,6 +165,7 @@ def contenders(task, opened):
         "plain TFF": lambda: rounds_of(fed_avg(task), clients),
         "plain TFF, tuned": lambda: rounds_of(fed_avg(task, iterator), tuned),
         "the Python process": lambda: resident(clients),
+        "`ClientArrays`": lambda: resident(in_arrays(task)),
         "`workers=1`": lambda: resident(tuned, iterator, workers=1),
         "TensorFlow by hand": loop,
     }

@@ -1,4 +1,4 @@
-"""The same rounds here: `python ours.py plain|device|worker`. Plain TFF is the first of them."""
+"""The same rounds here: `python ours.py plain|device|arrays|worker`. Plain TFF is the first of them."""
 
 import importlib.metadata
 import os
@@ -18,6 +18,7 @@ from tff_optim import ResidentProcess
 PLACES = {
     "plain": "plain TFF",
     "device": "`ResidentProcess`, on the CPU",
+    "arrays": "`ResidentProcess`, on the CPU, `ClientArrays`",
     "worker": "`ResidentProcess`, `workers=1`",
 }
 PLACE = sys.argv.pop(1) if len(sys.argv) > 1 else ""
@@ -27,6 +28,8 @@ def simulate(task, clients, start, server, rounds, round_done):
     del clients  # the same numbers, in data sets
     clients = resident_places.cohort(resident_places.TASKS[task.name])
     loop = None
+    if PLACE == "arrays":
+        clients = resident_places.in_arrays(resident_places.TASKS[task.name])
     if PLACE == "worker":  # as in `resident_places.py`
         loop = tff.learning.LoopImplementation.DATASET_ITERATOR
         clients = [client.with_options(resident_places.as_they_are()) for client in clients]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 from timing import table
 
 ENVIRONMENTS = HERE.parent.parent.parent / ".venv-rivals"
-OURS = [(None, ["ours.py", place]) for place in ("plain", "device", "worker")]
+OURS = [(None, ["ours.py", place]) for place in ("plain", "device", "arrays", "worker")]
 RIVALS = [
     ("torch", ["torch_loop.py"]),
     ("torch", ["pfl_research.py"]),
