@@ -136,7 +136,7 @@ def check_readings(resident, name, monkeypatch):
         clients = simulation.ClientArrays(arrays, batch_size=4, epochs=2, shuffle=True)
         cohort = clients.cohort(sizes, 1)
         cohorts = {"arrays": cohort, "one by one": list(cohort), "in one go": list(cohort)}
-    state = resident.restore(plain(name)[0][0])
+    state = resident.initialize()
     outputs = []
     for how, given in cohorts.items():
         with monkeypatch.context() as patch:
@@ -177,13 +177,20 @@ QUICK = [
 
 
 @pytest.mark.parametrize("name", selection.params([*OF_TFF, *OURS, *OTHERS], QUICK))
-def test_a_worker_gives_plain_tffs_bits_and_the_python_process_its_numbers(name, monkeypatch):
+def test_a_worker_gives_plain_tffs_bits_and_the_python_process_its_numbers(name):
     for check, place in ((assert_equal, {"workers": 1}), (assert_close, {"device": "CPU:1"})):
         with ResidentProcess(build(name), **place) as resident:
             for ours, theirs in zip(run(resident, name), plain(name), strict=True):
                 check(ours, theirs)
-            if check is assert_close:
-                check_readings(resident, name, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    selection.params([*OF_TFF, *OURS, *OTHERS], ["build_fed_kmeans", "build_weighted_mime_lite"]),
+)
+def test_batches_give_the_same_bits_however_they_are_read(name, monkeypatch):
+    with ResidentProcess(build(name), device="CPU:1", clients_at_once=1) as resident:
+        check_readings(resident, name, monkeypatch)
 
 
 @pytest.mark.parametrize(
