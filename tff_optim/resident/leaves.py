@@ -192,12 +192,6 @@ def num_bytes(type_spec: tff.Type) -> int:
     return total
 
 
-def any_value(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
-    """A first value for a variable of a shape that may have unknown sizes."""
-    sizes = [size or 0 for size in shape.as_list()]
-    return tf.fill(sizes, "") if dtype == tf.string else tf.zeros(sizes, dtype)
-
-
 # A checkpoint must hold a tensor, and a state may have none. It also marks files as ours.
 MARK = "tff_optim_resident_format"
 _FORMAT = 1

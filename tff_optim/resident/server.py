@@ -50,9 +50,10 @@ class Server:
         self._exact = exact
         self._initialize = process.initialize
         self._sets = VariableSets(state_type, device)
-        report, update = self._imported(parts.report), self._imported(parts.update)
+        apart = exact and not compile_step
+        report, update = (self._imported(part, apart) for part in (parts.report, parts.update))
         self._step: Any = ServerStep(report, update, self._sets, device, compile_step)
-        self._prepare: Any = as_function(self._imported(parts.prepare))
+        self._prepare: Any = as_function(self._imported(parts.prepare, exact))
         self.leaves = self._sets.leaves
         self._functions: dict[Any, Any] = {}
         self._building = threading.RLock()
@@ -92,7 +93,7 @@ class Server:
 
     def merging(self, merge: Any) -> Any:
         """Returns `<A, A> -> A` as a function of the leaves of two aggregates."""
-        return as_function(self._imported(merge))
+        return as_function(self._imported(merge, self._exact))
 
     def write(self, state: OnDevice | list[Any], prefix: str) -> None:
         """Writes a state as the TensorFlow checkpoint `prefix`."""
@@ -109,10 +110,10 @@ class Server:
         self._functions.clear()
         self._prepare = self._step = _gone
 
-    def _imported(self, computation: Any) -> ImportedComputation:
+    def _imported(self, computation: Any, apart: bool) -> ImportedComputation:
         if self._exact:
             computation = parts_lib.compile_native(computation)
-        return ImportedComputation(computation, self._device, apart=self._exact)
+        return ImportedComputation(computation, self._device, apart)
 
     def _function(self, computation: Any) -> Any:
         with self._building:
@@ -122,7 +123,7 @@ class Server:
                     unplaced = tff.backends.mapreduce.get_state_initialization_computation(
                         computation, grappler_config=parts_lib.no_grappler()
                     )
-                self._functions[computation] = as_function(self._imported(unplaced))
+                self._functions[computation] = as_function(self._imported(unplaced, self._exact))
             return self._functions[computation]
 
 
@@ -154,7 +155,7 @@ class ServerStep:
         self._device = device
         self._must = compiled is True
         self.compiled = not update.apart and _is_large(sets) if compiled is None else compiled
-        self._inner_variables = (report.make_variables(), update.make_variables())
+        self._parts = (report, update)
         num_state = len(sets.leaves)
 
         def step(
@@ -171,7 +172,9 @@ class ServerStep:
 
     def __call__(self, old: Variables, new: Variables, total: list[Any]) -> list[Any]:
         """Takes a step from one set of variables into another; returns the metrics."""
-        metrics = self._run(list(old), list(new), total, self._inner_variables)
+        # XLA makes no variables itself.
+        made = [part.make_variables() if self.compiled else None for part in self._parts]
+        metrics = self._run(list(old), list(new), total, made)
         _check_devices(self._leaves, new, self._device)
         return metrics
 

@@ -1,6 +1,9 @@
 """How many clients are trained at once."""
 
+import itertools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow_federated as tff
 
@@ -38,24 +41,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def pieces(clients: int, most: int) -> list[int]:
-    """Splits a cohort into those who are trained at once.
-
-    A function for each size is made when it is first needed, which takes a second where the model
-    is large. Powers of two keep them few, whatever sizes of cohorts follow each other.
-
-    Args:
-      clients: Clients in the cohort.
-      most: The largest size.
-
-    Returns:
-      As often as it goes `most`, then falling powers of two.
+def split(cohort: Sequence[Any], most: int) -> list[Sequence[Any]]:
+    """Deals a cohort out in order, into at most so many shares of equal sizes, none of them empty.
 
     Example:
-      >>> pieces(100, 32), pieces(11, 32), pieces(15, 12), pieces(0, 12)
-      ([32, 32, 32, 4], [8, 2, 1], [12, 2, 1], [])
+      >>> split("abcdefg", 3), split("ab", 3), split("", 3)
+      (['ab', 'cd', 'efg'], ['a', 'b'], [])
     """
-    full, rest = divmod(clients, most)
-    return [most] * full + [
-        1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1
-    ]
+    shares = min(most, len(cohort))
+    bounds = [len(cohort) * i // max(shares, 1) for i in range(shares + 1)]
+    return [cohort[a:b] for a, b in itertools.pairwise(bounds)]

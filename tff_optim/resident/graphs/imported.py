@@ -3,12 +3,11 @@
 A `tff.tensorflow.computation` is a serialized graph: names of the tensors that are fed, names of
 those that are fetched, and an operation that gives the graph's variables their first values. TFF's
 worker runs it in a session, in which every call starts from fresh variables. Here the graph becomes
-the body of a function. Its variables become arguments: calls that may run beside each other are
-given variables of their own. Its tables and iterators are made in every call. Nothing else is shared.
+the body of a function, in which every call has variables, lookup tables and iterators of its own:
+calls may run beside each other.
 """
 
 import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,8 @@ from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, un
 from tff_optim.resident.graphs.resources import own_in_every_call
 
 _names = itertools.count()
+# What TensorFlow takes for the name of a variable without one (`ResourceHandle::ANONYMOUS_NAME`).
+_NO_NAME = "cd2c89b7-88b7-44c8-ad83-06c2a9158347"
 # A function that is called in a graph several times is optimised once, not again at each call.
 _UNCHANGED = parts.no_grappler().SerializeToString()
 
@@ -49,7 +50,7 @@ class ImportedComputation:
         parameter_type = computation.type_signature.parameter
         self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
         self.result = leaves.leaves_of(computation.type_signature.result)
-        self._device = device
+        self.device = device
         proto = tensorflow_proto(computation)
         graph = unpack(proto)
         inputs = list(tensor_names(proto.parameter)) if parameter_type is not None else []
@@ -63,12 +64,9 @@ class ImportedComputation:
         self._variables, function_graph = _as_function_body(
             graph, inputs, outputs, proto.initialize_op, batches
         )
-        signature = [
-            *(spec_of(leaf) for leaf in self.parameter),
-            *(tf.TensorSpec([], tf.resource) for _ in self._variables),
-        ]
+        parameter = [spec_of(leaf) for leaf in self.parameter]
+        handles = [tf.TensorSpec([], tf.resource)] * len(self._variables)
         names = [*inputs, *(f"{node.name}:0" for node in self._variables)]
-
         mentioned = _mentioned(function_graph)
 
         def body(*arguments: Any) -> list[Any]:
@@ -85,15 +83,10 @@ class ImportedComputation:
                     for name in outputs
                 ]
 
-        self._function = tf.compat.v1.wrap_function(body, signature)
+        self._function = tf.compat.v1.wrap_function(body, [*parameter, *handles])
         if apart:
-            self._function = _apart(self._function, signature)
+            self._function = _apart(self._function, self.make_variables, parameter)
         self.apart = apart
-
-    @property
-    def num_variables(self) -> int:
-        """How many variables a call needs."""
-        return len(self._variables)
 
     @property
     def specs_of_arrays(self) -> list[tf.TensorSpec]:
@@ -104,67 +97,73 @@ class ImportedComputation:
             for shape, dtype in zip(batches.shapes, batches.dtypes, strict=True)
         ]
 
-    def make_variables(self) -> list[tf.Variable]:
-        """Makes the variables that one call at a time may use."""
-        with device_scope(self._device):
+    def make_variables(self) -> list[tf.Tensor]:
+        """Makes the variables of one call, as handles; they have no name, and go with the call."""
+        with device_scope(self.device):
             return [
-                # Every call begins by giving it its first value.
-                tf.Variable(leaves.any_value(shape, dtype), trainable=False, shape=shape)
-                for shape, dtype in map(_variable_type, self._variables)
+                tf.raw_ops.VarHandleOp(
+                    dtype=node.attr["dtype"].type,
+                    shape=tf.TensorShape(node.attr["shape"].shape),
+                    shared_name=_NO_NAME,
+                )
+                for node in self._variables
             ]
 
-    def __call__(self, arguments: Sequence[Any], variables: Sequence[tf.Variable]) -> list[Any]:
-        """Calls it on the leaves of a `T`; returns those of a `U`."""
-        return self.call(arguments, [v.handle for v in variables])
+    def __call__(
+        self, arguments: Sequence[Any], variables: Sequence[tf.Tensor] | None = None
+    ) -> list[Any]:
+        """Calls it on the leaves of a `T`; returns those of a `U`.
 
-    def call(self, arguments: Sequence[Any], handles: Sequence[Any]) -> list[Any]:
-        """Calls it with variables given by their handles."""
+        Args:
+          arguments: The leaves.
+          variables: What `make_variables` made where XLA compiles the call, which makes none.
+        """
         if not self.result:
             return []
-        given = [*arguments, *handles]
-        if not self.apart:
-            return self._function(*given)
-        specs = [spec_of(leaf) for leaf in self.result]
-        results = tf.raw_ops.StatefulPartitionedCall(
-            args=given,
-            Tout=[spec.dtype for spec in specs],
-            f=self._function,
-            config_proto=_UNCHANGED,
-        )
+        with device_scope(self.device):
+            if not self.apart:
+                made = self.make_variables() if variables is None else variables
+                return self._function(*arguments, *made)
+            specs = [spec_of(leaf) for leaf in self.result]
+            # A `StatefulPartitionedCall` would wait for the one before it; calls share nothing.
+            results = tf.raw_ops.PartitionedCall(
+                args=arguments,
+                Tout=[spec.dtype for spec in specs],
+                f=self._function,
+                config_proto=_UNCHANGED,
+            )
         for result, spec in zip(results, specs, strict=True):
             result.set_shape(spec.shape)
         return list(results)
 
 
-def _apart(function: Any, signature: list[tf.TensorSpec]) -> Any:
+def _apart(function: Any, make_variables: Callable[[], Any], parameter: Any) -> Any:
     """Keeps a function out of those that call it.
 
-    There Grappler would go through it once for each client that the function trains.
+    There Grappler would go through it again.
     """
 
     def call(*arguments: Any) -> list[Any]:
-        return function(*arguments)
+        return function(*arguments, *make_variables())
 
     return tracing.function(
         call,
-        input_signature=signature,
+        input_signature=parameter,
         autograph=False,
         experimental_attributes={"_noinline": True},
     ).get_concrete_function()
 
 
 def as_function(computation: ImportedComputation) -> Callable[[Sequence[Any]], list[Any]]:
-    """Makes a function of a computation; its variables are for one call at a time, which it sees to."""
-    variables = computation.make_variables()
-    lock = threading.RLock()
+    """Makes a function of a computation, to be called from Python."""
 
-    def body(arguments: list[Any]) -> list[Any]:
-        return computation([tf.convert_to_tensor(x) for x in arguments], variables)
+    def body(arguments: Sequence[Any]) -> list[Any]:
+        return computation([tf.convert_to_tensor(x) for x in arguments])
 
     function = body if computation.apart else tracing.function(body, autograph=False)
 
     def call(arguments: Sequence[Any]) -> list[Any]:
-        with lock:
+        with device_scope(computation.device):
             return function(list(arguments))
 
     return call
@@ -223,14 +222,9 @@ def _as_function_body(
     variables = [nodes[name] for name in sorted(needed) if nodes[name].op == "VarHandleOp"]
     given = {node_of(name) for name in inputs} | {node.name for node in variables}
     result = tf.compat.v1.GraphDef(versions=graph.versions)
-    for node in graph.node:
-        if node.name in needed and node.name not in given:
-            result.node.add().CopyFrom(node)
+    result.node.extend(n for n in graph.node if n.name in needed and n.name not in given)
     result.library.CopyFrom(graph.library)
-    resources = {node.name for node in variables}
-    for node in itertools.chain(result.node, *(f.node_def for f in result.library.function)):
-        if own_in_every_call(node):
-            resources.add(node.name)
+    resources = own_in_every_call(variables, result)
     for node in result.node:
         if "_class" in node.attr:
             del node.attr["_class"]  # a node next to a variable follows the handle that it is given
@@ -260,7 +254,3 @@ def _rename_functions(graph: tf.compat.v1.GraphDef) -> None:
         node.op = renamed.get(node.op, node.op)
         for function in loops.functions_of(node):
             function.name = renamed.get(function.name, function.name)
-
-
-def _variable_type(node: Any) -> tuple[tf.TensorShape, tf.DType]:
-    return tf.TensorShape(node.attr["shape"].shape), tf.dtypes.as_dtype(node.attr["dtype"].type)

@@ -5,7 +5,11 @@ process calls run beside each other and would find each other's. An anonymous on
 uses it is given its handle, and it goes with the call.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
+
+import tensorflow as tf
 
 _ANONYMOUS = {
     "HashTableV2": "AnonymousHashTable",
@@ -17,24 +21,36 @@ _ANONYMOUS = {
 _NAMES = ("shared_name", "container", "use_node_name_sharing")
 
 
-def own_in_every_call(node: Any) -> bool:
-    """Makes a node's table or iterator an anonymous one, where it has any.
+def own_in_every_call(variables: Sequence[Any], graph: tf.compat.v1.GraphDef) -> set[str]:
+    """Makes the tables and iterators of a graph and its functions anonymous.
+
+    Args:
+      variables: The nodes of the variables, which are not in the graph any more.
+      graph: The graph, which is changed.
 
     Returns:
-      Whether the node makes one.
+      The names of the nodes that make variables, tables and iterators.
 
     Raises:
-      ValueError: The node makes something that is found by a name and has no anonymous form.
+      ValueError: The graph keeps something that is found by a name and has no anonymous form, or
+        two of its nodes find the same.
     """
-    if "shared_name" not in node.attr:
-        return False
-    if node.op not in _ANONYMOUS:
-        raise ValueError(
-            "`process` must keep nothing between the operations of its graphs but variables, lookup "
-            f"tables and iterators; found {node.op} ({node.name}). Run it in plain TFF."
-        )
-    node.op = _ANONYMOUS[node.op]
-    for name in _NAMES:
-        if name in node.attr:
-            del node.attr[name]
-    return True
+    made: dict[Any, str] = {}
+    others = itertools.chain(graph.node, *(f.node_def for f in graph.library.function))
+    named = [(node, True) for node in variables]
+    named += [(node, False) for node in others if "shared_name" in node.attr]
+    for node, is_variable in named:
+        found_by = node.op, node.attr["shared_name"].s or node.name
+        if found_by in made or not (is_variable or node.op in _ANONYMOUS):
+            raise ValueError(
+                "`process` must keep nothing between the operations of its graphs but variables, "
+                f"lookup tables and iterators, each made once; found {node.op} ({node.name}). Run "
+                "it in plain TFF."
+            )
+        made[found_by] = node.name
+        if not is_variable:
+            node.op = _ANONYMOUS[node.op]
+            for name in _NAMES:
+                if name in node.attr:
+                    del node.attr[name]
+    return set(made.values())

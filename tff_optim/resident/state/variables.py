@@ -61,8 +61,7 @@ class VariableSets:
             variables = self._free.pop() if self._free else None
             if variables is None:
                 variables = [
-                    tf.Variable(leaves.any_value(leaf.shape, leaf.dtype), False, shape=leaf.shape)
-                    for leaf in self.leaves
+                    tf.Variable(_any_value(leaf), False, shape=leaf.shape) for leaf in self.leaves
                 ]
         taken = Variables(variables)
         weakref.finalize(taken, self._give_back, variables).atexit = False
@@ -146,3 +145,9 @@ def plain(tensor: tf.Tensor | tf.Variable) -> Any:
     """Returns what plain TFF returns for a tensor."""
     value = tensor.numpy()
     return value[()] if isinstance(value, np.ndarray) else value
+
+
+def _any_value(leaf: leaves.Leaf) -> tf.Tensor:
+    """A first value for a variable of a shape that may have unknown sizes."""
+    sizes = [size or 0 for size in leaf.shape.as_list()]
+    return tf.fill(sizes, "") if leaf.dtype == tf.string else tf.zeros(sizes, leaf.dtype)

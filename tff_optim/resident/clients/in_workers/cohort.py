@@ -1,7 +1,6 @@
 """The clients of a round in TFF's workers, while the server is in the Python process."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ class InWorkers:
     def add_up(self, context: list[tf.Tensor], client_data: Sequence[Any]) -> list[tf.Tensor]:
         """Returns the leaves of the aggregate of a cohort."""
         data = tff.tensorflow.transform_args(list(client_data))
-        shares = split(data, len(self._workers))
+        shares = sizes.split(data, len(self._workers)) or [[]]
 
         def attempt() -> list[list[tf.Tensor]]:
             connections = [self._workers.connection(i) for i in range(len(shares))]
@@ -133,17 +132,6 @@ def _adding(work_type: tff.Type, accumulate_type: tff.Type, num_clients: int) ->
         return aggregate
 
     return add
-
-
-def split(client_data: Sequence[Any], num_workers: int) -> list[Sequence[Any]]:
-    """Deals a cohort out to workers in equal shares, in order.
-
-    Returns:
-      One share for each worker that has any client; one empty share of no clients.
-    """
-    used = max(min(num_workers, len(client_data)), 1)
-    bounds = [len(client_data) * i // used for i in range(used + 1)]
-    return [client_data[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _pieces(clients: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
