@@ -1,12 +1,19 @@
-"""Graphs of TFF's computations in the Python process: what they keep is each call's, and where they run."""
+"""Graphs of TFF's computations in the Python process: what each call has, and where they run."""
+
+import collections
+import concurrent.futures
+import itertools
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_equal
+from resident_cases import assert_close, assert_equal, cohorts, plain_run, process
+from tensorflow.python.eager import context
 
 from tff_optim import ResidentProcess
+from tff_optim.resident.clients import sizes
+from tff_optim.resident.graphs.imported import ImportedComputation, as_function
 
 WORDS = tff.SequenceType(np.str_)
 
@@ -79,15 +86,16 @@ def words_in_turn(data, state):
 def words_in_a_queue(data, state):
     queue = tf.queue.FIFOQueue(10, [tf.string], [[]])
     with tf.control_dependencies([queue.enqueue(data.reduce("", lambda a, b: a + b))]):
-        return state + tf.cast(tf.strings.length(queue.dequeue()), tf.int64)
+        length = tf.strings.length(queue.dequeue())
+    return state + tf.ensure_shape(tf.cast(length, tf.int64), [])
 
 
 CLIENTS = [["a", "b", "c"], ["b", "b", "a", "bb"], ["a", "a", "a"]]
 
 
 @pytest.mark.parametrize("place", [{}, {"workers": 1}])
-@pytest.mark.parametrize("work", [known_words, different_words, words_in_turn])
-def test_tables_and_iterators_are_each_calls_own(work, place):
+@pytest.mark.parametrize("work", [known_words, different_words])
+def test_tables_are_each_calls_own(work, place):
     counting = counting_process(work)
     with ResidentProcess(counting, **place) as resident:
         state = plain = counting.initialize()
@@ -97,3 +105,121 @@ def test_tables_and_iterators_are_each_calls_own(work, place):
             assert_equal(metrics, plain_metrics)
             assert_equal(resident.materialize(state), plain)
     assert plain > 100
+
+
+def test_iterators_are_each_calls_own():
+    """Plain TFF's worker mixes them up now and then, and fails."""
+    with ResidentProcess(counting_process(words_in_turn)) as resident:
+        state = 2
+        for clients in (CLIENTS, CLIENTS[:1], CLIENTS[::-1] * 2):
+            new, total = resident.next(state, clients)
+            # Of each client's first batches of two, the first counts as often as the state says.
+            assert total == sum(state * 2 + len(words[2:4]) for words in clients)
+            assert resident.materialize(new) == state + total * 10 ** (state % 3 + 1)
+            state = resident.materialize(new)
+
+
+def test_a_queue_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"lookup tables and iterators.*; found FIFOQueueV2 \("):
+        ResidentProcess(counting_process(words_in_a_queue))
+
+
+def test_two_operations_that_find_one_table_are_refused():
+    @tff.tensorflow.computation(np.int64)
+    def twice(x):
+        tables = [
+            tf.raw_ops.MutableHashTableV2(
+                key_dtype=tf.int64, value_dtype=tf.int64, shared_name="one"
+            )
+            for _ in range(2)
+        ]
+        with tf.control_dependencies(
+            [tf.raw_ops.LookupTableInsertV2(table_handle=tables[0], keys=x, values=x)]
+        ):
+            return tf.raw_ops.LookupTableSizeV2(table_handle=tables[1])
+
+    assert twice(3) == 1
+    with pytest.raises(ValueError, match="each made once; found MutableHashTableV2"):
+        ImportedComputation(twice, "/CPU:0")
+
+
+def test_calls_of_one_function_beside_each_other_have_variables_of_their_own():
+    @tff.tensorflow.computation(np.int64)
+    def add_up(x):
+        total = tf.Variable(x)
+
+        @tf.function
+        def count():
+            for _ in tf.range(10_000):
+                total.assign_add(x)
+            return total.read_value()
+
+        return count()
+
+    function = as_function(ImportedComputation(add_up, "/CPU:0", apart=True))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: function([np.int64(x)])[0].numpy(), range(8)))
+    assert found == [10_001 * x for x in range(8)]
+
+
+# What takes values, and the order of operations, from device to device.
+MOVES = {
+    "_Arg",
+    "_DeviceArg",
+    "_EagerConst",
+    "_Retval",
+    "_DeviceRetval",
+    "_Send",
+    "_Recv",
+    "_HostRecv",
+}
+MOVES |= {"Enter", "Merge", "Switch", "NextIteration", "Exit", "Identity", "Const"}
+
+
+def test_every_variable_and_operation_is_on_the_device():
+    """As TensorFlow places them; functions that are called in functions are where the call is."""
+    with ResidentProcess(process(), device="CPU:1") as resident:
+        context.enable_run_metadata()
+        try:
+            state, _ = resident.next(resident.initialize(), list(cohorts()[0]))
+            state = resident.set_hparams(state, resident.get_hparams(state))
+            resident.get_model_weights(state)
+            found = context.export_run_metadata().function_graphs
+        finally:
+            context.disable_run_metadata()
+        assert_close(resident.materialize(state), plain_run()[1][0])
+        variables = tf.nest.flatten(state)[0].held.variables
+        nodes = [node for one in found for graph in one.partition_graphs for node in graph.node]
+        lanes = min(sizes.cores(), resident._clients._most)
+    assert all(variable.device.endswith("CPU:1") for variable in variables)
+    here = collections.Counter(node.op for node in nodes if node.device.endswith("CPU:1"))
+    # The clients' work and the sum, and a step of Adam.
+    assert here["PartitionedCall"] == lanes + 1
+    assert {"Sqrt", "RealDiv", "Mul", "AssignVariableOp", "ReadVariableOp"} <= set(here)
+    # Data sets are the host's, and the number of the client that comes next.
+    others = [node for node in nodes if not node.device.endswith("CPU:1")]
+    for node in others:
+        assert node.op in MOVES or node.attr["T"].type != tf.float32.as_datatype_enum, node
+        assert "Variable" not in node.op
+
+
+@pytest.mark.parametrize("place", [{}, {"workers": 1}])
+def test_every_operation_of_a_computation_asks_for_the_device(place, monkeypatch):
+    made = []
+    real = ImportedComputation.__init__
+
+    def remember(self, *arguments, **named):
+        real(self, *arguments, **named)
+        made.append(self)
+
+    monkeypatch.setattr(ImportedComputation, "__init__", remember)
+    with ResidentProcess(process(), device="CPU:1", **place) as resident:
+        state, _ = resident.next(resident.initialize(), list(cohorts()[0]))
+        resident.get_model_weights(state)
+    assert len(made) >= 5
+    for one in made:
+        graph = one._function.graph.as_graph_def()
+        bodies = (f.node_def for f in graph.library.function)
+        for node in itertools.chain(graph.node, *bodies):
+            of_data = node.attr["T"].type == tf.variant.as_datatype_enum  # a data set is the host's
+            assert not node.device or of_data or node.device.endswith("CPU:1"), node
