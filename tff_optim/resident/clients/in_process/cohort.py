@@ -65,7 +65,7 @@ class InProcess:
             if of_arrays not in functions:
                 functions[of_arrays] = self._adding_arrays()
             with tf.device("/CPU:0"):
-                packed = tf.stack(some if of_arrays else list(map(_packed, some)))
+                packed = tf.constant(some, tf.int64) if of_arrays else _packed(some)
             total = functions[of_arrays](total, context, packed, shared)
         return total
 
@@ -126,9 +126,9 @@ class InProcess:
         )
 
 
-def _packed(tensors: list[Any]) -> tf.Tensor:
-    """The tensors of a client, whatever their shapes, as one that can be stacked."""
-    return tf.raw_ops.OptionalFromValue(components=tensors)
+def _packed(clients: Sequence[list[Any]]) -> tf.Tensor:
+    """Some clients in one tensor, whatever the shapes of their own."""
+    return tf.stack([tf.raw_ops.OptionalFromValue(components=one) for one in clients])
 
 
 def _of_client(span: tf.Tensor, order: tf.Tensor, cuts: tf.Tensor, *arrays: tf.Tensor) -> Any:
