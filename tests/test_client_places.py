@@ -47,7 +47,7 @@ def broken(dataset):
 
 
 @pytest.mark.parametrize(
-    "place", selection.params(PLACES, ["here", "a worker, by two", "two workers"])
+    "place", selection.params([*PLACES], ["here", "a worker, by two", "two workers"])
 )
 def test_rounds_equal_the_twin_and_one_that_fails_changes_nothing(place, tmp_path):
     weights, shared, own = cases.scaffold_twin(COHORTS[:5], "II")
