@@ -31,7 +31,7 @@ def read_in_one_go(graph: tf.compat.v1.GraphDef, arrays: Mapping[str, Gathered])
       graph: The graph.
       arrays: Nodes of the graph that give no data sets but batches of arrays, packed, and which.
     """
-    rewriting = _Rewriting(graph.library.function)
+    rewriting = _Rewriting(graph)
     graph.node.extend(rewriting.replace(graph.node, arrays, "{}"))
     for function in graph.library.function:
         rewriting.replace_in_function(function, {})
@@ -45,16 +45,17 @@ class _Rewriting:
     """Replaces nodes.
 
     Args:
-      functions: The functions of the graph.
+      graph: The graph.
 
     Attributes:
       added: Functions that are called in place of nodes, by their names.
     """
 
-    def __init__(self, functions: Sequence[Any]):
+    def __init__(self, graph: tf.compat.v1.GraphDef):
         self.added: dict[str, Any] = {}
-        self._functions = {function.signature.name: function for function in functions}
-        self._iterates = _can_replace_iterators(functions)
+        self._functions = {function.signature.name: function for function in graph.library.function}
+        bodies = (function.node_def for function in graph.library.function)
+        self._iterates = _can_replace_iterators([graph.node, *bodies])
 
     def replace_in_function(self, function: Any, arrays: Mapping[str, Gathered]) -> None:
         """Replaces nodes of a function, some of whose arguments are arrays."""
@@ -154,11 +155,11 @@ class _Rewriting:
                 called.name = names.get(called.name, called.name)
 
 
-def _can_replace_iterators(functions: Iterable[Any]) -> bool:
+def _can_replace_iterators(bodies: Iterable[Any]) -> bool:
     """Whether all iterators are of elements that can be stacked, and are read in a known way."""
-    for function in functions:
-        made = {node.name for node in function.node_def if node.op == _MADE}
-        for node in function.node_def:
+    for body in bodies:
+        made = {node.name for node in body if node.op == _MADE}
+        for node in body:
             if "Iterator" not in node.op:
                 continue
             if node.op == _FILLED:
