@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import contracts
 import numpy as np
+import optax
 import tensorflow as tf
 import twins
 
@@ -71,6 +72,18 @@ def _adam():
 
 
 CASES = {
+    "pipeline: optax": pipeline_case(
+        _build(
+            0.05,
+            transforms=[
+                transforms.OptaxTransform(
+                    tff_optim.build_optax_optimizer(optax.trace, decay=0.5, nesterov=True)
+                )
+            ],
+        ),
+        # `trace` does not scale what it adds by 1 - decay, nor does Momentum.
+        _twin(0.05, lambda: twins.Momentum(0.5, True)),
+    ),
     "pipeline: rate and decay": pipeline_case(
         _build(0.05, weight_decay=0.02),
         _twin(0.05, decay=lambda t: np.float32(0.02)),

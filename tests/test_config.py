@@ -247,6 +247,9 @@ def test_pipeline_round_trip_with_every_part_and_argument_off_its_default():
             transforms.ClipByGlobalNorm(3.0),
             transforms.GaussianNoise(0.5, seed=9),
             transforms.KerasTransform(K.Nadam(beta_1=0.5, clipvalue=0.3)),
+            transforms.OptaxTransform(
+                tff_optim.build_optax_optimizer(optax.trace, decay=0.5, nesterov=True)
+            ),
         ],
         weight_decay=K.schedules.PiecewiseConstantDecay([2, 4], [0.1, 0.2, 0.3]),
         projection=[
