@@ -230,6 +230,11 @@ def everyone():
         lambda: rules.scaffold(4, option="I", rule=rules.jury_mean()),
         lambda: rules.fed_dyn(4, 0.1),
         lambda: rules.kept_optimizer(rules.fed_nova()),
+        lambda: rules.coordinate_median(),
+        lambda: rules.trimmed_mean(0.2),
+        lambda: rules.multi_krum(1, num_kept=3),
+        lambda: rules.geometric_median(5),
+        lambda: rules.centered_clipping(2.0),
     ]
 
 
