@@ -329,7 +329,7 @@ tff.test.set_no_default_context()
 
 
 def test_only_placed_values_are_printed():
-    with pytest.raises(TypeError, match="`value` must be placed at tff.CLIENTS or tff.SERVER"):
+    with pytest.raises(TypeError, match=r"`value` must be placed at tff\.CLIENTS or tff\.SERVER"):
         tff.federated_computation(lambda x: aggregators.federated_print(x, "x"), np.float32)
 
 
