@@ -9,6 +9,7 @@ import time
 import urllib.request
 
 import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pytest
 import tensorflow as tf

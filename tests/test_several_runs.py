@@ -37,6 +37,7 @@ def process():
     return build_process(sample_size=3)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(process, tmp_path):
     busy = threading.Lock()
 

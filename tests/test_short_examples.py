@@ -95,6 +95,7 @@ def test_a_round_written_by_hand_is_that_of_a_builder(example):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rules_are_compared_on_every_client(example, tmp_path, capfd):
     assert len((EXAMPLES / "compare_fairness.py").read_text().splitlines()) < 60
     history = example("compare_fairness").main("1", "2", str(tmp_path))
