@@ -183,9 +183,8 @@ def reference_index() -> str:
 
 def site_path(source: str) -> str | None:
     """Where a file of the repository is on the site: a page, a file beside the pages, or nowhere."""
-    for page, target in PAGES_OF.items():
-        if source == page:
-            return target
+    if source in PAGES_OF:
+        return PAGES_OF[source]
     if source.startswith("docs/pages/"):
         return source.removeprefix("docs/pages/")
     if source.startswith("examples/") and source.endswith(".py"):
@@ -221,6 +220,7 @@ def program_page(path: pathlib.Path) -> str:
     return f"# {path.stem}\n\n{about.splitlines()[0]}\n\n```python\n{code.rstrip()}\n```\n"
 
 
+@functools.cache
 def made() -> dict[str, str]:
     """All pages that are made of the source, by their paths."""
     pages = {"reference/index.md": reference_index(), "rules/index.md": rules_page()}
@@ -235,6 +235,8 @@ def made() -> dict[str, str]:
 
 def on_config(config):
     """Fills the sections of the navigation that end with a slash."""
+    for function in (made, modules, public_names, study):  # `docs-serve` builds again and again
+        function.cache_clear()
 
     def filled(entry):
         ((title, target),) = entry.items()
