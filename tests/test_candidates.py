@@ -14,6 +14,7 @@ import aggregators
 from aggregators import class_error, rules
 from aggregators.core.candidates import Candidates, errors_of_batch, mean_errors, no_errors
 
+ROOT = pathlib.Path(__file__).parent.parent
 LABELS = np.int32([0, 2, 1, 2, 0])
 LOGITS = np.float32(np.random.default_rng(3).normal(size=(5, 3)) * 2.0)
 SHARES = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
@@ -90,8 +91,8 @@ def loss_of(name, from_logits, reduction):
 
 
 def table():
-    """The README's: by loss, what votes by default, and what if told."""
-    text = (pathlib.Path(aggregators.__file__).parent / "README.md").read_text()
+    """The guide's: by loss, what votes by default, and what if told."""
+    text = (ROOT / "docs/pages/guides/rules.md").read_text()
     rows = re.search(r'\| loss \| `votes="model"` .*\n\|[-|]+\n((?:\|.*\n)+)', text)[1]
     found = {}
     for row in rows.splitlines():
@@ -100,7 +101,7 @@ def table():
     return found
 
 
-def test_the_table_has_every_loss_of_keras_and_is_that_of_the_readme():
+def test_the_table_has_every_loss_of_keras_and_is_that_of_the_guide():
     of_keras = {
         name
         for name, kind in vars(K).items()

@@ -102,10 +102,8 @@ def test_inside_a_round(rule):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_the_readme_names_every_rule_score_and_weighting():
-    pages = "".join(
-        path.read_text() for path in ROOT.rglob("README.md") if ".venv" not in str(path)
-    )
+def test_the_guides_name_every_rule_score_and_weighting():
+    pages = "".join(path.read_text() for path in (ROOT / "docs/pages").rglob("*.md"))
     named = [f"rules.{name}" for name in rules.__all__]
     named += [score.name for score in scores.ALL]
     named += ["softmax", "power", "uniform"]

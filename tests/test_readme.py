@@ -63,9 +63,9 @@ def test_there_are_code_blocks_in_every_room():
         "docs/pages/guides/keras.md",
         "docs/pages/guides/optax.md",
         "docs/pages/guides/pipelines.md",
-        "tff_optim/simulation/README.md",
-        "tff_optim/resident/README.md",
-        "aggregators/README.md",
+        "docs/pages/guides/loop.md",
+        "docs/pages/guides/places.md",
+        "docs/pages/guides/rules.md",
     }
     assert {"README.md", *rooms} <= with_code
 
