@@ -22,7 +22,7 @@ from aggregators.core.bound_rule import BoundRule
 from aggregators.core.layers import Layers
 from aggregators.core.needs import LossAt
 from aggregators.core.rule import Rule, check_rule
-from aggregators.rules.adaptive import ScoreLike
+from aggregators.rules.adaptive_mean import ScoreLike
 from aggregators.rules.loss_gated import Gate
 from aggregators.scores import js_divergence, kl_divergence
 from aggregators.weighting import Weighting, softmax

@@ -12,7 +12,7 @@ from aggregators.core.needs import Needs
 from aggregators.core.reduction import zip_reductions
 from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate, length
-from aggregators.rules.redescending import shrunk_mean, shrunk_reduction, sums_reduction
+from aggregators.rules.redescending_mean import shrunk_mean, shrunk_reduction, sums_reduction
 from aggregators.weighted_mean.statistics import statistics_reduction
 
 

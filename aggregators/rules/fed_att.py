@@ -9,7 +9,7 @@ from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.layers import Layers
 from aggregators.core.rule import Rule, RuleResult, State, named_rule
-from aggregators.rules.adaptive import adaptive_mean
+from aggregators.rules.adaptive_mean import adaptive_mean
 from aggregators.scores import l2_distance, spectral_distance
 from aggregators.weighting import softmax
 

@@ -11,7 +11,7 @@ from aggregators.core.client_memory import ClientMemory, Context, Correction, Tr
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import add_sum, check_base
-from aggregators.rules.plain import plain_mean
+from aggregators.rules.plain_mean import plain_mean
 
 
 @named_rule

@@ -9,7 +9,7 @@ import tensorflow as tf
 from aggregators.core.client_memory import ClientMemory, Context, Trained
 from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import check_base
-from aggregators.rules.plain import plain_mean
+from aggregators.rules.plain_mean import plain_mean
 
 
 @named_rule

@@ -16,7 +16,7 @@ from aggregators.core.needs import LossAt
 from aggregators.core.reduction import Reduction, zip_reductions
 from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate
-from aggregators.rules.adaptive import ScoreLike, weighed
+from aggregators.rules.adaptive_mean import ScoreLike, weighed
 from aggregators.scores import js_divergence
 from aggregators.weighted_mean.streaming import LogWeighted, mean_reduction
 from aggregators.weighting import Weighting, softmax

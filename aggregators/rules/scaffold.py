@@ -10,7 +10,7 @@ from aggregators.core import checks
 from aggregators.core.client_memory import ClientMemory, Context, Correction, Trained
 from aggregators.core.rule import Rule, named_rule
 from aggregators.rules.client_sum import add_sum, check_base
-from aggregators.rules.plain import plain_mean
+from aggregators.rules.plain_mean import plain_mean
 
 Option = Literal["I", "II"]
 

@@ -32,7 +32,7 @@ LENGTHS = ("within", "shrunk", "moving", "log_norm")
 
 @attrs.frozen
 class Shrinking:
-    """Long updates count less: what the rules of this file and of `jury` share.
+    """Long updates count less: what `redescending_mean` and `jury_mean` share.
 
     Attributes:
       initial_norm: What a typical norm is before the first round; None if nobody knows.

@@ -16,8 +16,8 @@ from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
 from aggregators.core.rule import Rule, RuleResult, State, named_rule
 from aggregators.core.update import ClientUpdate, length
-from aggregators.rules.adaptive import ScoreLike, Weighed, weighed
-from aggregators.rules.redescending import (
+from aggregators.rules.adaptive_mean import ScoreLike, Weighed, weighed
+from aggregators.rules.redescending_mean import (
     LENGTHS,
     shrinking,
     shrunk_mean,

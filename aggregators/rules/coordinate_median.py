@@ -1,0 +1,47 @@
+"""The median of each element."""
+
+import tensorflow as tf
+
+from aggregators.core.rule import Rule, State, named_rule
+from aggregators.rules import rows
+from aggregators.rules.rows import Combined, Rows, rule_of_rows
+
+
+@named_rule
+def coordinate_median() -> Rule:
+    """The median of each element over the clients, each counting once.
+
+    ```
+    update_i = median over k of d_k,i
+    ```
+
+    for every element `i` of the model and client `k`, with `d_k` the update: of an even number of
+    clients, the mean of the two in the middle. Numbers of examples do not enter; a client of weight 0
+    does not count. Bad clients, if they are fewer than half, leave each element between values of good
+    ones.
+
+    It is not safe where good clients differ: what most of them do not move stays as it is, whatever the
+    others learned. In a simulation of 30 settings, the worst was 32 points of accuracy below plain
+    averaging, with nobody bad.
+
+    Memory and time: see `collected`; and a sort of each element's values, which takes the memory of
+    the largest tensor's rows some five times. Not for a secure sum.
+
+    Measurements: norms in place of scores; `effective_clients` is the number of clients.
+
+    Returns:
+      A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
+
+    Example:
+      >>> coordinate_median().needs.names
+      ()
+
+    Source: Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning: Towards Optimal
+    Statistical Rates, 2018.
+    """
+
+    def combine(given: Rows, weights: tf.Tensor, state: State, cohort: tf.Tensor) -> Combined:
+        del state, cohort  # a median has no numbers
+        return Combined(rows.middle(given, rows.half(given)), tf.ones_like(weights))
+
+    return rule_of_rows(combine)
