@@ -205,7 +205,7 @@ def centered_clipping(deltas, memory, radius):
 def jury(
     deltas,
     weights,
-    voices,
+    candidates,
     vote,
     memory,
     *,
@@ -220,16 +220,18 @@ def jury(
     stride_step=None,
     **numbers,
 ):
-    """`voices`: raw weights `[clients, layers]` each, 0 for no part; `vote(k, memory)` -> `[voices]`.
+    """`candidates`: raw weights `[clients, layers]` each, 0 for no part.
 
-    `memory` has `gap` (a list of tensors for each voice), `share`, and what else it is given. With a
+    `vote(k, memory)` gives one for each.
+
+    `memory` has `gap` (a list of tensors for each candidate), `share`, and what else it is given. With a
     `stride_step`, votes and gaps have one more, and there is `memory["stride"]`.
     """
     weights = np.asarray(weights, np.float64)
-    voiced, kept = len(voices), np.flatnonzero(weights > 0)
-    number = voiced + (stride_step is not None)
-    memory.setdefault("share", 1 / (np.exp(sharpness * margin) + voiced) * np.ones(voiced))
-    memory.setdefault("stride", 1 / (1 + np.exp(0.5 * sharpness)) if number > voiced else 0.0)
+    voted, kept = len(candidates), np.flatnonzero(weights > 0)
+    number = voted + (stride_step is not None)
+    memory.setdefault("share", 1 / (np.exp(sharpness * margin) + voted) * np.ones(voted))
+    memory.setdefault("stride", 1 / (1 + np.exp(0.5 * sharpness)) if number > voted else 0.0)
     memory.setdefault("gap", [[np.zeros(np.shape(x)) for x in deltas[0]] for _ in range(number)])
     memory.setdefault("norm", numbers.get("start", 1.0) or 0.0)
     is_first = not memory["norm"]
@@ -250,7 +252,7 @@ def jury(
         ]
 
     first = mean(plain)
-    others = [mean(by) if by[kept].sum() > 0 else first for by in voices]
+    others = [mean(by) if by[kept].sum() > 0 else first for by in candidates]
     cap = limit * memory["scale"]
     cast, part = np.clip(raw, -cap, cap), weights[kept] / weights[kept].sum()
     memory["agreement"] = vote_decay * memory["agreement"] + part @ cast
@@ -260,7 +262,7 @@ def jury(
         memory["scale"] = np.maximum(memory["scale"] * np.exp(-vote_rate * (usual - 0.5)), floor)
     memory["rounds"] += 1
     trust = memory["agreement"] / np.maximum(memory["size"], floor)
-    powers = np.exp(sharpness * (trust[:voiced] - margin))
+    powers = np.exp(sharpness * (trust[:voted] - margin))
     memory["share"] = powers / (1 + powers.sum())
     apart = [[b - a for a, b in zip(first, other, strict=True)] for other in others]
     mix = [
@@ -269,7 +271,7 @@ def jury(
     ]
     if is_first:
         mix = shortened(mix, memory)
-    if number > voiced:
+    if number > voted:
         apart.append(mix)
         longer = 1 / (1 + np.exp(-sharpness * (trust[-1] - 0.5)))
         memory["stride"] = min(longer, memory["stride"] + stride_step)

@@ -239,9 +239,9 @@ def _redescending_twin(**numbers: float) -> Callable[..., list[np.ndarray]]:
 
 
 def jury_twin(
-    voices: tuple[str, ...], layers: str = "model", direction: bool = False, **numbers: float
+    candidates: tuple[str, ...], layers: str = "model", direction: bool = False, **numbers: float
 ) -> Callable[..., list[np.ndarray]]:
-    """The twin of `rules.jury_mean` with voices of softmax weights of temperature 1."""
+    """The twin of `rules.jury_mean` with candidates of softmax weights of temperature 1."""
     groups = LAYERS[layers]
 
     def scores_of(name: str, c: dict) -> np.ndarray:
@@ -250,7 +250,7 @@ def jury_twin(
 
     def twin(clients: list[dict], weights: list[float], memory: dict) -> list[np.ndarray]:
         raw = []
-        for name in voices:
+        for name in candidates:
             found = np.array([scores_of(name, c) for c in clients])
             sound = np.all(np.isfinite(found) & (found >= 0), 1) & (np.float64(weights) > 0)
             typical = memory.setdefault(f"typical {name}", np.zeros(len(groups)))
@@ -265,7 +265,7 @@ def jury_twin(
             if direction:
                 return twins.cosine_vote(clients[k]["delta"])(memory)
             errors = np.float64(clients[k]["errors"])
-            number = len(voices) + ("stride_step" in numbers)
+            number = len(candidates) + ("stride_step" in numbers)
             return errors[0] - errors[1 : 1 + number]
 
         deltas = [c["delta"] for c in clients]
@@ -281,8 +281,8 @@ def _of_deltas(
     return lambda clients, weights, memory: twin([c["delta"] for c in clients], *numbers)
 
 
-THREE_VOICES = [("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]
-FOUR_VOICES = [*THREE_VOICES, ("loss", weighting.uniform(times_examples=False))]
+TWO_CANDIDATES = [("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]
+THREE_CANDIDATES = [*TWO_CANDIDATES, ("loss", weighting.uniform(times_examples=False))]
 
 
 def _power(exponent: float, floor: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -418,10 +418,10 @@ CASES = [
         jury_twin(("loss",), direction=True, sharpness=10.0, margin=0.1, cutoff=4.0, start=3.0),
     ),
     Case(
-        "jury-three-voices",
+        "jury-two-candidates",
         ("jury_mean",),
         rules.jury_mean(
-            THREE_VOICES,
+            TWO_CANDIDATES,
             layers="tensor",
             sharpness=3.0,
             vote_decay=0.3,
@@ -443,7 +443,7 @@ CASES = [
         "jury-stride",
         ("jury_mean",),
         rules.jury_mean(
-            FOUR_VOICES,
+            THREE_CANDIDATES,
             layers="tensor",
             margin=0.2,
             gap_decay=0.8,
@@ -473,7 +473,7 @@ QUICK = [
     "fed-nova-momentum",
     "loss-gated",
     "redescending-otherwise",
-    "jury-three-voices",
+    "jury-two-candidates",
 ]
 
 _processes: dict[str, tff.templates.AggregationProcess] = {}

@@ -165,7 +165,7 @@ WRONG = {
         lambda: rules.jury_mean(votes=np.array(["model", "direction"])),
         '`votes` must be "model"',
     ),
-    "voices by number": (lambda: rules.jury_mean(3), "`voices` must be pairs"),
+    "jury candidates by number": (lambda: rules.jury_mean(3), "`candidates` must be pairs"),
     "a weighting's list": (
         lambda: weighting.Weighting(rule=tf.negative, hparams=["a"]),
         "`hparams` must map names",
@@ -202,9 +202,9 @@ WRONG = {
     ),
     "a jury around its own number": (
         lambda: rules.jury_mean([(score_called("vote"), weighting.softmax())]),
-        r"`voices` must not bring a name .*; found \['vote_decay'\]",
+        r"`candidates` must not bring a name .*; found \['vote_decay'\]",
     ),
-    "a voice called as the jury's state": (
+    "a candidate called as the jury's state": (
         lambda: (
             rules.jury_mean([(score_called("typical"), own_weighting("norm"))])
             and start(rules.jury_mean([(score_called("typical"), own_weighting("norm"))]))

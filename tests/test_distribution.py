@@ -37,7 +37,7 @@ RUNS = {
     for case in contracts.CASES
 }
 # The merge of a rule is the same in both; what differs is how its parts travel.
-QUICK = [f"subrounds-{name}" for name in contracts.QUICK] + ["two-workers-jury-three-voices"]
+QUICK = [f"subrounds-{name}" for name in contracts.QUICK] + ["two-workers-jury-two-candidates"]
 
 
 @pytest.mark.parametrize(("case", "runtime"), selection.params(RUNS, QUICK, unpack=True))

@@ -21,7 +21,7 @@ from aggregators.core.candidates import Candidates
 
 SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
 DATA = twin.make_data()
-NAMES = ("redescending", "jury", "jury-direction", "jury-three-voices", "jury-stride")
+NAMES = ("redescending", "jury", "jury-direction", "jury-two-candidates", "jury-stride")
 CASES = {case.name: case for case in contracts.CASES if case.name in NAMES}
 
 
@@ -65,11 +65,11 @@ def test_equals_its_twin_over_twenty_rounds_of_good_and_bad_clients(name):
             np.testing.assert_allclose(output.state["stride"], memory["stride"], rtol=1e-4)
             np.testing.assert_allclose(output.measurements["stride"], memory["stride"], rtol=1e-4)
             np.testing.assert_allclose(output.state["vote_scale"], memory["scale"], rtol=1e-6)
-        if name in ("jury", "jury-three-voices", "jury-stride"):
+        if name in ("jury", "jury-two-candidates", "jury-stride"):
             by_loss = sum(c["steps"] % 2 for c in clients)  # as the contracts make them up
             assert output.measurements["loss_voting_clients"] == by_loss
-        if name in ("jury-three-voices", "jury-stride"):
-            assert output.measurements["voiceless_clients"]["kl_divergence"] == 1
+        if name in ("jury-two-candidates", "jury-stride"):
+            assert output.measurements["clients_without_score"]["kl_divergence"] == 1
     assert memory["norm"] > 1.2  # the state went somewhere
 
 
@@ -97,9 +97,9 @@ def second_order(server, client):
 def test_equals_the_reference_vectors_of_a_jury_with_a_stride():
     vectors = json.loads((pathlib.Path(__file__).parent / "jury_vectors.json").read_text())
     near = scores.Score(second_order, name="near")
-    voices = [("loss", weighting.softmax()), (near, weighting.softmax())]
+    candidates = [("loss", weighting.softmax()), (near, weighting.softmax())]
     rule = rules.jury_mean(
-        [*voices, ("loss", weighting.uniform(times_examples=False))],
+        [*candidates, ("loss", weighting.uniform(times_examples=False))],
         layers=[(0,), (1,)],
         margin=0.2,
         gap_decay=0.8,
@@ -280,7 +280,7 @@ def test_a_few_liars_do_not_outvote_the_honest(liars):
     rng = np.random.default_rng(liars)
     cohorts = []
     for _ in range(16):
-        # Each of the honest says that the voice is worse by a little; liars, that it is all right.
+        # Each of the honest says that the candidate is worse by a little; liars, that it is all right.
         errors = [*-rng.uniform(0.01, 0.03, 10 - liars), *[1.0] * liars]
         losses = [*rng.uniform(0.5, 1.5, 10 - liars), *[0.0] * liars]
         cohorts.append((errors, losses))
@@ -310,10 +310,10 @@ def test_the_first_gap_is_nothing_to_the_last_bit():
     assert any(np.any(x) for gap in outputs[1].state["gap"] for x in gap)
 
 
-def test_a_voice_that_nobody_has_a_part_in_is_the_first_mean():
+def test_a_candidate_that_nobody_has_a_part_in_is_the_first_mean():
     outputs = jury_run([([0.3] * 3, [-1.0, -2.0, -0.5])] * 4, margin=-1.0)
     for output in outputs:
-        assert output.measurements["voiceless_clients"] == 3
+        assert output.measurements["clients_without_score"] == 3
         assert output.measurements["clients"] == 3
         assert output.measurements["share"] > 0.99
         assert all(not np.any(x) for gap in output.state["gap"] for x in gap)
@@ -376,12 +376,12 @@ REFUSED = {
         lambda: rules.jury_mean(votes="models"),
         '`votes` must be "model", "direction" or a function',
     ),
-    "no voice": (lambda: rules.jury_mean([]), "`voices` must be pairs"),
+    "no candidate": (lambda: rules.jury_mean([]), "`candidates` must be pairs"),
     "two scores": (
         lambda: rules.jury_mean(
             [(scores.l2_distance, weighting.softmax()), (scores.kl_divergence, weighting.softmax())]
         ),
-        "`voices` must have at most one score",
+        "`candidates` must have at most one score",
     ),
     "a cutoff of nothing": (lambda: rules.redescending_mean(cutoff=0.0), "`cutoff` must be"),
     "a norm of nothing": (lambda: rules.jury_mean(initial_norm=0.0), "`initial_norm` must be"),

@@ -27,14 +27,14 @@ from aggregators.rules.redescending_mean import (
 from aggregators.weighted_mean.statistics import statistics_reduction
 from aggregators.weighting import Weighting, softmax
 
-Voices: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]
+CandidateMeans: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]
 
 # What trust in longer steps must exceed for half of the longest stride.
 _STRIDE_MARGIN = 0.5
 
 
 @attrs.frozen
-class _Voice:
+class _CandidateMean:
     """One adaptive mean among those that are voted on, and its part of the rule's state.
 
     Attributes:
@@ -64,7 +64,7 @@ class _Voice:
 
 @named_rule
 def jury_mean(
-    voices: Voices | None = None,
+    candidates: CandidateMeans | None = None,
     *,
     votes: Literal["model", "direction"] | Error = "model",
     layers: Layers = "model",
@@ -82,12 +82,12 @@ def jury_mean(
     norm_quantile: Number = 0.5,
     norm_rate: Number = 0.2,
 ) -> Rule:
-    """Moves from the redescending mean towards others, as far as the clients' votes trust them.
+    """Moves from the redescending mean towards other means, as far as the clients' votes trust them.
 
     ```
     A      = sum_k n_k f_k d_k / sum_k n_k                   the redescending mean
-    B_j    = sum_k n_k t_jk f_k d_k / sum_k n_k t_jk         one for each voice; t_jk its weights
-    a      = w - sum_j share_j gap_j,   b_j = a - gap_j      models, scored before training
+    B_j    = sum_k n_k t_jk f_k d_k / sum_k n_k t_jk         candidate j; t_jk its weights
+    a      = w - sum_j share_j gap_j,   b_j = a - gap_j      models that clients score
     v_jk   = clip(E_k(a) - E_k(b_j), +-vote_limit s_j)
     agree_j <- vote_decay agree_j + sum_k n_k v_jk / sum_k n_k
     size_j  <- vote_decay size_j + sum_k n_k |v_jk| / sum_k n_k
@@ -99,14 +99,14 @@ def jury_mean(
     ```
 
     with `d_k` the update and `n_k` the weight of client `k`, `f_k` as in `redescending_mean`, `w` the
-    server's model, `E_k` the mean error of a model over the client's examples, and `s_j` the typical
-    vote: the running median of the votes' size before clipping, every client counting once, from
-    `vote_floor` on. For one voice, `share` is `sigmoid(sharpness (trust - margin))`. `a` is the model
-    that the server would have had, had it gone by `A` alone lately, and `b_j` the one by `B_j`. One pass
-    over clients, any number of workers.
+    server's model, and `E_k` the mean error of a model over the client's examples. `a` is the model
+    that the server would have if it had followed `A` alone lately, `b_j` the one if it had followed
+    `B_j`. `s_j`, the size of a typical vote, is the running median of `|v_jk|` before clipping; each
+    client counts once. For one candidate, `share` is `sigmoid(sharpness (trust - margin))`. One pass
+    over clients, on any number of workers: the running median needs a count of clients alone.
 
-    With a `stride_step` clients vote on how far to go, too, as if on one voice more (`s`), and the step
-    grows slowly up to twice its length, and falls at once:
+    With a `stride_step` clients also vote on the length of the step (`s`, the last candidate). The
+    stride grows slowly, to twice the step at most, and falls at once:
 
     ```
     a      = w - sum_j share_j gap_j - stride gap_s,   b_j = a - gap_j,   b_s = a - gap_s
@@ -115,69 +115,64 @@ def jury_mean(
     gap_s  <- gap_decay gap_s + mix
     ```
 
-    with the signs of `d_k`, which are those of the server's model minus the trained one.
+    The default candidate is the mean of clients with a low training loss, `t_k = exp(-l_k / (T L))`,
+    `L` the running mean loss. Clients with wrong labels do not reach a low loss. The votes decide how
+    much weight this mean gets, because it lowers accuracy where honest clients differ.
 
-    A median of many clients cannot be taken in one pass and little memory. `s_j` follows it instead, as
-    the typical norm of `redescending_mean` does: by a count of clients, so that any split over workers
-    gives the same, and by a factor of at most `exp(vote_rate / 2)` in a round. It is one number for each
-    voice, and costs clients one comparison.
+    A client whose score for a candidate is not a finite number of at least 0 has no part in that
+    candidate; a candidate without clients is `A`. A client with an error that is not finite counts for
+    nothing, and is among `non_finite_clients`.
 
-    The default voice is the mean of clients with a low training loss, `t_k = exp(-l_k / (T L))`, `L`
-    the running mean loss: clients whose labels are wrong do not get that low. Whether to hear it is
-    what the votes decide: where honest clients differ, it costs accuracy.
+    State: `typical_norm`; `gap`, the tensors of a model for each candidate; `share`, `agreement`,
+    `vote_size` and `vote_scale` (`s`), float64 of shape `[candidates]`; and for each candidate
+    `<candidate>_typical_score`. With a stride all but `share` have one more entry for it, and there is
+    `stride`. The state is sent to clients with the model.
 
-    A client whose score in a voice is not a finite number of at least 0 has no part in that voice; a
-    voice that nobody has a part in is `A`. A client with a candidate's error that is not finite
-    counts for nothing, and is among `non_finite_clients`.
+    Measurements: those of `redescending_mean`, and, by the candidates' names (one number for one
+    candidate), `share`, `votes` (this round's mean), `vote_size`, `trust` and `clients_without_score`
+    (int32). With a stride, `votes`, `vote_size` and `trust` have an entry for it, and there is `stride`.
+    For votes by models, `loss_voting_clients` (int32) counts those who fell back to the loss.
 
-    State: `typical_norm`; `gap`, for each voice the tensors of a model; `share`, `agreement`,
-    `vote_size` and `vote_scale` (`s`), float64 of shape `[voices]`; and for each voice
-    `<voice>_typical_score`. With a stride all but `share` have one more for it, the last, and there is
-    `stride`. Sent to clients with the model. Measurements: those of `redescending_mean`, and, by the
-    voices' names (one number where there is one voice), `share`, `votes` (this round's mean),
-    `vote_size`, `trust` and `voiceless_clients` (int32); with a stride it is among those voted on, and
-    there is `stride`; and for votes by models `loss_voting_clients` (int32), who fell back to the loss.
-    Hyperparameters: all numbers but `initial_norm`, and those of the weightings as `<voice>_<number>`.
+    Hyperparameters: all numbers but `initial_norm`, and those of the weightings as
+    `<candidate>_<number>`.
 
-    It guards against bad data and crude faults, not against adversaries. A client counts for its whole
-    weight in whatever it says: where clients may lie about their number of examples, give all the same
-    (`client_weighting=UNIFORM`). What a lying vote can do is limited to `vote_limit` typical votes.
-    But a client that reports a loss of 0 counts for more in the voice, and enough of them that vote
-    for it too steer the update: in a simulation, two liars of ten cost up to 8.7 points of accuracy
-    against plain averaging and four up to 69, where `redescending_mean` lost at most 0.5. Not for a
-    secure sum.
+    The rule guards against bad data and crude faults, not against adversaries. A client's whole weight
+    stands behind all that it says: where clients may lie about their number of examples, count all
+    alike (`client_weighting=UNIFORM`). `vote_limit` limits what a lying vote can do. But a client that
+    reports a loss of 0 weighs more in that candidate, and enough such clients that vote for it steer
+    the update: in a simulation, two liars of ten cost up to 8.7 points of accuracy against plain
+    averaging and four up to 69, where `redescending_mean` lost at most 0.5. Not for a secure sum.
 
     Args:
-      voices: Pairs of a score and a weighting, as `adaptive_mean` takes them; at most one score
-        besides `"loss"`, the training loss. None is `[("loss", weighting.softmax())]`. For a third
-        mean by KL divergence, add `(scores.kl_divergence, weighting.softmax())`, and
-        `layers="tensor"`; for one in which all clients count alike,
-        `("loss", weighting.uniform(times_examples=False))`. A voice is called after its score, or
-        `uniform`.
-      votes: What clients vote by. `"model"`: they score the candidate models on their own data, a
-        forward pass for each: by `1 - p(true label)` for a classifier, else by the loss, as
-        `loss_voting_clients` says; see `Candidates`. A function `(predictions, labels) -> errors`:
-        they score by that; `class_error` makes one for classifiers that must be told whether
-        predictions are logits, or which labels to ignore. `"direction"`: no model is scored;
-        `v_jk = cos(d_k, gap_j)` asks who moves along the gap, and the rule needs no more than
-        updates and losses.
-      layers: What is weighed at a time by the voices; see `Needs`.
+      candidates: Pairs of a score and a weighting, as `adaptive_mean` takes them; at most one score
+        besides `"loss"`, the training loss. None is `[("loss", weighting.softmax())]`. Add
+        `(scores.kl_divergence, weighting.softmax())`, with `layers="tensor"`, for a mean by KL
+        divergence, or `("loss", weighting.uniform(times_examples=False))` for one in which all clients
+        count alike. A candidate is named after its score, or `uniform`.
+      votes: What clients vote by. `"model"`: by the errors of the candidate models on their own data,
+        `1 - p(true label)` for a classifier and the loss for other models, with a forward pass for each
+        model; see `Candidates`. A function `(predictions, labels) -> errors`: by these errors;
+        `class_error` makes one for a classifier whose logits or ignored labels cannot be told from its
+        predictions. `"direction"`: by `v_jk = cos(d_k, gap_j)`, which asks who moves along the gap; no
+        model is scored, and the rule needs updates and losses alone.
+      layers: What the candidates weigh at a time; see `Needs`.
       sharpness: At least 0: how sharply shares follow trust.
       margin: What trust must exceed for a share of more than that of `A`, from -1 to 1.
       vote_decay: Share of earlier rounds in agreement and size, at least 0 and below 1.
       gap_decay: Share of the earlier gap, at least 0 and below 1.
       vote_limit: Above 0: how many typical votes one may count for.
-      vote_floor: Above 0: what is typical at first, and the least that is ever: votes below it are
-        rounding, and prove nothing.
-      vote_rate: How fast the typical vote moves, from 0 (never) to 100.
+      vote_floor: Above 0: the first and the least size of a typical vote. Smaller votes are rounding,
+        and prove nothing.
+      vote_rate: How fast the typical vote moves, from 0 (never) to 100: by a factor of at most
+        `exp(vote_rate / 2)` in a round.
       stride_step: From 0 to 1: by how much the stride may grow in a round. None: steps are those of the
         mix. It needs votes by models.
       cutoff: Above 0: how many typical norms an update may have before it is shrunk.
-      power: From 0 to 1000. 0 shrinks nothing; 1 clips to `cutoff` typical norms; above 1 the pull of
-        an update falls again the longer it is.
-      initial_norm: What is typical before the first round, above 0; None to find it in that round,
-        as `redescending_mean` does.
-      norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
+      power: From 0 to 1000. 0 shrinks nothing; 1 clips to `cutoff` typical norms; above 1 the pull of an
+        update falls again the longer it is.
+      initial_norm: The typical norm before the first round, above 0; None to find it in that round, as
+        `redescending_mean` does.
+      norm_quantile: Which quantile of the clients' norms is typical, from 0 to 1.
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.
 
     Returns:
@@ -204,8 +199,8 @@ def jury_mean(
             '`stride_step` must be None with `votes="direction"`: how far to go is not a matter of '
             f"directions; found {stride_step!r}. Take votes by models, or leave it out."
         )
-    heard = _voices(voices, layers)
-    voted_on = [*(voice.name for voice in heard), *(["stride"] if strides else [])]
+    means = _checked(candidates, layers)
+    voted_on = [*(mean.name for mean in means), *(["stride"] if strides else [])]
     shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
     hparams: OrderedDict[str, Hparam] = OrderedDict(
         sharpness=hparam("sharpness", sharpness, 0.0, 1e6),
@@ -219,8 +214,8 @@ def jury_mean(
     )
     if strides:
         hparams["stride_step"] = hparam("stride_step", stride_step, 0.0, 1.0)
-    for voice in heard:
-        hparams = checks.joined("voices", hparams, voice.hparams())
+    for mean in means:
+        hparams = checks.joined("candidates", hparams, mean.hparams())
 
     def client(update: ClientUpdate, state: State) -> Any:
         norm = length(update.delta)
@@ -228,7 +223,7 @@ def jury_mean(
         weight = update.weight
         counts = (weight > 0.0) & ~update.non_finite
         scores, logs, is_valid = zip(
-            *(voice.by_score.weights(update, voice.view(state)) for voice in heard),
+            *(mean.by_score.weights(update, mean.view(state)) for mean in means),
             strict=True,
         )
         plain = tf.math.log(weight) * tf.ones_like(logs[0])
@@ -249,14 +244,14 @@ def jury_mean(
             weight=tf.where(counts, weight, 0.0),
             votes=tf.where(counts, weight * tf.stack([cast, tf.abs(cast)]), 0.0),
             usual=tf.cast(counts & is_usual, tf.float64),
-            heard=tf.cast(has_part, tf.float64),
+            scored=tf.cast(has_part, tf.float64),
             by_loss=tf.cast(counts & by_loss, tf.float64),
             scores=tf.where(has_part[:, tf.newaxis], tf.cast(tf.stack(scores), tf.float64), 0.0),
         )
-        # Voices of which nothing is known yet take the same operations on the same numbers as the
+        # Candidates of which nothing is known yet take the same operations on the same numbers as the
         # first mean: they are that mean to the last bit, and the gap stays 0.
-        means = [shrunk_mean(update, log, factor) for log in (plain, *logs)]
-        return OrderedDict(statistics=found["statistics"], sums=sums, **_numbered(means))
+        shrunk = [shrunk_mean(update, log, factor) for log in (plain, *logs)]
+        return OrderedDict(statistics=found["statistics"], sums=sums, **_numbered(shrunk))
 
     def vote(update: ClientUpdate, norm: tf.Tensor, state: State) -> tf.Tensor:
         """One client's votes, float64 `[voted on]`, above 0 for what did better."""
@@ -282,16 +277,16 @@ def jury_mean(
         agreement = state["vote_decay"] * state["agreement"] + voted[0]
         size = state["vote_decay"] * state["vote_size"] + voted[1]
         trust = agreement / tf.maximum(size, state["vote_floor"])
-        shares = _shares(state["sharpness"], state["margin"], trust[: len(heard)])
+        shares = _shares(state["sharpness"], state["margin"], trust[: len(means)])
 
-        first, *others = [reduced[name] for name in _numbered([None] * (1 + len(heard)))]
+        first, *others = [reduced[name] for name in _numbered([None] * (1 + len(means)))]
         mix, apart = list(first.tensors), []
         for part, other in zip(tf.unstack(shares), others, strict=True):
             apart.append(
                 [
-                    tf.where(is_heard, b - a, 0)
-                    for a, b, is_heard in zip(
-                        first.tensors, other.tensors, other.heard, strict=True
+                    tf.where(has_weight, b - a, 0)
+                    for a, b, has_weight in zip(
+                        first.tensors, other.tensors, other.has_weight, strict=True
                     )
                 ]
             )
@@ -308,7 +303,7 @@ def jury_mean(
         )
         # What a client's normalised weight in each mean is multiplied by in the update.
         parts = [1.0 - tf.reduce_sum(shares), *tf.unstack(shares)]
-        used = [kept * part * mean.kept for part, mean in zip(parts, [first, *others], strict=True)]
+        used = [kept * part * one.kept for part, one in zip(parts, [first, *others], strict=True)]
         result = weighted_mean.report(
             {"mean": first, "statistics": reduced["statistics"]}, shares=used
         )
@@ -326,16 +321,16 @@ def jury_mean(
         before = OrderedDict((name, _as_tuples(state[name])) for name in moved)
         own = shrink.next_state(state, measured["clients"], sums)
         own.update(tf.nest.map_structure(lambda new, old: tf.where(some, new, old), moved, before))
-        mean_scores = sums["scores"] / sums["heard"][:, tf.newaxis]  # NaN, if nobody had a part
-        for voice, mean_score in zip(heard, tf.unstack(mean_scores), strict=True):
-            own.update(voice.next_state(state, mean_score))
+        mean_scores = sums["scores"] / sums["scored"][:, tf.newaxis]  # NaN, if nobody had a part
+        for mean, mean_score in zip(means, tf.unstack(mean_scores), strict=True):
+            own.update(mean.next_state(state, mean_score))
         measured.update(shrink.measurements(state, sums))
         counted = tf.cast(measured["clients"], tf.float64)
         shown = OrderedDict(share=shares, votes=voted[0], vote_size=size, trust=trust)
         for name, numbers in shown.items():
             measured[name] = _by_name(voted_on, tf.cast(numbers, tf.float32))
-        voiceless = tf.cast(counted - sums["heard"], tf.int32)
-        measured["voiceless_clients"] = _by_name(voted_on, voiceless)
+        without_score = tf.cast(counted - sums["scored"], tf.int32)
+        measured["clients_without_score"] = _by_name(voted_on, without_score)
         if strides:
             measured["stride"] = tf.cast(stride, tf.float32)
         if votes == "model":
@@ -354,19 +349,19 @@ def jury_mean(
         start = tf.constant(0)
         none = tf.zeros([len(voted_on)], tf.float64)
         sharpness = hparams["sharpness"].at(start)
-        shares = _shares(sharpness, hparams["margin"].at(start), none[: len(heard)])
+        shares = _shares(sharpness, hparams["margin"].at(start), none[: len(means)])
         gap = tuple(tuple(tf.zeros(s.shape, s.dtype) for s in layers.specs) for _ in voted_on)
         own = shrink.initial_state()
         typical = none + hparams["vote_floor"].at(start)
         own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=typical)
         if strides:
             own["stride"] = tf.sigmoid(-sharpness * _STRIDE_MARGIN)
-        for voice in heard:
-            own = checks.joined("voices", own, voice.initial_state(layers))
+        for mean in means:
+            own = checks.joined("candidates", own, mean.initial_state(layers))
         return own
 
     def reduction(layers: ModelLayers) -> Reduction:
-        number, size = len(heard), len(layers.groups)
+        number, size = len(means), len(layers.groups)
         return zip_reductions(
             statistics=statistics_reduction(size, layers.sample_size, others=number),
             sums=sums_reduction(
@@ -375,7 +370,7 @@ def jury_mean(
                     weight=[],
                     votes=[2, len(voted_on)],
                     usual=[len(voted_on)],
-                    heard=[number],
+                    scored=[number],
                     by_loss=[],
                     scores=[number, size],
                 )
@@ -383,11 +378,11 @@ def jury_mean(
             **_numbered([shrunk_reduction(layers)] * (1 + number)),
         )
 
-    scored = [voice.by_score.needs.score for voice in heard]
+    scored = [mean.by_score.needs.score for mean in means]
     needs = Needs(
         score=next((score for score in scored if score is not None), None),
         layers=layers,
-        loss="training" if any(voice.by_score.needs.loss for voice in heard) else None,
+        loss="training" if any(mean.by_score.needs.loss for mean in means) else None,
         candidates=None
         if votes == "direction"
         else Candidates(_models, 1 + len(voted_on), None if votes == "model" else votes),
@@ -398,7 +393,7 @@ def jury_mean(
 
 
 def _models(weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> list[list[tf.Tensor]]:
-    """The server's model had it followed the redescending mean lately, and had it each voice."""
+    """The models that clients score: `a`, then `b_j` for each candidate."""
     plain = list(weights)
     parts = [*tf.unstack(state["share"]), *([state["stride"]] if "stride" in state else [])]
     for part, gap in zip(parts, state["gap"], strict=True):
@@ -412,7 +407,7 @@ def _along(start: Sequence[tf.Tensor], far: tf.Tensor, way: Sequence[tf.Tensor])
 
 
 def _shares(sharpness: tf.Tensor, margin: tf.Tensor, trust: tf.Tensor) -> tf.Tensor:
-    """The voices' shares: a softmax in which the redescending mean has 0."""
+    """The candidates' shares: a softmax in which the redescending mean has 0."""
     return tf.nn.softmax(tf.concat([[0.0], sharpness * (trust - margin)], 0))[1:]
 
 
@@ -441,26 +436,26 @@ def _by_name(names: Sequence[str], numbers: tf.Tensor) -> Any:
     return named if len(named) > 1 else next(iter(named.values()))
 
 
-def _voices(voices: Voices | None, layers: Layers) -> tuple[_Voice, ...]:
-    """Checks the voices, and names each after its score."""
-    given = [("loss", softmax())] if voices is None else voices
+def _checked(candidates: CandidateMeans | None, layers: Layers) -> tuple[_CandidateMean, ...]:
+    """The candidates, each named after its score."""
+    given = [("loss", softmax())] if candidates is None else candidates
     pairs: list[Any] = list(given) if isinstance(given, Sequence) else []
     if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(
-            "`voices` must be pairs of a score and a weighting, at least one, such as "
-            f'[("loss", weighting.softmax())]; found {voices!r}.'
+            "`candidates` must be pairs of a score and a weighting, at least one, such as "
+            f'[("loss", weighting.softmax())]; found {candidates!r}.'
         )
-    heard: list[_Voice] = []
-    for score, chosen in pairs:
-        by_score = weighed(score, chosen, layers, None)
+    means: list[_CandidateMean] = []
+    for score, weighting in pairs:
+        by_score = weighed(score, weighting, layers, None)
         name = "loss" if by_score.needs.score is None else by_score.needs.score.name
-        name = "uniform" if chosen.is_uniform else name
-        same = sum(voice.name == name for voice in heard)
-        heard.append(_Voice(name if not same else f"{name}_{same + 1}", by_score))
-    found = {voice.by_score.needs.score for voice in heard} - {None}
+        name = "uniform" if weighting.is_uniform else name
+        same = sum(mean.name == name for mean in means)
+        means.append(_CandidateMean(name if not same else f"{name}_{same + 1}", by_score))
+    found = {mean.by_score.needs.score for mean in means} - {None}
     if len(found) > 1:
         raise ValueError(
-            '`voices` must have at most one score besides "loss", since clients take one; found '
+            '`candidates` must have at most one score besides "loss", since clients take one; found '
             f"{sorted(score.name for score in found if score)}."
         )
-    return tuple(heard)
+    return tuple(means)

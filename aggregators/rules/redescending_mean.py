@@ -146,12 +146,12 @@ class ShrunkMean(NamedTuple):
     Attributes:
       tensors: The mean; zeros where nobody has weight.
       kept: `sum_k w_k f_k / sum_k w_k`, float64 of shape `[num_layers]`.
-      heard: For each tensor, whether anybody has weight in its layer: a bool.
+      has_weight: For each tensor, whether anybody has weight in its layer: a bool.
     """
 
     tensors: Any
     kept: tf.Tensor
-    heard: Any
+    has_weight: Any
 
 
 def shrunk_reduction(layers: ModelLayers) -> Reduction:
@@ -174,13 +174,13 @@ def shrunk_reduction(layers: ModelLayers) -> Reduction:
     def report(total: Any) -> ShrunkMean:
         found = both.report(total)
         kept = share(found["mean"].log_weights, found["plain"])
-        heard = tf.unstack(found["mean"].log_weights > -math.inf)
+        has_weight = tf.unstack(found["mean"].log_weights > -math.inf)
         factors = tf.unstack(kept)
         tensors = tuple(
             x * tf.cast(factors[owner[position]], x.dtype)
             for position, x in enumerate(found["mean"].tensors)
         )
-        return ShrunkMean(tensors, kept, tuple(heard[owner[i]] for i in range(len(tensors))))
+        return ShrunkMean(tensors, kept, tuple(has_weight[owner[i]] for i in range(len(tensors))))
 
     return attrs.evolve(both, report=report)
 
