@@ -42,7 +42,7 @@ test-all: lint
 # One process, so that what tests share is built once and counts for one of them.
 durations: .venv/installed
 	@mkdir -p output
-	$(BIN)/python -m pytest --durations-json output/durations.json --strict-durations
+	$(BIN)/python -m pytest -o durations_json=output/durations.json --strict-durations
 
 attack: .venv/installed
 	$(BIN)/python tests/attacks.py $(ATTACK_ARGS)

@@ -28,9 +28,9 @@ let_workers_end()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--durations-json", metavar="FILE", help="where to write each test's processor seconds"
-    )
+    # `-o durations_json=FILE`. Of an option of our own, pytest takes the value for a path of tests before
+    # this file is read: one that exists elsewhere moves the root directory there.
+    parser.addini("durations_json", "where to write each test's processor seconds")
     parser.addoption(
         "--strict-durations",
         action="store_true",

@@ -32,7 +32,7 @@ class ProcessorTime:
     """Measures in the process that runs the tests, and reports in the one that was started."""
 
     def __init__(self, config):
-        self._path = config.getoption("--durations-json")
+        self._path = config.getini("durations_json")
         self._is_strict = config.getoption("--strict-durations")
         self._last = None
         self._seconds = collections.Counter()

@@ -13,7 +13,7 @@ import processor_time
 processor_time.LIMIT = 0.25
 
 def pytest_addoption(parser):
-    parser.addoption("--durations-json")
+    parser.addini("durations_json", "a file")
     parser.addoption("--strict-durations", action="store_true")
 
 def pytest_configure(config):
@@ -59,7 +59,7 @@ def run(folder, *arguments):
     command = [sys.executable, "-m", "pytest", "--rootdir", str(folder)]
     command += ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     return subprocess.run(
-        [*command, "--durations-json", str(folder / "found.json"), *arguments, str(folder)],
+        [*command, "-o", f"durations_json={folder / 'found.json'}", *arguments, str(folder)],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -79,3 +79,26 @@ def test_a_test_that_takes_too_long_fails_the_run_unless_it_is_marked(tmp_path):
     named = {line.partition("::")[2].partition(".")[0] for line in told}
     assert named == {"test_builds", "test_in_a_child"}
     assert run(tmp_path, "-k", "waits or marked", "--strict-durations").returncode == 0
+
+
+def test_a_file_that_exists_elsewhere_does_not_move_the_root_directory(tmp_path):
+    report = tmp_path / "found.json"
+    report.write_text("{}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-o",
+        f"durations_json={report}",
+    ]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "tests/test_messages.py", "-rN"],
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\ntests/test_messages.py::" in f"\n{done.stdout}"

@@ -61,9 +61,11 @@ class Entry:
         """Where the entry under a key or position stands."""
         return f"{self.path}/{key}" if self.path else str(key)
 
-    def refuse(self, rule: str, error: type[Exception] = ValueError) -> NoReturn:
-        """Raises an error that says where the entry stands and what it must be."""
-        raise error(f"{self.label} must {rule}; found {shown(self.value)}.")
+    def refuse(
+        self, rule: str, error: type[Exception] = ValueError, found: object = None
+    ) -> NoReturn:
+        """Raises an error that says where the entry stands, what it must be and what it is."""
+        raise refusal(self.label, rule, shown(self.value) if found is None else found, error=error)
 
     def check_trusted(self, package: str) -> None:
         """Refuses the entry if it names something of a package that is not trusted."""
@@ -84,7 +86,7 @@ class Entry:
         if not isinstance(self.value, list):
             self.refuse("be a list", TypeError)
         if len(self.value) > most:
-            self.refuse(f"have at most {most} elements, not {len(self.value)}")
+            self.refuse(f"have at most {most} elements", found=len(self.value))
         return [self.at(i) for i in range(len(self.value))]
 
     def fields(self, known: Collection[str], required: Collection[str] = ()) -> dict[str, "Entry"]:
@@ -226,14 +228,15 @@ def _plain(entry: Entry, depth: int, counter: Iterator[int]) -> Json:
     if depth > _DEEPEST:
         entry.refuse(f"not be nested more than {_DEEPEST} deep")
     if next(counter) > _MOST:  # a small object may hold the same list many times, at every depth
-        entry.refuse(f"not hold more than {_MOST} values")
+        found = f"more: number {_MOST + 1} is at '{shorten(entry.path)}'"
+        raise refusal(entry.name, f"hold at most {_MOST} values", found)
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         if len(value) > _LONGEST_STRING:
-            entry.refuse(f"be a text of at most {_LONGEST_STRING} characters, not {len(value)}")
+            entry.refuse(f"be a text of at most {_LONGEST_STRING} characters", found=len(value))
         if not _is_text(value):
             entry.refuse("be text that UTF-8 can encode")
         return str(value)
