@@ -28,8 +28,8 @@ let_workers_end()
 
 
 def pytest_addoption(parser):
-    # `-o durations_json=FILE`. Of an option of our own, pytest takes the value for a path of tests before
-    # this file is read: one that exists elsewhere moves the root directory there.
+    # `-o durations_json=FILE`. Before it has read this file, pytest would take the value of an option
+    # of ours for a path of tests: one that exists elsewhere would move the root directory there.
     parser.addini("durations_json", "where to write each test's processor seconds")
     parser.addoption(
         "--strict-durations",

@@ -14,7 +14,6 @@ Every optimizer of this package keeps one contract, whatever library its step co
 
 import collections
 from collections.abc import Mapping
-from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -43,7 +42,7 @@ from tff_optim.core.numbers import (
     update,
 )
 from tff_optim.core.tracing import converted
-from tff_optim.core.types import Hparams, Number, State
+from tff_optim.core.types import Declared, Hparams, Number, State, Value
 from tff_optim.keras_objects import arguments as keras_arguments
 
 __all__ = [
@@ -79,8 +78,6 @@ __all__ = [
 ]
 
 
-# What a field of an attrs class is set to: a type checker takes the annotation of the field for it.
-Declared: TypeAlias = Any
 _MARK = "tff_optim_hyperparameter"
 
 
@@ -185,7 +182,7 @@ def is_field(attribute: attrs.Attribute) -> bool:
     return _MARK in attribute.metadata
 
 
-def fields_of(part: Any) -> list[attrs.Attribute]:
+def fields_of(part: Value) -> list[attrs.Attribute]:
     """The fields of a part that were declared with `field`."""
     if not attrs.has(type(part)):
         return []

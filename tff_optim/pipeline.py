@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -22,6 +21,7 @@ from tff_optim.core.types import (
     Specs,
     State,
     Stepped,
+    Value,
     Weights,
 )
 from tff_optim.regularizers import Penalty
@@ -113,7 +113,7 @@ class PipelineOptimizer(PureOptimizer):
         """The parts."""
         return self._pipeline
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple:
         return PipelineOptimizer, (self.pipeline,)
 
     def __repr__(self) -> str:
@@ -256,7 +256,7 @@ def build_optimizer(
     regularizers: Sequence[GradientTransform | tf.keras.regularizers.Regularizer] = (),
     transforms: Sequence[GradientTransform] = (),
     weight_decay: Rate = 0.0,
-    projection: Any = None,
+    projection: Value = None,
     device: str | devices.DevicePolicy | None = None,
     jit_compile: bool = False,
 ) -> PipelineOptimizer:

@@ -1,7 +1,6 @@
 """Regularizers: what is added to the gradients before any transform sees them."""
 
 import collections
-from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -10,7 +9,16 @@ from tff_optim import hyperparameters
 from tff_optim.core import comparison, entries, leaves
 from tff_optim.core.messages import shown
 from tff_optim.core.tracing import converted
-from tff_optim.core.types import Gradients, Rate, Specs, State, Weights
+from tff_optim.core.types import (
+    Declared,
+    Gradients,
+    Rate,
+    Specs,
+    State,
+    Structure,
+    Transformed,
+    Weights,
+)
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
@@ -68,7 +76,7 @@ class FedProx(GradientTransform):
         taken = {_STARTED: True, _REFERENCE: tf.nest.pack_sequence_as(weights, reference)}
         return collections.OrderedDict(state) | taken
 
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
         state = self.begin(state, weights)
         alpha = hyperparameters.current(self, state)["alpha"]
@@ -83,7 +91,9 @@ class FedProx(GradientTransform):
         return new_state, pulled
 
 
-def _choose(condition: Any, if_true: Any, if_false: Any) -> list[tf.Tensor]:
+def _choose(
+    condition: tf.Tensor | bool, if_true: Structure, if_false: Structure
+) -> list[tf.Tensor]:
     chosen, other = tf.nest.flatten(if_true), tf.nest.flatten(if_false)
     if not chosen:  # `tf.cond` has nothing to return then.
         return []
@@ -107,7 +117,7 @@ class Penalty(GradientTransform):
       4.0
     """
 
-    regularizer: Any = attrs.field(
+    regularizer: Declared = attrs.field(
         eq=comparison.key, metadata={entries.READER: keras_objects.regularizer_from_json}
     )
 
@@ -126,7 +136,7 @@ class Penalty(GradientTransform):
         del specs  # Nothing is carried from step to step.
         return ()
 
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
 
         def add(g: tf.Tensor | None, w: tf.Tensor) -> tf.Tensor | None:

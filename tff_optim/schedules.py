@@ -6,7 +6,6 @@ taken before: 0 in the first step.
 """
 
 import math
-from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -15,7 +14,7 @@ from tff_optim.core import comparison, numbers
 from tff_optim.core.messages import refusal, shown
 from tff_optim.core.numbers import NON_NEGATIVE, POSITIVE, constant
 from tff_optim.core.tracing import converted
-from tff_optim.core.types import Number
+from tff_optim.core.types import Named, Number
 
 __all__ = ["CosineRestarts", "InverseScaling", "Triangular", "Warmup"]
 
@@ -23,7 +22,7 @@ __all__ = ["CosineRestarts", "InverseScaling", "Triangular", "Warmup"]
 class _Schedule(tf.keras.optimizers.schedules.LearningRateSchedule):
     """A schedule that computes in float32, of arguments that are its fields."""
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Named:
         """The arguments."""
         return attrs.asdict(self, recurse=False)
 

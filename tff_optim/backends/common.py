@@ -4,7 +4,7 @@ import abc
 import collections
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import attrs
 import tensorflow as tf
@@ -22,10 +22,12 @@ from tff_optim.core.types import (
     Hparams,
     Json,
     Leaves,
+    Named,
     Number,
     Specs,
     State,
     Stepped,
+    Value,
     Weights,
 )
 
@@ -224,7 +226,7 @@ class OptimizerKind:
 
     name: str
     cls: type
-    to_json: Callable[[Any], dict[str, Json]]
+    to_json: Callable[[Value], dict[str, Json]]
     from_json: Callable[[Entry, Mapping[str, Entry]], Described]
     names: tuple[str, ...]
     required: tuple[str, ...]
@@ -236,7 +238,7 @@ def names_and_device_to_json(optimizer: PureOptimizer) -> dict[str, Json]:
     return {"weight_names": None if names is None else [*names], "device": optimizer.device}
 
 
-def names_and_device(fields: Mapping[str, Entry]) -> dict[str, Any]:
+def names_and_device(fields: Mapping[str, Entry]) -> Named:
     """The arguments `weight_names` and `device` of what builds an optimizer."""
     names = fields.get("weight_names")
     given = None if names is None or names.value is None else names.strings()

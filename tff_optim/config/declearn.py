@@ -12,7 +12,6 @@ computes the same. What has no counterpart is refused, with the reason.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -20,7 +19,7 @@ import tensorflow as tf
 from tff_optim import regularizers, schedules, transforms
 from tff_optim.core.entries import MOST_PARTS, Described, Entry, suggestion
 from tff_optim.core.messages import refusal
-from tff_optim.core.types import Function, Json
+from tff_optim.core.types import Function, Json, Named, Rate
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.pipeline import build_optimizer
 
@@ -37,7 +36,7 @@ class _Rule:
     make: Function
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    fixed: Mapping[str, tuple[Any, str]] = {}
+    fixed: Mapping[str, tuple[Json, str]] = {}
 
 
 _RESET = {
@@ -97,17 +96,17 @@ _NO_COUNTERPART = {
 }
 
 
-def _linear(base: float, rate: float) -> Any:
+def _linear(base: float, rate: float) -> Rate:
     return _Keras.PolynomialDecay(base, 1 / rate, 0.0) if rate else base
 
 
-def _cosine(base: float, max_lr: float, duration: float) -> Any:
+def _cosine(base: float, max_lr: float, duration: float) -> Rate:
     if max_lr <= 0:
         raise refusal("max_lr", "be greater than 0", f"{max_lr!r}")
     return _Keras.CosineDecay(max_lr, duration, alpha=base / max_lr)
 
 
-def _triangular(base: float, max_lr: float, stepsize: float, decay: bool = False) -> Any:
+def _triangular(base: float, max_lr: float, stepsize: float, decay: bool = False) -> Rate:
     return schedules.Triangular(base, max_lr, stepsize, cycle_factor=0.5 if decay else 1.0)
 
 
@@ -159,7 +158,7 @@ def from_json(entry: Entry) -> Described:
       ValueError: If an entry is unknown, missing, out of range, or has no counterpart.
     """
     fields = entry.fields({"lrate", "w_decay", "regularizers", "modules"}, {"lrate"})
-    given: dict[str, Any] = {}
+    given: Named = {}
     if "w_decay" in fields:
         given["weight_decay"] = _rate(fields["w_decay"])
     for name, argument, rules in (
@@ -200,7 +199,7 @@ def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Described:
     rule = rules[name.value]
     inner = entry.at(1) if pair else attrs.evolve(entry, value={})
     parts = inner.fields({*rule.required, *rule.optional, *rule.fixed}, rule.required)
-    arguments: dict[str, Any] = {}
+    arguments: Named = {}
     for key, part in parts.items():
         if key in rule.fixed:
             value, reason = rule.fixed[key]

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Collection
-from typing import Any
 
 import attrs
 
@@ -14,7 +13,7 @@ from tff_optim.backends.torch import config as torch_config
 from tff_optim.config import declearn, pipelines
 from tff_optim.core import entries
 from tff_optim.core.entries import Described, Entry, built
-from tff_optim.core.types import Json
+from tff_optim.core.types import Json, Value
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.pipeline import PipelineOptimizer
 
@@ -137,7 +136,7 @@ def _read(entry: Entry) -> Described:
     return kind.from_json(entry, entry.fields({"kind", *kind.names}, kind.required))
 
 
-def _write(value: Any, name: str) -> Json:
+def _write(value: Value, name: str) -> Json:
     """A value of a part of a pipeline, which may be an optimizer, in plain Python types."""
     if isinstance(value, tuple(kind.cls for kind in KINDS)):
         return get_config(value)

@@ -1,7 +1,6 @@
 """Pipelines as entries of a configuration, and back from them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import attrs
 
@@ -10,7 +9,7 @@ from tff_optim.config import registry
 from tff_optim.core import entries
 from tff_optim.core.entries import Described, Entry
 from tff_optim.core.messages import shown
-from tff_optim.core.types import Json
+from tff_optim.core.types import Json, Value
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.keras_objects import classes as keras_classes
@@ -27,7 +26,7 @@ NAMES = tuple(field.name for field in attrs.fields(Pipeline))
 
 def to_json(optimizer: PipelineOptimizer, write: Write) -> dict[str, Json]:
     """The entries of a pipeline; `write` writes the arguments of its parts, optimizers among them."""
-    writers: dict[str, Callable[[Any], Json]] = {
+    writers: dict[str, Callable[[Value], Json]] = {
         "regularizers": lambda parts: [_part_to_json(part, write) for part in parts],
         "transforms": lambda parts: [_part_to_json(part, write) for part in parts],
         "projection": lambda parts: [_projection_to_json(part, write) for part in parts],
@@ -39,7 +38,7 @@ def to_json(optimizer: PipelineOptimizer, write: Write) -> dict[str, Json]:
     }
 
 
-def _part_to_json(part: Any, write: Write) -> list[Json]:
+def _part_to_json(part: Value, write: Write) -> list[Json]:
     cls = type(part)
     name = registry.name_of(cls)
     if attrs.has(cls):
@@ -74,7 +73,7 @@ def from_json(
     def parts(part: Entry, read: Callable[..., Described], *known: Mapping[str, type]) -> list:
         return [read(item, *known, read_optimizer) for item in part.items(entries.MOST_PARTS)]
 
-    readers: dict[str, Callable[[Entry], Any]] = {
+    readers: dict[str, Callable[[Entry], Value]] = {
         "learning_rate": keras_objects.rate_from_json,
         "weight_decay": keras_objects.rate_from_json,
         "regularizers": lambda part: parts(part, _part, registry.list_regularizers()),
@@ -101,7 +100,7 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
             "transforms()`, `list_regularizers()` and `list_projections()` say which. Import the "
             "package that registers it, if it is not built in"
         )
-    cls: Any = known[name.value]
+    cls: Value = known[name.value]
     if keras_arguments.of_keras(cls):
         return keras_objects.from_json(entry, keras_classes.REGULARIZER, keras_classes.CONSTRAINT)
     name.check_trusted(keras_arguments.package_of(cls))
@@ -110,7 +109,7 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
 
 
 def _arguments(
-    cls: Any, entry: Entry, read_optimizer: ReadOptimizer
+    cls: Value, entry: Entry, read_optimizer: ReadOptimizer
 ) -> dict[str, Json | Described]:
     if not attrs.has(cls):
         return keras_objects.arguments_from_json(cls, entry)

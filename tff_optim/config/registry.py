@@ -1,7 +1,7 @@
 """Which classes a configuration may name."""
 
 import inspect
-from typing import Any
+from types import ModuleType
 
 from tff_optim import projections, regularizers, transforms
 from tff_optim.core.messages import shown
@@ -13,7 +13,7 @@ _PACKAGE = __name__.partition(".")[0]
 _registered: dict[str, type[GradientTransform]] = {}
 
 
-def _public(module: Any, base: type) -> dict[str, type]:
+def _public(module: ModuleType, base: type) -> dict[str, type]:
     """Classes of `base` that `module` shows under their own names (aliases are left out)."""
     return {
         name: value

@@ -3,21 +3,22 @@
 import functools
 import inspect
 from collections.abc import Hashable, Mapping
-from typing import Any
 
 import attrs
 import numpy as np
 import tensorflow as tf
 
+from tff_optim.core.types import Named, Value
 
-def parameters(cls: Any) -> list[inspect.Parameter]:
+
+def parameters(cls: Value) -> list[inspect.Parameter]:
     """The parameters of the constructor of a class."""
     if cls.__init__ is object.__init__:  # its signature is a catch-all, though it takes nothing
         return []
     return list(inspect.signature(cls.__init__).parameters.values())[1:]
 
 
-def full_config(value: Any) -> dict[str, Any] | None:
+def full_config(value: Value) -> Named | None:
     """The configuration of a Keras object, or `None` if it does not tell the whole object.
 
     It does if it holds every named argument of the constructor. Keras' base classes leave it to a
@@ -34,7 +35,7 @@ def full_config(value: Any) -> dict[str, Any] | None:
     return config if named <= set(config) else None
 
 
-def constructor_arguments(value: Any) -> dict[str, Any]:
+def constructor_arguments(value: Value) -> Named:
     """The configuration of a Keras object that tells the whole object.
 
     Raises:

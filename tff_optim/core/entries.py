@@ -8,14 +8,14 @@ import math
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import attrs
 import numpy as np
 
 from tff_optim.core.devices import select_device
 from tff_optim.core.messages import at, refusal, shorten, shown
-from tff_optim.core.types import Function, Json
+from tff_optim.core.types import Function, Json, Value
 
 _PACKAGE = __name__.partition(".")[0]
 # In the metadata of an attrs field: the function from an entry to the value of the field.
@@ -102,7 +102,7 @@ class Entry:
             raise refusal(self.label, "have the entries that it takes", ", ".join(problems))
         return {name: self.at(name) for name in self.value}
 
-    def build(self, make: Function, *arguments: Any, **named: Any) -> Any:
+    def build(self, make: Function, *arguments: Value, **named: Value) -> Value:
         """Calls `make`; whatever it raises is told as a refusal of this entry."""
         try:
             return make(*arguments, **named)
@@ -127,7 +127,7 @@ class Described:
     arguments: Mapping[str, Json]
 
 
-def built(value: Any) -> Any:
+def built(value: Value) -> Value:
     """A value in which all that is described has been built, from the inside out."""
     if isinstance(value, Described):
         return value.entry.build(value.make, **built(value.arguments))
@@ -162,7 +162,7 @@ def device(fields: Mapping[str, Entry]) -> str | None:
     return entry.build(select_device, entry.value)
 
 
-def read(config: Any, trusted: Collection[str] = (), name: str = "config") -> Entry:
+def read(config: Value, trusted: Collection[str] = (), name: str = "config") -> Entry:
     """The top entry of a configuration: an object, JSON text, or a path of a JSON file.
 
     Args:

@@ -6,7 +6,6 @@ The public names are those of `tff_optim.hyperparameters`.
 import collections
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import attrs
 import numpy as np
@@ -14,7 +13,7 @@ import tensorflow as tf
 
 from tff_optim.core import leaves
 from tff_optim.core.messages import at, refusal, shown
-from tff_optim.core.types import Hparams, Number, State
+from tff_optim.core.types import Declared, Hparams, Number, State, Structure
 
 Schedule = tf.keras.optimizers.schedules.LearningRateSchedule
 STEP = "step"
@@ -110,7 +109,7 @@ def checked_number(
     return number
 
 
-def constant(allowed: Interval, default: object = attrs.NOTHING) -> Any:
+def constant(allowed: Interval, default: object = attrs.NOTHING) -> Declared:
     """Declares a number that stays as it was given: no schedule, not in the state.
 
     Example:
@@ -213,7 +212,7 @@ def update(
     return new_state
 
 
-def complete(known: Any, given: Any, path: str = "") -> Any:
+def complete(known: Structure, given: Structure, path: str = "") -> Structure:
     """The hyper-parameters of a whole process, from some of them.
 
     TFF's own processes take nothing but all of them, each in its very dtype.

@@ -3,11 +3,10 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import tensorflow as tf
 
-from tff_optim.core.types import Function, Structure
+from tff_optim.core.types import Function, GraphFunction, Structure, Value
 
 _PACKAGE = __name__.partition(".")[0]
 _autograph = tf.__internal__.autograph
@@ -32,7 +31,7 @@ def converted(function: Function) -> Function:
     if tf.executing_eagerly() or module.partition(".")[0] == _PACKAGE:
         return function
 
-    def call(*arguments: Any, **named: Any) -> Any:
+    def call(*arguments: Value, **named: Value) -> Value:
         return function(*arguments, **named)
 
     return _autograph.tf_convert(call, _CONTEXT)
@@ -58,7 +57,7 @@ def scratch_graph() -> Iterator[tf.Graph]:
         yield graph
 
 
-def function(body: Function, **options: object) -> Any:
+def function(body: Function, **options: object) -> GraphFunction:
     """`tf.function(body, **options)`, for code of which many functions are made.
 
     TensorFlow counts tracings by the place in the source and warns of retracing where it has seen

@@ -18,6 +18,8 @@ Value: TypeAlias = Any
 Named: TypeAlias = dict[str, Value]
 # Any function.
 Function: TypeAlias = Callable[..., Any]
+# What `tf.function` makes of one, and what it makes of that for arguments of some types.
+GraphFunction: TypeAlias = Any
 # What attrs, or a function, makes of a field of a class: its annotation says what the field holds.
 Declared: TypeAlias = Any
 

@@ -8,7 +8,6 @@ name means the same in each.
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import numpy as np
@@ -27,7 +26,7 @@ from tff_optim.core.numbers import (
     checked_number,
 )
 from tff_optim.core.tracing import eager_world
-from tff_optim.core.types import Json
+from tff_optim.core.types import Json, Value
 
 # Arguments that count something: what is 2 there is not 2.0.
 _COUNTS = ("decay_steps", "first_decay_steps", "warmup_steps", "boundaries")
@@ -49,7 +48,7 @@ class _Argument:
     schedule: bool = False
 
 
-def _number(allowed: Interval, words: str = "", **options: Any) -> _Argument:
+def _number(allowed: Interval, words: str = "", **options: Value) -> _Argument:
     allowed = attrs.evolve(allowed, words=allowed.words + words)
     return _Argument(allowed.words, allowed, **options)
 
@@ -132,7 +131,7 @@ def of_keras(cls: type) -> bool:
     return package_of(cls) == "keras"
 
 
-def parameters(cls: Any) -> dict[str, inspect.Parameter]:
+def parameters(cls: Value) -> dict[str, inspect.Parameter]:
     """The named parameters of the constructor of `cls`."""
     found = comparison.parameters(cls)
     return {p.name: p for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -195,7 +194,7 @@ def as_given_in_json(cls: type, name: str, value: Json) -> Json:
     return float(value) if is_whole else value
 
 
-def check_object(value: Any) -> None:
+def check_object(value: Value) -> None:
     """Raises unless the arguments of a Keras object are ones that its class can work with.
 
     An argument that a subclass has added is checked only for being finite, if it is a number. The

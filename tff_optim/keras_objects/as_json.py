@@ -8,7 +8,6 @@ and builds classes of Keras and of trusted packages only (`keras_classes.py`).
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
@@ -18,7 +17,7 @@ import tensorflow_federated as tff
 from tff_optim.core import comparison, entries
 from tff_optim.core.entries import Described, Entry, built
 from tff_optim.core.messages import refusal, shown
-from tff_optim.core.types import Json
+from tff_optim.core.types import Json, Named, Value
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects.classes import (
     KINDS,
@@ -192,7 +191,7 @@ def value_from_json(entry: Entry) -> Json | Described:
     return entry.value
 
 
-def _build(cls: Any, kinds: Sequence[Kind], check: bool, arguments: dict[str, Any]) -> object:
+def _build(cls: Value, kinds: Sequence[Kind], check: bool, arguments: Named) -> object:
     made = cls.from_config(arguments)
     if not isinstance(made, tuple(kind.base for kind in kinds)):
         raise TypeError(
@@ -206,7 +205,7 @@ def _build(cls: Any, kinds: Sequence[Kind], check: bool, arguments: dict[str, An
 # ------------------------------------------------------------------- what an argument may stand for
 
 
-def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
+def resolve(optimizer: Value) -> tf.keras.optimizers.Optimizer:
     """Returns the Keras optimizer that `optimizer` stands for; see `build_keras_optimizer`."""
     if isinstance(optimizer, str | Mapping | list | tuple):
         return built(from_json(entries.read(optimizer, name="optimizer"), OPTIMIZER))

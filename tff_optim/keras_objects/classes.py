@@ -6,13 +6,13 @@ Nothing is imported, and no code of a module runs: a class is looked up in what 
 import sys
 import types
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import tensorflow as tf
 
 from tff_optim import schedules
 from tff_optim.core.entries import Entry, suggestion
+from tff_optim.core.types import Value
 from tff_optim.keras_objects import arguments as keras_arguments
 
 
@@ -117,8 +117,8 @@ def _held_class(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
     if not issubclass(type(found), types.ModuleType):
         module.refuse("be imported already, since nothing is imported for a configuration")
     # Not `getattr`, nor even `vars`: a module that loads lazily would import and run something.
-    held: Any = object.__getattribute__(found, "__dict__")
-    cls: Any = None
+    held: Value = object.__getattribute__(found, "__dict__")
+    cls: Value = None
     for part in name.value.split("."):
         cls = held.get(part)
         if not isinstance(cls, type):  # through classes only, not through other modules
@@ -133,7 +133,7 @@ def _held_class(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
     return cls
 
 
-def instead_of(name: Any) -> str:
+def instead_of(name: object) -> str:
     """What to use instead of a legacy optimizer, where there is such a thing."""
     known = isinstance(name, str) and name in OPTIMIZER.classes
     return f"; use `tf.keras.optimizers.{name}` instead" if known else ""

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
-from tff_optim.core.types import Gradients, Rate, Specs, State, Weights
+from tff_optim.core.types import Gradients, Rate, Specs, State, Transformed, Weights
 from tff_optim.transforms.interface import GradientTransform
 
 
@@ -28,7 +28,7 @@ class _Clip(GradientTransform):
         del specs  # The state has no slots.
         return hyperparameters.initialize(self)
 
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
         del weights  # The rule looks at gradients alone.
         hyperparameters.check_state(self, state)

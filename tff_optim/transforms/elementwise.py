@@ -10,7 +10,7 @@ import tensorflow as tf
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
 from tff_optim.core.tracing import converted
-from tff_optim.core.types import Gradients, Number, Specs, State, Weights
+from tff_optim.core.types import Gradients, Number, Specs, State, Transformed, Weights
 from tff_optim.transforms.interface import GradientTransform
 
 Scalars: TypeAlias = Mapping[str, tf.Tensor]
@@ -93,7 +93,7 @@ class ElementwiseTransform(GradientTransform):
             )
         return state | {name: leaves.zeros(specs) for name in self.slots}
 
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
         del weights  # The rule looks at gradients alone.
         hyperparameters.check_state(self, state, self.slots, self.counts_steps)

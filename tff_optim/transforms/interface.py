@@ -4,7 +4,7 @@ import abc
 from collections.abc import Mapping
 
 from tff_optim import hyperparameters
-from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
+from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Transformed, Weights
 
 
 class GradientTransform(abc.ABC):
@@ -44,7 +44,7 @@ class GradientTransform(abc.ABC):
         """
 
     @abc.abstractmethod
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """Takes one step.
 
         Args:

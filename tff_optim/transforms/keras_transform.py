@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import numpy as np
@@ -14,7 +13,16 @@ from tff_optim.backends.keras import checks, copies
 from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer, resolve
 from tff_optim.core import entries
 from tff_optim.core.tracing import eager_world
-from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Weights
+from tff_optim.core.types import (
+    Gradients,
+    Hparams,
+    Number,
+    Specs,
+    State,
+    Transformed,
+    Value,
+    Weights,
+)
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
 
@@ -22,7 +30,7 @@ _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 _WEIGHT_DECAY = "weight_decay"
 
 
-def _step_only(given: Any) -> KerasOptimizer:
+def _step_only(given: Value) -> KerasOptimizer:
     """The optimizer at learning rate 1, without decay and moving average of weights."""
     built = isinstance(given, KerasOptimizer)
     keras = given.keras_optimizer if built else resolve(given)
@@ -98,7 +106,7 @@ class KerasTransform(GradientTransform):
         """See base class."""
         return self.optimizer.initialize(specs)
 
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
         # At zero, where Keras' step loses no digits to the weights and no decay has an effect.
         origin = tf.nest.map_structure(tf.zeros_like, weights)

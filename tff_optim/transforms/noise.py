@@ -1,7 +1,6 @@
 """Transforms that add noise."""
 
 import math
-from typing import Any
 
 import attrs
 import numpy as np
@@ -10,7 +9,7 @@ import tensorflow as tf
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
 from tff_optim.core.messages import shown
-from tff_optim.core.types import Gradients, Rate, Specs, State, Weights
+from tff_optim.core.types import Gradients, Rate, Specs, State, Transformed, Value, Weights
 from tff_optim.transforms.interface import GradientTransform
 
 # Named, because "auto_select" may give other numbers on another device.
@@ -49,7 +48,7 @@ class GaussianNoise(GradientTransform):
     seed: int | None = attrs.field(default=None)
 
     @seed.validator
-    def _check_seed(self, attribute: attrs.Attribute, value: Any) -> None:
+    def _check_seed(self, attribute: attrs.Attribute, value: Value) -> None:
         del attribute  # There is only one.
         is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if value is not None and not (is_integer and 0 <= value < 2**63):
@@ -68,7 +67,7 @@ class GaussianNoise(GradientTransform):
             state["seed"] = tf.constant([int(self.seed), 0], tf.int64)
         return state
 
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
         del weights  # The rule looks at gradients alone.
         hyperparameters.check_state(self, state, slots=("seed",), counts_steps=True)

@@ -1,7 +1,6 @@
 """An optax transformation as a gradient transform."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import numpy as np
@@ -9,12 +8,22 @@ import tensorflow as tf
 
 from tff_optim.backends.optax.optimizer import OptaxOptimizer, build_optax_optimizer
 from tff_optim.core.tracing import eager_world
+from tff_optim.core.types import (
+    Gradients,
+    Hparams,
+    Number,
+    Specs,
+    State,
+    Transformed,
+    Value,
+    Weights,
+)
 from tff_optim.transforms.interface import GradientTransform
 
 _STEPS = 3
 
 
-def _of_gradients(given: Any) -> OptaxOptimizer:
+def _of_gradients(given: Value) -> OptaxOptimizer:
     """The transformation, which depends on gradients alone and does not turn them round."""
     optimizer = given if isinstance(given, OptaxOptimizer) else build_optax_optimizer(given)
     with eager_world():  # values are needed now, even while TFF traces
@@ -77,11 +86,11 @@ class OptaxTransform(GradientTransform):
 
     optimizer: OptaxOptimizer = attrs.field(converter=_of_gradients)
 
-    def initialize(self, specs: Any) -> Any:
+    def initialize(self, specs: Specs) -> State:
         """See base class."""
         return self.optimizer.initialize(specs)
 
-    def next(self, state: Any, weights: Any, gradients: Any) -> tuple[Any, Any]:
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
         # At zero, where an update loses no digits to the weights.
         origin = tf.nest.map_structure(tf.zeros_like, weights)
@@ -89,10 +98,10 @@ class OptaxTransform(GradientTransform):
         handed_on = tf.nest.map_structure(lambda g, u: None if g is None else u, gradients, updates)
         return state, handed_on
 
-    def get_hparams(self, state: Any) -> Any:
+    def get_hparams(self, state: State) -> Hparams:
         """See base class."""
         return self.optimizer.get_hparams(state)
 
-    def set_hparams(self, state: Any, hparams: Mapping[str, Any]) -> Any:
+    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
         """See base class."""
         return self.optimizer.set_hparams(state, hparams)

@@ -8,12 +8,12 @@ may change from step to step without retracing.
 
 import operator
 from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import numpy as np
 import tensorflow as tf
 
-from tff_optim.core.types import Number
+from tff_optim.core.types import Function, Number, Value
 
 
 def current_graph() -> tf.Graph | None:
@@ -166,7 +166,7 @@ class NumberCell:
         # TensorFlow reads a bare Python float as float32.
         return tf.cast(self._value, dtype or tf.float32)
 
-    def _arithmetic(self, other: Any, operation: Callable[[Any, Any], Any]) -> Any:
+    def _arithmetic(self, other: Number, operation: Function) -> Number:
         if isinstance(other, NumberCell):
             return NumberCell(operation(self._value, other._value))
         if isinstance(other, (int, float)):
@@ -212,7 +212,7 @@ def _convert_number(
 
 
 def _overload(name: str) -> None:
-    def apply(cell: VariableCell, *operands: Any, **named: Any) -> tf.Tensor:
+    def apply(cell: VariableCell, *operands: Value, **named: Value) -> tf.Tensor:
         return getattr(tf.Tensor, name)(cell.value(), *operands, **named)
 
     apply.__name__ = name

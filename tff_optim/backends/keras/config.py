@@ -1,14 +1,14 @@
 """Keras optimizers as entries of a configuration, and back from them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tff_optim.backends.common import OptimizerKind, names_and_device, names_and_device_to_json
 from tff_optim.backends.keras import copies
+from tff_optim.backends.keras.copies import Keras
 from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer
 from tff_optim.core import entries
 from tff_optim.core.entries import Described, Entry
-from tff_optim.core.types import Json
+from tff_optim.core.types import Json, Value
 from tff_optim.keras_objects import as_json as keras_objects
 
 
@@ -35,7 +35,7 @@ def _from_json(entry: Entry, fields: Mapping[str, Entry]) -> Described:
     return Described(fields["optimizer"], _build, arguments)
 
 
-def _build(optimizer: Any, excluded: Sequence[str], **place: Any) -> KerasOptimizer:
+def _build(optimizer: Keras, excluded: Sequence[str], **place: Value) -> KerasOptimizer:
     if excluded:
         optimizer.exclude_from_weight_decay(var_names=list(excluded))
     return build_keras_optimizer(optimizer, **place)

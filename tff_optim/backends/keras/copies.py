@@ -8,7 +8,7 @@ import collections
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -17,7 +17,7 @@ import tensorflow as tf
 from tff_optim.backends.keras.cells import VariableCell, current_graph
 from tff_optim.core import comparison, patterns
 from tff_optim.core.tracing import scratch_graph
-from tff_optim.core.types import Number
+from tff_optim.core.types import Function, Named, Number, Operation, Value
 
 Keras: TypeAlias = tf.keras.optimizers.Optimizer
 
@@ -66,7 +66,7 @@ class Template:
 _KEPT = ("_distribution_strategy", "_learning_rate")
 
 
-def _is_plain(value: Any, found: list[VariableCell]) -> bool:
+def _is_plain(value: Value, found: list[VariableCell]) -> bool:
     """Whether a value is a cell, a plain value, or a list, tuple or dictionary of these."""
     if isinstance(value, VariableCell):
         found.append(value)
@@ -92,10 +92,10 @@ def copy_containers(optimizer: Keras) -> Keras:
     return clone
 
 
-def _replace(optimizer: Keras, kind: type, replace: Callable[[Any], Any]) -> None:
+def _replace(optimizer: Keras, kind: type, replace: Function) -> None:
     """Replaces every instance of `kind` in attributes, and in lists, tuples and dictionaries there."""
 
-    def replaced(value: Any) -> Any:
+    def replaced(value: Value) -> Value:
         if isinstance(value, kind):
             return replace(value)
         if isinstance(value, list):
@@ -175,7 +175,7 @@ def build(
 
     graph = current_graph()
 
-    def create(next_creator: object, **arguments: Any) -> VariableCell:
+    def create(next_creator: object, **arguments: Value) -> VariableCell:
         del next_creator  # no variable is made
         if current_graph() is not graph:
             raise ValueError(
@@ -207,7 +207,7 @@ def build(
 def depends_on(outputs: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]) -> bool:
     """Whether any output of a graph is computed from any of the sources."""
     targets = {source.op for source in sources}
-    seen: set[Any] = set()
+    seen: set[Operation] = set()
     todo = [output.op for output in outputs]
     while todo:
         op = todo.pop()
@@ -248,7 +248,7 @@ def template_maker(
     return functools.partial(build_template, optimizer, initial, specs, names)
 
 
-def constructor_arguments(optimizer: Keras) -> dict[str, Any]:
+def constructor_arguments(optimizer: Keras) -> Named:
     """The arguments that the class of `optimizer` makes it of, a schedule as it is.
 
     Raises:

@@ -3,8 +3,7 @@
 import collections
 import functools
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -17,7 +16,17 @@ from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shorten
 from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked
 from tff_optim.core.tracing import call_traced, eager_world
-from tff_optim.core.types import Json, Leaves, Number, Specs, State, Structure, Weights
+from tff_optim.core.types import (
+    Function,
+    Json,
+    Leaves,
+    Number,
+    Specs,
+    State,
+    Structure,
+    Value,
+    Weights,
+)
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 
@@ -52,7 +61,7 @@ class KerasOptimizer(PureOptimizer):
         self._initial = initial
         self._learning_rate = learning_rate
         self._numbers = numbers
-        self._templates: dict[Any, Callable[[], Template]] = {}
+        self._templates: dict[Hashable, Callable[[], Template]] = {}
         # Made once: a function made in every call would be traced and compiled in every call.
         self._compiled = tracing.function(self._run, jit_compile=True, autograph=False)
 
@@ -70,7 +79,7 @@ class KerasOptimizer(PureOptimizer):
     def _owner(self) -> str:
         return type(self.keras_optimizer).__name__
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple:
         keras = self.keras_optimizer
         try:
             if tf.is_symbolic_tensor(self._learning_rate):
@@ -214,7 +223,7 @@ def _rebuild(
     return build_keras_optimizer(keras, device=device, weight_names=weight_names)
 
 
-def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
+def resolve(optimizer: Value) -> tf.keras.optimizers.Optimizer:
     """The Keras optimizer that an argument stands for, if it can be run as a pure function.
 
     Raises:
@@ -237,7 +246,7 @@ def resolve(optimizer: Any) -> tf.keras.optimizers.Optimizer:
 
 
 def build_keras_optimizer(
-    optimizer: str | Mapping[str, Json] | Callable[[], Any] | tf.keras.optimizers.Optimizer,
+    optimizer: str | Mapping[str, Json] | Function | tf.keras.optimizers.Optimizer,
     *,
     device: str | DevicePolicy | None = None,
     learning_rate: Number | None = None,
@@ -306,7 +315,7 @@ def build_keras_optimizer(
         initial = copies.read_variables(made)
         checks.check_arguments(made)
         numbers = checks.find_numbers(made, initial)
-    rate: Any = copies.initial_rate(made, initial)
+    rate: Value = copies.initial_rate(made, initial)
     if traced:
         rate = tf.cast(learning_rate, rate.dtype)
     return KerasOptimizer(

@@ -5,7 +5,7 @@ the new tensors are read out of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tff_optim.backends.keras.cells import NumberCell, ReadOnlyCell, VariableCell
 from tff_optim.backends.keras.copies import Keras, Template
-from tff_optim.core.types import Number
+from tff_optim.core.types import Number, Value
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
@@ -123,7 +123,7 @@ def run_step(
 ) -> None:
     """Runs one step of Keras on the cells, in the order of Keras' own `apply_gradients`."""
     optimizer = template.optimizer
-    base: Any = super(Keras, optimizer)  # Keras' step without `tf.distribute`
+    base: Value = super(Keras, optimizer)  # Keras' step without `tf.distribute`
     before = _attributes(optimizer)
     optimizer._compute_current_learning_rate()
     base._apply_weight_decay(weights)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -11,14 +11,14 @@ import tensorflow_federated as tff
 from tff_optim import hyperparameters
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import to_float
-from tff_optim.core.types import Function
+from tff_optim.core.types import Function, Named, Value
 from tff_optim.hyperparameters import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, UNIT, Interval
 
 if TYPE_CHECKING:
     import optax
 
 # A transformation, or a factory that makes one.
-Given: TypeAlias = Any
+Given: TypeAlias = Value
 
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY
 _OWNER = "build_optax_optimizer"
@@ -50,7 +50,7 @@ def interval_of(transformation_or_factory: Given, name: str) -> Interval:
 
 
 def make(
-    transformation_or_factory: Given, arguments: Mapping[str, Any]
+    transformation_or_factory: Given, arguments: Mapping[str, Value]
 ) -> "optax.GradientTransformation":
     """The transformation, from its factory if one is given."""
     import optax
@@ -68,7 +68,7 @@ def make(
     return made
 
 
-def bind(factory: Function, given: Mapping[str, Any]) -> dict[str, Any]:
+def bind(factory: Function, given: Mapping[str, Value]) -> Named:
     """All named arguments of a factory, with its defaults; integers as floats where it takes those."""
     signature = inspect.signature(factory)
     try:
@@ -95,7 +95,7 @@ def _takes_float(parameter: inspect.Parameter) -> bool:
     return parameter.annotation is float and not isinstance(parameter.default, bool)
 
 
-def check_argument(transformation_or_factory: Given, name: str, value: Any) -> Any:
+def check_argument(transformation_or_factory: Given, name: str, value: Value) -> Value:
     """Returns an argument of a factory, or raises if it is a number that is not allowed."""
     if isinstance(value, hyperparameters.Schedule):
         raise TypeError(

@@ -2,8 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from tff_optim.backends.common import (
     OptimizerKind,
@@ -15,14 +14,14 @@ from tff_optim.backends.optax.optimizer import OptaxOptimizer, build_optax_optim
 from tff_optim.core import comparison, entries
 from tff_optim.core.entries import Described, Entry
 from tff_optim.core.messages import shown
-from tff_optim.core.types import Json
+from tff_optim.core.types import Function, Json, Value
 from tff_optim.keras_objects import as_json as keras_objects
 
 # Factories of optax that do not say that they make a transformation.
 _UNTOLD = ("MultiSteps", "scale_by_factored_rms")
 
 
-def _factories() -> dict[str, Callable[..., Any]]:
+def _factories() -> dict[str, Function]:
     """What optax shows of factories that return a transformation, by name."""
     import optax
     import optax.contrib
@@ -35,7 +34,7 @@ def _factories() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _makes_a_transformation(name: str, value: Any) -> bool:
+def _makes_a_transformation(name: str, value: Value) -> bool:
     function = getattr(value, "func", value)  # `optax.nadam` is a partial
     if not callable(value) or not str(getattr(function, "__module__", "")).startswith("optax."):
         return False

@@ -3,8 +3,8 @@
 import collections
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
@@ -17,7 +17,7 @@ from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import STEP, Interval
 from tff_optim.core.tracing import call_traced
-from tff_optim.core.types import Leaves, Number, Rate, Specs, State, Weights
+from tff_optim.core.types import Leaves, Named, Number, Rate, Specs, State, Value, Weights
 
 if TYPE_CHECKING:
     from tff_optim.backends.optax.program import Program
@@ -32,7 +32,7 @@ class OptaxOptimizer(PureOptimizer):
     def __init__(
         self,
         transformation_or_factory: Given,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, Value],
         numbers: Mapping[str, Number],
         weight_names: tuple[str, ...] | None,
         device: str | None,
@@ -41,7 +41,7 @@ class OptaxOptimizer(PureOptimizer):
         self._transformation_or_factory = transformation_or_factory
         self._arguments = arguments
         self._numbers = numbers
-        self._programs: dict[Any, Program] = {}
+        self._programs: dict[Hashable, Program] = {}
 
     @property
     def transformation_or_factory(self) -> Given:
@@ -49,7 +49,7 @@ class OptaxOptimizer(PureOptimizer):
         return self._transformation_or_factory
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Named:
         """The factory's arguments; those at their defaults that are no hparams are left out."""
         if not self._arguments:
             return dict(self._numbers)
@@ -67,7 +67,7 @@ class OptaxOptimizer(PureOptimizer):
         name = getattr(made, "__name__", type(made).__name__)
         return f"OptaxOptimizer({name}, {dict(self._numbers)}, device={self.device!r})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple:
         made = self._transformation_or_factory, self._arguments, self._numbers
         return OptaxOptimizer, (*made, self.weight_names, self.device)
 
@@ -178,7 +178,7 @@ def build_optax_optimizer(
     learning_rate: Rate | None = None,
     weight_names: Sequence[str] | None = None,
     device: str | DevicePolicy | None = None,
-    **kwargs: Any,
+    **kwargs: Value,
 ) -> OptaxOptimizer:
     """Makes a pure TFF optimizer of any optax transformation.
 

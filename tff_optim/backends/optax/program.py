@@ -16,7 +16,6 @@ from jax.experimental import enable_x64
 
 from tff_optim.backends.optax.tracing import (
     Layout,
-    Leaf,
     StateChangedError,
     Traced,
     Tree,
@@ -24,7 +23,7 @@ from tff_optim.backends.optax.tracing import (
     spec_of,
     trace,
 )
-from tff_optim.core.types import Number
+from tff_optim.core.types import Leaf, Number
 from tff_optim.hyperparameters import STEP
 
 # From numbers by name to a transformation.

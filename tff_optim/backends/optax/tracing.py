@@ -2,8 +2,8 @@
 
 import collections
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import attrs
 import jax
@@ -12,11 +12,10 @@ from jax.experimental import enable_x64, jax2tf
 
 from tff_optim.backends.common import check_weight_names
 from tff_optim.core.messages import refusal, shorten, shown
-from tff_optim.core.types import Function, Weights
+from tff_optim.core.types import Function, Leaf, Structure, Weights
 
-# A tree as jax takes it, and what stands at its leaves.
-Tree: TypeAlias = Any
-Leaf: TypeAlias = Any
+# Nested as jax takes it.
+Tree: TypeAlias = Structure
 
 _QUOTED = re.compile(r"'(\w+)'")
 
@@ -51,7 +50,7 @@ class Layout:
         return flatten_with_path(self.tree)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> Hashable:
         """Equal for equal layouts, and hashable."""
         return repr(self.tree), self.specs
 
@@ -195,7 +194,7 @@ def _sources(jaxpr: jax.core.Jaxpr) -> list[set[int]]:
     """For each output of a jaxpr, the positions of the inputs that it may depend on."""
     known = {variable: {i} for i, variable in enumerate(jaxpr.invars)}
 
-    def of(atoms: Iterable[Any]) -> set[int]:
+    def of(atoms: Iterable[jax.core.Atom]) -> set[int]:
         variables = [a for a in atoms if not isinstance(a, jax.core.Literal)]
         return set().union(*(known.get(variable, set()) for variable in variables))
 

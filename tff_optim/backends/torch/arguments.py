@@ -7,11 +7,11 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
 
 from tff_optim.core.messages import refusal, shown
+from tff_optim.core.types import Json
 
 # Public names of torch that cannot run from gradients alone, and why.
 REFUSED = {
@@ -56,7 +56,7 @@ def find_python(python: str | os.PathLike | None) -> str:
 
 
 def check_name(
-    argument: str, name: Any, where: str, trusted: Collection[str], refused: Mapping[str, str]
+    argument: str, name: object, where: str, trusted: Collection[str], refused: Mapping[str, str]
 ) -> None:
     """Raises unless a class of torch or of a trusted package may be named so."""
     if not isinstance(name, str):
@@ -80,7 +80,7 @@ def check_name(
         )
 
 
-def check_arguments(argument: str, given: Any) -> dict[str, Any]:
+def check_arguments(argument: str, given: object) -> dict[str, Json]:
     """Arguments as JSON holds them; NumPy numbers become Python's, tuples lists."""
     if not isinstance(given, Mapping):
         raise refusal(argument, "be a mapping of arguments", shown(given), error=TypeError)

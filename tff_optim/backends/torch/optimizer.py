@@ -6,7 +6,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -46,7 +45,7 @@ class TorchOptimizer(PureOptimizer):
         then = f", lr_scheduler={scheduler!r}" if scheduler else ""
         return f"TorchOptimizer({self._recipe['optimizer']}, {self._recipe['arguments']}{then})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple:
         return TorchOptimizer, (self._made_of[0], self._recipe)
 
     @property

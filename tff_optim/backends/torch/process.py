@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
@@ -20,6 +19,7 @@ import tensorflow as tf
 
 from tff_optim.backends.torch import child as torch_child
 from tff_optim.core.messages import refusal, shown
+from tff_optim.core.types import Json
 
 _SCRIPT = pathlib.Path(torch_child.__file__)
 _TIMEOUT = "TFF_OPTIM_TORCH_TIMEOUT"
@@ -101,7 +101,7 @@ class _Child:
         """Whether it can be asked; not from a fork of the process that has started it."""
         return os.getpid() == self._owner and self._process.poll() is None
 
-    def ask(self, request: Mapping[str, Any]) -> Any:
+    def ask(self, request: Mapping[str, Json]) -> Json:
         """Sends a request and returns the reply to it, within the time limit.
 
         Whatever comes between, Ctrl-C for example, ends the process: its reply must not be taken for
@@ -214,7 +214,7 @@ class _Opened:
 
     child: _Child
     number: int
-    description: Mapping[str, Any]
+    description: Mapping[str, Json]
     views: list[np.ndarray]
 
 
@@ -229,7 +229,7 @@ class TorchProcess:
       numbers: The numbers of its group and scheduler before the first step, by path.
     """
 
-    def __init__(self, python: str, recipe: Mapping[str, Any], specs: Sequence[tf.TensorSpec]):
+    def __init__(self, python: str, recipe: Mapping[str, Json], specs: Sequence[tf.TensorSpec]):
         self._python = python
         self._recipe = recipe
         self._weights = [[spec.shape.as_list(), spec.dtype.name] for spec in specs]
@@ -333,6 +333,6 @@ class TorchProcess:
             self._opened.child.closed.append(self._opened.number)
 
 
-def _shape_and_dtype(spec: Sequence[Any]) -> tuple[list[int], tf.DType]:
+def _shape_and_dtype(spec: Sequence[Json]) -> tuple[list[int], tf.DType]:
     shape, dtype = spec
     return shape, tf.as_dtype(dtype)
