@@ -6,7 +6,6 @@ hyperparameter are outside of every number here.
 """
 
 import math
-from typing import Any
 
 import dp_accounting
 
@@ -68,7 +67,7 @@ def epsilon(
     Source: Abadi et al., CCS 2016; Mironov, Talwar, Zhang, Renyi Differential Privacy of the Sampled
     Gaussian Mechanism, 2019; `dp_accounting`, which does the counting.
     """
-    checks.number("noise_multiplier", noise_multiplier, 0.0, math.inf, closed=True)
+    checks.number("noise_multiplier", noise_multiplier, checks.Range(0.0))
     _check_event(sampling_probability, steps, delta, accountant)
     if steps == 0:
         return 0.0
@@ -108,7 +107,7 @@ def noise_multiplier_for(
       >>> epsilon(z, sampling_probability=0.01, steps=1000, delta=1e-5) <= 2.0
       True
     """
-    checks.number("target_epsilon", target_epsilon, 0.0, math.inf)
+    checks.number("target_epsilon", target_epsilon, checks.Range(0.0, above=True))
     _check_event(sampling_probability, steps, delta, accountant)
     if steps == 0:
         raise ValueError("`steps` must be at least 1 for noise to be needed; found 0.")
@@ -138,9 +137,8 @@ def _accountant(kind: str) -> dp_accounting.PrivacyAccountant:
     return dp_accounting.rdp.RdpAccountant(neighboring_relation=neighbours)
 
 
-def _check_event(probability: Any, steps: Any, delta: Any, accountant: Any) -> None:
+def _check_event(probability: object, steps: object, delta: object, accountant: object) -> None:
     checks.word("accountant", accountant, "rdp", "pld")
-    checks.number("delta", delta, 0.0, 1.0)
-    if isinstance(probability, bool) or probability != 1:
-        checks.number("sampling_probability", probability, 0.0, 1.0, more=", or 1")
+    checks.number("delta", delta, checks.Range(0.0, 1.0, above=True, below=True))
+    checks.number("sampling_probability", probability, checks.Range(0.0, 1.0, above=True))
     checks.whole("steps", steps, 0)

@@ -21,13 +21,14 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam, Number, hparam
+from aggregators.core.types import State
 
 __all__ = ["Seen", "Weighting", "power", "softmax", "uniform"]
 
@@ -88,36 +89,29 @@ def _uniform(relative: tf.Tensor) -> tf.Tensor:
 _BUILT_IN = (_softmax_near, _softmax_far, _power, _uniform)
 
 
-def _check_rule(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute  # attrs passes them to every validator
-    if not callable(value):
-        raise TypeError(
-            f"`rule` must be a function from relative scores to log-weights; found {value!r}. "
-            "Use `weighting.softmax()`, `weighting.power()` or `weighting.uniform()`."
-        )
-    seen = {"seen": None} if looks(value) else {}
-    try:
-        inspect.signature(value).bind((), **seen)
-    except TypeError as error:
-        raise TypeError(
-            f"`rule` must take relative scores, and `seen` if it likes; found {value!r}, which does "
-            f"not ({error}). Write `def rule(relative)` or `def rule(relative, seen)`."
-        ) from error
-    except ValueError:
-        pass  # a builtin that does not tell
+_WRITE = (
+    "Use `weighting.softmax()`, `power()` or `uniform()`, or write `def rule(relative)` or `def "
+    "rule(relative, seen)`, with TensorFlow operations on float64 tensors, element by element."
+)
 
 
-def looks(rule: Rule) -> bool:
+def _check_rule(argument: str, value: object) -> None:
+    checks.function(argument, value, "(relative, seen)" if looks(value) else "(relative)", _WRITE)
+
+
+def looks(rule: object) -> bool:
     """Whether a rule takes `seen`, and may look at whatever is in it."""
     try:
-        return "seen" in inspect.signature(rule).parameters
-    except ValueError:
+        return callable(rule) and "seen" in inspect.signature(rule).parameters
+    except ValueError:  # a builtin that does not tell
         return False
 
 
-def _scale(value: Any) -> Any:
-    if value is None or value == "running":
-        return value
+def _scale(value: object) -> Hparam | Literal["running"] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "running":
+        return "running"
     try:
         return hparam("scale", value, _LEAST_SCALE, _LARGEST_SCALE)
     except ValueError:
@@ -127,14 +121,14 @@ def _scale(value: Any) -> Any:
         ) from None
 
 
-def _bound(value: Any) -> Any:
+def _bound(value: object) -> Hparam | None:
     return value if value is None else hparam("bound", value, 1.0, hint=_BOUND_HINT)
 
 
 _BOUND_HINT = "It is the largest ratio between two clients' weights; None for no limit."
 
 
-def _decay(value: Any) -> Hparam:
+def _decay(value: object) -> Hparam:
     if isinstance(value, Hparam):
         return value
     return hparam(
@@ -142,7 +136,7 @@ def _decay(value: Any) -> Hparam:
     )
 
 
-def _own(hparams: Mapping[str, Any]) -> Mapping[str, Hparam]:
+def _own(hparams: Mapping[str, object]) -> Mapping[str, Hparam]:
     taken = ("scale", "bound", "decay", "round", "typical_score")
     if not isinstance(hparams, Mapping) or not all(
         isinstance(name, str) and name not in taken for name in hparams
@@ -173,9 +167,10 @@ class Weighting:
     """
 
     rule: Rule = attrs.field(
-        validator=_check_rule, repr=lambda rule: getattr(rule, "__name__", repr(rule))
+        validator=checks.validated(_check_rule),
+        repr=lambda rule: getattr(rule, "__name__", repr(rule)),
     )
-    scale: Any = attrs.field(default="running", converter=_scale)
+    scale: Hparam | Literal["running"] | None = attrs.field(default="running", converter=_scale)
     times_examples: bool = attrs.field(default=True, validator=checks.validated(checks.flag))
     bound: Hparam | None = attrs.field(default=None, converter=_bound)
     decay: Hparam = attrs.field(default=_decay(0.5), converter=_decay)
@@ -342,7 +337,7 @@ def log_weights(
     weighting: Weighting,
     scores: tf.Tensor,
     weight: tf.Tensor,
-    state: Mapping[str, Any],
+    state: State,
     loss: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """One client's log-weight per layer, and whether its scores are valid.
@@ -399,26 +394,22 @@ def log_weights(
 
 def _apply(rule: Rule, relative: tf.Tensor, seen: Seen) -> tf.Tensor:
     """Calls a rule and checks what it returns."""
-    advice = (
-        "Write it with TensorFlow operations on float64 tensors, element by element: "
-        "`def rule(relative)` or `def rule(relative, seen)`."
+    given = (relative, seen) if looks(rule) else (relative,)
+    found = checks.called(
+        "`rule` must map relative scores to log-weights",
+        lambda: tf.convert_to_tensor(rule(*given)),
+        found=f"{rule!r}, which failed on float64{list(relative.shape)}",
+        advice=_WRITE,
     )
-    try:
-        found = tf.convert_to_tensor(rule(relative, seen) if looks(rule) else rule(relative))
-    except Exception as error:
-        raise TypeError(
-            f"`rule` must map relative scores to log-weights; found {rule!r}, which failed on "
-            f"float64{list(relative.shape)}. {advice} The error was: {error}"
-        ) from error
     if found.dtype != relative.dtype or found.shape != relative.shape:
         raise TypeError(
             f"`rule` must return float64 of the shape it is given, {list(relative.shape)}; found "
-            f"{found.dtype.name} of shape {found.shape} from {rule!r}. {advice}"
+            f"{found.dtype.name} of shape {found.shape} from {rule!r}. {_WRITE}"
         )
     return found
 
 
-def relative_scale(weighting: Weighting, state: Mapping[str, Any]) -> tf.Tensor:
+def relative_scale(weighting: Weighting, state: State) -> tf.Tensor:
     """What scores are divided by, float64 `[num_layers]`; 0 while all scores count alike."""
     typical = tf.cast(state["typical_score"], tf.float64)
     if weighting.scale == "running":
@@ -428,9 +419,7 @@ def relative_scale(weighting: Weighting, state: Mapping[str, Any]) -> tf.Tensor:
     return tf.where(typical > 0, scale, 0.0) if weighting.needs_typical_score else scale
 
 
-def next_typical_score(
-    weighting: Weighting, state: Mapping[str, Any], mean_score: tf.Tensor
-) -> tf.Tensor:
+def next_typical_score(weighting: Weighting, state: State, mean_score: tf.Tensor) -> tf.Tensor:
     """The running mean score after a round.
 
     Args:
@@ -454,7 +443,7 @@ def next_typical_score(
     return tf.where(tf.math.is_finite(mean_score), moved, typical)
 
 
-def check_weighting(weighting: Any) -> None:
+def check_weighting(weighting: object) -> None:
     """Raises `TypeError` for anything that is not a `Weighting`."""
     if not isinstance(weighting, Weighting):
         advice = "Call `weighting.softmax()`, `weighting.power()` or `weighting.uniform()`."

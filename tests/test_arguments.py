@@ -151,7 +151,7 @@ WRONG = {
     "scaffold for true": (lambda: rules.scaffold(True), "`num_clients` must be a whole number"),
     "a sampling of true": (
         lambda: privacy.epsilon(1.0, sampling_probability=True, steps=1, delta=1e-5),
-        "`sampling_probability` must be a number .*; found True",
+        "`sampling_probability` must be a finite number .*; found True",
     ),
     "a loss at the end, of a rule": (
         lambda: rules.adaptive_mean("loss", weighting.softmax(), loss_at="final"),

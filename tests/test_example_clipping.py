@@ -361,11 +361,11 @@ def test_models_that_are_not_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0,), "`clip_norm` must be a number above 0 and finite, or infinite; found 0.0"),
+        ((0.0,), "`clip_norm` must be a finite number above 0, or infinity; found 0.0"),
         ((math.nan,), "`clip_norm`"),
         ((True,), "`clip_norm`"),
-        ((1.0, -1.0), "`noise_multiplier` must be a number of at least 0 and finite; found -1.0"),
-        ((1.0, 0.0, 0), "`expected_batch_size` must be a number above 0"),
+        ((1.0, -1.0), "`noise_multiplier` must be a finite number of at least 0; found -1.0"),
+        ((1.0, 0.0, 0), "`expected_batch_size` must be a finite number above 0"),
         ((1.0, 1.0), "`expected_batch_size` must be given with noise"),
         ((math.inf, 1.0, 8), "`clip_norm` must be finite with noise"),
     ],

@@ -66,13 +66,16 @@ def test_the_ends():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"noise_multiplier": -1.0}, "`noise_multiplier` must be a number of at least 0"),
+        ({"noise_multiplier": -1.0}, "`noise_multiplier` must be a finite number of at least 0"),
         ({"noise_multiplier": math.nan}, "`noise_multiplier`"),
-        ({"sampling_probability": 0.0}, "`sampling_probability` must be .* or 1; found 0.0"),
+        (
+            {"sampling_probability": 0.0},
+            "`sampling_probability` must be .* of at most 1; found 0.0",
+        ),
         ({"sampling_probability": 1.5}, "`sampling_probability`"),
         ({"steps": 2.5}, "`steps` must be a whole number"),
         ({"steps": -1}, "`steps`"),
-        ({"delta": 0.0}, "`delta` must be a number above 0 and below 1"),
+        ({"delta": 0.0}, "`delta` must be a finite number above 0 and below 1"),
         ({"delta": True}, "`delta`"),
         ({"accountant": "moments"}, '`accountant` must be "rdp" or "pld"'),
     ],

@@ -44,18 +44,18 @@ AT_CONSTRUCTION = {
         lambda: Score(lambda server: server[0]),
         (
             TypeError,
-            r"`score` must take two arguments; found score, .*`def score\(server, client\)`",
+            r"`score` must be a function of \(server, client\); found .* takes others .*`def score",
         ),
     ),
     "a score of three arguments": (
         lambda: rules.adaptive_mean(lambda a, b, c: a, SOFTMAX),
-        (TypeError, "`score` must take two arguments"),
+        (TypeError, r"`score` must be a function of \(server, client\); found .* takes others"),
     ),
     "a score of NumPy": (
         lambda: by_update(lambda s, c: np.linalg.norm(s[0] - c[0])),
         (
             TypeError,
-            "`score` must be a function of TensorFlow operations; .* with TensorFlow operations",
+            "`score` must be a function of TensorFlow operations; .* in TensorFlow operations",
         ),
     ),
     "a score of NumPy, on the model": (
@@ -91,7 +91,7 @@ AT_CONSTRUCTION = {
     ),
     "a rule of no argument": (
         lambda: Weighting(lambda: 1.0),
-        (TypeError, r"`rule` must take relative scores, .*`def rule\(relative\)`"),
+        (TypeError, r"`rule` must be a function of \(relative\); found .*`def rule\(relative\)`"),
     ),
     "a rule of NumPy": (
         lambda: by_rule(lambda r: np.exp(r)),

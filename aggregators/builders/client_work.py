@@ -1,7 +1,6 @@
 """Client work that trains as TFF's does, and measures what a rule needs."""
 
 from collections import OrderedDict
-from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -10,16 +9,24 @@ from aggregators.client.loop import Loop
 from aggregators.client.training import ClientTraining, check_optimizer
 from aggregators.core.layers import layers_of_type
 from aggregators.core.needs import Needs
+from aggregators.core.types import (
+    Hyperparameters,
+    Metrics,
+    MetricsAggregator,
+    ModelFn,
+    ModelWeights,
+    Optimizer,
+)
 from aggregators.core.update import MeasuredUpdate
 
 
 def build_client_work(
-    model_fn: Any,
-    optimizer: tff.learning.optimizers.Optimizer,
+    model_fn: ModelFn,
+    optimizer: Optimizer,
     needs: Needs,
     *,
     client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
-    metrics_aggregator: Any = None,
+    metrics_aggregator: MetricsAggregator | None = None,
     loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
 ) -> tff.learning.templates.ClientWorkProcess:
     """Trains as TFF's client work does, and sends what a rule needs with the update.
@@ -83,13 +90,15 @@ def build_client_work(
     hparams = training.hparams()
 
     @tff.federated_computation
-    def initialize() -> Any:
+    def initialize() -> tff.Value:
         return tff.federated_value(hparams, tff.SERVER)
 
     state_type = initialize.type_signature.result.member
 
     @tff.tensorflow.computation(state_type, types.weights, types.data)
-    def work(state: Any, weights: Any, dataset: Any) -> Any:
+    def work(
+        state: Hyperparameters, weights: ModelWeights, dataset: tf.data.Dataset
+    ) -> tuple[tff.learning.templates.ClientResult, Metrics]:
         output = training.work(layers)(weights, dataset, state, None)
         found = output.update
         measured = OrderedDict(
@@ -106,17 +115,17 @@ def build_client_work(
         tff.FederatedType(types.weights, tff.CLIENTS),
         tff.FederatedType(types.data, tff.CLIENTS),
     )
-    def next_fn(state: Any, weights: Any, data: Any) -> Any:
+    def next_fn(state: tff.Value, weights: tff.Value, data: tff.Value) -> tff.Value:
         result, metrics = tff.federated_map(work, (tff.federated_broadcast(state), weights, data))
         measured = tff.federated_zip(OrderedDict(train=types.aggregate_metrics(metrics)))
         return tff.templates.MeasuredProcessOutput(state, result, measured)
 
     @tff.tensorflow.computation(state_type)
-    def get_hparams(state: Any) -> Any:
+    def get_hparams(state: Hyperparameters) -> Hyperparameters:
         return state
 
     @tff.tensorflow.computation(state_type, state_type)
-    def set_hparams(state: Any, new: Any) -> Any:
+    def set_hparams(state: Hyperparameters, new: Hyperparameters) -> Hyperparameters:
         del state  # it is nothing but the hyperparameters
         return new
 

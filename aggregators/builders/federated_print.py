@@ -1,15 +1,14 @@
 """Values inside a federated computation, shown where a person sees them."""
 
-from typing import Any
-
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators.core import checks
 from aggregators.core.layers import names_in_type
+from aggregators.core.types import Structure
 
 
-def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
+def federated_print(value: tff.Value, message: str, *, summarize: int = 3) -> tff.Value:
     """Prints a value each time a federated computation passes it, and returns it unchanged.
 
     For use inside a `tff.federated_computation`. A value at clients prints one line per client, in
@@ -46,7 +45,7 @@ def federated_print(value: Any, message: str, *, summarize: int = 3) -> Any:
 
     # TFF runs a bare graph without its side effects; those of a `tf.function` it keeps.
     @tf.function
-    def show(tensors: Any) -> Any:
+    def show(tensors: Structure) -> Structure:
         shown = []
         for name, tensor in zip(names, tf.nest.flatten(tensors), strict=True):
             shown += [f" {name}=" if name else " ", tensor]

@@ -2,7 +2,8 @@
 
 import math
 from collections import OrderedDict
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -10,6 +11,7 @@ import tensorflow_federated as tff
 from aggregators.core import checks
 from aggregators.core.bound_rule import BoundRule
 from aggregators.core.rule import Rule, check_rule
+from aggregators.core.types import Part, Structure, Tensors, Weights
 from aggregators.core.update import client_update
 
 # By which a mean of ones may exceed 1.
@@ -30,12 +32,12 @@ class FederatedRule(NamedTuple):
       'measurements'
     """
 
-    result: Any
-    state: Any
-    measurements: Any
+    result: tff.Value
+    state: tff.Value
+    measurements: tff.Value
 
 
-def rule_state(rule: Rule, value_type: Any) -> tff.Computation:
+def rule_state(rule: Rule, value_type: tff.Type) -> tff.Computation:
     """The state that a rule starts from, for a round of your own.
 
     Args:
@@ -56,15 +58,15 @@ def rule_state(rule: Rule, value_type: Any) -> tff.Computation:
 
 def federated_rule(
     rule: Rule,
-    value: Any,
-    state: Any,
+    value: tff.Value,
+    state: tff.Value,
     *,
-    server_model: Any = None,
-    weight: Any = None,
-    scores: Any = None,
+    server_model: tff.Value | None = None,
+    weight: tff.Value | None = None,
+    scores: tff.Value | None = None,
     scores_are: Literal["distances", "accuracies"] | None = None,
-    loss: Any = None,
-    steps: Any = None,
+    loss: tff.Value | None = None,
+    steps: tff.Value | None = None,
     value_is: Literal["model", "delta"] = "model",
     sample_size: int = 0,
 ) -> FederatedRule:
@@ -183,14 +185,14 @@ def federated_rule(
                 )
 
     @tff.tensorflow.computation
-    def on_client(given: Any) -> Any:
+    def on_client(given: Mapping[str, Structure]) -> Part:
         tensors = [tf.convert_to_tensor(tensor) for tensor in tf.nest.flatten(given["value"])]
         server = tf.nest.flatten(given["server"]) if "server" in given else None
         delta, trained = tensors, tensors
         if server is not None:
             other = [old - new for old, new in zip(server, tensors, strict=True)]
             delta, trained = (other, tensors) if value_is == "model" else (tensors, other)
-        measured: dict[str, Any] = {}
+        measured: dict[str, tf.Tensor] = {}
         if scored_here:
             if server is None:
                 server, trained = delta, [tf.zeros_like(tensor) for tensor in tensors]
@@ -210,7 +212,7 @@ def federated_rule(
 
     parts = tff.federated_map(on_client, tff.federated_zip(given))
 
-    def finish(update: Any, unchanged: Any, model: Any) -> Any:
+    def finish(update: Tensors, unchanged: tf.Tensor, model: Weights | None) -> Tensors:
         if model is None:
             return [tf.where(unchanged, tf.zeros_like(x), x) for x in update]
         return [

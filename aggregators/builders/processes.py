@@ -22,25 +22,36 @@ from aggregators.core.bound_rule import BoundRule
 from aggregators.core.layers import Layers
 from aggregators.core.needs import LossAt
 from aggregators.core.rule import Rule, check_rule
+from aggregators.core.types import (
+    Hyperparameters,
+    Metrics,
+    MetricsAggregator,
+    ModelFn,
+    ModelWeights,
+    Optimizer,
+    Part,
+    State,
+    Structure,
+)
 from aggregators.rules.adaptive_mean import ScoreLike
 from aggregators.rules.loss_gated import Gate
 from aggregators.scores import js_divergence, kl_divergence
 from aggregators.weighting import Weighting, softmax
 
-Optimizer: TypeAlias = tff.learning.optimizers.Optimizer
 LearningProcess: TypeAlias = tff.learning.templates.LearningProcess
-_State = tff.learning.templates.LearningAlgorithmState
+_Distributor: TypeAlias = tff.learning.templates.DistributionProcess
+_State: TypeAlias = tff.learning.templates.LearningAlgorithmState
 
 
 def build_fed_avg(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_optimizer_fn: Optimizer,
     server_optimizer_fn: Optimizer | None = None,
     *,
     rule: Rule | None = None,
     client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
-    model_distributor: tff.learning.templates.DistributionProcess | None = None,
-    metrics_aggregator: Any = None,
+    model_distributor: _Distributor | None = None,
+    metrics_aggregator: MetricsAggregator | None = None,
     loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
     example_clipping: ExampleClipping | None = None,
     sample_size: int = 0,
@@ -122,7 +133,7 @@ def build_fed_avg(
     hparams = training.hparams()
 
     @tff.federated_computation
-    def initialize() -> Any:
+    def initialize() -> tff.Value:
         return tff.federated_zip(
             _State(
                 tff.federated_eval(initial_weights, tff.SERVER),
@@ -140,7 +151,9 @@ def build_fed_avg(
     data_type = state_io.input_type(types.data) if remembers else types.data
 
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, data_type)
-    def on_client(hparams: Any, rule_state: Any, weights: Any, data: Any) -> Any:
+    def on_client(
+        hparams: Hyperparameters, rule_state: State, weights: ModelWeights, data: Structure
+    ) -> tuple[Part, Metrics, Structure]:
         work = training.work(bound.layers)
         round_number = rule_state["round"]
         if memory is None:
@@ -159,7 +172,7 @@ def build_fed_avg(
     @tff.federated_computation(
         tff.FederatedType(state_type, tff.SERVER), tff.FederatedType(data_type, tff.CLIENTS)
     )
-    def next_fn(state: Any, data: Any) -> Any:
+    def next_fn(state: tff.Value, data: tff.Value) -> tff.Value:
         sent = distributor.next(state.distributor, state.global_model_weights)
         parts, metrics, counts = tff.federated_map(
             on_client,
@@ -187,15 +200,15 @@ def build_fed_avg(
         )
 
     @tff.tensorflow.computation(state_type)
-    def get_model_weights(state: Any) -> Any:
+    def get_model_weights(state: _State) -> ModelWeights:
         return state.global_model_weights
 
     @tff.tensorflow.computation(state_type, state_type.global_model_weights)
-    def set_model_weights(state: Any, weights: Any) -> Any:
+    def set_model_weights(state: _State, weights: ModelWeights) -> _State:
         return state._replace(global_model_weights=weights)
 
     @tff.tensorflow.computation(state_type)
-    def get_hparams(state: Any) -> Any:
+    def get_hparams(state: _State) -> Hyperparameters:
         return OrderedDict(
             client_work=state.client_work,
             aggregator=hyperparameters.read(rule.hparams, state.aggregator),
@@ -203,7 +216,7 @@ def build_fed_avg(
         )
 
     @tff.tensorflow.computation(state_type, get_hparams.type_signature.result)
-    def set_hparams(state: Any, new: Any) -> Any:
+    def set_hparams(state: _State, new: Hyperparameters) -> _State:
         return state._replace(
             client_work=new["client_work"],
             aggregator=hyperparameters.write(rule.hparams, state.aggregator, new["aggregator"]),
@@ -221,7 +234,7 @@ def build_fed_avg(
 
 
 def build_fed_kl(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_optimizer_fn: Optimizer,
     server_optimizer_fn: Optimizer | None = None,
     *,
@@ -248,7 +261,7 @@ def build_fed_kl(
       bound: The largest ratio between two clients' weights, number of examples aside; None for none.
       times_examples: Whether weights are multiplied by the number of examples.
       layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
-      **options: Any further argument of `build_fed_avg`.
+      **options: The further arguments of `build_fed_avg`.
 
     Returns:
       A `LearningProcess`; see `build_fed_avg`.
@@ -269,7 +282,7 @@ def build_fed_kl(
 
 
 def build_fed_att(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_optimizer_fn: Optimizer,
     *,
     step_size: hyperparameters.Number = 1.2,
@@ -285,7 +298,7 @@ def build_fed_att(
       step_size: Above 0; 1.2 in the authors' later version, 1.0 in the first.
       norm: Of how far a tensor moved: `"spectral"` as in the authors' code, or `"frobenius"`.
       layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
-      **options: Any further argument of `build_fed_avg`.
+      **options: The further arguments of `build_fed_avg`.
 
     Returns:
       A `LearningProcess`; see `build_fed_avg`.
@@ -305,7 +318,7 @@ def build_fed_att(
 
 
 def build_fed_med(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_optimizer_fn: Optimizer,
     server_optimizer_fn: Optimizer | None = None,
     *,
@@ -333,7 +346,7 @@ def build_fed_med(
       min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1.
       layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
       loss_at: Where the clients' loss is taken: `"training"`, or `"initial"`, at the server's model.
-      **options: Any further argument of `build_fed_avg`.
+      **options: The further arguments of `build_fed_avg`.
 
     Returns:
       A `LearningProcess`; `metrics["aggregator"]["adaptive"]` is the branch.
@@ -360,7 +373,7 @@ def build_fed_med(
 
 
 def build_q_fed_avg(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_optimizer_fn: Optimizer,
     server_optimizer_fn: Optimizer | None = None,
     *,
@@ -380,7 +393,7 @@ def build_q_fed_avg(
       learning_rate: The learning rate of `client_optimizer_fn`, above 0. Where that changes between
         rounds, change this hyperparameter too.
       q: At least 0.
-      **options: Any further argument of `build_fed_avg`.
+      **options: The further arguments of `build_fed_avg`.
 
     Returns:
       A `LearningProcess`; see `build_fed_avg`.
@@ -401,7 +414,7 @@ def build_q_fed_avg(
 
 
 def build_fed_nova(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_optimizer_fn: Optimizer,
     server_optimizer_fn: Optimizer | None = None,
     *,
@@ -416,7 +429,7 @@ def build_fed_nova(
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
       momentum: The momentum of `client_optimizer_fn`, at least 0 and below 1. Where that changes
         between rounds, change this hyperparameter too.
-      **options: Any further argument of `build_fed_avg`.
+      **options: The further arguments of `build_fed_avg`.
 
     Returns:
       A `LearningProcess`; see `build_fed_avg`.
@@ -439,7 +452,7 @@ def build_fed_nova(
 
 
 def build_scaffold(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_optimizer_fn: Optimizer,
     server_optimizer_fn: Optimizer | None = None,
     *,
@@ -459,7 +472,7 @@ def build_scaffold(
       option: As for `rules.scaffold`.
       rule: What is made of the clients' deltas; their mean if None.
       client_weighting: Uniform, as in the paper, if not given.
-      **options: Any further argument of `build_fed_avg`.
+      **options: The further arguments of `build_fed_avg`.
 
     Returns:
       A `LearningProcess` whose client data come from `ClientStates.cohort`; see `build_fed_avg`.
@@ -492,13 +505,13 @@ def build_scaffold(
 
 
 def compose_fed_avg(
-    model_fn: Any,
+    model_fn: ModelFn,
     client_work: tff.learning.templates.ClientWorkProcess,
     model_aggregator: tff.aggregators.WeightedAggregationFactory | None = None,
-    server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+    server_optimizer_fn: Optimizer | None = None,
     *,
-    model_distributor: tff.learning.templates.DistributionProcess | None = None,
-) -> tff.learning.templates.LearningProcess:
+    model_distributor: _Distributor | None = None,
+) -> LearningProcess:
     """Builds federated averaging around any client work and any weighted aggregator.
 
     What `tff.learning.algorithms.build_weighted_fed_avg` does, with the client work as an argument.
@@ -553,15 +566,15 @@ def compose_fed_avg(
 
 
 def _server_parts(
-    model_fn: Any, server_optimizer_fn: Any, distributor: Any
-) -> tuple[Any, Any, Any]:
+    model_fn: ModelFn, server_optimizer_fn: Optimizer | None, distributor: _Distributor | None
+) -> tuple[tff.Computation, _Distributor, tff.learning.templates.FinalizerProcess]:
     """Initial weights, distributor and finalizer, with TFF's own where none is given."""
     if server_optimizer_fn is None:
         server_optimizer_fn = tff.learning.optimizers.build_sgdm(1.0)
     check_optimizer("server_optimizer_fn", server_optimizer_fn)
 
     @tff.tensorflow.computation
-    def initial_weights() -> Any:
+    def initial_weights() -> ModelWeights:
         if isinstance(model_fn, tff.learning.models.FunctionalModel):
             parts = (tuple(tf.convert_to_tensor(w) for w in p) for p in model_fn.initial_weights)
             return tff.learning.models.ModelWeights(*parts)
@@ -576,7 +589,7 @@ def _server_parts(
     return initial_weights, distributor, finalizer
 
 
-def _check_hparam(optimizer: tff.learning.optimizers.Optimizer, name: str, value: float) -> None:
+def _check_hparam(optimizer: Optimizer, name: str, value: float) -> None:
     """Raises `ValueError` if the optimizer is known to have another number of this name."""
     check_optimizer("client_optimizer_fn", optimizer)
     state = optimizer.initialize(tf.TensorSpec((), tf.float32))

@@ -1,13 +1,12 @@
 """A rule as a factory for TFF's own builders."""
 
-from typing import Any
-
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators.core import checks
 from aggregators.core.bound_rule import BoundRule
 from aggregators.core.rule import Rule, check_rule
+from aggregators.core.types import Part, State, Structure
 from aggregators.core.update import ClientUpdate, client_update, is_measured_update
 
 
@@ -55,7 +54,9 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
         self._rule = rule
         self._sample_size = checks.whole("sample_size", sample_size, 0)
 
-    def create(self, value_type: Any, weight_type: Any) -> tff.templates.AggregationProcess:
+    def create(
+        self, value_type: tff.Type, weight_type: tff.Type
+    ) -> tff.templates.AggregationProcess:
         """Builds the process for these types; see the class.
 
         Args:
@@ -78,7 +79,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
         needs = self._rule.needs
 
         @tff.tensorflow.computation(value_type, weight_type, bound.state_type)
-        def on_client(value: Any, weight: Any, state: Any) -> Any:
+        def on_client(value: Structure, weight: tf.Tensor, state: State) -> Part:
             if measured:
                 update = ClientUpdate(
                     tuple(tf.nest.flatten(value.delta)),
@@ -95,7 +96,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
             return bound.client(update, state)
 
         @tff.federated_computation
-        def initialize() -> Any:
+        def initialize() -> tff.Value:
             return tff.federated_eval(bound.initial_state, tff.SERVER)
 
         @tff.federated_computation(
@@ -103,7 +104,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
             tff.FederatedType(value_type, tff.CLIENTS),
             tff.FederatedType(weight_type, tff.CLIENTS),
         )
-        def next_fn(state: Any, value: Any, weight: Any) -> Any:
+        def next_fn(state: tff.Value, value: tff.Value, weight: tff.Value) -> tff.Value:
             parts = tff.federated_map(on_client, (value, weight, tff.federated_broadcast(state)))
             new_state, result, measured = bound.federated_server(state, parts)
             return tff.templates.MeasuredProcessOutput(new_state, result, measured)
@@ -111,7 +112,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
         return tff.templates.AggregationProcess(initialize, next_fn)
 
 
-def _check_needs(bound: BoundRule, measured: Any) -> None:
+def _check_needs(bound: BoundRule, measured: tff.Type | None) -> None:
     """Raises `ValueError` unless what the rule needs comes with the update, or can be had from it."""
     needs = bound.rule.needs
     if measured is None:

@@ -1,7 +1,7 @@
 """Client work whose clients weigh themselves, for any of TFF's weighted aggregators."""
 
 from collections import OrderedDict
-from typing import Any
+from typing import TypeAlias
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -11,9 +11,11 @@ from aggregators.core.layers import Layers, layers_of_type
 from aggregators.core.reduction import federated_reduce
 from aggregators.core.rule import PerLayer
 from aggregators.core.score import Function, Score, as_score, score_layers
+from aggregators.core.types import Hyperparameters, Measurements, Part, State, Structure
 from aggregators.core.update import finite_tensors
 from aggregators.weighted_mean.statistics import (
     ClientStatistics,
+    Totals,
     measure,
     statistics_reduction,
 )
@@ -24,6 +26,8 @@ from aggregators.weighting import (
     next_typical_score,
     relative_scale,
 )
+
+ClientResult: TypeAlias = tff.learning.templates.ClientResult
 
 # exp(60) is 1e26: two clients may differ by 52 orders of magnitude, and no weight leaves float32.
 _LARGEST_EXPONENT = 60.0
@@ -69,7 +73,7 @@ def build_self_weighting_client_work(
     all.
 
     Args:
-      client_work: Any client work whose update has the trainable weights' structure and is the
+      client_work: A client work whose update has the trainable weights' structure and is the
         initial weights minus the trained ones, and whose weight is one number.
       score: How far a layer is from the server's; one from `aggregators.scores` or your own.
       weighting: How scores become weights; from `aggregators.weighting`.
@@ -129,7 +133,7 @@ def build_self_weighting_client_work(
     inner_type = state_type.member
     numbers = weighting.all_hparams
 
-    def own_state(round_number: Any, typical_score: Any) -> OrderedDict[str, Any]:
+    def own_state(round_number: tf.Tensor, typical_score: tf.Tensor) -> OrderedDict[str, Structure]:
         return OrderedDict(
             typical_score=typical_score,
             round=round_number,
@@ -137,13 +141,13 @@ def build_self_weighting_client_work(
         )
 
     @tff.tensorflow.computation(inner_type)
-    def initial_state(inner: Any) -> Any:
+    def initial_state(inner: Structure) -> State:
         return OrderedDict(client_work=inner, **own_state(tf.constant(0), tf.zeros([1])))
 
     outer_type = initial_state.type_signature.result
 
     @tff.tensorflow.computation(outer_type)
-    def without_inner(state: Any) -> Any:
+    def without_inner(state: State) -> State:
         return OrderedDict((name, x) for name, x in state.items() if name != "client_work")
 
     @tff.tensorflow.computation(
@@ -153,7 +157,9 @@ def build_self_weighting_client_work(
         without_inner.type_signature.result,
     )
     @tf.function
-    def weigh_client(result: Any, weights: Any, data: Any, state: Any) -> Any:
+    def weigh_client(
+        result: ClientResult, weights: Structure, data: Structure, state: State
+    ) -> tuple[ClientResult, Part]:
         server = tf.nest.flatten(_trainable(weights))
         update = tf.nest.flatten(result.update)
         trained = [old - moved for old, moved in zip(server, update, strict=True)]
@@ -179,7 +185,7 @@ def build_self_weighting_client_work(
         new = tf.where(bad, tf.zeros_like(new), new)
         kept = is_valid & ~bad
         update = [tf.where(kept, tensor, tf.zeros_like(tensor)) for tensor in update]
-        weighted = tff.learning.templates.ClientResult(
+        weighted = ClientResult(
             update=tf.nest.pack_sequence_as(result.update, update),
             update_weight=tf.cast(new, tf.float32),
         )
@@ -190,18 +196,20 @@ def build_self_weighting_client_work(
     inner_measured = signature.result.measurements.member
 
     @tff.federated_computation
-    def initialize() -> Any:
+    def initialize() -> tff.Value:
         return tff.federated_map(initial_state, client_work.initialize())
 
     @tff.federated_computation(tff.FederatedType(outer_type, tff.SERVER), weights_type, data_type)
-    def next_fn(state: Any, weights: Any, data: Any) -> Any:
+    def next_fn(state: tff.Value, weights: tff.Value, data: tff.Value) -> tff.Value:
         output = client_work.next(state["client_work"], weights, data)
         own = tff.federated_broadcast(tff.federated_map(without_inner, state))
         weighted, parts = tff.federated_map(weigh_client, (output.result, weights, data, own))
         totals = federated_reduce(parts, reduction.of_lifted)
 
         @tff.tensorflow.computation
-        def on_server(state: Any, inner: Any, measured: Any, totals: Any) -> Any:
+        def on_server(
+            state: State, inner: Structure, measured: Structure, totals: Totals
+        ) -> tuple[State, Measurements]:
             state = hyperparameters.check_schedules(numbers, state)
             seen = measure(totals, relative_scale(weighting, state))
             typical = next_typical_score(weighting, state, seen["score_mean"].values)
@@ -222,12 +230,12 @@ def build_self_weighting_client_work(
     inner_hparams = client_work.get_hparams.type_signature.result
 
     @tff.tensorflow.computation(outer_type)
-    def get_hparams(state: Any) -> Any:
+    def get_hparams(state: State) -> Hyperparameters:
         inner = client_work.get_hparams(state["client_work"])
         return _with(inner, "weighting", hyperparameters.read(numbers, state), inner_hparams)
 
     @tff.tensorflow.computation(outer_type, get_hparams.type_signature.result)
-    def set_hparams(state: Any, hparams: Any) -> Any:
+    def set_hparams(state: State, hparams: Hyperparameters) -> State:
         new = hyperparameters.write(numbers, state, hparams["weighting"])
         inner = _without(hparams, "weighting", inner_hparams)
         new["client_work"] = client_work.set_hparams(state["client_work"], inner)
@@ -238,7 +246,7 @@ def build_self_weighting_client_work(
     )
 
 
-def _trainable(weights: Any) -> Any:
+def _trainable(weights: Structure | tff.Type) -> Structure | tff.Type:
     """The trainable part of model weights, of their type, or of anything else all of it."""
     if isinstance(weights, tff.types.StructWithPythonType):
         is_model = weights.python_container is tff.learning.models.ModelWeights
@@ -255,26 +263,28 @@ def _largest(tensor: tf.Tensor) -> tf.Tensor:
     return tf.reduce_max(tf.abs(tensor))
 
 
-def _has_data(data: Any) -> tf.Tensor:
+def _has_data(data: Structure) -> tf.Tensor:
     """Whether the first of a client's datasets has an element."""
     dataset = tf.nest.flatten(data)[0]
     return dataset.take(1).reduce(False, lambda found, batch: True)
 
 
-def _is_mapping(value_type: Any) -> bool:
+def _is_mapping(value_type: tff.Type) -> bool:
     return isinstance(value_type, tff.types.StructWithPythonType) and issubclass(
         value_type.python_container, dict
     )
 
 
-def _with(inner: Any, name: str, value: Any, inner_type: Any) -> Any:
+def _with(
+    inner: Structure, name: str, value: Structure, inner_type: tff.Type
+) -> OrderedDict[str, Structure]:
     """Adds an entry to what the inner work has; wraps that if it is not a dictionary."""
     if _is_mapping(inner_type):
         return OrderedDict([*inner.items(), (name, value)])
     return OrderedDict([("client_work", inner), (name, value)])
 
 
-def _without(outer: Any, name: str, inner_type: Any) -> Any:
+def _without(outer: State, name: str, inner_type: tff.Type) -> Structure:
     """What `_with` added to."""
     if _is_mapping(inner_type):
         return OrderedDict((key, value) for key, value in outer.items() if key != name)

@@ -1,12 +1,13 @@
 """The parts of a batch: those with a row for each example, and those that all examples share."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tensorflow as tf
 import tree
 
-from aggregators.core.checks import only_if
+from aggregators.core.checks import asserted
+from aggregators.core.types import Batch
 
 _T = TypeVar("_T")
 _CURE = (
@@ -14,7 +15,7 @@ _CURE = (
 )
 
 
-def _parts(batch: Any, shared: Sequence[str]) -> list[tuple[str, Any, bool]]:
+def _parts(batch: Batch, shared: Sequence[str]) -> list[tuple[str, tf.Tensor, bool]]:
     """The name of each part, the part, and whether it has rows; in the order of `tf.nest.flatten`."""
     named = [("/".join(map(str, path)), part) for path, part in tree.flatten_with_path(batch)]
     return [(name, part, not any(_is_of(name, s) for s in shared)) for name, part in named]
@@ -24,7 +25,7 @@ def _is_of(name: str, whole: str) -> bool:
     return name == whole or name.startswith(f"{whole}/")
 
 
-def check_parts(spec: Any, shared: Sequence[str]) -> None:
+def check_parts(spec: Batch, shared: Sequence[str]) -> None:
     """Raises `ValueError` for a batch that can be seen to have parts without its rows.
 
     Such a part is a scalar, has a first dimension that is not that of others, or one that is known
@@ -66,7 +67,7 @@ def check_parts(spec: Any, shared: Sequence[str]) -> None:
         )
 
 
-def count_rows(batch: Any, shared: Sequence[str]) -> tuple[tf.Tensor, Any]:
+def count_rows(batch: Batch, shared: Sequence[str]) -> tuple[tf.Tensor, Batch]:
     """The number of a batch's examples.
 
     Args:
@@ -86,8 +87,8 @@ def count_rows(batch: Any, shared: Sequence[str]) -> tuple[tf.Tensor, Any]:
 
 
 def common_rows(
-    rule: str, named: Sequence[tuple[str, Any]], cure: str, value: _T
-) -> tuple[Any, _T]:
+    rule: str, named: Sequence[tuple[str, tf.Tensor]], cure: str, value: _T
+) -> tuple[tf.Tensor, _T]:
     """The number of rows that all of these tensors have.
 
     Args:
@@ -104,10 +105,10 @@ def common_rows(
     found = [x for (name, _), size in zip(named, sizes, strict=True) for x in (f"{name}:", size)]
     message = [f"{rule}; found in", *found, f"rows (-1 for a scalar). {cure}"]
     same = tf.reduce_all(tf.equal(tf.stack(sizes), sizes[0])) & (sizes[0] >= 0)
-    return only_if(same, message, (sizes[0], value))
+    return asserted(same, message, (sizes[0], value))
 
 
-def take_rows(batch: Any, shared: Sequence[str], take: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+def take_rows(batch: Batch, shared: Sequence[str], take: Callable[[tf.Tensor], tf.Tensor]) -> Batch:
     """The batch with `take` of each part that has rows; what examples share stays whole."""
     parts = _parts(batch, shared)
     taken = [take(part) if has_rows else part for _, part, has_rows in parts]

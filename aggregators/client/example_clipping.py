@@ -2,8 +2,8 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import attrs
 import tensorflow as tf
@@ -11,13 +11,16 @@ import tensorflow_federated as tff
 
 from aggregators.client.batch_rows import check_parts, count_rows, take_rows
 from aggregators.core import checks
+from aggregators.core.types import Batch, Gradients, ModelFn, Tensors, Weights
+
+Counts: TypeAlias = Mapping[str, tf.Tensor]
 
 # Named, because "auto_select" may give other numbers on another device.
 _ALGORITHM = "philox"
 _MOVING_AVERAGES = ("moving_mean", "moving_variance")
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: object) -> tuple[str, ...]:
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in names):
         raise TypeError(
@@ -112,11 +115,12 @@ class ExampleClipping:
     shared_parts: tuple[str, ...] = attrs.field(default=(), kw_only=True, converter=_names)
 
     def __attrs_post_init__(self) -> None:
+        positive = checks.Range(0.0, above=True)
         if self.clip_norm != math.inf:
-            checks.number("clip_norm", self.clip_norm, 0, math.inf, more=", or infinite")
-        checks.number("noise_multiplier", self.noise_multiplier, 0, math.inf, closed=True)
+            checks.number("clip_norm", self.clip_norm, positive, more=", or infinity")
+        checks.number("noise_multiplier", self.noise_multiplier, checks.Range(0.0))
         if self.expected_batch_size is not None:
-            checks.number("expected_batch_size", self.expected_batch_size, 0, math.inf)
+            checks.number("expected_batch_size", self.expected_batch_size, positive)
         if self.seed is not None and checks.whole("seed", self.seed, 0) >= 2**63:
             raise ValueError(f"`seed` must be below 2**63; found {self.seed}.")
         if self.noise_multiplier and self.expected_batch_size is None:
@@ -148,14 +152,14 @@ class Clipped(NamedTuple):
       kept: bool: for each row, whether it counts.
     """
 
-    gradients: Sequence[tf.Tensor | None]
+    gradients: Gradients
     loss: tf.Tensor
     examples: tf.Tensor
-    counts: OrderedDict[str, tf.Tensor]
+    counts: Counts
     kept: tf.Tensor
 
 
-def no_counts(clipping: ExampleClipping | None) -> OrderedDict[str, tf.Tensor]:
+def no_counts(clipping: ExampleClipping | None) -> Counts:
     """The counts of no batch; empty where nothing is clipped."""
     if clipping is None:
         return OrderedDict()
@@ -169,17 +173,17 @@ def no_counts(clipping: ExampleClipping | None) -> OrderedDict[str, tf.Tensor]:
 
 def clip_examples(
     clipping: ExampleClipping,
-    batch: Any,
-    weights: Sequence[Any],
-    one: Callable[[Any], tuple[Any, Any]],
+    batch: Batch,
+    weights: Weights,
+    one: Callable[[Batch], tuple[Gradients, tf.Tensor]],
     *,
-    noise_position: Sequence[Any] = (),
+    noise_position: Tensors = (),
 ) -> Clipped:
     """The gradient of a batch; see `ExampleClipping`.
 
     Args:
       clipping: How to clip.
-      batch: Any structure of tensors; the first dimension of all but the shared parts counts examples.
+      batch: A structure of tensors; the first dimension of all but the shared parts counts examples.
       weights: The trainable weights.
       one: `batch of one -> (gradients, loss)`.
       noise_position: Whole numbers by which batches differ, such as round and step: for noise of a seed.
@@ -190,7 +194,9 @@ def clip_examples(
     size, batch = count_rows(batch, clipping.shared_parts)
     positions = tf.range(size)
 
-    def step(i: tf.Tensor, sums: Any, loss: Any, counts: Any, kept: tf.Tensor) -> Any:
+    def step(
+        i: tf.Tensor, sums: Tensors, loss: tf.Tensor, counts: Counts, kept: tf.Tensor
+    ) -> Tensors:
         example = take_rows(batch, clipping.shared_parts, lambda x: x[i : i + 1])
         gradients, its_loss = one(example)
         known[:] = [g is not None for g in gradients]
@@ -244,12 +250,12 @@ def clip_examples(
     return Clipped(gradients, mean_loss, examples, counts, kept)
 
 
-def add_counts(total: Any, found: Any) -> Any:
+def add_counts(total: Counts, found: Counts) -> Counts:
     """Adds a batch's counts."""
     return tf.nest.map_structure(tf.add, total, found)
 
 
-def _noise_key(seed: int | None, noise_position: Sequence[Any], batch: Any) -> tf.Tensor:
+def _noise_key(seed: int | None, noise_position: Tensors, batch: Batch) -> tf.Tensor:
     """int64 of shape [2], from which a batch's noise is drawn."""
     if seed is None:
         # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph,
@@ -274,7 +280,7 @@ def _noise(like: tf.Tensor, stddev: float, key: tf.Tensor, position: int) -> tf.
 
 
 @tff.tensorflow.computation
-def _measurements(counts: Any) -> OrderedDict[str, tf.Tensor]:
+def _measurements(counts: Counts) -> OrderedDict[str, tf.Tensor]:
     return OrderedDict(
         clipped_examples=counts["clipped"],
         non_finite_examples=counts["non_finite"],
@@ -282,12 +288,12 @@ def _measurements(counts: Any) -> OrderedDict[str, tf.Tensor]:
     )
 
 
-def measurements(counts: Any) -> Any:
+def measurements(counts: tff.Value) -> tff.Value:
     """The round's measurements: `{counts}@CLIENTS -> M@SERVER`."""
     return tff.federated_map(_measurements, tff.federated_sum(counts))
 
 
-def check_clipping(clipping: Any) -> None:
+def check_clipping(clipping: object) -> None:
     """Raises `TypeError` for anything but an `ExampleClipping`, or None for no clipping."""
     if clipping is not None and not isinstance(clipping, ExampleClipping):
         raise TypeError(
@@ -295,7 +301,7 @@ def check_clipping(clipping: Any) -> None:
         )
 
 
-def check_examples_are_apart(model_fn: Any, clipping: ExampleClipping) -> None:
+def check_examples_are_apart(model_fn: ModelFn, clipping: ExampleClipping) -> None:
     """Raises `ValueError` for a model whose batches cannot be taken apart into examples.
 
     Their parts do not all have rows, or the model has a batch normalisation, through which examples

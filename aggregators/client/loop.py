@@ -3,7 +3,7 @@
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -16,18 +16,31 @@ from aggregators.client.example_clipping import (
     clip_examples,
     no_counts,
 )
-from aggregators.client.model_adapters import Output, adapter_of
+from aggregators.client.model_adapters import Held, Output, adapter_of
 from aggregators.core.autograph import with_autograph
-from aggregators.core.candidates import errors_of_batch, mean_errors, no_errors
-from aggregators.core.client_memory import Trained, correction, densify
+from aggregators.core.candidates import Models, errors_of_batch, mean_errors, no_errors
+from aggregators.core.client_memory import Context, Trained, correction, densify
 from aggregators.core.needs import Needs
+from aggregators.core.types import (
+    Batch,
+    Gradients,
+    Hyperparameters,
+    Metrics,
+    ModelFn,
+    ModelWeights,
+    Optimizer,
+    OptimizerState,
+    Structure,
+    Tensors,
+    Weights,
+)
 
 Loop: TypeAlias = tff.learning.LoopImplementation
 
 
 def build_loop(
-    model_fn: Any,
-    optimizer: tff.learning.optimizers.Optimizer,
+    model_fn: ModelFn,
+    optimizer: Optimizer,
     needs: Needs,
     loop: Loop,
     clipping: ExampleClipping | None,
@@ -60,21 +73,23 @@ def build_loop(
     wants_loss = needs.loss == "initial"
     next_step = with_autograph(optimizer.next)
 
-    def differentiate(held: Any, batch: Any, *, training: bool) -> tuple[Any, Output]:
+    def differentiate(held: Held, batch: Batch, *, training: bool) -> tuple[Gradients, Output]:
         weights = model.trainable(held)
         with tf.GradientTape() as tape:
             tape.watch([w for w in weights if not isinstance(w, tf.Variable)])
             output = model.forward(held, batch, training=training)
         return tape.gradient(output.loss, weights), output
 
-    def gradient(held: Any, metrics: Any, batch: Any, noise_position: Any) -> Any:
+    def gradient(
+        held: Held, metrics: Metrics, batch: Batch, noise_position: Tensors
+    ) -> tuple[Gradients, tf.Tensor, tf.Tensor, Metrics, Structure]:
         """The gradient of a batch, its loss and examples, the metrics, and what clipping counted."""
         if clipping is None:
             gradients, output = differentiate(held, batch, training=True)
             metrics = model.update_metrics(metrics, output)
             return gradients, output.loss, output.examples, metrics, no_counts(None)
 
-        def one(example: Any) -> Any:
+        def one(example: Batch) -> tuple[Gradients, tf.Tensor]:
             gradients, output = differentiate(held, example, training=True)
             return gradients, output.loss
 
@@ -83,7 +98,7 @@ def build_loop(
             lambda: clip_examples(clipping, batch, weights, one, noise_position=noise_position)
         )
 
-        def see_batch() -> Any:
+        def see_batch() -> tuple[tf.Tensor, Metrics]:
             rows = take_rows(batch, clipping.shared_parts, lambda x: tf.boolean_mask(x, found.kept))
             output = model.forward(held, rows, training=True)
             return found.examples, model.update_metrics(metrics, output)
@@ -94,7 +109,12 @@ def build_loop(
         )
         return found.gradients, found.loss, examples, metrics, found.counts
 
-    def step(noise_position: Any, correct: Any, state: Any, batch: Any) -> Any:
+    def step(
+        noise_position: Tensors,
+        correct: Callable[[Gradients, Weights], Gradients],
+        state: Structure,
+        batch: Batch,
+    ) -> Structure:
         held, optimizer_state, metrics, sums, counts, seen, steps = state
         gradients, loss, examples, metrics, found = gradient(
             held, metrics, batch, (*noise_position, steps)
@@ -109,12 +129,14 @@ def build_loop(
         sums = sums_of.add_batch(sums, losses, examples)
         return held, optimizer_state, metrics, sums, add_counts(counts, found), seen, steps + 1
 
-    def measure(initial: Any, models: Any, held: Any, sums: Any, batch: Any) -> Any:
+    def measure(
+        initial: Weights, models: Models, held: Held, sums: Structure, batch: Batch
+    ) -> Structure:
         """One batch of the second pass."""
         means, errors = sums
-        found: OrderedDict[str, Any] = OrderedDict(loss=(), gradient=())
+        found: OrderedDict[str, Structure] = OrderedDict(loss=(), gradient=())
         judged = []
-        examples: Any = None
+        examples: tf.Tensor | None = None
         if wants_gradient or wants_loss:
             if models:  # else no other weights have been there
                 held = model.assign(held, initial)
@@ -135,7 +157,12 @@ def build_loop(
 
     @tf.function(autograph=False)
     def train(
-        weights: Any, dataset: Any, hparams: Any, models: Any, context: Any, noise_position: Any
+        weights: ModelWeights,
+        dataset: tf.data.Dataset,
+        hparams: Hyperparameters,
+        models: Models,
+        context: Context | None,
+        noise_position: Tensors,
     ) -> Trained:
         initial = tuple(tf.nest.flatten(weights.trainable))
         held = model.start(weights)
@@ -165,7 +192,7 @@ def build_loop(
             loss=sums_of.SCALAR if wants_loss else (),
             gradient=initial if wants_gradient else (),
         )
-        errors: Any = (no_errors(),) * len(models)
+        errors: Structure = (no_errors(),) * len(models)
         if tf.nest.flatten((found, errors)):
             look = functools.partial(measure, initial, models, model.start(weights))
             nothing = (sums_of.no_sum(found), errors)
@@ -189,8 +216,8 @@ def build_loop(
 
 
 def initial_state(
-    optimizer: tff.learning.optimizers.Optimizer, trainable: tuple[Any, ...], hparams: Any
-) -> Any:
+    optimizer: Optimizer, trainable: Weights, hparams: Hyperparameters
+) -> OptimizerState:
     """The state of an optimizer that knows of no step."""
     specs = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in trainable)
     return optimizer.set_hparams(optimizer.initialize(specs), hparams)
@@ -199,10 +226,10 @@ def initial_state(
 def fold(
     loop: Loop,
     dataset: tf.data.Dataset,
-    state: Any,
-    step: Callable[[Any, Any], Any],
-    after: Any = (),
-) -> Any:
+    state: Structure,
+    step: Callable[[Structure, Batch], Structure],
+    after: Structure = (),
+) -> Structure:
     """Folds a dataset's batches into a state: `step(state, batch) -> state`.
 
     Args:
@@ -217,7 +244,12 @@ def fold(
         return _fold(loop, dataset, state, step)
 
 
-def _fold(loop: Loop, dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
+def _fold(
+    loop: Loop,
+    dataset: tf.data.Dataset,
+    state: Structure,
+    step: Callable[[Structure, Batch], Structure],
+) -> Structure:
     if loop is Loop.DATASET_REDUCE:
         return dataset.reduce(state, tf.autograph.experimental.do_not_convert(step))
     iterator = iter(dataset)

@@ -1,7 +1,7 @@
 """The two kinds of model that TFF knows, as the one training loop sees them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import attrs
 import tensorflow as tf
@@ -11,8 +11,20 @@ import tree
 from aggregators.client.batch_rows import common_rows
 from aggregators.core.autograph import with_autograph
 from aggregators.core.candidates import labels_of
+from aggregators.core.types import (
+    Batch,
+    Labels,
+    Metrics,
+    ModelFn,
+    ModelWeights,
+    Predictions,
+    Structure,
+    Weights,
+)
 
 _T = TypeVar("_T")
+# What of a model goes through a loop.
+Held: TypeAlias = Structure
 
 
 class Output(NamedTuple):
@@ -20,14 +32,14 @@ class Output(NamedTuple):
 
     Attributes:
       loss: Of any shape that TFF trains.
-      predictions: Any structure of tensors.
+      predictions: A structure of tensors.
       labels: The batch's labels; None if it is of no form that tells.
       examples: int64: the number of examples, as TFF counts them.
     """
 
-    loss: Any
-    predictions: Any
-    labels: Any
+    loss: tf.Tensor
+    predictions: Predictions
+    labels: Labels
     examples: tf.Tensor
 
 
@@ -38,32 +50,32 @@ class ModelAdapter(Protocol):
     and empty tuples go through the loop in their place.
     """
 
-    def start(self, weights: Any) -> Any:
+    def start(self, weights: ModelWeights) -> Held:
         """What goes through the loop for these `ModelWeights`, trainable and other."""
 
-    def trainable(self, held: Any) -> tuple[Any, ...]:
+    def trainable(self, held: Held) -> Weights:
         """The trainable weights, flat: tensors or variables."""
 
-    def assign(self, held: Any, trainable: Any) -> Any:
+    def assign(self, held: Held, trainable: Weights) -> Held:
         """What goes through the loop once these are the trainable weights."""
 
-    def forward(self, held: Any, batch: Any, *, training: bool) -> Output:
+    def forward(self, held: Held, batch: Batch, *, training: bool) -> Output:
         """One forward pass. That of a variable model updates its metrics as well."""
 
-    def start_metrics(self) -> Any:
+    def start_metrics(self) -> Metrics:
         """The metrics of no batch."""
 
-    def update_metrics(self, metrics: Any, output: Output) -> Any:
+    def update_metrics(self, metrics: Metrics, output: Output) -> Metrics:
         """The metrics with a batch's output, whose forward pass was the last one."""
 
     def without_metrics(self, compute: Callable[[], _T]) -> _T:
         """The result of a computation whose forward passes leave the metrics as they were."""
 
-    def report_metrics(self, metrics: Any) -> Any:
+    def report_metrics(self, metrics: Metrics) -> Metrics:
         """The unfinalized metrics, as tensors of this moment."""
 
 
-def adapter_of(model_fn: Any) -> ModelAdapter:
+def adapter_of(model_fn: ModelFn) -> ModelAdapter:
     """Adapts a functional model, or the variable model that a function makes here, once."""
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
         return _FunctionalAdapter(model_fn)
@@ -71,7 +83,7 @@ def adapter_of(model_fn: Any) -> ModelAdapter:
     return _VariableAdapter(model, tff.learning.models.ModelWeights.from_model(model))
 
 
-def _rows(predictions: Any) -> tf.Tensor:
+def _rows(predictions: Predictions) -> tf.Tensor:
     """TFF's own count, the first dimension of the predictions; of several, that of them all."""
     several = tree.flatten_with_path(predictions)
     if len(several) == 1:
@@ -89,26 +101,26 @@ def _rows(predictions: Any) -> tf.Tensor:
 class _FunctionalAdapter:
     model: tff.learning.models.FunctionalModel
 
-    def start(self, weights: Any) -> Any:
+    def start(self, weights: ModelWeights) -> Held:
         return tuple(weights.trainable), tuple(weights.non_trainable)
 
-    def trainable(self, held: Any) -> tuple[Any, ...]:
+    def trainable(self, held: Held) -> Weights:
         return held[0]
 
-    def assign(self, held: Any, trainable: Any) -> Any:
+    def assign(self, held: Held, trainable: Weights) -> Held:
         return tuple(trainable), held[1]
 
-    def forward(self, held: Any, batch: Any, *, training: bool) -> Output:
+    def forward(self, held: Held, batch: Batch, *, training: bool) -> Output:
         x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
         # TFF takes nothing but a `tf.function` for these two, so AutoGraph has seen them.
         predictions = self.model.predict_on_batch(held, x, training=training)
         loss = self.model.loss(output=predictions, label=y)
         return Output(loss, predictions, y, _rows(predictions))
 
-    def start_metrics(self) -> Any:
+    def start_metrics(self) -> Metrics:
         return with_autograph(self.model.initialize_metrics_state)()
 
-    def update_metrics(self, metrics: Any, output: Output) -> Any:
+    def update_metrics(self, metrics: Metrics, output: Output) -> Metrics:
         batch_output = tff.learning.models.BatchOutput(
             loss=output.loss,
             predictions=output.predictions,
@@ -120,7 +132,7 @@ class _FunctionalAdapter:
     def without_metrics(self, compute: Callable[[], _T]) -> _T:
         return compute()
 
-    def report_metrics(self, metrics: Any) -> Any:
+    def report_metrics(self, metrics: Metrics) -> Metrics:
         return metrics
 
 
@@ -129,19 +141,19 @@ class _VariableAdapter:
     model: tff.learning.models.VariableModel
     weights: tff.learning.models.ModelWeights
 
-    def start(self, weights: Any) -> Any:
+    def start(self, weights: ModelWeights) -> Held:
         tf.nest.map_structure(lambda variable, x: variable.assign(x), self.weights, weights)
         return ()
 
-    def trainable(self, held: Any) -> tuple[Any, ...]:
+    def trainable(self, held: Held) -> Weights:
         return tuple(tf.nest.flatten(self.weights.trainable))
 
-    def assign(self, held: Any, trainable: Any) -> Any:
+    def assign(self, held: Held, trainable: Weights) -> Held:
         for variable, value in zip(self.trainable(held), trainable, strict=True):
             variable.assign(value)
         return held
 
-    def forward(self, held: Any, batch: Any, *, training: bool) -> Output:
+    def forward(self, held: Held, batch: Batch, *, training: bool) -> Output:
         output = with_autograph(self.model.forward_pass)(batch, training=training)
         examples = output.num_examples
         if examples is None:
@@ -149,10 +161,10 @@ class _VariableAdapter:
         examples = tf.cast(examples, tf.int64)
         return Output(output.loss, output.predictions, labels_of(batch), examples)
 
-    def start_metrics(self) -> Any:
+    def start_metrics(self) -> Metrics:
         return ()
 
-    def update_metrics(self, metrics: Any, output: Output) -> Any:
+    def update_metrics(self, metrics: Metrics, output: Output) -> Metrics:
         del output  # the forward pass has updated them
         return metrics
 
@@ -164,7 +176,7 @@ class _VariableAdapter:
             variable.assign(value)
         return result
 
-    def report_metrics(self, metrics: Any) -> Any:
+    def report_metrics(self, metrics: Metrics) -> Metrics:
         found = with_autograph(self.model.report_local_unfinalized_metrics)()
         # A model may return its variables, which later passes change.
         return tf.nest.map_structure(tf.identity, found)

@@ -1,17 +1,18 @@
 """How the graph that trains a client reads and writes its state: by what `ClientStates` sends it."""
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators.core import client_memory
-from aggregators.core.checks import only_if
+from aggregators.core.checks import asserted
 
 
-def input_type(data_type: Any) -> Any:
+def input_type(data_type: tff.Type) -> tff.Type:
     """TFF type of what a client that keeps a state takes: its data, and where its state is."""
     numbers = [(name, np.int32) for name in ("round", "number", "clients")]
     files = [("load", np.str_), ("save", np.str_), *numbers]
@@ -28,7 +29,7 @@ class ClientStateFiles(NamedTuple):
       num_clients: How many clients the rule was told that there are; None if it need not know.
     """
 
-    client: Any
+    client: Mapping[str, tf.Tensor]
     round: tf.Tensor
     num_clients: int | None
 
@@ -42,7 +43,7 @@ class ClientStateFiles(NamedTuple):
             theirs,
             ". Go back with `ClientStates.restore(round)`, or load the other server state.",
         ]
-        path = only_if(tf.equal(ours, theirs), message, self.client["load"])
+        path = asserted(tf.equal(ours, theirs), message, self.client["load"])
         if self.num_clients is not None:
             there = self.client["clients"]
             message = [
@@ -51,7 +52,7 @@ class ClientStateFiles(NamedTuple):
                 there,
                 ". Build the process with that number.",
             ]
-            path = only_if(tf.equal(there, self.num_clients), message, path)
+            path = asserted(tf.equal(there, self.num_clients), message, path)
         return client_memory.load(path, fresh)
 
     def save(self, state: client_memory.State) -> tf.Operation:

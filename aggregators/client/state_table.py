@@ -238,13 +238,13 @@ def _make(path: str, ids: Sequence[str]) -> None:
     os.rename(unfinished, path)
 
 
-def _hash(value: Any) -> int:
+def _hash(value: Iterable[object]) -> int:
     """Of values that are written as they are read; their sum is the hash of a set of them."""
     text = repr(tuple(value)).encode("ascii", "backslashreplace")
     return int.from_bytes(hashlib.sha256(text).digest()[:16])
 
 
-def _checksum(*values: Any) -> str:
+def _checksum(*values: object) -> str:
     return f"{_hash(values):032x}"
 
 

@@ -7,7 +7,6 @@ import threading
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -139,8 +138,8 @@ class ClientStates:
 
     @contextlib.contextmanager
     def cohort(
-        self, client_ids: Sequence[str], client_data: Sequence[Any]
-    ) -> Iterator[list[OrderedDict[str, Any]]]:
+        self, client_ids: Sequence[str], client_data: Sequence[object]
+    ) -> Iterator[list[OrderedDict[str, object]]]:
         """The client data of one round; at the end of the block the states that it made are kept.
 
         Call `process.next` once inside.
@@ -329,7 +328,7 @@ class ClientStates:
                 self._files.keep_only(used, self._table.token)
 
 
-def _checked_ids(client_ids: Any) -> list[str]:
+def _checked_ids(client_ids: object) -> list[str]:
     ids = list(client_ids) if hasattr(client_ids, "__iter__") else [client_ids]
     if isinstance(client_ids, str) or not all(isinstance(one, str) for one in ids):
         raise TypeError(f"`client_ids` must be a list of strings; found {client_ids!r}.")
@@ -340,7 +339,7 @@ def _checked_ids(client_ids: Any) -> list[str]:
     return ids
 
 
-def _checked_path(path: Any) -> str:
+def _checked_path(path: str | os.PathLike[str]) -> str:
     try:
         text = os.fsdecode(path)
         text.encode()

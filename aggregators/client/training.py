@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import attrs
 import tensorflow as tf
@@ -15,10 +15,22 @@ from aggregators.client.example_clipping import (
 )
 from aggregators.client.loop import build_loop, initial_state
 from aggregators.core.autograph import with_autograph
+from aggregators.core.candidates import Models
 from aggregators.core.client_memory import Context
 from aggregators.core.layers import ModelLayers, names_of_variables
 from aggregators.core.needs import Needs
 from aggregators.core.score import score_layers
+from aggregators.core.types import (
+    Hyperparameters,
+    Metrics,
+    MetricsAggregator,
+    ModelFn,
+    ModelWeights,
+    Optimizer,
+    State,
+    Structure,
+    Tensors,
+)
 from aggregators.core.update import ClientUpdate, client_update
 
 
@@ -34,9 +46,13 @@ class ClientOutput(NamedTuple):
     """
 
     update: ClientUpdate
-    metrics: Any
-    counts: Any
-    state: Any
+    metrics: Metrics
+    counts: Structure
+    state: State
+
+
+def _fresh_state(fresh: State) -> State:
+    return fresh
 
 
 @attrs.frozen
@@ -53,11 +69,11 @@ class ClientTraining:
       example_clipping: How each example's gradient is clipped; None for not at all.
     """
 
-    model_fn: Any
-    optimizer: tff.learning.optimizers.Optimizer
+    model_fn: ModelFn
+    optimizer: Optimizer
     needs: Needs
     client_weighting: tff.learning.ClientWeighting
-    metrics_aggregator: Any
+    metrics_aggregator: MetricsAggregator | None
     loop_implementation: tff.learning.LoopImplementation
     example_clipping: ExampleClipping | None = None
 
@@ -77,7 +93,7 @@ class ClientTraining:
         if self.example_clipping is not None:
             check_examples_are_apart(self.model_fn, self.example_clipping)
 
-    def hparams(self) -> Any:
+    def hparams(self) -> Hyperparameters:
         """The optimizer's hyperparameters, Python or NumPy numbers."""
         return self.optimizer.get_hparams(self.optimizer.initialize(tf.TensorSpec((), tf.float32)))
 
@@ -102,15 +118,15 @@ class ClientTraining:
         )
 
         def run(
-            weights: Any,
-            dataset: Any,
-            hparams: Any,
-            rule_state: Any = None,
-            load: Any = None,
-            noise_position: Any = (),
+            weights: ModelWeights,
+            dataset: tf.data.Dataset,
+            hparams: Hyperparameters,
+            rule_state: State,
+            load: Callable[[State], State] = _fresh_state,
+            noise_position: Tensors = (),
         ) -> ClientOutput:
             trainable = tuple(tf.nest.flatten(weights.trainable))
-            models: Any = ()
+            models: Models = ()
             if candidates is not None:
                 models = candidates.of(trainable, rule_state)
             context = None
@@ -119,14 +135,14 @@ class ClientTraining:
                 fresh = needs.memory.initial_state(trainable, start)
                 context = Context(load(fresh), rule_state, trainable)
             done = train(weights, dataset, hparams, models, context, noise_position)
-            measured: dict[str, Any] = {"loss": done.loss}
+            measured: dict[str, Structure] = {"loss": done.loss}
             if needs.score is not None:
                 measured["scores"] = score_layers(
                     needs.score, trainable, done.weights, layers.groups
                 )
             if needs.steps:
                 measured["steps"] = done.steps
-            if candidates is not None:
+            if done.errors is not None:
                 measured["candidate_errors"], measured["errors_are_losses"] = done.errors
             if self.client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
                 weight = tf.cast(done.examples, tf.float64)
@@ -134,7 +150,7 @@ class ClientTraining:
                 # Without examples there is neither score nor loss, and zeros look like the best.
                 weight = tf.cast(done.examples > 0, tf.float64)
             delta = [old - new for old, new in zip(trainable, done.weights, strict=True)]
-            kept: Any = OrderedDict()
+            kept: State = OrderedDict()
             if context is not None:
                 kept, measured["sent"] = with_autograph(needs.memory.finish)(context, done)  # type: ignore[union-attr]
             update = client_update(delta, weight, also=tf.nest.flatten(kept), **measured)
@@ -163,13 +179,13 @@ class ModelTypes(NamedTuple):
       aggregate_metrics: Computation from the clients' unfinalized metrics to the server's metrics.
     """
 
-    weights: Any
-    data: Any
+    weights: tff.Type
+    data: tff.Type
     names: Sequence[str] | None
-    aggregate_metrics: Any
+    aggregate_metrics: tff.Computation
 
 
-def _model_types(model_fn: Any, metrics_aggregator: Any) -> ModelTypes:
+def _model_types(model_fn: ModelFn, metrics_aggregator: MetricsAggregator) -> ModelTypes:
     names = None
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
         model = model_fn
@@ -198,7 +214,7 @@ def _model_types(model_fn: Any, metrics_aggregator: Any) -> ModelTypes:
     return ModelTypes(weights_type, data_type, names, aggregate)
 
 
-def check_model_fn(model_fn: Any) -> None:
+def check_model_fn(model_fn: object) -> None:
     """Raises `TypeError` for what is neither a functional model nor may make a variable model."""
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
         return
@@ -220,7 +236,7 @@ _ADVICE = {
 }
 
 
-def check_optimizer(argument: str, optimizer: Any) -> None:
+def check_optimizer(argument: str, optimizer: object) -> None:
     """Raises `TypeError` for anything that is not TFF's kind of optimizer."""
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         return

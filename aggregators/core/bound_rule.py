@@ -2,8 +2,8 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
 
 import attrs
 import tensorflow as tf
@@ -12,12 +12,23 @@ import tensorflow_federated as tff
 from aggregators.core import checks, hyperparameters
 from aggregators.core.layers import layers_of_type
 from aggregators.core.reduction import Reduction, federated_reduce
-from aggregators.core.rule import PerLayer, Rule, RuleResult, State, check_rule
+from aggregators.core.rule import PerLayer, Rule, RuleResult, check_rule
 from aggregators.core.score import score_layers
+from aggregators.core.types import (
+    Measurements,
+    Part,
+    Reduced,
+    Specs,
+    State,
+    Structure,
+    Tensors,
+    Weights,
+)
 from aggregators.core.update import ClientUpdate
 
-Weights: TypeAlias = Sequence[tf.Tensor]
-Finish: TypeAlias = Callable[[Weights, tf.Tensor, Weights | None], list[tf.Tensor]]
+Finish: TypeAlias = Callable[[Tensors, tf.Tensor, Weights | None], Tensors]
+
+_T = TypeVar("_T")
 
 _ADVICE = (
     "The numbers in its state and the client's weight are float64: `tf.cast` what meets them. What "
@@ -31,7 +42,7 @@ class BoundRule:
     def __init__(
         self,
         rule: Rule,
-        update_type: Any,
+        update_type: tff.Type,
         names: Sequence[str] | None = None,
         sample_size: int = 0,
     ) -> None:
@@ -53,21 +64,21 @@ class BoundRule:
         self.initial_state = tff.tensorflow.computation(lambda: self._initial_state())
         self.state_type = self.initial_state.type_signature.result
 
-    def _initial_state(self) -> OrderedDict[str, Any]:
+    def _initial_state(self) -> OrderedDict[str, Structure]:
         start = tf.constant(0)
         numbers = OrderedDict(round=start, **hyperparameters.values(self.rule.hparams, start))
         return checks.joined("initial_state", numbers, self.rule.initial_state(self.layers))
 
-    def scores(self, server: Any, client: Any) -> tf.Tensor:
+    def scores(self, server: Structure, client: Structure) -> tf.Tensor:
         """The scores that the rule needs, of a model that a client trained."""
         return score_layers(self.rule.needs.score, server, client, self.layers.groups)  # type: ignore[arg-type]
 
-    def client(self, update: ClientUpdate, state: State) -> Any:
+    def client(self, update: ClientUpdate, state: State) -> Part:
         """One client's part, lifted to an accumulator."""
         part = self._call("client", self.rule.client, update, state)
         return self._call("lift", self.reduction.lift, part)
 
-    def server(self, state: State, reduced: Any) -> RuleResult:
+    def server(self, state: State, reduced: Reduced) -> RuleResult:
         """The rule's result, checked: its whole state, a flat update and named measurements."""
         state = hyperparameters.check_schedules(self.rule.hparams, state)
         found = self._call("server", self.rule.server, state, reduced)
@@ -91,11 +102,11 @@ class BoundRule:
         )
         return RuleResult(new, self._update(found.update), named, unchanged)
 
-    def _call(self, argument: str, function: Callable[..., Any], *given: Any) -> Any:
+    def _call(self, argument: str, function: Callable[..., _T], *given: Structure) -> _T:
         must = f"`{argument}` of {self.rule} must be a function of TensorFlow operations"
         return checks.called(must, function, *given, advice=_ADVICE)
 
-    def _own_state(self, own: Mapping[str, Any], num_hparams: int) -> OrderedDict[str, Any]:
+    def _own_state(self, own: State, num_hparams: int) -> OrderedDict[str, Structure]:
         """The rule's own part of its new state, in the order and of the types that it started with."""
         kinds = OrderedDict(list(self.state_type._asdict().items())[1 + num_hparams :])
         if set(own) != set(kinds):
@@ -108,14 +119,18 @@ class BoundRule:
             _check_tensors(f"state {name}", tf.nest.flatten(own[name]), specs)
         return OrderedDict((name, own[name]) for name in kinds)
 
-    def _update(self, update: Any) -> list[tf.Tensor]:
+    def _update(self, update: Tensors) -> list[tf.Tensor]:
         tensors = list(update)
         _check_tensors("update", tensors, self.layers.specs)
         return tensors
 
     def federated_server(
-        self, state: Any, parts: Any, model: Any = None, finish: Finish | None = None
-    ) -> Any:
+        self,
+        state: tff.Value,
+        parts: tff.Value,
+        model: tff.Value | None = None,
+        finish: Finish | None = None,
+    ) -> tff.Value:
         """Reduces and ends a round: `<S@SERVER, {A}@CLIENTS> -> <S, R, M>@SERVER`.
 
         Args:
@@ -132,7 +147,7 @@ class BoundRule:
         reduced = federated_reduce(parts, self.reduction.of_lifted)
         inputs = [state, reduced, *([] if model is None else [model])]
 
-        def on_server(inputs: Any) -> Any:
+        def on_server(inputs: Structure) -> tuple[State, Structure, Measurements]:
             found = self.server(inputs[0], inputs[1])
             flat_model = None if model is None else tf.nest.flatten(inputs[2])
             result = (finish or _nan_if_unchanged)(found.update, found.unchanged, flat_model)
@@ -144,7 +159,7 @@ class BoundRule:
         )
 
 
-def _check_tensors(what: str, given: Sequence[Any], specs: Sequence[tf.TensorSpec]) -> None:
+def _check_tensors(what: str, given: Tensors, specs: Specs) -> None:
     tensors = list(map(tf.convert_to_tensor, given))
     fits = len(tensors) == len(specs) and all(
         x.dtype == spec.dtype and spec.shape.is_compatible_with(x.shape)
@@ -158,9 +173,7 @@ def _check_tensors(what: str, given: Sequence[Any], specs: Sequence[tf.TensorSpe
         raise ValueError(f"`server` must return its {what} as {expected}; found {found or 'none'}.")
 
 
-def _nan_if_unchanged(
-    update: Weights, unchanged: tf.Tensor, model: Weights | None
-) -> list[tf.Tensor]:
+def _nan_if_unchanged(update: Tensors, unchanged: tf.Tensor, model: Weights | None) -> Tensors:
     del model  # an update stands for itself
     nothing = tf.where(unchanged, math.nan, 0.0)
     return [x + tf.cast(nothing, x.dtype) for x in update]

@@ -1,29 +1,21 @@
 """Models that a rule has its clients score on their own data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.autograph import with_autograph
+from aggregators.core.types import Batch, Labels, Predictions, State, Tensors, Weights
 
-Models = Sequence[Sequence[tf.Tensor]]
-Error = Callable[[Any, Any], Any]
+Models = Sequence[Weights]
+Error = Callable[[Predictions, Labels], tf.Tensor | tuple[tf.Tensor, tf.Tensor]]
 
 
-def _number(value: Any) -> int:
+def _number(value: object) -> int:
     return checks.whole("number", value, 1)
-
-
-def _check_error(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute
-    if value is not None and not callable(value):
-        raise TypeError(
-            "`error` must be a function of predictions and labels, or None for 1 - p(true label) "
-            f"of a classifier and the loss of any other model; found {value!r}."
-        )
 
 
 @attrs.frozen
@@ -59,13 +51,16 @@ class Candidates:
       2
     """
 
-    models: Callable[[Sequence[tf.Tensor], Mapping[str, Any]], Models] = attrs.field(
+    models: Callable[[Weights, State], Models] = attrs.field(
         validator=checks.validated(checks.function, "(weights, state)")
     )
     number: int = attrs.field(converter=_number)
-    error: Error | None = attrs.field(default=None, validator=_check_error)
+    error: Error | None = attrs.field(
+        default=None,
+        validator=checks.validated(checks.function, "(predictions, labels)", optional=True),
+    )
 
-    def of(self, weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> Models:
+    def of(self, weights: Weights, state: State) -> Models:
         """The models of this round, checked."""
         models = tuple(tuple(model) for model in self.models(weights, state))
         specs = [[(w.shape, w.dtype) for w in model] for model in (weights, *models)]
@@ -88,14 +83,17 @@ class ErrorSums(NamedTuple):
         probabilities; rows that may be either, or neither.
     """
 
-    errors: Any
-    weights: Any
-    rows: Any
+    errors: tf.Tensor
+    weights: tf.Tensor
+    rows: tf.Tensor
 
+
+# Values, and the weight of each.
+_Weighted: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 
 _AS_MANY = "`labels` must be as many as the predictions of a classifier"
-_NOT_READ = (0.0, 0.0, 0.0)
-_IS_LOSS = (0.0, 0.0, 1.0)
+_NOT_READ: Tensors = (0.0, 0.0, 0.0)
+_IS_LOSS: Tensors = (0.0, 0.0, 1.0)
 
 
 def no_errors() -> ErrorSums:
@@ -104,7 +102,11 @@ def no_errors() -> ErrorSums:
 
 
 def errors_of_batch(
-    error: Error | None, loss: tf.Tensor, predictions: Any, labels: Any, examples: tf.Tensor
+    error: Error | None,
+    loss: tf.Tensor,
+    predictions: Predictions,
+    labels: Labels,
+    examples: tf.Tensor,
 ) -> ErrorSums:
     """A batch's errors by a function of the user's, or by default; see `Candidates`.
 
@@ -193,7 +195,7 @@ def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
         ignore_class = checks.whole("ignore_class", ignore_class, -(2**31))
 
     @tf.autograph.experimental.do_not_convert
-    def error(predictions: Any, labels: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def error(predictions: Predictions, labels: Labels) -> tuple[tf.Tensor, tf.Tensor]:
         if not all(tf.is_tensor(x) and x.shape.rank for x in (predictions, labels)):
             raise TypeError(
                 "`predictions` and `labels` must be one tensor each, of known rank, for `class_error`; "
@@ -222,7 +224,9 @@ def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
     return error
 
 
-def _by_function(error: Error, predictions: Any, labels: Any, examples: Any) -> tuple[Any, Any]:
+def _by_function(
+    error: Error, predictions: Predictions, labels: Labels, examples: tf.Tensor
+) -> _Weighted:
     """Errors and their weights, by a function of the user's."""
     if labels is None:
         raise TypeError(
@@ -252,15 +256,15 @@ def _of_shape(rule: str, shape: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
     same = tf.equal(tf.size(found), tf.size(shape)) & tf.reduce_all(
         tf.raw_ops.Equal(x=found, y=shape, incompatible_shape_error=False)
     )
-    return checks.only_if(same, [f"{rule},", shape, "; found", found], tensor)
+    return checks.asserted(same, [f"{rule},", shape, "; found", found], tensor)
 
 
-def _mean(values: Any, examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _mean(values: tf.Tensor, examples: tf.Tensor) -> _Weighted:
     """A mean over a batch, and its examples for its weight."""
     return tf.reduce_mean(tf.cast(values, tf.float32)), examples
 
 
-def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None) -> tuple[Any, Any]:
+def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None) -> _Weighted:
     """`1 - p(label)`, of shape `[...]`, and which of the labels count: those that are a class."""
     rank = shares.shape.rank
     labels = tf.cast(labels[..., 0] if labels.shape.rank == rank else labels, tf.int64)
@@ -273,7 +277,7 @@ def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None)
     return 1.0 - found, counts
 
 
-def _rows(outputs: tf.Tensor, dtype: tf.DType) -> Any:
+def _rows(outputs: tf.Tensor, dtype: tf.DType) -> Tensors:
     """How many rows of predictions, computed in `dtype`, are which; see `ErrorSums`."""
     # A softmax in bfloat16 adds up to 1 within 0.011, one in half precision within 0.002.
     room = 2.0**-5 if dtype == tf.bfloat16 else 2.0**-8
@@ -284,14 +288,14 @@ def _rows(outputs: tf.Tensor, dtype: tf.DType) -> Any:
     return [tf.math.count_nonzero(kind, dtype=tf.float64) for kind in kinds]
 
 
-def labels_of(batch: Any) -> Any:
+def labels_of(batch: Batch) -> Labels:
     """What a batch holds as its labels; None if it is of no form that tells."""
     if isinstance(batch, Mapping):
         return batch.get("y")
     return batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
 
 
-def _are_classes(predictions: Any, labels: Any) -> bool:
+def _are_classes(predictions: Predictions, labels: Labels) -> bool:
     if not all(tf.is_tensor(value) for value in (predictions, labels)):
         return False
     if not predictions.dtype.is_floating or not labels.dtype.is_integer:

@@ -3,88 +3,118 @@
 import inspect
 import math
 import numbers
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
+import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from aggregators.core.types import Structure
+
 _T = TypeVar("_T")
+_Validator: TypeAlias = Callable[[object, attrs.Attribute, object], None]
 
 
-def whole(argument: str, value: Any, least: int) -> int:
+@attrs.frozen
+class Range:
+    """The finite numbers between two ends.
+
+    Attributes:
+      least: The least; minus infinity for none.
+      most: The largest; infinity for none.
+      above: Whether the least itself is left out.
+      below: Whether the largest is.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __str__(self) -> str:
+        ends = []
+        if self.least > -math.inf:
+            ends.append(f"{'above' if self.above else 'of at least'} {self.least:g}")
+        if self.most < math.inf:
+            ends.append(f"{'below' if self.below else 'of at most'} {self.most:g}")
+        return " ".join(["a finite number", " and ".join(ends)]).strip()
+
+    def holds(self, value: float | tf.Tensor) -> bool | tf.Tensor:
+        """Whether a Python number or a tensor lies in the range."""
+        low = value > self.least if self.above else value >= self.least
+        high = value < self.most if self.below else value <= self.most
+        return low & high & (abs(value) <= sys.float_info.max)
+
+
+def number(argument: str, value: object, within: Range, *, more: str = "", hint: str = "") -> float:
+    """The value, of Python or NumPy, as a `float`.
+
+    Args:
+      argument: Its name.
+      value: The value.
+      within: The range that it must lie in.
+      more: What else the caller takes, for the message.
+      hint: What to do, for the message.
+
+    Raises:
+      ValueError: If it is no real number of the range; a bool is none.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and within.holds(value):
+        return float(value)
+    raise ValueError(f"`{argument}` must be {within}{more}; found {value!r}.{hint and ' ' + hint}")
+
+
+def whole(argument: str, value: object, least: int) -> int:
     """The value, of Python or NumPy, as an `int`.
 
     Raises:
       ValueError: If it is no whole number of at least `least`; a bool is none.
     """
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or value < least:
-        raise ValueError(
-            f"`{argument}` must be a whole number of at least {least}; found {value!r}."
-        )
-    return int(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least:
+        return int(value)
+    raise ValueError(f"`{argument}` must be a whole number of at least {least}; found {value!r}.")
 
 
-def number(
-    argument: str, value: Any, least: float, most: float, *, closed: bool = False, more: str = ""
-) -> None:
-    """Raises `ValueError` for anything but a real number between these, of Python or NumPy.
-
-    Args:
-      argument: What is checked.
-      value: What it is.
-      least: It must be above this; with `closed` it may be this.
-      most: It must be below this, which may be infinite.
-      closed: See `least`.
-      more: What else the caller takes, for the message.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not (least <= value if closed else least < value) or not value < most:
-        low = "of at least" if closed else "above"
-        high = "finite" if most == math.inf else f"below {most:g}"
-        raise ValueError(
-            f"`{argument}` must be a number {low} {least:g} and {high}{more}; found {value!r}."
-        )
-
-
-def flag(argument: str, value: Any) -> None:
+def flag(argument: str, value: object) -> None:
     """Raises `TypeError` for anything but True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{argument}` must be True or False; found {value!r}.")
 
 
-def word(argument: str, value: Any, *words: str) -> None:
+def word(argument: str, value: object, *words: str) -> None:
     """Raises `ValueError` for anything but these words."""
     if not isinstance(value, str) or value not in words:
         *others, last = (f'"{one}"' for one in words)
         raise ValueError(f"`{argument}` must be {', '.join(others)} or {last}; found {value!r}.")
 
 
-def function(argument: str, value: Any, form: str) -> None:
+def function(argument: str, value: object, form: str, advice: str = "") -> None:
     """Raises `TypeError` unless this can be called with the arguments in `form`, as `(a, b)`."""
+    advice = advice and f" {advice}"
     if not callable(value):
-        raise TypeError(f"`{argument}` must be a function of {form}; found {value!r}.")
+        raise TypeError(f"`{argument}` must be a function of {form}; found {value!r}.{advice}")
     number = 0 if form == "()" else form.count(",") + 1
     try:
         inspect.signature(value).bind(*[None] * number)
     except TypeError as error:
         raise TypeError(
             f"`{argument}` must be a function of {form}; found {value!r}, which takes others "
-            f"({error})."
+            f"({error}).{advice}"
         ) from error
     except ValueError:
         pass  # a builtin that does not tell
 
 
-def instance(argument: str, value: Any, kind: type) -> None:
+def instance(argument: str, value: object, kind: type) -> None:
     """Raises `TypeError` for a value of another class."""
     if not isinstance(value, kind):
         raise TypeError(f"`{argument}` must be a `{kind.__name__}`; found {value!r}.")
 
 
-def returned(argument: str, value: Any, kind: type) -> None:
+def returned(argument: str, value: object, kind: type) -> None:
     """Raises `TypeError` if a function has returned a value of another class."""
     if not isinstance(value, kind):
         raise TypeError(
@@ -92,7 +122,9 @@ def returned(argument: str, value: Any, kind: type) -> None:
         )
 
 
-def called(must: str, given: Callable[..., Any], *args: Any, found: str = "", advice: str) -> Any:
+def called(
+    must: str, given: Callable[..., _T], *args: Structure, found: str = "", advice: str
+) -> _T:
     """What a user's function returns; where it raises, a `TypeError` with our words and the error's.
 
     Args:
@@ -119,7 +151,9 @@ def called(must: str, given: Callable[..., Any], *args: Any, found: str = "", ad
         ) from error
 
 
-def placed(argument: str, value: Any, *placements: Any) -> tuple[Any, Any]:
+def placed(
+    argument: str, value: tff.Value, *placements: tff.framework.PlacementLiteral
+) -> tuple[tff.Value, tff.Type]:
     """The value as TFF's, and the type of a member.
 
     Raises:
@@ -136,7 +170,7 @@ def placed(argument: str, value: Any, *placements: Any) -> tuple[Any, Any]:
     return value, kind.member
 
 
-def validated(check: Callable[..., Any], *more: Any, optional: bool = False) -> Any:
+def validated(check: Callable[..., None], *more: object, optional: bool = False) -> _Validator:
     """An attrs validator of one of the checks above, which is told the field's name.
 
     Args:
@@ -145,7 +179,7 @@ def validated(check: Callable[..., Any], *more: Any, optional: bool = False) -> 
       optional: Whether None passes.
     """
 
-    def validate(owner: Any, attribute: Any, value: Any) -> None:
+    def validate(owner: object, attribute: attrs.Attribute, value: object) -> None:
         del owner  # attrs passes it to every validator
         if not (optional and value is None):
             check(attribute.name, value, *more)
@@ -153,7 +187,7 @@ def validated(check: Callable[..., Any], *more: Any, optional: bool = False) -> 
     return validate
 
 
-def joined(argument: str, taken: Mapping[str, Any], more: Mapping[str, Any]) -> OrderedDict:
+def joined(argument: str, taken: Mapping[str, _T], more: Mapping[str, _T]) -> OrderedDict[str, _T]:
     """The entries of two mappings, in their order.
 
     Raises:
@@ -168,7 +202,7 @@ def joined(argument: str, taken: Mapping[str, Any], more: Mapping[str, Any]) -> 
     return OrderedDict([*taken.items(), *more.items()])
 
 
-def only_if(condition: tf.Tensor, message: Sequence[Any], value: _T) -> _T:
+def asserted(condition: tf.Tensor, message: Sequence[str | int | tf.Tensor], value: _T) -> _T:
     """A structure of tensors as it is; where the condition is false, the computation ends.
 
     Args:
@@ -180,7 +214,7 @@ def only_if(condition: tf.Tensor, message: Sequence[Any], value: _T) -> _T:
       The structure, of tensors that depend on the check.
 
     Example:
-      >>> int(only_if(tf.constant(True), ["`n` must be 1; found", 1], tf.constant(1)))
+      >>> int(asserted(tf.constant(True), ["`n` must be 1; found", 1], tf.constant(1)))
       1
     """
     # The bare operation: TensorFlow's function around it builds a branch for the message.

@@ -1,18 +1,23 @@
 """What a client keeps from round to round, and what it does with it in training."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.autograph import with_autograph
-from aggregators.core.checks import only_if
-
-Tensors = Sequence[tf.Tensor]
-State = OrderedDict[str, Any]
+from aggregators.core.checks import asserted
+from aggregators.core.types import (
+    Gradients,
+    Metrics,
+    OptimizerState,
+    State,
+    Structure,
+    Tensors,
+    Weights,
+)
 
 
 class Context(NamedTuple):
@@ -24,9 +29,9 @@ class Context(NamedTuple):
       weights: The trainable weights that it starts from, flat.
     """
 
-    state: Any
-    shared: Mapping[str, Any]
-    weights: Tensors
+    state: State
+    shared: State
+    weights: Weights
 
 
 class Trained(NamedTuple):
@@ -49,20 +54,20 @@ class Trained(NamedTuple):
       counts: Of clipping, see `example_clipping.Clipped`; empty without.
     """
 
-    weights: Tensors
+    weights: Weights
     steps: tf.Tensor
     mean_gradient: Tensors
     initial_gradient: Tensors
-    optimizer_state: Any
+    optimizer_state: OptimizerState
     examples: tf.Tensor
-    loss: Any
-    errors: Any
-    metrics: Any
-    fresh_metrics: Any
-    counts: Any
+    loss: tf.Tensor | None
+    errors: tuple[tf.Tensor, tf.Tensor] | None
+    metrics: Metrics
+    fresh_metrics: Metrics
+    counts: Structure
 
 
-Correction = Callable[[Tensors, Tensors], Tensors]
+Correction = Callable[[Tensors, Weights], Tensors]
 
 
 def _same(context: Context) -> Correction:
@@ -70,12 +75,12 @@ def _same(context: Context) -> Correction:
     return lambda gradients, weights: gradients
 
 
-def _fresh(optimizer_state: Any, context: Context) -> Any:
+def _fresh(optimizer_state: OptimizerState, context: Context) -> OptimizerState:
     del context
     return optimizer_state
 
 
-def _optional_number(value: Any) -> int | None:
+def _optional_number(value: object) -> int | None:
     return None if value is None else checks.whole("num_clients", value, 1)
 
 
@@ -109,7 +114,7 @@ class ClientMemory:
       False
     """
 
-    initial_state: Callable[[Tensors, Any], State] = attrs.field(
+    initial_state: Callable[[Weights, OptimizerState], State] = attrs.field(
         validator=checks.validated(checks.function, "(weights, optimizer_state)")
     )
     finish: Callable[[Context, Trained], tuple[State, Tensors]] = attrs.field(
@@ -118,7 +123,7 @@ class ClientMemory:
     correction: Callable[[Context], Correction] = attrs.field(
         default=_same, validator=checks.validated(checks.function, "(context)")
     )
-    start: Callable[[Any, Context], Any] = attrs.field(
+    start: Callable[[OptimizerState, Context], OptimizerState] = attrs.field(
         default=_fresh, validator=checks.validated(checks.function, "(optimizer_state, context)")
     )
     mean_gradient: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
@@ -127,14 +132,14 @@ class ClientMemory:
 
 
 def correction(
-    memory: ClientMemory | None, context: Any
-) -> Callable[[Sequence[Any], Tensors], Any]:
+    memory: ClientMemory | None, context: Context | None
+) -> Callable[[Gradients, Weights], Gradients]:
     """What corrects gradients; None stays None, for a weight that the loss does not see."""
     if memory is None:
         return lambda gradients, weights: gradients
     given = with_autograph(with_autograph(memory.correction)(context))
 
-    def correct(gradients: Sequence[Any], weights: Tensors) -> Any:
+    def correct(gradients: Gradients, weights: Weights) -> Gradients:
         dense = densify(gradients, weights)
         corrected = given(dense, [tf.convert_to_tensor(w) for w in weights])
         return tuple(
@@ -145,7 +150,7 @@ def correction(
     return correct
 
 
-def densify(gradients: Sequence[Any], weights: Tensors) -> list[tf.Tensor]:
+def densify(gradients: Gradients, weights: Weights) -> list[tf.Tensor]:
     """Gradients as tensors, zeros for None."""
     return [
         tf.zeros(w.shape, w.dtype) if g is None else tf.convert_to_tensor(g)
@@ -179,7 +184,7 @@ def load(path: tf.Tensor, fresh: State) -> State:
             dtypes=[tf.string, tf.string],
         )
         message = ["The file of a client's state must be the one that was written as", path]
-        known = only_if(tf.equal(name, _name(path)), [*message, "; found", name], path)
+        known = asserted(tf.equal(name, _name(path)), [*message, "; found", name], path)
         message = [
             "The state of a client must be of this model and rule,",
             expected,
@@ -187,7 +192,7 @@ def load(path: tf.Tensor, fresh: State) -> State:
             found,
         ]
         tensors = tf.raw_ops.RestoreV2(
-            prefix=only_if(tf.equal(found, expected), message, known),
+            prefix=asserted(tf.equal(found, expected), message, known),
             tensor_names=[name for name, _ in named],
             shape_and_slices=[""] * len(named),
             dtypes=[x.dtype for _, x in named],

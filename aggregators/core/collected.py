@@ -1,12 +1,12 @@
 """The reduction that keeps each client's update, for rules that must see all of them at once."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from aggregators.core.layers import ModelLayers
 from aggregators.core.reduction import Reduction
+from aggregators.core.types import Tensors
 
 
 class Collected(NamedTuple):
@@ -21,8 +21,8 @@ class Collected(NamedTuple):
       TensorShape([3, 2])
     """
 
-    tensors: Any
-    weights: Any
+    tensors: Tensors
+    weights: tf.Tensor
 
 
 def collected(layers: ModelLayers) -> Reduction:
@@ -59,7 +59,7 @@ def collected(layers: ModelLayers) -> Reduction:
         rows = tuple(tf.zeros([0, *spec.shape], spec.dtype) for spec in layers.specs)
         return Collected(rows, tf.zeros([0], tf.float64))
 
-    def lift(value: tuple[Sequence[tf.Tensor], tf.Tensor]) -> Collected:
+    def lift(value: tuple[Tensors, tf.Tensor]) -> Collected:
         tensors, weight = value
         kept = tf.cast(weight > 0.0, tf.int32)
         row = Collected(tuple(tensors), tf.cast(weight, tf.float64))

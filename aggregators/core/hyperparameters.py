@@ -2,21 +2,21 @@
 
 import json
 import math
-import numbers
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import tensorflow as tf
 
-from aggregators.core.checks import only_if
+from aggregators.core import checks
+from aggregators.core.types import State, Structure
 
 Schedule: TypeAlias = tf.keras.optimizers.schedules.LearningRateSchedule
 Number: TypeAlias = float | Schedule
 
 
-def comparable(value: Any) -> Any:
+def comparable(value: object) -> object:
     """Something equal for equal values: Keras schedules, which compare as objects, by their config."""
     if isinstance(value, tf.keras.optimizers.schedules.LearningRateSchedule):
         return type(value), json.dumps(value.get_config(), sort_keys=True, default=repr)
@@ -32,50 +32,31 @@ class Hparam:
     Attributes:
       value: A number: a hyperparameter of the process, under its name. Or a Keras schedule, which
         is called with the number of rounds done, and is then no hyperparameter.
-      least: The least value.
-      most: The largest; infinity for any finite number.
-      above: Whether the least value itself is left out.
-      below: Whether the largest is.
+      range: Where it must lie, in every round.
     """
 
     value: float | Schedule = attrs.field(eq=comparable)
-    least: float = attrs.field(default=-math.inf, repr=False)
-    most: float = attrs.field(default=math.inf, repr=False)
-    above: bool = attrs.field(default=False, repr=False)
-    below: bool = attrs.field(default=False, repr=False)
+    range: checks.Range = attrs.field(default=checks.Range(), repr=False)
 
     @property
     def is_scheduled(self) -> bool:
         """Whether it follows a schedule."""
         return isinstance(self.value, tf.keras.optimizers.schedules.LearningRateSchedule)
 
-    @property
-    def range(self) -> str:
-        """The range in words."""
-        ends = []
-        if self.least > -math.inf:
-            ends.append(f"{'above' if self.above else 'of at least'} {self.least:g}")
-        if self.most < math.inf:
-            ends.append(f"{'below' if self.below else 'of at most'} {self.most:g}")
-        return " ".join(["a finite number", " and ".join(ends)]).strip()
-
-    def at(self, round_number: Any) -> tf.Tensor:
+    def at(self, round_number: tf.Tensor) -> tf.Tensor:
         """The value in a round: a float64 scalar; `check_schedules` tells where one leaves the range."""
         if not self.is_scheduled:
             return tf.constant(self.value, tf.float64)
         # In a function, since schedules branch in Python, and compare tensors with `==`.
         return tf.cast(tf.function(self.value)(round_number), tf.float64)
 
-    def holds(self, value: Any) -> Any:
-        """Whether a Python number or a tensor lies in the range."""
-        low = value > self.least if self.above else value >= self.least
-        high = value < self.most if self.below else value <= self.most
-        return low & high & (abs(value) < math.inf)
+
+Hparams: TypeAlias = Mapping[str, Hparam]
 
 
 def hparam(
     argument: str,
-    value: Any,
+    value: object,
     least: float = -math.inf,
     most: float = math.inf,
     *,
@@ -87,11 +68,11 @@ def hparam(
 
     Args:
       argument: Its name in messages.
-      value: A number, or a Keras schedule over rounds.
-      least: As in `Hparam`.
-      most: As in `Hparam`.
-      above: As in `Hparam`.
-      below: As in `Hparam`.
+      value: A finite number, or a Keras schedule over rounds.
+      least: The least value; minus infinity for no limit.
+      most: The largest; infinity for no limit.
+      above: Whether the least value itself is left out.
+      below: Whether the largest is.
       hint: What to do instead, after the message.
 
     Returns:
@@ -104,39 +85,35 @@ def hparam(
       >>> hparam("q", 0.5, 0.0).value
       0.5
     """
-    found = Hparam(value, least, most, above, below)
-    if found.is_scheduled:
-        with tf.init_scope():
-            first = float(found.at(tf.constant(0)))  # as a rule's state asks it
-        if not found.holds(first):
-            raise ValueError(
-                f"`{argument}` must be {found.range}; found a schedule that starts at {first:g}."
-            )
-        return found
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not found.holds(float(value)):
+    within = checks.Range(least, most, above, below)
+    if not isinstance(value, tf.keras.optimizers.schedules.LearningRateSchedule):
+        return Hparam(checks.number(argument, value, within, hint=hint), within)
+    found = Hparam(value, within)
+    with tf.init_scope():
+        first = float(found.at(tf.constant(0)))  # as a rule's state asks it
+    if not within.holds(first):
         raise ValueError(
-            f"`{argument}` must be {found.range}; found {value!r}.{hint and ' ' + hint}"
+            f"`{argument}` must be {within}; found a schedule that starts at {first:g}."
         )
-    return attrs.evolve(found, value=float(value))
+    return found
 
 
-def values(hparams: Mapping[str, Hparam], round_number: Any) -> OrderedDict[str, tf.Tensor]:
+def values(hparams: Hparams, round_number: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
     """What a rule's state holds of its numbers in this round."""
     return OrderedDict((name, one.at(round_number)) for name, one in hparams.items())
 
 
-def settable(hparams: Mapping[str, Hparam]) -> OrderedDict[str, Hparam]:
+def settable(hparams: Hparams) -> OrderedDict[str, Hparam]:
     """Those that no schedule decides: a process's hyperparameters."""
     return OrderedDict((name, one) for name, one in hparams.items() if not one.is_scheduled)
 
 
-def read(hparams: Mapping[str, Hparam], state: Any) -> OrderedDict[str, Any]:
+def read(hparams: Hparams, state: Structure) -> OrderedDict[str, Structure]:
     """The hyperparameters in a state."""
     return OrderedDict((name, state[name]) for name in settable(hparams))
 
 
-def write(hparams: Mapping[str, Hparam], state: Any, new: Any) -> OrderedDict[str, Any]:
+def write(hparams: Hparams, state: Structure, new: State) -> OrderedDict[str, Structure]:
     """The state with these hyperparameters; ends the computation where one is out of its range."""
     found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
     checked = settable(hparams)
@@ -144,7 +121,7 @@ def write(hparams: Mapping[str, Hparam], state: Any, new: Any) -> OrderedDict[st
     return _checked(checked, found, "found")
 
 
-def check_schedules(hparams: Mapping[str, Hparam], state: Any) -> OrderedDict[str, Any]:
+def check_schedules(hparams: Hparams, state: Structure) -> OrderedDict[str, Structure]:
     """The state as it is; ends the round where a schedule has left the range of its number."""
     found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
     scheduled = OrderedDict((name, one) for name, one in hparams.items() if one.is_scheduled)
@@ -152,12 +129,12 @@ def check_schedules(hparams: Mapping[str, Hparam], state: Any) -> OrderedDict[st
 
 
 def _checked(
-    hparams: Mapping[str, Hparam], state: OrderedDict[str, Any], verb: str
-) -> OrderedDict[str, Any]:
+    hparams: Hparams, state: OrderedDict[str, Structure], verb: str
+) -> OrderedDict[str, Structure]:
     if not hparams:
         return state
     holds, message = tf.constant(True), []
     for name, one in hparams.items():
-        holds &= one.holds(state[name])
+        holds &= one.range.holds(state[name])
         message += [f"`{name}` must be {one.range}; {verb}", state[name]]
-    return only_if(holds, message, state)
+    return checks.asserted(holds, message, state)

@@ -3,12 +3,13 @@
 import numbers
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 import tree
+
+from aggregators.core.types import Structure, Tensors
 
 Layers = str | Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
 Groups = tuple[tuple[int, ...], ...]
@@ -29,7 +30,7 @@ class ModelLayers:
       sample_size: How many clients the measurements list one by one, as whoever runs the rule asks.
     """
 
-    structure: Any
+    structure: Structure
     by_name: Mapping[str, tuple[int, ...]]
     sample_size: int = 0
 
@@ -48,18 +49,18 @@ class ModelLayers:
         """One name per layer."""
         return tuple(self.by_name)
 
-    def pack(self, tensors: Sequence[tf.Tensor]) -> Any:
+    def pack(self, tensors: Tensors) -> Structure:
         """Gives flat tensors the structure of the update."""
         return tf.nest.pack_sequence_as(self.structure, list(tensors))
 
-    def named(self, by_layer: tf.Tensor) -> Any:
+    def named(self, by_layer: tf.Tensor) -> tf.Tensor | OrderedDict[str, tf.Tensor]:
         """A number (or a row of them) per layer by name; of a single layer, that alone."""
         numbers = tf.unstack(by_layer, len(self.by_name), axis=-1)
         return OrderedDict(zip(self.by_name, numbers)) if len(numbers) > 1 else numbers[0]
 
 
 def layers_of_type(
-    layers: Layers, value_type: Any, names: Sequence[str] | None = None
+    layers: Layers, value_type: tff.Type, names: Sequence[str] | None = None
 ) -> ModelLayers:
     """The layers of an update of this TFF type.
 
@@ -77,7 +78,7 @@ def layers_of_type(
     return ModelLayers(structure, resolve_layers(layers, names))
 
 
-def names_in_type(value_type: Any) -> list[str]:
+def names_in_type(value_type: tff.Type) -> list[str]:
     """The places of a TFF type's tensors in it, such as `a/0`; of a tensor alone, nothing."""
     structure = tff.types.type_to_tf_tensor_specs(value_type)
     return ["/".join(map(str, path)) for path, _ in tree.flatten_with_path(structure)]

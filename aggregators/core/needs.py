@@ -1,7 +1,7 @@
 """What a rule has its clients measure."""
 
 from collections import OrderedDict
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import attrs
 
@@ -9,12 +9,12 @@ from aggregators.core import checks
 from aggregators.core.candidates import Candidates
 from aggregators.core.client_memory import ClientMemory
 from aggregators.core.layers import Layers, check_layers
-from aggregators.core.score import Score, as_score
+from aggregators.core.score import Function, Score, as_score
 
 LossAt: TypeAlias = Literal["training", "initial"]
 
 
-def _optional_score(value: Any) -> Score | None:
+def _optional_score(value: Score | Function | None) -> Score | None:
     return None if value is None else as_score(value)
 
 

@@ -6,13 +6,18 @@ that a rule takes: a value that can be tested, combined and handed around.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from aggregators.core import checks
+from aggregators.core.types import Part, Reduced, Structure
+
+Accumulator: TypeAlias = Structure
+# Of two arguments, of TensorFlow operations; or a computation of TFF.
+Function: TypeAlias = Callable[[Structure, Structure], Structure] | tff.Computation
 
 _NO_MERGE = (
     "This reduction was given no `merge`, so it cannot join the results of several workers or "
@@ -20,7 +25,7 @@ _NO_MERGE = (
 )
 
 
-def _unchanged(value: Any) -> Any:
+def _unchanged(value: Structure) -> Structure:
     return value
 
 
@@ -51,14 +56,14 @@ class Reduction:
       3.0
     """
 
-    zero: Callable[[], Any] = attrs.field(validator=checks.validated(checks.function, "()"))
-    merge: Callable[[Any, Any], Any] = attrs.field(
+    zero: Callable[[], Accumulator] = attrs.field(validator=checks.validated(checks.function, "()"))
+    merge: Callable[[Accumulator, Accumulator], Accumulator] = attrs.field(
         validator=checks.validated(checks.function, "(accumulator, accumulator)")
     )
-    lift: Callable[[Any], Any] = attrs.field(
+    lift: Callable[[Part], Accumulator] = attrs.field(
         default=_unchanged, validator=checks.validated(checks.function, "(value)")
     )
-    report: Callable[[Any], Any] = attrs.field(
+    report: Callable[[Accumulator], Reduced] = attrs.field(
         default=_unchanged, validator=checks.validated(checks.function, "(accumulator)")
     )
 
@@ -93,7 +98,7 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
     for name, part in reductions.items():
         checks.instance(name, part, Reduction)
 
-    def each(call: Callable[[str, Reduction], Any]) -> OrderedDict[str, Any]:
+    def each(call: Callable[[str, Reduction], Structure]) -> OrderedDict[str, Structure]:
         return OrderedDict((name, call(name, part)) for name, part in reductions.items())
 
     return Reduction(
@@ -104,7 +109,12 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
     )
 
 
-def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -> Any:
+def federated_reduce(
+    value: tff.Value,
+    zero: Structure | tff.Computation | Reduction,
+    op: Function | None = None,
+    merge: Function | None = None,
+) -> tff.Value:
     """Folds clients' values one by one: `<{T}@CLIENTS, U, (<U, T> -> U)> -> U@SERVER`.
 
     ```
@@ -172,7 +182,7 @@ def federated_reduce(value: Any, zero: Any, op: Any = None, merge: Any = None) -
     return tff.federated_aggregate(value, start, accumulate, joined, report)
 
 
-def _reduce(value: Any, member: Any, reduction: Reduction) -> Any:
+def _reduce(value: tff.Value, member: tff.Type, reduction: Reduction) -> tff.Value:
     if reduction.lift is not _unchanged:
         lift = tff.tensorflow.computation(lambda x: reduction.lift(x), member)
         value, member = tff.federated_map(lift, value), lift.type_signature.result
@@ -192,7 +202,7 @@ def _reduce(value: Any, member: Any, reduction: Reduction) -> Any:
     return tff.federated_aggregate(value, start, accumulate, joined, report)
 
 
-def _start(zero: Any) -> Any:
+def _start(zero: Structure | tff.Computation) -> tff.Value:
     """A value of TFF that is not placed, of what was given for one."""
     if isinstance(zero, tff.framework.ConcreteComputation):
         if zero.type_signature.parameter is not None:
@@ -213,7 +223,7 @@ def _start(zero: Any) -> Any:
     return tff.tensorflow.computation(lambda: tf.nest.map_structure(tf.convert_to_tensor, zero))()
 
 
-def _grown(start: Any, found: Any) -> Any:
+def _grown(start: tff.Value, found: tff.Type) -> tff.Value:
     """The start, with any length for its dimensions of 0 that are of another in what was found."""
     empty = [spec for spec in _specs(start.type_signature) if 0 in (spec.shape.dims or ())]
     if not empty:
@@ -227,7 +237,7 @@ def _grown(start: Any, found: Any) -> Any:
         for shape, other in zip(shapes, others, strict=True)
     ]
 
-    def widen(zero: Any) -> Any:
+    def widen(zero: Accumulator) -> Accumulator:
         tensors = tf.nest.flatten(zero)
         same = map(tf.compat.v1.placeholder_with_default, tensors, wide)
         return tf.nest.pack_sequence_as(zero, list(same))
@@ -235,11 +245,13 @@ def _grown(start: Any, found: Any) -> Any:
     return tff.tensorflow.computation(widen, start.type_signature)(start)
 
 
-def _specs(kind: Any) -> list[tf.TensorSpec]:
+def _specs(kind: tff.Type) -> list[tf.TensorSpec]:
     return tf.nest.flatten(tff.types.type_to_tf_tensor_specs(kind))
 
 
-def _bare_computation(argument: str, function: Any, a: Any, b: Any) -> Any:
+def _bare_computation(
+    argument: str, function: Function, a: tff.Type, b: tff.Type
+) -> tff.Computation:
     """No `tf.function`: a `Reduction` is TensorFlow operations, and half the graph without it."""
     must = f"`{argument}` must be a function of two arguments in TensorFlow operations"
     advice = f"It is called with {a} and {b}."
@@ -249,7 +261,7 @@ def _bare_computation(argument: str, function: Any, a: Any, b: Any) -> Any:
     )
 
 
-def _computation(argument: str, function: Any, *parameter: Any) -> Any:
+def _computation(argument: str, function: Function | None, *parameter: tff.Type) -> tff.Computation:
     """Makes a computation of a function of two, and checks that it takes these types."""
     if not callable(function):
         raise TypeError(
@@ -268,7 +280,7 @@ def _computation(argument: str, function: Any, *parameter: Any) -> Any:
     return _bare_computation(argument, tf.function(function), *parameter)
 
 
-def _check_result(argument: str, computation: Any, result: Any) -> Any:
+def _check_result(argument: str, computation: tff.Computation, result: tff.Type) -> tff.Computation:
     """The computation, which must return this type."""
     returns = computation.type_signature.result
     if not result.is_assignable_from(returns):
@@ -279,7 +291,7 @@ def _check_result(argument: str, computation: Any, result: Any) -> Any:
     return computation
 
 
-def _refuse(a: Any, b: Any) -> Any:
+def _refuse(a: Accumulator, b: Accumulator) -> Accumulator:
     del b  # both are of one type, and neither is right
     with tf.control_dependencies([tf.debugging.Assert(False, [_NO_MERGE])]):
         return tf.nest.map_structure(tf.identity, a)

@@ -15,7 +15,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeAlias
+from typing import NamedTuple, ParamSpec
 
 import attrs
 import tensorflow as tf
@@ -25,11 +25,9 @@ from aggregators.core.hyperparameters import Hparam, comparable
 from aggregators.core.layers import ModelLayers
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction
+from aggregators.core.types import Measurements, Part, Reduced, State, Structure, Tensors
 from aggregators.core.update import ClientUpdate
 
-State: TypeAlias = Mapping[str, Any]
-Part: TypeAlias = Any
-Reduced: TypeAlias = Any
 _Arguments = ParamSpec("_Arguments")
 
 
@@ -46,7 +44,7 @@ class PerLayer(NamedTuple):
       {'w': 3.0, 'b': 4.0}
     """
 
-    values: Any
+    values: tf.Tensor
 
 
 class RuleResult(NamedTuple):
@@ -66,19 +64,22 @@ class RuleResult(NamedTuple):
     """
 
     state: State
-    update: Sequence[tf.Tensor]
-    measurements: Mapping[str, Any]
-    unchanged: Any
+    update: Tensors
+    measurements: Measurements
+    unchanged: tf.Tensor | bool
 
 
-def _no_state(layers: ModelLayers) -> OrderedDict[str, Any]:
+def _no_state(layers: ModelLayers) -> OrderedDict[str, Structure]:
     del layers  # a rule that keeps nothing does not look at them
     return OrderedDict()
 
 
-def _check_hparams(argument: str, value: Any) -> None:
-    items = value.items() if isinstance(value, Mapping) else [(None, None)]
-    if not all(isinstance(n, str) and isinstance(x, Hparam) for n, x in items) or "round" in value:
+def _check_hparams(argument: str, value: object) -> None:
+    is_valid = isinstance(value, Mapping) and all(
+        isinstance(name, str) and name != "round" and isinstance(number, Hparam)
+        for name, number in value.items()
+    )
+    if not is_valid:
         raise TypeError(
             f"`{argument}` must map names other than round to numbers made by "
             f"`hyperparameters.hparam(name, value, least, most)`; found {value!r}."
@@ -96,8 +97,8 @@ class _Call:
     """
 
     function: Callable[..., "Rule"]
-    positional: Sequence[Any] = attrs.field(eq=comparable)
-    named: Mapping[str, Any] = attrs.field(eq=comparable)
+    positional: Sequence[object] = attrs.field(eq=comparable)
+    named: Mapping[str, object] = attrs.field(eq=comparable)
 
     def __call__(self) -> "Rule":
         return self.function(*self.positional, **self.named)
@@ -108,7 +109,7 @@ class _Call:
         return f"{self.function.__name__}({shown})"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return value.__name__ if inspect.isfunction(value) else repr(value)
 
 
@@ -156,7 +157,7 @@ class Rule:
         validator=checks.validated(checks.function, "(state, reduced)")
     )
     needs: Needs = attrs.field(default=Needs(), validator=checks.validated(checks.instance, Needs))
-    initial_state: Callable[[ModelLayers], Mapping[str, Any]] = attrs.field(
+    initial_state: Callable[[ModelLayers], State] = attrs.field(
         default=_no_state, validator=checks.validated(checks.function, "(layers)")
     )
     hparams: Mapping[str, Hparam] = attrs.field(
@@ -166,7 +167,7 @@ class Rule:
     # Not an argument, so that no changed copy takes itself for what the call made.
     _call: _Call | None = attrs.field(default=None, init=False)
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, object]:
         return {part.name: getattr(self, part.name) for part in attrs.fields(Rule) if part.init}
 
     def __eq__(self, other: object) -> bool:
@@ -185,7 +186,7 @@ class Rule:
         shown = ", ".join(f"{name}={_shown(number.value)}" for name, number in self.hparams.items())
         return f"{self.name}({shown})"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[[], "Rule"], tuple[()]]:
         """Copies and pickles the call, whose arguments may be pickled where functions may not."""
         return self._call or functools.partial(Rule, **self._parts()), ()
 
@@ -226,7 +227,7 @@ def named_rule(function: Callable[_Arguments, Rule]) -> Callable[_Arguments, Rul
     return make
 
 
-def check_rule(rule: Any) -> None:
+def check_rule(rule: object) -> None:
     """Raises `TypeError` for anything that is not a `Rule`."""
     if not isinstance(rule, Rule):
         raise TypeError(

@@ -1,9 +1,8 @@
 """A score: a function of two layers, and what it looks at."""
 
-import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal, SupportsIndex
 
 import attrs
 import tensorflow as tf
@@ -12,43 +11,36 @@ import tensorflow_federated as tff
 from aggregators.core import checks
 from aggregators.core.autograph import with_autograph
 from aggregators.core.layers import Groups
+from aggregators.core.types import Structure
 
 Layer = Sequence[tf.Tensor]
 Function = Callable[[Layer, Layer], tf.Tensor]
+OverLayers = Callable[[Sequence[Layer], Sequence[Layer]], list[tf.Tensor]]
 
 _WRITE = (
-    "Write it as `def score(server, client)`, two sequences of tensors, with TensorFlow operations, "
-    "and reduce it to one number of at least 0."
+    "Use one of `aggregators.scores`, or write `def score(server, client)`: a function of two "
+    "sequences of tensors, in TensorFlow operations, that returns one number of at least 0."
 )
 
 
-def _check_function(instance: Any, attribute: Any, value: Any) -> None:
-    del instance, attribute  # attrs passes them to every validator
-    if not callable(value) or isinstance(value, tff.framework.ConcreteComputation):
+def _check_function(argument: str, value: object) -> None:
+    del argument  # users give a score
+    if isinstance(value, tff.framework.ConcreteComputation):
         raise TypeError(
-            f"`score` must be a function of two sequences of tensors; found {value!r}. "
-            "Use one from `aggregators.scores`, such as `scores.kl_divergence`, or a plain function "
-            "of your own: it is called for layers of all shapes, which no tff.Computation takes."
+            f"`score` must be a function of (server, client); found {value!r}, a computation, which "
+            f"takes layers of one shape. {_WRITE}"
         )
-    try:
-        inspect.signature(value).bind((), ())
-    except TypeError as error:
-        raise TypeError(
-            f"`score` must take two arguments; found {_name_of(value)}, which does not ({error}). "
-            f"{_WRITE}"
-        ) from error
-    except ValueError:
-        pass  # a builtin that does not tell
+    checks.function("score", value, "(server, client)", _WRITE)
 
 
-def _check_name(argument: str, value: Any) -> None:
+def _check_name(argument: str, value: object) -> None:
     if not isinstance(value, str) or not value.isidentifier():
         raise ValueError(
             f"`{argument}` must be a name as Python's variables have; found {value!r}."
         )
 
 
-def _name_of(function: Any) -> str:
+def _name_of(function: object) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     return name if name.isidentifier() else "score"
 
@@ -71,12 +63,12 @@ class Score:
       3.0
     """
 
-    function: Function = attrs.field(validator=_check_function)
+    function: Function = attrs.field(validator=checks.validated(_check_function))
     needs: Literal["model", "update"] = attrs.field(
         default="model", validator=checks.validated(checks.word, "model", "update"), kw_only=True
     )
     name: str = attrs.field(kw_only=True, validator=checks.validated(_check_name))
-    over_layers: Callable[[Sequence[Layer], Sequence[Layer]], list[tf.Tensor]] | None = attrs.field(
+    over_layers: OverLayers | None = attrs.field(
         default=None,
         validator=checks.validated(
             checks.function, "(server_layers, client_layers)", optional=True
@@ -95,7 +87,7 @@ class Score:
         }
         vars(self).update(found, __wrapped__=self.function)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         """Pickles a score that stands in a module, such as those below, by its name there."""
         name = getattr(self.function, "__qualname__", "")
         at_home = getattr(sys.modules.get(self.function.__module__), name, None) is self
@@ -110,7 +102,7 @@ class Score:
 
 
 def score(
-    *, needs: Literal["model", "update"], over_layers: Any = None
+    *, needs: Literal["model", "update"], over_layers: OverLayers | None = None
 ) -> Callable[[Function], Score]:
     """Makes a `Score` of the function below it.
 
@@ -131,7 +123,7 @@ def score(
     return lambda function: Score(function, needs=needs, over_layers=over_layers)
 
 
-def as_score(given: Any) -> Score:
+def as_score(given: Score | Function) -> Score:
     """A `Score` of what was given for one: a bare function is taken to need the server's model.
 
     Raises:
@@ -140,7 +132,7 @@ def as_score(given: Any) -> Score:
     return given if isinstance(given, Score) else Score(given)
 
 
-def score_layers(score: Score, server: Any, client: Any, groups: Groups) -> tf.Tensor:
+def score_layers(score: Score, server: Structure, client: Structure, groups: Groups) -> tf.Tensor:
     """Scores every layer of a client's model.
 
     Args:

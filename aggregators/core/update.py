@@ -1,11 +1,13 @@
 """What a client sends to a rule: its update and what was measured with it, checked once."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import tensorflow as tf
 import tensorflow_federated as tff
+
+from aggregators.core.types import Measurements, Structure, Tensors
 
 
 class ClientUpdate(NamedTuple):
@@ -29,15 +31,15 @@ class ClientUpdate(NamedTuple):
       (array([0., 0.], dtype=float32), True, 0.0, 0, None)
     """
 
-    delta: Sequence[tf.Tensor]
+    delta: Tensors
     weight: tf.Tensor
     non_finite: tf.Tensor
-    scores: Any = None
-    loss: Any = None
-    steps: Any = None
-    candidate_errors: Any = None
-    errors_are_losses: Any = None
-    sent: Any = None
+    scores: tf.Tensor | None = None
+    loss: tf.Tensor | None = None
+    steps: tf.Tensor | None = None
+    candidate_errors: tf.Tensor | None = None
+    errors_are_losses: tf.Tensor | None = None
+    sent: Structure = None
 
 
 class MeasuredUpdate(NamedTuple):
@@ -54,17 +56,17 @@ class MeasuredUpdate(NamedTuple):
       3
     """
 
-    delta: Any
-    measured: Mapping[str, Any]
-    non_finite: Any
+    delta: Structure
+    measured: Measurements
+    non_finite: tf.Tensor
 
 
 def client_update(
-    delta: Sequence[tf.Tensor],
+    delta: Tensors,
     weight: tf.Tensor,
     *,
-    also: Sequence[tf.Tensor] = (),
-    **measured: Any,
+    also: Tensors = (),
+    **measured: Structure,
 ) -> ClientUpdate:
     """Checks what a client found, once and for all that follows.
 
@@ -114,7 +116,7 @@ def length(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
     return tf.sqrt(2.0) * tf.sqrt(tf.add_n([tf.cast(square, tf.float32) for square in squares]))
 
 
-def is_measured_update(value_type: Any) -> bool:
+def is_measured_update(value_type: tff.Type) -> bool:
     """Whether this TFF type is a `MeasuredUpdate`."""
     return (
         isinstance(value_type, tff.types.StructWithPythonType)

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import attrs
 import tensorflow as tf
@@ -12,8 +12,9 @@ from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import Layers, ModelLayers
 from aggregators.core.needs import LossAt, Needs
-from aggregators.core.rule import PerLayer, Rule, RuleResult, State, named_rule
+from aggregators.core.rule import PerLayer, Rule, RuleResult, named_rule
 from aggregators.core.score import Function, Score
+from aggregators.core.types import Part, State, Structure
 from aggregators.core.update import ClientUpdate
 from aggregators.weighting import (
     Weighting,
@@ -43,7 +44,7 @@ class Weighed:
         """The weighting's numbers."""
         return self.weighting.all_hparams
 
-    def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Any]:
+    def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Structure]:
         """`typical_score`: the mean score of earlier rounds, not known yet."""
         return OrderedDict(typical_score=tf.zeros([len(layers.names)]))
 
@@ -59,7 +60,7 @@ class Weighed:
         """What scores were divided by."""
         return relative_scale(self.weighting, state)
 
-    def next_state(self, state: State, mean_score: tf.Tensor) -> OrderedDict[str, Any]:
+    def next_state(self, state: State, mean_score: tf.Tensor) -> OrderedDict[str, Structure]:
         """`typical_score` after a round of this mean score."""
         return OrderedDict(typical_score=next_typical_score(self.weighting, state, mean_score))
 
@@ -71,16 +72,14 @@ def weighed(
     check_weighting(weighting)
     if loss_at is not None:
         checks.word("loss_at", loss_at, "training", "initial")
-    by_loss = isinstance(score, str) and score == "loss"
-    if loss_at is None and by_loss:
-        loss_at = "training"
-    needs = Needs(score=None if by_loss else score, layers=layers, loss=loss_at)
-    if needs.score is None and not by_loss:
+    if isinstance(score, str) and score == "loss":
+        return Weighed(Needs(layers=layers, loss=loss_at or "training"), weighting)
+    if score is None or isinstance(score, str):
         raise TypeError(
-            '`score` must be a score or "loss"; found None. Use one from `aggregators.scores`, such '
-            "as `scores.kl_divergence`."
+            f'`score` must be a score or "loss"; found {score!r}. Use one from `aggregators.scores`, '
+            "such as `scores.kl_divergence`."
         )
-    return Weighed(needs, weighting)
+    return Weighed(Needs(score=score, layers=layers, loss=loss_at), weighting)
 
 
 @named_rule
@@ -136,7 +135,7 @@ def adaptive_mean(
             '`score="loss"`, or a weighting whose rule takes `seen`.'
         )
 
-    def log_weight(update: ClientUpdate, state: State) -> Any:
+    def log_weight(update: ClientUpdate, state: State) -> Part:
         scores, logs, is_valid = by_score.weights(update, state)
         return weighted_mean.weigh(update, logs, scores=scores, is_valid=is_valid)
 

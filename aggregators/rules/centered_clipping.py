@@ -1,7 +1,6 @@
 """The mean of what clients add to the last update, cut to a length."""
 
 from collections import OrderedDict
-from typing import Any
 
 import tensorflow as tf
 
@@ -10,7 +9,8 @@ from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import zip_reductions
-from aggregators.core.rule import Rule, RuleResult, State, named_rule
+from aggregators.core.rule import Rule, RuleResult, named_rule
+from aggregators.core.types import Part, Reduced, State, Structure
 from aggregators.core.update import ClientUpdate, length
 from aggregators.rules.redescending_mean import shrunk_mean, shrunk_reduction, sums_reduction
 from aggregators.weighted_mean.statistics import statistics_reduction
@@ -57,7 +57,7 @@ def centered_clipping(radius: Number) -> Rule:
     Source: Karimireddy, He, Jaggi, Learning from History for Byzantine Robust Optimization, 2021.
     """
 
-    def client(update: ClientUpdate, state: State) -> Any:
+    def client(update: ClientUpdate, state: State) -> Part:
         apart = tuple(x - v for x, v in zip(update.delta, state["center"], strict=True))
         norm = length(apart)
         factor = tf.minimum(tf.math.log(state["radius"] / tf.cast(norm, tf.float64)), 0.0)
@@ -70,7 +70,7 @@ def centered_clipping(radius: Number) -> Rule:
             sums=OrderedDict(clipped=tf.cast(counts & (factor < 0.0), tf.float64)),
         )
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         mean = reduced["mean"]
         result = weighted_mean.report(reduced, shares=(mean.kept,))
         clipped = tf.cast(reduced["sums"]["clipped"], tf.int32)
@@ -95,5 +95,5 @@ def centered_clipping(radius: Number) -> Rule:
     )
 
 
-def _no_update(layers: ModelLayers) -> OrderedDict[str, Any]:
+def _no_update(layers: ModelLayers) -> OrderedDict[str, Structure]:
     return OrderedDict(center=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs))

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -11,11 +10,12 @@ from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult, State, check_rule
+from aggregators.core.rule import Rule, RuleResult, check_rule
+from aggregators.core.types import Reduced, State, Structure, Tensors
 from aggregators.core.update import ClientUpdate
 
 
-def check_base(rule: Any) -> None:
+def check_base(rule: Rule) -> None:
     """Raises for what is no rule, or one whose clients keep a state already."""
     check_rule(rule)
     if rule.needs.memory is not None:
@@ -27,9 +27,9 @@ def check_base(rule: Any) -> None:
 def add_sum(
     rule: Rule,
     *,
-    of: Callable[[ClientUpdate], Any],
-    start: Callable[[ModelLayers], OrderedDict[str, Any]],
-    end: Callable[[Any, Any, Any], tuple[OrderedDict[str, Any], Any]],
+    of: Callable[[ClientUpdate], Tensors],
+    start: Callable[[ModelLayers], State],
+    end: Callable[[State, Tensors, Tensors], tuple[State, Tensors]],
     hparams: Mapping[str, Hparam] | None = None,
 ) -> Rule:
     """The rule with the sum of something over clients beside it, and a state that sum goes to.
@@ -46,10 +46,10 @@ def add_sum(
     """
     numbers = checks.joined("rule", rule.hparams, hparams or {})
 
-    def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
+    def initial_state(layers: ModelLayers) -> OrderedDict[str, Structure]:
         return checks.joined("rule", rule.initial_state(layers), start(layers))
 
-    def client(update: ClientUpdate, state: State) -> OrderedDict[str, Any]:
+    def client(update: ClientUpdate, state: State) -> OrderedDict[str, Structure]:
         counts = update.weight > 0
         summed = tuple(tf.where(counts, x, tf.zeros_like(x)) for x in of(update))
         return OrderedDict(rule=rule.client(update, state), sum=summed)
@@ -61,7 +61,7 @@ def add_sum(
         )
         return zip_reductions(rule=rule.reduction(layers), sum=total)
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         result = rule.server(state, reduced["rule"])
         more, update = end(state, reduced["sum"], result.update)
         return result._replace(state=OrderedDict(**result.state, **more), update=update)

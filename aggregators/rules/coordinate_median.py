@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from aggregators.core.rule import Rule, State, named_rule
+from aggregators.core.rule import Rule, named_rule
+from aggregators.core.types import State
 from aggregators.rules import rows
 from aggregators.rules.rows import Combined, Rows, rule_of_rows
 

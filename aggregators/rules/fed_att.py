@@ -1,6 +1,6 @@
 """FedAtt: attentive aggregation."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 import tensorflow as tf
@@ -8,7 +8,8 @@ import tensorflow as tf
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.layers import Layers
-from aggregators.core.rule import Rule, RuleResult, State, named_rule
+from aggregators.core.rule import Rule, RuleResult, named_rule
+from aggregators.core.types import Reduced, State
 from aggregators.rules.adaptive_mean import adaptive_mean
 from aggregators.scores import l2_distance, spectral_distance
 from aggregators.weighting import softmax
@@ -60,7 +61,7 @@ def fed_att(
     weighting = softmax(temperature, prefer="far", scale=None, times_examples=False)
     mean = adaptive_mean(_NORMS[norm], weighting, layers=layers)
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         result = mean.server(state, reduced)
         update = [tensor * tf.cast(state["step_size"], tensor.dtype) for tensor in result.update]
         return result._replace(update=update)

@@ -1,7 +1,6 @@
 """FedDyn: clients whose losses are regularized so that their optima agree."""
 
 from collections import OrderedDict
-from typing import Any
 
 import attrs
 import tensorflow as tf
@@ -10,6 +9,7 @@ from aggregators.core import checks
 from aggregators.core.client_memory import ClientMemory, Context, Correction, Trained
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.rule import Rule, named_rule
+from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
 from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain_mean import plain_mean
 
@@ -58,12 +58,14 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
     base = plain_mean() if rule is None else rule
     check_base(base)
 
-    def initial_state(weights: Any, optimizer_state: Any) -> OrderedDict[str, Any]:
+    def initial_state(
+        weights: Weights, optimizer_state: OptimizerState
+    ) -> OrderedDict[str, Structure]:
         del optimizer_state
         return OrderedDict(gradient=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
 
     def correction(context: Context) -> Correction:
-        def correct(gradients: Any, weights: Any) -> Any:
+        def correct(gradients: Tensors, weights: Weights) -> Tensors:
             return [
                 g - own + tf.cast(context.shared["alpha"], g.dtype) * (w - start)
                 for g, own, w, start in zip(
@@ -73,7 +75,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
 
         return correct
 
-    def finish(context: Context, done: Trained) -> Any:
+    def finish(context: Context, done: Trained) -> tuple[State, Tensors]:
         new = tuple(
             own + tf.cast(context.shared["alpha"], own.dtype) * (start - w)
             for own, start, w in zip(
@@ -82,7 +84,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
         )
         return OrderedDict(gradient=new), ()
 
-    def end(state: Any, total: Any, update: Any) -> Any:
+    def end(state: State, total: Tensors, update: Tensors) -> tuple[State, Tensors]:
         def of(x: tf.Tensor) -> tf.Tensor:
             return tf.cast(state["alpha"], x.dtype)
 

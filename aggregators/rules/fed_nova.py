@@ -1,7 +1,6 @@
 """FedNova: averaging normalised by steps."""
 
 import math
-from typing import Any
 
 import tensorflow as tf
 
@@ -9,7 +8,8 @@ from aggregators import weighted_mean
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.needs import Needs
-from aggregators.core.rule import Rule, RuleResult, State, named_rule
+from aggregators.core.rule import Rule, RuleResult, named_rule
+from aggregators.core.types import Part, State
 from aggregators.core.update import ClientUpdate
 
 
@@ -48,7 +48,7 @@ def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None) -> Rule:
     """
     most = math.inf if max_steps is None else checks.whole("max_steps", max_steps, 1)
 
-    def log_weight(update: ClientUpdate, state: State) -> Any:
+    def log_weight(update: ClientUpdate, state: State) -> Part:
         # Differences of nearly equal numbers at high momentum: float32 would be off by percents.
         steps = tf.cast(update.steps, tf.float64)
         rate = state["momentum"]

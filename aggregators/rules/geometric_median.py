@@ -1,13 +1,13 @@
 """The point with the least sum of distances from the clients' updates."""
 
 from collections import OrderedDict
-from typing import Any
 
 import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
-from aggregators.core.rule import Rule, State, named_rule
+from aggregators.core.rule import Rule, named_rule
+from aggregators.core.types import State, Tensors
 from aggregators.rules import rows
 from aggregators.rules.rows import Combined, Rows, rule_of_rows
 
@@ -24,8 +24,8 @@ def geometric_median(iterations: int = 8, *, smoothing: Number = 1e-6) -> Rule:
     ```
 
     with `d_k` the update over all tensors and `n_k` its weight: numbers of examples enter, as in the
-    source; for one say each, give clients equal weights. It is the smoothed algorithm of Weiszfeld. Any
-    number of bad clients below half of the weight leaves the result within a bound of the good ones.
+    source; for one say each, give clients equal weights. It is the smoothed algorithm of Weiszfeld. Bad
+    clients with less than half of the weight leave the result within a bound of the good ones.
 
     It is not safe where good clients differ: in the worst of 30 simulated settings it was 6 points of
     accuracy below plain averaging, with random labels at a strong split.
@@ -58,7 +58,9 @@ def geometric_median(iterations: int = 8, *, smoothing: Number = 1e-6) -> Rule:
     def combine(given: Rows, weights: tf.Tensor, state: State, cohort: tf.Tensor) -> Combined:
         del cohort  # those that do not count are not there
 
-        def step(number: tf.Tensor, point: Any, _: tf.Tensor) -> Any:
+        def step(
+            number: tf.Tensor, point: Tensors, _: tf.Tensor
+        ) -> tuple[tf.Tensor, Tensors, tf.Tensor]:
             apart = tf.sqrt(rows.squared_distances(given, point))
             by = weights / tf.maximum(apart, state["smoothing"])
             return number + 1, rows.mean_of(given, by), by

@@ -1,8 +1,8 @@
 """Several means, and the clients vote which of them did better."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import attrs
 import tensorflow as tf
@@ -14,7 +14,8 @@ from aggregators.core.hyperparameters import Hparam, Number, hparam
 from aggregators.core.layers import Layers, ModelLayers
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult, State, named_rule
+from aggregators.core.rule import Rule, RuleResult, named_rule
+from aggregators.core.types import Part, Reduced, State, Structure, Tensors
 from aggregators.core.update import ClientUpdate, length
 from aggregators.rules.adaptive_mean import ScoreLike, Weighed, weighed
 from aggregators.rules.redescending_mean import (
@@ -48,16 +49,16 @@ class _CandidateMean:
     def hparams(self) -> OrderedDict[str, Hparam]:
         return OrderedDict((f"{self.name}_{n}", x) for n, x in self.by_score.hparams.items())
 
-    def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Any]:
+    def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Structure]:
         own = self.by_score.initial_state(layers)
         return OrderedDict((f"{self.name}_{n}", x) for n, x in own.items())
 
-    def view(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    def view(self, state: State) -> State:
         """The state as the adaptive mean knows it."""
         names = ["typical_score", *self.by_score.hparams]
         return {"round": state["round"], **{n: state[f"{self.name}_{n}"] for n in names}}
 
-    def next_state(self, state: Mapping[str, Any], mean_score: tf.Tensor) -> OrderedDict[str, Any]:
+    def next_state(self, state: State, mean_score: tf.Tensor) -> OrderedDict[str, Structure]:
         own = self.by_score.next_state(self.view(state), mean_score)
         return OrderedDict((f"{self.name}_{n}", x) for n, x in own.items())
 
@@ -217,7 +218,7 @@ def jury_mean(
     for mean in means:
         hparams = checks.joined("candidates", hparams, mean.hparams())
 
-    def client(update: ClientUpdate, state: State) -> Any:
+    def client(update: ClientUpdate, state: State) -> Part:
         norm = length(update.delta)
         factor = shrink.log_factor(norm, state)
         weight = update.weight
@@ -271,7 +272,7 @@ def jury_mean(
             ]
         )
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         sums = reduced["sums"]
         voted = tf.math.divide_no_nan(sums["votes"], sums["weight"])
         agreement = state["vote_decay"] * state["agreement"] + voted[0]
@@ -337,7 +338,7 @@ def jury_mean(
             measured["loss_voting_clients"] = tf.cast(sums["by_loss"], tf.int32)
         return RuleResult(own, update, measured, result.unchanged)
 
-    def next_vote_scale(state: Mapping[str, Any], clients: tf.Tensor, usual: tf.Tensor) -> Any:
+    def next_vote_scale(state: State, clients: tf.Tensor, usual: tf.Tensor) -> tf.Tensor:
         """The typical votes after a round, of which so many clients cast no larger ones."""
         share = tf.math.divide_no_nan(usual, tf.cast(clients, tf.float64))
         moved = state["vote_scale"] * tf.exp(-state["vote_rate"] * (share - 0.5))
@@ -345,7 +346,7 @@ def jury_mean(
         moved = tf.where(state["round"] > 0, moved, state["vote_scale"])
         return tf.maximum(moved, state["vote_floor"])
 
-    def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
+    def initial_state(layers: ModelLayers) -> OrderedDict[str, Structure]:
         start = tf.constant(0)
         none = tf.zeros([len(voted_on)], tf.float64)
         sharpness = hparams["sharpness"].at(start)
@@ -392,7 +393,7 @@ def jury_mean(
     )
 
 
-def _models(weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> list[list[tf.Tensor]]:
+def _models(weights: Tensors, state: State) -> list[list[tf.Tensor]]:
     """The models that clients score: `a`, then `b_j` for each candidate."""
     plain = list(weights)
     parts = [*tf.unstack(state["share"]), *([state["stride"]] if "stride" in state else [])]
@@ -401,7 +402,7 @@ def _models(weights: Sequence[tf.Tensor], state: Mapping[str, Any]) -> list[list
     return [plain, *([w - g for w, g in zip(plain, gap, strict=True)] for gap in state["gap"])]
 
 
-def _along(start: Sequence[tf.Tensor], far: tf.Tensor, way: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+def _along(start: Tensors, far: tf.Tensor, way: Tensors) -> list[tf.Tensor]:
     """`start + far way`."""
     return [x + tf.cast(far, x.dtype) * d for x, d in zip(start, way, strict=True)]
 
@@ -411,7 +412,7 @@ def _shares(sharpness: tf.Tensor, margin: tf.Tensor, trust: tf.Tensor) -> tf.Ten
     return tf.nn.softmax(tf.concat([[0.0], sharpness * (trust - margin)], 0))[1:]
 
 
-def _product(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tf.Tensor:
+def _product(a: Tensors, b: Tensors) -> tf.Tensor:
     """The inner product of all tensors as one vector, float64."""
     wide = [tf.float32 if x.dtype.size < 4 else x.dtype for x in a]
     parts = [
@@ -421,16 +422,16 @@ def _product(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.add_n([tf.cast(part, tf.float64) for part in parts])
 
 
-def _numbered(means: Sequence[Any]) -> OrderedDict[str, Any]:
+def _numbered(means: Sequence[Structure]) -> OrderedDict[str, Structure]:
     return OrderedDict((f"mean_{number}", mean) for number, mean in enumerate(means))
 
 
-def _as_tuples(value: Any) -> Any:
+def _as_tuples(value: Structure) -> Structure:
     """A state's tensors in the containers they were made in, of which TFF hands back its own."""
     return value if tf.is_tensor(value) else tuple(tuple(part) for part in value)
 
 
-def _by_name(names: Sequence[str], numbers: tf.Tensor) -> Any:
+def _by_name(names: Sequence[str], numbers: tf.Tensor) -> tf.Tensor | OrderedDict[str, tf.Tensor]:
     """The numbers by the first of these names; one alone as it is."""
     named = OrderedDict(zip(names, tf.unstack(numbers), strict=False))
     return named if len(named) > 1 else next(iter(named.values()))
@@ -438,8 +439,8 @@ def _by_name(names: Sequence[str], numbers: tf.Tensor) -> Any:
 
 def _checked(candidates: CandidateMeans | None, layers: Layers) -> tuple[_CandidateMean, ...]:
     """The candidates, each named after its score."""
-    given = [("loss", softmax())] if candidates is None else candidates
-    pairs: list[Any] = list(given) if isinstance(given, Sequence) else []
+    given: CandidateMeans = [("loss", softmax())] if candidates is None else candidates
+    pairs: list[tuple[ScoreLike, Weighting]] = list(given) if isinstance(given, Sequence) else []
     if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(
             "`candidates` must be pairs of a score and a weighting, at least one, such as "

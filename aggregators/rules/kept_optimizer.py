@@ -1,13 +1,13 @@
 """Clients whose optimizer goes on where it stopped in their last round."""
 
 from collections import OrderedDict
-from typing import Any
 
 import attrs
 import tensorflow as tf
 
 from aggregators.core.client_memory import ClientMemory, Context, Trained
 from aggregators.core.rule import Rule, named_rule
+from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
 from aggregators.rules.client_sum import check_base
 from aggregators.rules.plain_mean import plain_mean
 
@@ -37,15 +37,17 @@ def kept_optimizer(rule: Rule | None = None) -> Rule:
     base = plain_mean() if rule is None else rule
     check_base(base)
 
-    def initial_state(weights: Any, optimizer_state: Any) -> OrderedDict[str, Any]:
+    def initial_state(
+        weights: Weights, optimizer_state: OptimizerState
+    ) -> OrderedDict[str, Structure]:
         del weights
         tensors = tuple(tf.convert_to_tensor(x) for x in tf.nest.flatten(optimizer_state))
         return OrderedDict(optimizer=tensors)
 
-    def start(optimizer_state: Any, context: Context) -> Any:
+    def start(optimizer_state: OptimizerState, context: Context) -> OptimizerState:
         return tf.nest.pack_sequence_as(optimizer_state, list(context.state["optimizer"]))
 
-    def finish(context: Context, done: Trained) -> Any:
+    def finish(context: Context, done: Trained) -> tuple[State, Tensors]:
         return initial_state(context.weights, done.optimizer_state), ()
 
     memory = ClientMemory(initial_state, finish, start=start)

@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
@@ -14,7 +14,8 @@ from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.layers import Layers, ModelLayers
 from aggregators.core.needs import LossAt
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult, State, named_rule
+from aggregators.core.rule import Rule, RuleResult, named_rule
+from aggregators.core.types import Part, Reduced, State, Structure
 from aggregators.core.update import ClientUpdate
 from aggregators.rules.adaptive_mean import ScoreLike, weighed
 from aggregators.scores import js_divergence
@@ -118,7 +119,7 @@ def loss_gated(
             f"{min_decrease!r}."
         )
 
-    def client(update: ClientUpdate, state: State) -> Any:
+    def client(update: ClientUpdate, state: State) -> Part:
         scores, logs, is_valid = by_score.weights(update, state)
         # One weight for all layers: those of the plain mean do not differ between them.
         plain_log = tf.where(is_valid, tf.math.log(update.weight), -math.inf)
@@ -128,7 +129,7 @@ def loss_gated(
         plain = LogWeighted((*update.delta, tf.cast(update.loss, tf.float32)), plain_log)
         return OrderedDict(adaptive=adaptive, plain=plain)
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         *plain, loss = reduced["plain"].tensors
         totals = reduced["adaptive"]["statistics"]
         previous = state["previous_loss"]
@@ -173,7 +174,7 @@ def loss_gated(
         )
         return RuleResult(own, update, measured, result.unchanged)
 
-    def initial_state(layers: ModelLayers) -> OrderedDict[str, Any]:
+    def initial_state(layers: ModelLayers) -> OrderedDict[str, Structure]:
         return OrderedDict(by_score.initial_state(layers), previous_loss=tf.constant(math.nan))
 
     def reduction(layers: ModelLayers) -> Reduction:

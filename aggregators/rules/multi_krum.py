@@ -5,7 +5,8 @@ from collections import OrderedDict
 import tensorflow as tf
 
 from aggregators.core import checks
-from aggregators.core.rule import Rule, State, named_rule
+from aggregators.core.rule import Rule, named_rule
+from aggregators.core.types import State
 from aggregators.rules import rows
 from aggregators.rules.rows import Combined, Rows, rule_of_rows
 
@@ -67,7 +68,7 @@ def multi_krum(num_bad: int, num_kept: int = 1) -> Rule:
             cohort,
             "clients. Take more clients a round, or smaller numbers.",
         ]
-        weights = checks.only_if(cohort >= needed, message, weights)
+        weights = checks.asserted(cohort >= needed, message, weights)
         clients = tf.shape(weights)[0]
         apart = tf.map_fn(
             lambda k: rows.squared_distances(given, [x[k] for x in given]),

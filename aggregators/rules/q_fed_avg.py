@@ -2,7 +2,6 @@
 
 import math
 from collections import OrderedDict
-from typing import Any
 
 import tensorflow as tf
 
@@ -10,7 +9,8 @@ from aggregators import weighted_mean
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult, State, named_rule
+from aggregators.core.rule import Rule, RuleResult, named_rule
+from aggregators.core.types import Part, Reduced, State
 from aggregators.core.update import ClientUpdate, finite_tensors
 
 
@@ -52,7 +52,7 @@ def q_fed_avg(q: Number, learning_rate: Number) -> Rule:
         q=hparam("q", q, 0.0), learning_rate=hparam("learning_rate", learning_rate, 0.0, above=True)
     )
 
-    def client(update: ClientUpdate, state: State) -> Any:
+    def client(update: ClientUpdate, state: State) -> Part:
         loss = tf.cast(update.loss, tf.float32) + 1e-10
         tensors = update.delta
         square = 2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(x, tf.float32)) for x in tensors])
@@ -67,7 +67,7 @@ def q_fed_avg(q: Number, learning_rate: Number) -> Rule:
         )
         return OrderedDict(mean=mean, largest=tf.where(is_valid & has_weight, shrink, 0.0))
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         del state  # nothing is carried from round to round
         result = weighted_mean.report(reduced["mean"])
         *tensors, shrink = result.update

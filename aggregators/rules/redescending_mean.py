@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import attrs
 import tensorflow as tf
@@ -13,7 +13,8 @@ from aggregators.core.hyperparameters import Hparam, Number, hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult, State, named_rule
+from aggregators.core.rule import Rule, RuleResult, named_rule
+from aggregators.core.types import Part, Reduced, State, Structure, Tensors
 from aggregators.core.update import ClientUpdate, length
 from aggregators.weighted_mean.statistics import statistics_reduction
 from aggregators.weighted_mean.streaming import (
@@ -42,18 +43,18 @@ class Shrinking:
     initial_norm: float | None
     hparams: Mapping[str, Hparam]
 
-    def initial_state(self) -> OrderedDict[str, Any]:
+    def initial_state(self) -> OrderedDict[str, Structure]:
         """`typical_norm`, float64; 0 if not known."""
         return OrderedDict(typical_norm=tf.constant(self.initial_norm or 0.0, tf.float64))
 
-    def log_factor(self, norm: tf.Tensor, state: Mapping[str, Any]) -> tf.Tensor:
+    def log_factor(self, norm: tf.Tensor, state: State) -> tf.Tensor:
         """The logarithm of what an update of this norm is multiplied by, float64, at most 0."""
         typical = state["typical_norm"]
         longest = tf.math.log(state["cutoff"] * typical / tf.cast(norm, tf.float64))
         return tf.where(typical > 0.0, state["power"] * tf.minimum(longest, 0.0), 0.0)
 
     def counts(
-        self, norm: tf.Tensor, counts: tf.Tensor, state: Mapping[str, Any]
+        self, norm: tf.Tensor, counts: tf.Tensor, state: State
     ) -> OrderedDict[str, tf.Tensor]:
         """Whether a client's update is no longer than is typical, and whether it is shrunk.
 
@@ -71,7 +72,7 @@ class Shrinking:
         return found
 
     def measurements(
-        self, state: Mapping[str, Any], sums: Mapping[str, tf.Tensor]
+        self, state: State, sums: Mapping[str, tf.Tensor]
     ) -> OrderedDict[str, tf.Tensor]:
         """`typical_norm` as it was used, and `shrunk_clients`."""
         return OrderedDict(
@@ -80,8 +81,8 @@ class Shrinking:
         )
 
     def next_state(
-        self, state: Mapping[str, Any], clients: tf.Tensor, sums: Mapping[str, tf.Tensor]
-    ) -> OrderedDict[str, Any]:
+        self, state: State, clients: tf.Tensor, sums: Mapping[str, tf.Tensor]
+    ) -> OrderedDict[str, Structure]:
         """The typical norm after a round: as it was if nobody counted."""
         found = tf.math.divide_no_nan(sums["within"], tf.cast(clients, tf.float64))
         step = tf.exp(-state["norm_rate"] * (found - state["norm_quantile"]))
@@ -91,7 +92,7 @@ class Shrinking:
         return OrderedDict(typical_norm=tf.where(clients > 0, moved, typical))
 
     def shortened(
-        self, tensors: Sequence[tf.Tensor], state: Mapping[str, Any], sums: Mapping[str, tf.Tensor]
+        self, tensors: Tensors, state: State, sums: Mapping[str, tf.Tensor]
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """A round's mean, and by what it was multiplied, float64: 1 once a typical norm is known."""
         if self.initial_norm is not None:
@@ -134,7 +135,7 @@ def shrinking(
 
 def shrunk_mean(
     update: ClientUpdate, plain: tf.Tensor, log_factor: tf.Tensor
-) -> OrderedDict[str, Any]:
+) -> OrderedDict[str, Structure]:
     """A client's part in `shrunk_reduction`: its plain log-weights, and the logarithm of the factor."""
     plain = tf.where(update.non_finite, tf.constant(-math.inf, tf.float64), plain)
     return OrderedDict(mean=LogWeighted(update.delta, plain + log_factor), plain=plain)
@@ -149,9 +150,9 @@ class ShrunkMean(NamedTuple):
       has_weight: For each tensor, whether anybody has weight in its layer: a bool.
     """
 
-    tensors: Any
+    tensors: Tensors
     kept: tf.Tensor
-    has_weight: Any
+    has_weight: Tensors
 
 
 def shrunk_reduction(layers: ModelLayers) -> Reduction:
@@ -171,7 +172,7 @@ def shrunk_reduction(layers: ModelLayers) -> Reduction:
     )
     owner = {position: layer for layer, group in enumerate(layers.groups) for position in group}
 
-    def report(total: Any) -> ShrunkMean:
+    def report(total: Reduced) -> ShrunkMean:
         found = both.report(total)
         kept = share(found["mean"].log_weights, found["plain"])
         has_weight = tf.unstack(found["mean"].log_weights > -math.inf)
@@ -257,7 +258,7 @@ def redescending_mean(
     """
     shrink = shrinking(cutoff, power, initial_norm, norm_quantile, norm_rate)
 
-    def client(update: ClientUpdate, state: State) -> Any:
+    def client(update: ClientUpdate, state: State) -> Part:
         norm = length(update.delta)
         factor, plain = shrink.log_factor(norm, state), tf.math.log(update.weight)
         found = weighted_mean.weigh(update, plain + factor, scores=norm)
@@ -267,7 +268,7 @@ def redescending_mean(
             sums=shrink.counts(norm, update.weight > 0.0, state),
         )
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         mean, sums = reduced["mean"], reduced["sums"]
         tensors, kept = shrink.shortened(mean.tensors, state, sums)
         result = weighted_mean.report(reduced, shares=(kept * mean.kept,))

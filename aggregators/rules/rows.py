@@ -1,8 +1,8 @@
 """What rules over all updates have in common: a function of the rows between client and server."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -12,11 +12,12 @@ from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import PerLayer, Rule, RuleResult, State
+from aggregators.core.rule import PerLayer, Rule, RuleResult
+from aggregators.core.types import Part, Reduced, State, Tensors
 from aggregators.core.update import ClientUpdate, length
 from aggregators.weighted_mean.statistics import statistics_reduction
 
-Rows = Sequence[tf.Tensor]
+Rows = Tensors
 
 
 class Combined(NamedTuple):
@@ -29,10 +30,10 @@ class Combined(NamedTuple):
       measurements: What is shown besides.
     """
 
-    tensors: Sequence[tf.Tensor]
+    tensors: Tensors
     weights: tf.Tensor
     unchanged: tf.Tensor | bool = False
-    measurements: Mapping[str, Any] = OrderedDict()
+    measurements: Mapping[str, tf.Tensor] = OrderedDict()
 
 
 def rule_of_rows(
@@ -50,13 +51,13 @@ def rule_of_rows(
       A `Rule`.
     """
 
-    def client(update: ClientUpdate, state: State) -> Any:
+    def client(update: ClientUpdate, state: State) -> Part:
         del state  # what depends on it is done on the server
         norm, log_weight = length(update.delta), tf.math.log(update.weight)
         found = weighted_mean.weigh(update, log_weight, scores=norm)
         return OrderedDict(rows=(update.delta, update.weight), statistics=found["statistics"])
 
-    def server(state: State, reduced: Any) -> RuleResult:
+    def server(state: State, reduced: Reduced) -> RuleResult:
         rows: Collected = reduced["rows"]
         none = {"mean": Collected((), ()), "statistics": reduced["statistics"]}
         measured = OrderedDict(weighted_mean.report(none).measurements)

@@ -1,7 +1,7 @@
 """SCAFFOLD: clients whose gradients are corrected by control variates."""
 
 from collections import OrderedDict
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 import tensorflow as tf
@@ -9,6 +9,7 @@ import tensorflow as tf
 from aggregators.core import checks
 from aggregators.core.client_memory import ClientMemory, Context, Correction, Trained
 from aggregators.core.rule import Rule, named_rule
+from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
 from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain_mean import plain_mean
 
@@ -64,7 +65,9 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     base = plain_mean() if rule is None else rule
     check_base(base)
 
-    def initial_state(weights: Any, optimizer_state: Any) -> OrderedDict[str, Any]:
+    def initial_state(
+        weights: Weights, optimizer_state: OptimizerState
+    ) -> OrderedDict[str, Structure]:
         del optimizer_state  # the variate has the shapes of the weights
         return OrderedDict(control=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
 
@@ -73,12 +76,12 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         added = [c - own for c, own in both]
         return lambda gradients, weights: [g + x for g, x in zip(gradients, added, strict=True)]
 
-    def finish(context: Context, done: Trained) -> Any:
+    def finish(context: Context, done: Trained) -> tuple[State, Tensors]:
         new = tuple(done.mean_gradient if option == "II" else done.initial_gradient)
         sent = tuple(a - b for a, b in zip(new, context.state["control"], strict=True))
         return OrderedDict(control=new), sent
 
-    def end(state: Any, total: Any, update: Any) -> Any:
+    def end(state: State, total: Tensors, update: Tensors) -> tuple[State, Tensors]:
         control = tuple(
             c + x / tf.cast(num_clients, x.dtype)
             for c, x in zip(state["control"], total, strict=True)

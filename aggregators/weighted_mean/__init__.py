@@ -2,8 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
@@ -12,7 +11,8 @@ from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult, State
+from aggregators.core.rule import Rule, RuleResult
+from aggregators.core.types import Part, Reduced, State, Structure, Tensors
 from aggregators.core.update import ClientUpdate
 from aggregators.weighted_mean.statistics import ClientStatistics, measure, statistics_reduction
 from aggregators.weighted_mean.streaming import LogWeighted, mean_reduction
@@ -23,11 +23,11 @@ _NOTHING_IN_ONE_LAYER = Needs(layers="model")
 
 
 def rule(
-    log_weight: Callable[[ClientUpdate, State], Any],
+    log_weight: Callable[[ClientUpdate, State], tf.Tensor | Part],
     *,
     needs: Needs = _NOTHING_IN_ONE_LAYER,
     hparams: Mapping[str, Hparam] | None = None,
-    initial_state: Callable[[ModelLayers], Mapping[str, Any]] | None = None,
+    initial_state: Callable[[ModelLayers], State] | None = None,
     finish: Callable[[State, RuleResult], RuleResult] | None = None,
     num_scalars: int = 0,
     name: str = "weighted_mean",
@@ -84,7 +84,7 @@ def rule(
     checks.function("log_weight", log_weight, "(update, state)")
     checks.function("finish", finish or _as_it_is, "(state, result)")
 
-    def client(update: ClientUpdate, state: State) -> Mapping[str, Any]:
+    def client(update: ClientUpdate, state: State) -> Part:
         found = log_weight(update, state)
         return found if isinstance(found, Mapping) else weigh(update, found)
 
@@ -106,13 +106,13 @@ def _as_it_is(state: State, result: RuleResult) -> RuleResult:
 
 def weigh(
     update: ClientUpdate,
-    log_weights: Any,
+    log_weights: tf.Tensor,
     *,
-    tensors: Sequence[tf.Tensor] | None = None,
-    scores: Any = None,
+    tensors: Tensors | None = None,
+    scores: tf.Tensor | None = None,
     is_valid: tf.Tensor | bool = True,
-    others: Sequence[tf.Tensor] = (),
-) -> OrderedDict[str, Any]:
+    others: Tensors = (),
+) -> OrderedDict[str, Structure]:
     """A client's part in `reduction`.
 
     Args:
@@ -189,9 +189,7 @@ def reduction(layers: ModelLayers, *, num_scalars: int = 0, others: int = 0) -> 
     )
 
 
-def report(
-    reduced: Mapping[str, Any], scale: tf.Tensor | None = None, *, shares: Sequence[tf.Tensor] = ()
-) -> RuleResult:
+def report(reduced: Reduced, scale: tf.Tensor | None = None, *, shares: Tensors = ()) -> RuleResult:
     """The mean and its measurements, as the result of a rule that keeps nothing.
 
     Args:

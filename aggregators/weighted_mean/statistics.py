@@ -2,13 +2,13 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from aggregators.core.reduction import Reduction
 from aggregators.core.rule import PerLayer
+from aggregators.core.types import Structure, Tensors
 from aggregators.weighted_mean.streaming import by_layer, log_add, share
 
 
@@ -24,11 +24,11 @@ class ClientStatistics(NamedTuple):
       others: Log-weights in further means of the same clients, each float64 of the same shapes.
     """
 
-    scores: Any
-    log_weights: Any
-    non_finite: Any
-    bad_score: Any
-    others: Any = ()
+    scores: tf.Tensor
+    log_weights: tf.Tensor
+    non_finite: tf.Tensor
+    bad_score: tf.Tensor
+    others: Tensors = ()
 
 
 class Totals(NamedTuple):
@@ -47,10 +47,10 @@ class Totals(NamedTuple):
         of shape `[sample_size, 2 + others, num_layers]`).
     """
 
-    sums: Any
-    largest: Any
-    log_sums: Any
-    sample: Any
+    sums: tf.Tensor
+    largest: tf.Tensor
+    log_sums: tf.Tensor
+    sample: Tensors
 
 
 def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int = 0) -> Reduction:
@@ -86,7 +86,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int =
         weightless = tf.logical_not(counts | value.non_finite | value.bad_score)
         scores = by_layer("scores", tf.cast(value.scores, tf.float64), num_layers)
         kinds = tf.stack([counts, value.non_finite, value.bad_score, weightless])
-        sample: Any = ()
+        sample: Tensors = ()
         if sample_size:
             row = tf.stack([scores, logs, *others_logs])
             sample = (tf.constant(1), pad(row[tf.newaxis]))
@@ -98,7 +98,7 @@ def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int =
         )
 
     def merge(a: Totals, b: Totals) -> Totals:
-        sample: Any = ()
+        sample: Tensors = ()
         if sample_size:
             (filled_a, rows_a), (filled_b, rows_b) = a.sample, b.sample
             rows = pad(tf.concat([rows_a[:filled_a], rows_b[:filled_b]], 0))
@@ -114,8 +114,8 @@ def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int =
 
 
 def measure(
-    totals: Totals, scale: tf.Tensor, *, shares: Sequence[tf.Tensor] = ()
-) -> OrderedDict[str, Any]:
+    totals: Totals, scale: tf.Tensor, *, shares: Tensors = ()
+) -> OrderedDict[str, Structure]:
     """The measurements of one aggregation, named and typed.
 
     Args:

@@ -13,13 +13,13 @@ does a sum of large values. A client alone is its value and its log-weight. A lo
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from aggregators.core.layers import Groups
 from aggregators.core.reduction import Reduction
+from aggregators.core.types import Specs, Tensors
 
 # Below any logarithm of a weight, and finite: -inf minus -inf would be no number.
 _LOWEST = -1e300
@@ -34,11 +34,11 @@ class LogWeighted(NamedTuple):
         weight 0.
     """
 
-    tensors: Any
-    log_weights: Any
+    tensors: Tensors
+    log_weights: tf.Tensor
 
 
-def mean_reduction(specs: Sequence[tf.TensorSpec], groups: Groups) -> Reduction:
+def mean_reduction(specs: Specs, groups: Groups) -> Reduction:
     """The weighted mean per layer, over values of type `LogWeighted`.
 
     Args:

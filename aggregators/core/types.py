@@ -1,0 +1,41 @@
+"""Names for what travels between a server, its clients and a rule.
+
+TensorFlow and TFF have no type hints, so a type checker takes each of their classes for anything. The
+names say what a value is all the same. What nests as a user likes has the one name `Structure`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+# Tensors in tuples, lists, mappings and attrs classes, nested in any way; a tensor alone, too.
+Structure: TypeAlias = Any
+
+# Flat tensors, in the order of `tf.nest.flatten`.
+Tensors: TypeAlias = Sequence[tf.Tensor]
+Weights: TypeAlias = Tensors
+# None for a weight that the loss does not depend on.
+Gradients: TypeAlias = Sequence[tf.Tensor | None]
+Specs: TypeAlias = Sequence[tf.TensorSpec]
+
+# Of a rule: what it keeps on the server, what a client sends, and what the reduction makes of that.
+State: TypeAlias = Mapping[str, Structure]
+Part: TypeAlias = Structure
+Reduced: TypeAlias = Structure
+Measurements: TypeAlias = Mapping[str, Structure]
+
+# Of a model and its optimizer.
+ModelFn: TypeAlias = (
+    tff.learning.models.FunctionalModel | Callable[[], tff.learning.models.VariableModel]
+)
+MetricsAggregator: TypeAlias = Callable[..., tff.Computation]
+ModelWeights: TypeAlias = tff.learning.models.ModelWeights
+Optimizer: TypeAlias = tff.learning.optimizers.Optimizer
+OptimizerState: TypeAlias = Structure
+Hyperparameters: TypeAlias = Structure
+Batch: TypeAlias = Structure
+Predictions: TypeAlias = Structure
+Labels: TypeAlias = Structure
+Metrics: TypeAlias = Structure
