@@ -396,7 +396,7 @@ def names_what_does_not_fit(case: Case) -> None:
             message = f"`{name.rpartition('.')[2]}` of "
             _raises(message, optimizer.set_hparams, state, {name: wrong})
         if name.endswith("learning_rate"):
-            _raises(f"`{name}` of ", optimizer.set_hparams, state, {name: -0.1})
+            _raises("`learning_rate` of ", optimizer.set_hparams, state, {name: -0.1})
     if any(np.size(leaf) > 1 for leaf in tf.nest.flatten(state)):  # the state knows the weights
         one = optimizer.initialize(specs_of(weights[:1]))
         _raises("`state`", step, one, weights, gradients[0])

@@ -106,6 +106,27 @@ CASES = {
             lambda: twins.YogiMomentum(0.75),
         ),
     ),
+    "pipeline: in a pipeline": pipeline_case(
+        _build(
+            0.25,
+            transforms=[
+                transforms.Momentum(0.5),
+                tff_optim.build_optimizer(
+                    DECAYING,
+                    transforms=[transforms.EWMA(0.6), tff_optim.build_optimizer(0.5)],
+                    weight_decay=0.5,
+                ),
+            ],
+            weight_decay=0.02,
+        ),
+        _twin(
+            0.25,
+            lambda: twins.Momentum(0.5),
+            lambda: twins.EWMA(np.float32(0.6)),
+            lambda: twins.Inner(decaying, 0.5, 0.5),
+            decay=lambda t: np.float32(0.02),
+        ),
+    ),
     "pipeline: scaled by squares": pipeline_case(
         _build(DECAYING, transforms=[transforms.RMSProp(0.5, 0.25), transforms.Adagrad(0.5)]),
         _twin(decaying, lambda: twins.RMSProp(0.5, 0.25), lambda: twins.Adagrad(0.5)),

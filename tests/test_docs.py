@@ -8,6 +8,7 @@ import re
 from test_docstrings import PUBLIC
 
 from aggregators import rules
+from tff_optim import projections, regularizers, transforms
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("made_pages", ROOT / "docs/made_pages.py")
@@ -42,6 +43,14 @@ def test_every_rule_has_a_page_with_its_study():
         in MADE["rules/jury_mean.md"]
     )
     assert "did not run this rule" in MADE["rules/fed_att.md"]
+
+
+def test_the_list_of_parts_has_every_part_of_a_pipeline():
+    page = WRITTEN["guides/pipelines.md"]
+    (parts,) = re.findall(r"^## Parts$.*?(?=^```)", page, re.M | re.S)
+    named = set(re.findall(r"\b[A-Z]\w+", " ".join(re.findall(r"`([^`]+)`", parts))))
+    public = {*transforms.__all__, *regularizers.__all__, *projections.__all__}
+    assert named == public
 
 
 def test_every_page_is_reached_from_the_navigation():

@@ -273,7 +273,7 @@ def test_every_part_is_in_a_pipeline_of_the_laws():
         pipeline = case.make().pipeline
         used |= {type(part).__name__ for part in (*pipeline.regularizers, *pipeline.transforms)}
     interfaces = {"GradientTransform", "ElementwiseTransform"}
-    public = {*transforms.__all__, "FedProx", "Penalty"} - interfaces
+    public = {*transforms.__all__, "FedProx", "Penalty", "Pipeline"} - interfaces
     assert len(public) >= 13
     assert used == public
 
@@ -742,13 +742,33 @@ def test_server_model_keeps_the_constraints_when_clients_do():
         ({"transforms": transforms.Adam()}, "`transforms` must be a list or tuple; found Adam"),
         ({"transforms": ["Adam"]}, "`transforms` must hold instances of .* found 'Adam'"),
         ({"transforms": [transforms.Adam]}, "`transforms` must hold instances of"),
-        ({"transforms": [K.optimizers.Adam()]}, "`tff_optim.transforms.KerasTransform` wraps"),
+        ({"transforms": [K.optimizers.Adam()]}, "`tff_optim.transforms.KerasTransform` and"),
         ({"transforms": [K.regularizers.L2(0.1)]}, "`transforms` must hold instances of"),
-        ({"regularizers": [0.1]}, "`regularizers` must hold instances of .*Regularizer; found 0.1"),
+        (
+            {"regularizers": [0.1]},
+            "`regularizers` must hold instances of .*Regularizer, .*; found 0.1",
+        ),
         ({"projection": 3}, "`projection` must be a tf.keras.constraints.Constraint, .* found 3"),
         ({"projection": [None]}, "`projection` must be a tf.keras.constraints.Constraint"),
         ({"device": "/GPU:3"}, "`device` must be one .* found /GPU:3"),
         ({"jit_compile": None}, "`jit_compile` of `Pipeline` must be True or False"),
+        ({"exclude_from_weight_decay": "bias"}, "must be left out where `weight_decay` is 0"),
+        ({"weight_decay": 0.1, "exclude_from_weight_decay": "("}, "must be a regular expression"),
+        (
+            {"weight_decay": 0.1, "exclude_from_weight_decay": 1.0},
+            "must be a regular expr.* a rank",
+        ),
+        (
+            {"weight_decay": 0.1, "exclude_from_weight_decay": True},
+            "must be a regular expr.* a rank",
+        ),
+        ({"weight_decay": 0.1, "exclude_from_weight_decay": -1}, "must be a rank of at least 0"),
+        ({"weight_names": ["a", "a"]}, "`weight_names` must name every weight differently"),
+        ({"weight_names": [0, 1]}, "`weight_names` must name every weight differently"),
+        ({"transforms": [sgd(1.0, jit_compile=True)]}, "must leave `jit_compile` to the outermost"),
+        ({"transforms": [sgd(1.0, projection=abs)]}, "must leave `projection` to the outermost"),
+        ({"regularizers": [sgd(1.0, device="/CPU:1")]}, "must leave `device` to the outermost"),
+        ({"transforms": [sgd(1.0, weight_names=["a"])]}, "leave `weight_names` to the outermost"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -767,7 +787,7 @@ def test_bad_arguments(options, message):
         (lambda: projections.Ball(1e-40), "`radius` of `Ball` .* is 0.0 when rounded to float32"),
         (lambda: projections.Ball(1e39), "`radius` of `Ball` .* is inf when rounded to float32"),
         (lambda: projections.Projection(3), "`function` of `Projection` must be"),
-        (lambda: projections.Projection(abs, where=3), "`where` of `Projection` must be a regular"),
+        (lambda: projections.Projection(abs, where=3.0), "`where` of `Projection` must be a reg"),
         (
             lambda: projections.Projection(abs, where="("),
             "`where` of `Projection` must be a regular",

@@ -124,6 +124,18 @@ class L1L2:
         return present(lambda w, g: g + self.l1 * np.sign(w) + 2 * self.l2 * w, weights, gradients)
 
 
+class Inner:
+    """A pipeline in a pipeline: what it would take from the weights; `scale` is one in it."""
+
+    def __init__(self, rate, scale, decay):
+        self.rate, self.scale, self.decay, self.t = rate, scale, decay, -1
+
+    def __call__(self, weights, gradients):
+        self.t += 1
+        rate = self.rate(self.t) * self.scale
+        return present(lambda w, g: rate * g + self.decay * w, weights, gradients)
+
+
 class Pipeline:
     """The whole step, to new weights; `rate` and `decay` are functions of the steps taken before."""
 

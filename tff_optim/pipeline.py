@@ -7,8 +7,8 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters, projections
-from tff_optim.backends.common import PureOptimizer
-from tff_optim.core import devices, leaves, tracing
+from tff_optim.backends.common import PureOptimizer, check_weight_names
+from tff_optim.core import devices, leaves, selection, tracing
 from tff_optim.core.messages import refusal, shown
 from tff_optim.core.numbers import STEP
 from tff_optim.core.tracing import call_traced, converted
@@ -21,6 +21,7 @@ from tff_optim.core.types import (
     Specs,
     State,
     Stepped,
+    Structure,
     Value,
     Weights,
 )
@@ -31,10 +32,11 @@ _PARTS = "parts"
 
 
 def as_parts(name: str, given: object) -> tuple[GradientTransform, ...]:
-    """Reads the argument `name`, a sequence of transforms; Keras regularizers are wrapped.
+    """Reads the argument `name`, a sequence of transforms; pipelines and Keras regularizers among it.
 
     Raises:
       TypeError: If it is something else.
+      ValueError: If a pipeline in it has something that only the outermost one can have.
     """
     if not isinstance(given, list | tuple):
         raise refusal(
@@ -44,28 +46,52 @@ def as_parts(name: str, given: object) -> tuple[GradientTransform, ...]:
     for part in given:
         if name == "regularizers" and isinstance(part, tf.keras.regularizers.Regularizer):
             part = Penalty(part)
+        if isinstance(part, PipelineOptimizer):
+            part = _nested(name, part.pipeline)
         if not isinstance(part, GradientTransform):
             also = ", tf.keras.regularizers.Regularizer" if name == "regularizers" else ""
             raise TypeError(
-                f"`{name}` must hold instances of tff_optim.transforms.GradientTransform{also}; "
-                f"found {shown(part)}. `tff_optim.from_config` reads names and configurations; "
-                "`tff_optim.transforms.KerasTransform` wraps a Keras optimizer."
+                f"`{name}` must hold instances of tff_optim.transforms.GradientTransform{also}, or "
+                f"what tff_optim.build_optimizer returns; found {shown(part)}. `tff_optim.from_config` "
+                "reads names and configurations; `tff_optim.transforms.KerasTransform` and "
+                "`OptaxTransform` wrap optimizers of Keras and optax."
             )
         parts.append(part)
     return tuple(parts)
 
 
 @attrs.frozen
-class Pipeline:
-    """What a pipeline is made of; the arguments of `build_optimizer`, checked."""
+class Pipeline(GradientTransform):
+    """What a pipeline is made of: the arguments of `build_optimizer`, checked.
+
+    It is a gradient transform itself: it turns gradients into what its optimizer would take from the
+    weights, `learning_rate g + weight_decay w`.
+    """
 
     learning_rate: Rate = hyperparameters.non_negative(traceable=True)
     regularizers: tuple[GradientTransform, ...] = ()
     transforms: tuple[GradientTransform, ...] = ()
     weight_decay: Rate = hyperparameters.non_negative(0.0, traceable=True)
+    exclude_from_weight_decay: selection.Where = attrs.field(default=None)
     projection: tuple[projections.Projection, ...] = ()
+    weight_names: tuple[str, ...] | None = attrs.field(default=None)
     device: str | None = None
     jit_compile: bool = hyperparameters.flag(False)
+
+    @exclude_from_weight_decay.validator
+    def _check_excluded(self, attribute: attrs.Attribute, value: object) -> None:
+        selection.check(attribute.name, value)
+        if value is not None and not self.decays:
+            raise refusal(
+                attribute.name, "be left out where `weight_decay` is 0", shown(value), "Give both."
+            )
+
+    @weight_names.validator
+    def _check_weight_names(self, attribute: attrs.Attribute, value: Sequence[str] | None) -> None:
+        if value is not None and (
+            len(set(value)) < len(value) or not all(isinstance(name, str) for name in value)
+        ):
+            raise refusal(attribute.name, "name every weight differently", shown(value))
 
     @property
     def decays(self) -> bool:
@@ -92,6 +118,108 @@ class Pipeline:
             parts[name] = part
         return parts
 
+    def initialize(self, specs: Specs) -> State:
+        """See base class."""
+        specs = leaves.compute_specs(specs)
+        selection.check_used(
+            "exclude_from_weight_decay",
+            self.exclude_from_weight_decay,
+            specs,
+            "Give `weight_names=[v.name for v in model.trainable_variables]`, or a rank: 1 excludes "
+            "biases and the weights of norms.",
+            not_all=True,
+        )
+        state = hyperparameters.initialize(self, counts_steps=True)
+        if not self.decays:
+            del state["weight_decay"]
+        state[_PARTS] = collections.OrderedDict(
+            (name, converted(part.initialize)(specs)) for name, part in self.parts.items()
+        )
+        return state
+
+    def begin(self, state: State, weights: Weights) -> State:
+        """See base class."""
+        self._check_state(state)
+        begun = [
+            (name, converted(part.begin)(state[_PARTS][name], weights))
+            for name, part in self.parts.items()
+        ]
+        return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
+
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
+        """See base class."""
+        self._check_state(state)
+        rates = hyperparameters.current(self, {"weight_decay": 0.0} | dict(state))
+        new_state = collections.OrderedDict((name, state[name]) for name in self.rate_names)
+        new_state[STEP] = leaves.number(state[STEP], tf.int64) + 1
+        new_state[_PARTS] = collections.OrderedDict()
+        for name, part in self.parts.items():
+            old = state[_PARTS][name]
+            new, changed = converted(part.next)(old, weights, gradients)
+            _check_result(name, changed, gradients, new, old)
+            new_state[_PARTS][name], gradients = new, changed
+
+        def taken(path: str, w: tf.Tensor, g: tf.Tensor | None) -> tf.Tensor | None:
+            if g is None:
+                return None
+            step = leaves.number(rates["learning_rate"], w.dtype) * g
+            excluded = self.exclude_from_weight_decay is not None and selection.selects(
+                self.exclude_from_weight_decay, path, leaves.spec_of(w)
+            )
+            if self.decays and not excluded:
+                step += leaves.number(rates["weight_decay"], w.dtype) * w
+            return step
+
+        flat = [
+            taken(path, w, g)
+            for (path, w), g in zip(
+                leaves.named_leaves(weights), tf.nest.flatten(gradients), strict=True
+            )
+        ]
+        return new_state, tf.nest.pack_sequence_as(weights, flat)
+
+    def get_hparams(self, state: State) -> Hparams:
+        """The rates, and the hyper-parameters of parts by path: `Adam.beta_1`, say."""
+        hparams = collections.OrderedDict((name, state[name]) for name in self.rate_names)
+        for part_name, part in self.parts.items():
+            for name, value in part.get_hparams(state[_PARTS][part_name]).items():
+                hparams[f"{part_name}.{name}"] = value
+        return hparams
+
+    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
+        """See base class."""
+        hyperparameters.check_names(hparams, self.get_hparams(state), "Pipeline")
+        rates = {name: hparams[name] for name in self.rate_names if name in hparams}
+        new_state = hyperparameters.set_hparams(self, state, rates)
+        new_state[_PARTS] = collections.OrderedDict(state[_PARTS])
+        for part_name, part in self.parts.items():
+            old = state[_PARTS][part_name]
+            own = {
+                name: hparams[f"{part_name}.{name}"]
+                for name in part.get_hparams(old)
+                if f"{part_name}.{name}" in hparams
+            }
+            if own:
+                new_state[_PARTS][part_name] = part.set_hparams(old, own)
+        return new_state
+
+    def _check_state(self, state: State) -> None:
+        leaves.check_keys(state, [*self.rate_names, STEP, _PARTS], "state")
+        leaves.check_keys(state[_PARTS], list(self.parts), "parts` of `state")
+
+
+def _nested(name: str, pipeline: Pipeline) -> Pipeline:
+    """A pipeline as a part of another one, which alone has and moves the weights."""
+    for argument in ("projection", "weight_names", "device", "jit_compile"):
+        if value := getattr(pipeline, argument):
+            raise refusal(
+                f"{name}` with a pipeline in it",
+                f"leave `{argument}` to the outermost pipeline",
+                shown(value),
+                "Give it there.",
+            )
+    return pipeline
+
 
 class PipelineOptimizer(PureOptimizer):
     """Runs a `Pipeline`; `tff_optim.build_optimizer` makes and describes it.
@@ -103,7 +231,7 @@ class PipelineOptimizer(PureOptimizer):
     _owner = "Pipeline"
 
     def __init__(self, pipeline: Pipeline):
-        super().__init__(pipeline, pipeline.device)
+        super().__init__(pipeline, pipeline.device, pipeline.weight_names)
         self._pipeline = pipeline
         # Made once: a function made in every call would be traced and compiled in every call.
         self._compiled = tracing.function(self._changes, jit_compile=True, autograph=False)
@@ -120,45 +248,40 @@ class PipelineOptimizer(PureOptimizer):
         return f"PipelineOptimizer({self.pipeline!r})"
 
     def _initial_state(self, specs: Specs) -> State:
+        flat = tf.nest.flatten(specs)
+        # A lone scalar is what TFF initializes an optimizer with when it only wants its hparams.
+        if len(flat) != 1 or flat[0].shape.rank or len(self.weight_names or ()) == 1:
+            specs = self._by_name(specs, flat)
         projections.check_used(self.pipeline.projection, specs)
-        specs = leaves.compute_specs(specs)
         with devices.device_scope(self.device):
-            state = hyperparameters.initialize(self.pipeline, counts_steps=True)
-            if not self.pipeline.decays:
-                del state["weight_decay"]
-            state[_PARTS] = collections.OrderedDict(
-                (name, converted(part.initialize)(specs))
-                for name, part in self.pipeline.parts.items()
-            )
-        return state
+            return self.pipeline.initialize(specs)
 
     def _step(
         self, state: State, given: Weights, weights: Leaves, gradients: Leaves
     ) -> tuple[State, Leaves]:
-        leaves.check_keys(state, [*self.pipeline.rate_names, STEP, _PARTS], "state")
-        leaves.check_keys(state[_PARTS], list(self.pipeline.parts), "parts` of `state")
-        packed = (tf.nest.pack_sequence_as(given, flat) for flat in (weights, gradients))
+        packed = (self._by_name(given, flat) for flat in (weights, gradients))
         state, new_weights = call_traced(self._run, state, *packed)
+        if self.weight_names is not None:
+            return state, [new_weights[name] for name in self.weight_names]
         return state, tf.nest.flatten(new_weights)
+
+    def _by_name(self, structure: Structure, flat: Leaves) -> Structure:
+        """The leaves by the weights' names, or nested as they are where there are no names."""
+        if self.weight_names is None:
+            return tf.nest.pack_sequence_as(structure, flat)
+        check_weight_names(self.weight_names, len(flat))
+        return collections.OrderedDict(zip(self.weight_names, flat))
 
     def _run(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
         with devices.device_scope(self.device):
             if not self.pipeline.jit_compile:
                 return self._update_all(state, weights, gradients)
-            state = self._begin(state, weights)
+            state = self.pipeline.begin(state, tf.nest.map_structure(leaves.widen, weights))
             changes, weights = self._compiled(state, weights, gradients)
             state = tf.nest.map_structure(
                 lambda new, old: old if new is None else new, changes, state
             )
             return state, weights
-
-    def _begin(self, state: State, weights: Weights) -> State:
-        wide = tf.nest.map_structure(leaves.widen, weights)
-        begun = [
-            (name, converted(part.begin)(state[_PARTS][name], wide))
-            for name, part in self.pipeline.parts.items()
-        ]
-        return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
 
     def _changes(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
         """A step, with `None` for what stays in the state: compiled code would copy it."""
@@ -169,78 +292,34 @@ class PipelineOptimizer(PureOptimizer):
         return changes, new_weights
 
     def _update_all(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
-        rates = self._rates(state)
-        new_state = self._advance_rates(state)
-        wide = tf.nest.map_structure(leaves.widen, weights)
-        direction = tf.nest.map_structure(leaves.widen, gradients)
-        new_state[_PARTS] = collections.OrderedDict()
-        for name, part in self.pipeline.parts.items():
-            old = state[_PARTS][name]
-            new, changed = converted(part.next)(old, wide, direction)
-            _check_result(name, changed, direction, new, old)
-            new_state[_PARTS][name], direction = new, changed
+        wide, direction = (
+            tf.nest.map_structure(leaves.widen, structure) for structure in (weights, gradients)
+        )
+        state, steps = self.pipeline.next(state, wide, direction)
         # A weight without a gradient is handed back as it came, untouched by decay or projection.
         updated = [
-            old if d is None else self._update(path, w, d, rates, leaves.spec_of(old))
-            for (path, w), d, old in zip(
+            old if step is None else self._projected(path, w - step, leaves.spec_of(old))
+            for (path, w), step, old in zip(
                 leaves.named_leaves(wide),
-                tf.nest.flatten(direction),
+                tf.nest.flatten(steps),
                 tf.nest.flatten(weights),
                 strict=True,
             )
         ]
-        return new_state, tf.nest.pack_sequence_as(weights, updated)
+        return state, tf.nest.pack_sequence_as(weights, updated)
 
-    def _update(
-        self,
-        path: str,
-        w: tf.Tensor,
-        direction: tf.Tensor,
-        rates: Mapping[str, Number],
-        spec: tf.TensorSpec,
-    ) -> tf.Tensor:
-        step = leaves.number(rates["learning_rate"], w.dtype) * direction
-        if self.pipeline.decays:
-            step += leaves.number(rates["weight_decay"], w.dtype) * w
-        w -= step
+    def _projected(self, path: str, w: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
         for projection in self.pipeline.projection:
             w = projection(path, w, spec)
         return tf.cast(w, spec.dtype)
 
     def get_hparams(self, state: State) -> Hparams:
         """See base class; a hyper-parameter of a part is called `Part.name`: `Adam.beta_1`, say."""
-        hparams = collections.OrderedDict((name, state[name]) for name in self.pipeline.rate_names)
-        for part_name, part in self.pipeline.parts.items():
-            for name, value in part.get_hparams(state[_PARTS][part_name]).items():
-                hparams[f"{part_name}.{name}"] = value
-        return hparams
+        return self.pipeline.get_hparams(state)
 
     def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
         """See base class."""
-        hyperparameters.check_names(hparams, self.get_hparams(state), self._owner)
-        rates = {name: hparams[name] for name in self.pipeline.rate_names if name in hparams}
-        new_state = hyperparameters.set_hparams(self.pipeline, state, rates)
-        new_state[_PARTS] = collections.OrderedDict(state[_PARTS])
-        for part_name, part in self.pipeline.parts.items():
-            old = state[_PARTS][part_name]
-            own = {
-                name: hparams[f"{part_name}.{name}"]
-                for name in part.get_hparams(old)
-                if f"{part_name}.{name}" in hparams
-            }
-            if own:
-                new_state[_PARTS][part_name] = part.set_hparams(old, own)
-        return new_state
-
-    def _rates(self, state: State) -> dict[str, Number]:
-        return hyperparameters.current(self.pipeline, {"weight_decay": 0.0} | dict(state))
-
-    def _advance_rates(self, state: State) -> State:
-        new_state = collections.OrderedDict(
-            (name, state[name]) for name in self.pipeline.rate_names
-        )
-        new_state[STEP] = leaves.number(state[STEP], tf.int64) + 1
-        return new_state
+        return self.pipeline.set_hparams(state, hparams)
 
 
 def _check_result(
@@ -256,7 +335,9 @@ def build_optimizer(
     regularizers: Sequence[GradientTransform | tf.keras.regularizers.Regularizer] = (),
     transforms: Sequence[GradientTransform] = (),
     weight_decay: Rate = 0.0,
+    exclude_from_weight_decay: selection.Where = None,
     projection: Value = None,
+    weight_names: Sequence[str] | None = None,
     device: str | devices.DevicePolicy | None = None,
     jit_compile: bool = False,
 ) -> PipelineOptimizer:
@@ -269,6 +350,10 @@ def build_optimizer(
         w <- p(w - (learning_rate g + weight_decay w))     with p the projection
 
     Weight decay is not multiplied by the learning rate, as in declearn; Keras' AdamW multiplies.
+
+    A pipeline may be a transform of another one, which takes `learning_rate g + weight_decay w` of the
+    inner one for its gradients. So this is AdamW:
+    `build_optimizer(0.1, transforms=[build_optimizer(1.0, transforms=[Adam()], weight_decay=0.01)])`.
 
     Weights and gradients are structures of floating tensors, nested in any way, of any mix of
     dtypes; float16 and bfloat16 are computed in float32. A weight whose gradient is `None` stays
@@ -287,11 +372,19 @@ def build_optimizer(
         `tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule`.
       regularizers: `tff_optim.regularizers.FedProx`, Keras regularizers, and any
         `GradientTransform` that is to come first.
-      transforms: Instances of `GradientTransform`.
+      transforms: Instances of `GradientTransform`, and other pipelines: what this function returns.
       weight_decay: A number of at least 0, a Keras schedule, or a scalar tensor of that computation.
+      exclude_from_weight_decay: Which weights do not decay: a regular expression (of RE2's) that is
+        searched for in their paths or names, a whole number for those of at most that rank (1 for biases
+        and the weights of norms), or a function of path and `tf.TensorSpec`. It must select some
+        weights, and not all.
       projection: A Keras constraint, a function from a tensor to a tensor, a
         `tff_optim.projections.Projection`, which also selects tensors, or a list of these, used
         in order on each tensor of weights after the step.
+      weight_names: Names of the weights in the order of `tf.nest.flatten`, all different: in
+        `tff.learning`, where models are flat lists,
+        `[v.name for v in model.trainable_variables]`. Selections then look at these, and slots of
+        the state are called so. None for the paths in the structure: `dense/kernel`, or `0`.
       device: A device's name, a `DevicePolicy`, or `None` for the policy in force. TFF's worker
         has no GPU code: a GPU is used only where the optimizer runs in the Python process.
       jit_compile: Whether to fuse the step with XLA where it runs in the Python process: faster
@@ -321,7 +414,9 @@ def build_optimizer(
         regularizers=as_parts("regularizers", regularizers),
         transforms=as_parts("transforms", transforms),
         weight_decay=weight_decay,
+        exclude_from_weight_decay=exclude_from_weight_decay,
         projection=projections.as_projections(projection),
+        weight_names=None if weight_names is None else tuple(weight_names),
         device=devices.select_device(device),
         jit_compile=jit_compile,
     )

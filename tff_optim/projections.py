@@ -7,7 +7,7 @@ import attrs
 import tensorflow as tf
 
 from tff_optim import hyperparameters
-from tff_optim.core import comparison, leaves, patterns
+from tff_optim.core import comparison, leaves, selection
 from tff_optim.core.messages import shown
 from tff_optim.core.tracing import converted
 from tff_optim.core.types import Specs
@@ -19,14 +19,7 @@ __all__ = ["Ball", "Box", "Projection", "Simplex"]
 
 def _check_where(instance: object, attribute: attrs.Attribute, value: object) -> None:
     del instance, attribute  # There is only one.
-    if value is None or (callable(value) and not keras_objects.is_keras_object(value)):
-        return
-    if not isinstance(value, str):
-        raise TypeError(
-            "`where` of `Projection` must be a regular expression, a function or None; found "
-            f"{shown(value)}."
-        )
-    patterns.check("where` of `Projection", value)
+    selection.check("where` of `Projection", value)
 
 
 @attrs.frozen
@@ -38,9 +31,10 @@ class Projection:
         the same shape and dtype.
       where: `None` for every tensor; a regular expression, searched for in the tensor's path
         (`dense/kernel` in nested dictionaries, `0` in a flat list) and read as RE2 does: without
-        lookaround, and with `\w`, `\d` and `\b` for ASCII only; or a function of the path and
-        the `tf.TensorSpec` that tells whether the tensor is projected. In `tff.learning`, where
-        models are flat lists, paths are positions and a function of the shape says more.
+        lookaround, and with `\w`, `\d` and `\b` for ASCII only; a whole number for tensors of at
+        most that rank; or a function of the path and the `tf.TensorSpec` that tells whether the
+        tensor is projected. In `tff.learning`, where models are flat lists, paths are positions:
+        give `build_optimizer` the `weight_names`, or select by shape.
 
     Example:
       >>> only_matrices = Projection(
@@ -51,9 +45,7 @@ class Projection:
     """
 
     function: Callable[[tf.Tensor], tf.Tensor] = attrs.field(eq=comparison.key)
-    where: str | Callable[[str, tf.TensorSpec], bool] | None = attrs.field(
-        default=None, validator=_check_where
-    )
+    where: selection.Where = attrs.field(default=None, validator=_check_where)
 
     @function.validator
     def _check_function(self, attribute: attrs.Attribute, value: object) -> None:
@@ -69,11 +61,7 @@ class Projection:
 
     def selects(self, path: str, spec: tf.TensorSpec) -> bool:
         """Whether the tensor at `path`, of shape and dtype `spec`, is projected."""
-        if self.where is None:
-            return True
-        if isinstance(self.where, str):
-            return patterns.search(self.where, path)
-        return bool(self.where(path, spec))
+        return selection.selects(self.where, path, spec)
 
     def __call__(self, path: str, tensor: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
         """The projected tensor, or `tensor` where it is not selected.
@@ -127,16 +115,8 @@ def as_projections(given: object) -> tuple[Projection, ...]:
 
 def check_used(projections: Iterable[Projection], specs: Specs) -> None:
     """Raises `ValueError` if a projection with a selection selects none of the weights."""
-    named = leaves.named_leaves(specs)
-    # A lone scalar is what TFF initializes an optimizer with when it only wants its hparams.
-    if len(named) == 1 and named[0][1].shape.rank == 0:
-        return
     for projection in projections:
-        if projection.where is not None and not any(projection.selects(*leaf) for leaf in named):
-            raise ValueError(
-                f"`where` of `Projection` must select at least one tensor of weights; found "
-                f"{projection.where!r} and the paths {[path for path, _ in named]}."
-            )
+        selection.check_used("where` of `Projection", projection.where, specs)
 
 
 @attrs.frozen

@@ -38,7 +38,9 @@ def to_json(optimizer: PipelineOptimizer, write: Write) -> dict[str, Json]:
     }
 
 
-def _part_to_json(part: Value, write: Write) -> list[Json]:
+def _part_to_json(part: Value, write: Write) -> Json:
+    if isinstance(part, Pipeline):
+        return write(PipelineOptimizer(part), "transforms")
     cls = type(part)
     name = registry.name_of(cls)
     if attrs.has(cls):
@@ -55,9 +57,9 @@ def _part_to_json(part: Value, write: Write) -> list[Json]:
 
 def _projection_to_json(projection: Projection, write: Write) -> dict[str, Json]:
     where, function = projection.where, projection.function
-    if where is not None and not isinstance(where, str):
+    if callable(where):
         raise ValueError(
-            "`where` of `Projection` must be a regular expression or None to be written to a "
+            "`where` of `Projection` must be a regular expression, a rank or None to be written to a "
             f"configuration; found {shown(where)}."
         )
     is_keras = keras_objects.is_keras_object(function)
@@ -79,6 +81,8 @@ def from_json(
         "regularizers": lambda part: parts(part, _part, registry.list_regularizers()),
         "transforms": lambda part: parts(part, _part, registry.list_transforms()),
         "projection": lambda part: parts(part, _projection),
+        "exclude_from_weight_decay": lambda part: part.value,
+        "weight_names": lambda part: None if part.value is None else part.strings(),
         "jit_compile": lambda part: part.value,
     }
     given = {name: read(fields[name]) for name, read in readers.items() if name in fields}
@@ -86,7 +90,9 @@ def from_json(
 
 
 def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer) -> Described:
-    """A part by name: `Name` or `["Name", {arguments}]`; those of Keras in its long form too."""
+    """A part: `Name`, `["Name", {arguments}]`, Keras' long form, or a pipeline's own entries."""
+    if isinstance(entry.value, dict) and entry.value.get("kind") == "pipeline":
+        return read_optimizer(entry)
     pair = isinstance(entry.value, list) and len(entry.value) == 2
     name = entry.at(0) if pair else entry
     if not isinstance(name.value, str):
