@@ -23,7 +23,6 @@ from aggregators.builders.self_weighting import build_self_weighting_client_work
 from aggregators.client.example_clipping import ExampleClipping
 from aggregators.client.states import ClientStates
 from aggregators.core.candidates import Candidates, class_error
-from aggregators.core.client_memory import ClientMemory
 from aggregators.core.collected import Collected, collected
 from aggregators.core.hyperparameters import hparam
 from aggregators.core.needs import Needs
@@ -33,13 +32,13 @@ from aggregators.core.reduction import (
     zip_reductions,
 )
 from aggregators.core.rule import PerLayer, Rule, RuleResult, named_rule
+from aggregators.core.stateful_client import StatefulClient
 from aggregators.core.update import ClientUpdate, MeasuredUpdate
 from aggregators.scores import Score
 from aggregators.weighting import Weighting
 
 __all__ = [
     "Candidates",
-    "ClientMemory",
     "ClientStates",
     "ClientUpdate",
     "Collected",
@@ -53,6 +52,7 @@ __all__ = [
     "RuleFactory",
     "RuleResult",
     "Score",
+    "StatefulClient",
     "Weighting",
     "build_client_work",
     "build_fed_att",

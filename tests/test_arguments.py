@@ -11,10 +11,10 @@ from problems import model_fn
 
 import aggregators
 from aggregators import (
-    ClientMemory,
     Needs,
     Reduction,
     Rule,
+    StatefulClient,
     hparam,
     privacy,
     rules,
@@ -50,7 +50,7 @@ def score_called(name):
     return scores.Score(lambda server, client: tf.norm(server[0] - client[0]), name=name)
 
 
-NO_MEMORY = (lambda weights, state: OrderedDict(), lambda context, done: (OrderedDict(), ()))
+NO_STATE = (lambda weights, state: OrderedDict(), lambda context, done: (OrderedDict(), ()))
 FOLD = (lambda: 0.0, tf.add)
 
 WRONG = {
@@ -98,7 +98,10 @@ WRONG = {
     ),
     "losses": (lambda: Needs(loss=np.array(["training"] * 2)), "`loss` must be"),
     "candidates by number": (lambda: Needs(candidates=2), "`candidates` must be a `Candidates`"),
-    "a memory of nothing": (lambda: Needs(memory=True), "`memory` must be a `ClientMemory`"),
+    "a stateful client of nothing": (
+        lambda: Needs(stateful_client=True),
+        "`stateful_client` must be a `StatefulClient`",
+    ),
     "a score called steps": (
         lambda: Needs(score_called("steps"), steps=True),
         "`score` must have a name that nothing else measured has; found 'steps'",
@@ -129,15 +132,15 @@ WRONG = {
         "`number` must be a whole",
     ),
     "a gradient by word": (
-        lambda: ClientMemory(*NO_MEMORY, mean_gradient="yes"),
+        lambda: StatefulClient(*NO_STATE, mean_gradient="yes"),
         "`mean_gradient` must be True or False",
     ),
-    "a memory of no function": (
-        lambda: ClientMemory(OrderedDict(), NO_MEMORY[1]),
+    "a stateful client of no function": (
+        lambda: StatefulClient(OrderedDict(), NO_STATE[1]),
         r"`initial_state` must be a function of \(weights, optimizer_state\)",
     ),
     "one client by flag": (
-        lambda: ClientMemory(*NO_MEMORY, num_clients=True),
+        lambda: StatefulClient(*NO_STATE, num_clients=True),
         "`num_clients` must be a whole number of at least 1; found True",
     ),
     "steps at most true": (
@@ -261,7 +264,7 @@ def test_whole_numbers_of_numpy_are_whole_numbers():
     )
     assert Needs(layers={"x": np.arange(3)}).layers["x"].tolist() == [0, 1, 2]
     assert Candidates(lambda w, s: [w], np.int64(2)).number == 2
-    assert rules.scaffold(np.int32(4)).needs.memory.num_clients == 4
+    assert rules.scaffold(np.int32(4)).needs.stateful_client.num_clients == 4
     rule = rules.fed_nova(max_steps=np.int64(5))
     assert "momentum" in start(rule)()
 

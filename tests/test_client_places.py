@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import selection
 import tensorflow as tf
-import test_client_memory as cases
+import test_stateful_clients as cases
 from resident_cases import children_of
-from test_client_memory import COHORTS, DATA, IDS
+from test_stateful_clients import COHORTS, DATA, IDS
 
 import tff_optim
 from aggregators import ClientStates
@@ -105,7 +105,7 @@ def test_a_run_goes_on_in_another_place_from_files_alone(tmp_path):
 
 _TWO_ROUNDS = """
     import sys
-    import test_client_memory as cases
+    import test_stateful_clients as cases
     from aggregators import ClientStates
     with ClientStates(cases.IDS, sys.argv[1]) as states:
         state = cases.run(cases.built("scaffold-II"), states, cases.COHORTS[:1])

@@ -22,8 +22,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import aggregators
-from aggregators import ClientMemory, ClientStates, Needs, rules
-from aggregators.core import client_memory
+from aggregators import ClientStates, Needs, StatefulClient, rules
+from aggregators.client import state_io
 
 SGD = tff.learning.optimizers.build_sgdm(0.1)
 SIZES = {"a": 12, "b": 7, "c": 5}
@@ -38,14 +38,17 @@ def process_of(shape):
         kept = context.state["rounds"] + 1
         return OrderedDict(rounds=kept, steps=context.state["steps"] + done.steps), ()
 
-    memory = ClientMemory(
+    client = StatefulClient(
         lambda weights, optimizer: OrderedDict(
             rounds=tf.zeros(shape, tf.int32), steps=tf.constant(0)
         ),
         finish,
     )
     rule = aggregators.Rule(
-        base.client, base.reduction, base.server, needs=Needs(layers="model", memory=memory)
+        base.client,
+        base.reduction,
+        base.server,
+        needs=Needs(layers="model", stateful_client=client),
     )
     return aggregators.build_fed_avg(twin.functional_model(), SGD, rule=rule)
 
@@ -366,7 +369,7 @@ def write_states(cohort, number):
     """Writes what the clients of a cohort would write, without a process."""
     for one in cohort:
         state = OrderedDict(rounds=tf.constant(number), steps=tf.constant(3 * number))
-        client_memory.save(tf.constant(one["client"]["save"]), state)
+        state_io.save(tf.constant(one["client"]["save"]), state)
 
 
 def play_before(states, number, event):
@@ -599,7 +602,7 @@ def test_memory_is_free_however_the_program_ends(end):
         # A client that is at work still cannot make the directory anew.
         state = OrderedDict(rounds=tf.constant(1))
         with pytest.raises(tf.errors.NotFoundError):
-            client_memory.save(tf.constant(path), state)
+            state_io.save(tf.constant(path), state)
         assert not os.path.exists(store)
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -22,7 +22,7 @@ BY_EXAMPLES = tff.learning.ClientWeighting.NUM_EXAMPLES
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"needs": scores.l2_distance}, TypeError, "`needs` must be the `needs` of a `Rule`"),
+        ({"needs": scores.l2_distance}, TypeError, "`needs` must be a `Needs`"),
         ({"needs": Needs(layers=[(0,), (1,), (2,)])}, ValueError, "`layers` must hold each"),
         ({"client_weighting": None}, TypeError, "`client_weighting`"),
         ({"loop_implementation": "reduce"}, TypeError, "`loop_implementation`"),

@@ -359,7 +359,7 @@ def test_the_redescending_mean_stands_in_tffs_own_builder():
 REFUSED = {
     "a client work, which does not see the rule's state": (
         lambda: aggregators.build_client_work(model_fn, SGD, rules.jury_mean().needs),
-        "`needs` must not ask for models scored before training.*direction",
+        "`needs` must not need candidates.*direction",
     ),
     "a factory for updates alone": (
         lambda: aggregators.RuleFactory(rules.jury_mean()).create(
@@ -407,7 +407,7 @@ def test_it_is_refused_in_words(name):
 def test_a_round_of_ones_own_has_no_candidates():
     rule = rules.jury_mean()
     start = aggregators.rule_state(rule, contracts.DELTA_TYPE)
-    with pytest.raises(ValueError, match="`rule` must not need models scored before training"):
+    with pytest.raises(ValueError, match="`rule` must not need candidates"):
 
         @tff.federated_computation(
             tff.FederatedType(start.type_signature.result, tff.SERVER),

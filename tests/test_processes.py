@@ -10,7 +10,7 @@ import runtimes
 import selection
 import tensorflow as tf
 import tensorflow_federated as tff
-import test_client_memory
+import test_stateful_clients
 from aggregation_twins import fed_nova, js, kl, l2, q_fed_avg, spectral
 from nearness import assert_near
 from problems import make_keras_model, model_fn
@@ -150,7 +150,7 @@ def test_no_public_process_is_missing_from_the_table():
         if name.startswith("build_") and not name.endswith("client_work")
     }
     # Those whose clients keep a state have a suite of their own.
-    with_state = {name for name in test_client_memory.COVERED if name.startswith("build_")}
+    with_state = {name for name in test_stateful_clients.COVERED if name.startswith("build_")}
     assert public == {builder for builder, *_ in PROCESSES.values()} | with_state
 
 

@@ -10,7 +10,7 @@ import runtimes
 import selection
 import tensorflow as tf
 import tensorflow_federated as tff
-import test_client_memory
+import test_stateful_clients
 from nearness import assert_near
 
 import aggregators
@@ -37,7 +37,7 @@ def test_no_public_rule_is_missing_from_the_table():
     assert weightings == {"softmax", "power", "uniform"}
     covered = {name for case in contracts.CASES for name in case.covers}
     # Rules whose clients keep a state go through whole processes alone.
-    covered |= {name for name in test_client_memory.COVERED if not name.startswith("build_")}
+    covered |= {name for name in test_stateful_clients.COVERED if not name.startswith("build_")}
     assert set(rules.__all__) | weightings == covered
 
 

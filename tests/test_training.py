@@ -67,10 +67,10 @@ def only_looks(rule):
 
 def _measured(rule):
     """All that clients measure for a rule, as a name."""
-    names, memory = list(rule.needs.names), rule.needs.memory
-    if memory:
+    names, stateful = list(rule.needs.names), rule.needs.stateful_client
+    if stateful:
         asked = ("initial_gradient", "mean_gradient")
-        names += ["memory", *(name for name in asked if getattr(memory, name))]
+        names += ["state", *(name for name in asked if getattr(stateful, name))]
     return "+".join(names) or "nothing"
 
 
@@ -116,7 +116,7 @@ def test_weights_and_metrics_are_tffs_whatever_is_measured(rule, kind, loop):
     process = aggregators.build_fed_avg(
         MODELS[kind], SGD, rule=only_looks(rule), loop_implementation=loop
     )
-    if rule.needs.memory is None:
+    if rule.needs.stateful_client is None:
         rounds, (weights, metrics) = 2, trained(process, 2)
     else:
         # From the second round on what clients keep has its part in their training.

@@ -7,8 +7,9 @@ import tensorflow_federated as tff
 
 from aggregators.client.loop import Loop
 from aggregators.client.training import ClientTraining, check_optimizer
+from aggregators.core import checks
 from aggregators.core.layers import layers_of_type
-from aggregators.core.needs import Needs
+from aggregators.core.needs import Needs, check_no_process
 from aggregators.core.types import (
     Hyperparameters,
     Metrics,
@@ -67,20 +68,8 @@ def build_client_work(
       >>> str(work.next.type_signature.result.result.member.update.measured)
       '<steps=int32>'
     """
-    if not isinstance(needs, Needs):
-        raise TypeError(f"`needs` must be the `needs` of a `Rule`; found {needs!r}.")
-    if needs.candidates is not None:
-        raise ValueError(
-            "`needs` must not ask for models scored before training, which are made of the rule's "
-            f"state, and a client work does not see that; found {needs.candidates!r}. Build the whole "
-            'process with `build_fed_avg(..., rule=rule)`; `jury_mean(votes="direction")` has no such '
-            "need."
-        )
-    if needs.memory is not None:
-        raise ValueError(
-            "`needs` must not have clients keep a state, which a client work has no place for; found "
-            f"{needs.memory!r}. Build the whole process with `build_fed_avg(..., rule=rule)`."
-        )
+    checks.instance("needs", needs, Needs)
+    check_no_process("needs", needs)
     check_optimizer("optimizer", optimizer)
     training = ClientTraining(
         model_fn, optimizer, needs, client_weighting, metrics_aggregator, loop_implementation

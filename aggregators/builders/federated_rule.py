@@ -10,6 +10,7 @@ import tensorflow_federated as tff
 
 from aggregators.core import checks
 from aggregators.core.bound_rule import BoundRule
+from aggregators.core.needs import check_no_process
 from aggregators.core.rule import Rule, check_rule
 from aggregators.core.types import Part, Structure, Tensors, Weights
 from aggregators.core.update import client_update
@@ -121,17 +122,7 @@ def federated_rule(
     check_rule(rule)
     checks.word("value_is", value_is, "model", "delta")
     needs = rule.needs
-    if needs.candidates is not None:
-        raise ValueError(
-            "`rule` must not need models scored before training, which a round of your own has no "
-            f"part for; found {needs.candidates!r}. Build the whole process with `build_fed_avg(..., "
-            'rule=rule)`; `jury_mean(votes="direction")` has no such need.'
-        )
-    if needs.memory is not None:
-        raise ValueError(
-            "`rule` must not have clients keep a state, which a round of your own has no part for; "
-            f"found {needs.memory!r}. Build the whole process with `build_fed_avg(..., rule=rule)`."
-        )
+    check_no_process("rule", needs)
     value, value_type = checks.placed("value", value, tff.CLIENTS)
     bound = BoundRule(rule, value_type, sample_size=sample_size)
     state, found = checks.placed("state", state, tff.SERVER)

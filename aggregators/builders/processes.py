@@ -146,9 +146,8 @@ def build_fed_avg(
 
     state_type = initialize.type_signature.result.member
 
-    memory = rule.needs.memory
-    remembers = memory is not None
-    data_type = state_io.input_type(types.data) if remembers else types.data
+    stateful = rule.needs.stateful_client
+    data_type = types.data if stateful is None else state_io.input_type(types.data)
 
     @tff.tensorflow.computation(state_type.client_work, bound.state_type, types.weights, data_type)
     def on_client(
@@ -156,11 +155,11 @@ def build_fed_avg(
     ) -> tuple[Part, Metrics, Structure]:
         work = training.work(bound.layers)
         round_number = rule_state["round"]
-        if memory is None:
+        if stateful is None:
             output = work(weights, data, hparams, rule_state, noise_position=(round_number,))
             part = bound.client(output.update, rule_state)
             return part, output.metrics, output.counts
-        files = state_io.ClientStateFiles(data["client"], round_number, memory.num_clients)
+        files = state_io.ClientStateFiles(data["client"], round_number, stateful.num_clients)
         position = (round_number, data["client"]["number"])
         output = work(weights, data["data"], hparams, rule_state, files.load, position)
         # The state is written where the client trains, and what it sends is there only after that.

@@ -19,8 +19,8 @@ from aggregators.client.example_clipping import (
 from aggregators.client.model_adapters import Held, Output, adapter_of
 from aggregators.core.autograph import with_autograph
 from aggregators.core.candidates import Models, errors_of_batch, mean_errors, no_errors
-from aggregators.core.client_memory import Context, Trained, correction, densify
 from aggregators.core.needs import Needs
+from aggregators.core.stateful_client import Context, Trained, correction, densify
 from aggregators.core.types import (
     Batch,
     Gradients,
@@ -67,9 +67,9 @@ def build_loop(
       nothing; and whole numbers that tell where in a run it trains, for noise that a seed decides.
     """
     model = adapter_of(model_fn)
-    memory, candidates = needs.memory, needs.candidates
-    sums_gradients = memory is not None and memory.mean_gradient
-    wants_gradient = memory is not None and memory.initial_gradient
+    stateful, candidates = needs.stateful_client, needs.candidates
+    sums_gradients = stateful is not None and stateful.mean_gradient
+    wants_gradient = stateful is not None and stateful.initial_gradient
     wants_loss = needs.loss == "initial"
     next_step = with_autograph(optimizer.next)
 
@@ -169,8 +169,8 @@ def build_loop(
         metrics = model.start_metrics()
         fresh = model.report_metrics(metrics)
         optimizer_state = initial_state(optimizer, model.trainable(held), hparams)
-        if memory is not None:
-            kept = with_autograph(memory.start)(optimizer_state, context)
+        if stateful is not None:
+            kept = with_autograph(stateful.start)(optimizer_state, context)
             optimizer_state = optimizer.set_hparams(kept, hparams)
         state = (
             held,
@@ -181,7 +181,7 @@ def build_loop(
             sums_of.no_sum(initial) if sums_gradients else (),
             tf.constant(0),
         )
-        one = functools.partial(step, noise_position, correction(memory, context))
+        one = functools.partial(step, noise_position, correction(stateful, context))
         state = fold(loop, dataset, state, one)
         held, end, metrics, sums, counts, seen, steps = state
         trained = tuple(tf.identity(w) for w in model.trainable(held))
@@ -203,7 +203,7 @@ def build_loop(
             steps=steps,
             mean_gradient=sums_of.mean(seen) if sums_gradients else (),
             initial_gradient=found["gradient"],
-            optimizer_state=() if memory is None else end,
+            optimizer_state=() if stateful is None else end,
             examples=examples,
             loss={"training": losses, "initial": found["loss"], None: None}[needs.loss],
             errors=mean_errors(errors) if models else None,

@@ -16,10 +16,10 @@ from aggregators.client.example_clipping import (
 from aggregators.client.loop import build_loop, initial_state
 from aggregators.core.autograph import with_autograph
 from aggregators.core.candidates import Models
-from aggregators.core.client_memory import Context
 from aggregators.core.layers import ModelLayers, names_of_variables
 from aggregators.core.needs import Needs
 from aggregators.core.score import score_layers
+from aggregators.core.stateful_client import Context
 from aggregators.core.types import (
     Hyperparameters,
     Metrics,
@@ -130,9 +130,9 @@ class ClientTraining:
             if candidates is not None:
                 models = candidates.of(trainable, rule_state)
             context = None
-            if needs.memory is not None:
+            if needs.stateful_client is not None:
                 start = initial_state(self.optimizer, trainable, hparams)
-                fresh = needs.memory.initial_state(trainable, start)
+                fresh = needs.stateful_client.initial_state(trainable, start)
                 context = Context(load(fresh), rule_state, trainable)
             done = train(weights, dataset, hparams, models, context, noise_position)
             measured: dict[str, Structure] = {"loss": done.loss}
@@ -152,7 +152,7 @@ class ClientTraining:
             delta = [old - new for old, new in zip(trainable, done.weights, strict=True)]
             kept: State = OrderedDict()
             if context is not None:
-                kept, measured["sent"] = with_autograph(needs.memory.finish)(context, done)  # type: ignore[union-attr]
+                kept, measured["sent"] = with_autograph(needs.stateful_client.finish)(context, done)  # type: ignore[union-attr]
             update = client_update(delta, weight, also=tf.nest.flatten(kept), **measured)
             if context is not None:
                 counts = update.weight > 0

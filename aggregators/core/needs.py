@@ -7,9 +7,9 @@ import attrs
 
 from aggregators.core import checks
 from aggregators.core.candidates import Candidates
-from aggregators.core.client_memory import ClientMemory
 from aggregators.core.layers import Layers, check_layers
 from aggregators.core.score import Function, Score, as_score
+from aggregators.core.stateful_client import StatefulClient
 
 LossAt: TypeAlias = Literal["training", "initial"]
 
@@ -34,8 +34,8 @@ class Needs:
       candidates: Models that clients score on their data, one forward pass for each, found under
         `candidate_errors` and `errors_are_losses`. None if there are none. They are made of the rule's
         state, so only `build_fed_avg` has them.
-      memory: What clients keep from round to round, and do with it in training; what they then send is
-        found under `sent`. Only `build_fed_avg` has clients that keep something.
+      stateful_client: The state that clients keep from round to round, and what they do with it in
+        training; what they send of it is found under `sent`. Only `build_fed_avg` has such clients.
 
     Example:
       >>> from aggregators import scores
@@ -54,8 +54,8 @@ class Needs:
     candidates: Candidates | None = attrs.field(
         default=None, validator=checks.validated(checks.instance, Candidates, optional=True)
     )
-    memory: ClientMemory | None = attrs.field(
-        default=None, validator=checks.validated(checks.instance, ClientMemory, optional=True)
+    stateful_client: StatefulClient | None = attrs.field(
+        default=None, validator=checks.validated(checks.instance, StatefulClient, optional=True)
     )
 
     def __attrs_post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Needs:
             found["steps"] = "steps"
         if self.candidates is not None:
             found.update(candidate_errors="candidate_errors", errors_are_losses="errors_are_losses")
-        if self.memory is not None:
+        if self.stateful_client is not None:
             found["sent"] = "sent"
         return found
 
@@ -85,3 +85,16 @@ class Needs:
     def names(self) -> tuple[str, ...]:
         """The names in `MeasuredUpdate.measured`, which tell one score, or loss, from another."""
         return tuple(self.fields.values())
+
+
+def check_no_process(argument: str, needs: Needs) -> None:
+    """Raises `ValueError` for needs that only a process of `build_fed_avg` meets."""
+    for what, found, hint in (
+        ("candidates", needs.candidates, ' `jury_mean(votes="direction")` has none.'),
+        ("a stateful client", needs.stateful_client, ""),
+    ):
+        if found is not None:
+            raise ValueError(
+                f"`{argument}` must not need {what}, for which there must be a whole process; found "
+                f"{found!r}. Build it with `build_fed_avg(..., rule=rule)`.{hint}"
+            )

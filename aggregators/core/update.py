@@ -23,7 +23,7 @@ class ClientUpdate(NamedTuple):
       steps: Its optimizer steps, int32.
       candidate_errors: Of the candidate models, float32 of shape `[number]`.
       errors_are_losses: bool: whether the client fell back to the loss for these errors.
-      sent: Flat tensors that a client with a state sends; see `ClientMemory`.
+      sent: Flat tensors that a client with a state sends; see `StatefulClient`.
 
     Example:
       >>> bad = client_update([tf.constant([1.0, float("nan")])], tf.constant(5.0), steps=tf.constant(3))

@@ -18,9 +18,10 @@ from aggregators.core.update import ClientUpdate
 def check_base(rule: Rule) -> None:
     """Raises for what is no rule, or one whose clients keep a state already."""
     check_rule(rule)
-    if rule.needs.memory is not None:
+    if rule.needs.stateful_client is not None:
         raise ValueError(
-            f"`rule` must not have clients keep a state of its own; found {rule.needs.memory!r}."
+            "`rule` must not have a stateful client of its own; found "
+            f"{rule.needs.stateful_client!r}. Clients can keep one state."
         )
 
 

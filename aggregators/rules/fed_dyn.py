@@ -6,9 +6,9 @@ import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
-from aggregators.core.client_memory import ClientMemory, Context, Correction, Trained
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.rule import Rule, named_rule
+from aggregators.core.stateful_client import Context, Correction, StatefulClient, Trained
 from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
 from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain_mean import plain_mean
@@ -95,9 +95,9 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
         moved = tuple(u + h / of(h) for u, h in zip(update, drift, strict=True))
         return OrderedDict(drift=drift), moved
 
-    memory = ClientMemory(initial_state, finish, correction, num_clients=num_clients)
+    client = StatefulClient(initial_state, finish, correction, num_clients=num_clients)
     return add_sum(
-        attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
+        attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client)),
         of=lambda update: update.delta,
         start=lambda layers: OrderedDict(
             drift=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs)

@@ -5,8 +5,8 @@ from collections import OrderedDict
 import attrs
 import tensorflow as tf
 
-from aggregators.core.client_memory import ClientMemory, Context, Trained
 from aggregators.core.rule import Rule, named_rule
+from aggregators.core.stateful_client import Context, StatefulClient, Trained
 from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
 from aggregators.rules.client_sum import check_base
 from aggregators.rules.plain_mean import plain_mean
@@ -31,7 +31,7 @@ def kept_optimizer(rule: Rule | None = None) -> Rule:
       ValueError: If `rule` has clients keep something already.
 
     Example:
-      >>> kept_optimizer().needs.memory is not None
+      >>> kept_optimizer().needs.stateful_client is not None
       True
     """
     base = plain_mean() if rule is None else rule
@@ -50,5 +50,5 @@ def kept_optimizer(rule: Rule | None = None) -> Rule:
     def finish(context: Context, done: Trained) -> tuple[State, Tensors]:
         return initial_state(context.weights, done.optimizer_state), ()
 
-    memory = ClientMemory(initial_state, finish, start=start)
-    return attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory))
+    client = StatefulClient(initial_state, finish, start=start)
+    return attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client))

@@ -7,8 +7,8 @@ import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
-from aggregators.core.client_memory import ClientMemory, Context, Correction, Trained
 from aggregators.core.rule import Rule, named_rule
+from aggregators.core.stateful_client import Context, Correction, StatefulClient, Trained
 from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
 from aggregators.rules.client_sum import add_sum, check_base
 from aggregators.rules.plain_mean import plain_mean
@@ -88,7 +88,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         )
         return OrderedDict(control=control), update
 
-    memory = ClientMemory(
+    client = StatefulClient(
         initial_state,
         finish,
         correction,
@@ -97,7 +97,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         num_clients=num_clients,
     )
     return add_sum(
-        attrs.evolve(base, needs=attrs.evolve(base.needs, memory=memory)),
+        attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client)),
         of=lambda update: update.sent,
         start=lambda layers: OrderedDict(
             control=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs)

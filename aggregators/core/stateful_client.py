@@ -1,4 +1,4 @@
-"""What a client keeps from round to round, and what it does with it in training."""
+"""Clients that keep a state from round to round, and use it in training."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.autograph import with_autograph
-from aggregators.core.checks import asserted
 from aggregators.core.types import (
     Gradients,
     Metrics,
@@ -85,8 +84,8 @@ def _optional_number(value: object) -> int | None:
 
 
 @attrs.frozen
-class ClientMemory:
-    """State that belongs to a client, as part of a rule's `Needs`.
+class StatefulClient:
+    """How clients keep a state from round to round, as part of a rule's `Needs`.
 
     All are functions of TensorFlow operations. A client whose update is not finite, or that trained on
     nothing, keeps the state that it had.
@@ -106,11 +105,11 @@ class ClientMemory:
 
     Example: a client that counts its rounds
 
-      >>> memory = ClientMemory(
+      >>> counting = StatefulClient(
       ...     lambda weights, optimizer_state: OrderedDict(rounds=tf.constant(0)),
       ...     lambda context, done: (OrderedDict(rounds=context.state["rounds"] + 1), ()),
       ... )
-      >>> memory.mean_gradient
+      >>> counting.mean_gradient
       False
     """
 
@@ -132,12 +131,12 @@ class ClientMemory:
 
 
 def correction(
-    memory: ClientMemory | None, context: Context | None
+    client: StatefulClient | None, context: Context | None
 ) -> Callable[[Gradients, Weights], Gradients]:
     """What corrects gradients; None stays None, for a weight that the loss does not see."""
-    if memory is None:
+    if client is None:
         return lambda gradients, weights: gradients
-    given = with_autograph(with_autograph(memory.correction)(context))
+    given = with_autograph(with_autograph(client.correction)(context))
 
     def correct(gradients: Gradients, weights: Weights) -> Gradients:
         dense = densify(gradients, weights)
@@ -156,63 +155,3 @@ def densify(gradients: Gradients, weights: Weights) -> list[tf.Tensor]:
         tf.zeros(w.shape, w.dtype) if g is None else tf.convert_to_tensor(g)
         for g, w in zip(gradients, weights, strict=True)
     ]
-
-
-def signature(state: State) -> str:
-    """A state's names, dtypes and shapes as one line, by which a file of another kind is known."""
-    parts = [f"{name}:{x.dtype.name}{list(x.shape)}" for name, x in _named(state)]
-    return " ".join(["client-state-1", *parts])
-
-
-def _named(state: State) -> list[tuple[str, tf.Tensor]]:
-    return [
-        (f"{name}/{i}", tf.convert_to_tensor(tensor))
-        for name, part in state.items()
-        for i, tensor in enumerate(tf.nest.flatten(part))
-    ]
-
-
-def load(path: tf.Tensor, fresh: State) -> State:
-    """Reads a state of this structure; the fresh one where the path is empty."""
-    named, expected = _named(fresh), signature(fresh)
-
-    def read() -> list[tf.Tensor]:
-        name, found = tf.raw_ops.RestoreV2(
-            prefix=path,
-            tensor_names=["file", "signature"],
-            shape_and_slices=["", ""],
-            dtypes=[tf.string, tf.string],
-        )
-        message = ["The file of a client's state must be the one that was written as", path]
-        known = asserted(tf.equal(name, _name(path)), [*message, "; found", name], path)
-        message = [
-            "The state of a client must be of this model and rule,",
-            expected,
-            "; found",
-            found,
-        ]
-        tensors = tf.raw_ops.RestoreV2(
-            prefix=asserted(tf.equal(found, expected), message, known),
-            tensor_names=[name for name, _ in named],
-            shape_and_slices=[""] * len(named),
-            dtypes=[x.dtype for _, x in named],
-        )
-        return [tf.ensure_shape(x, y.shape) for x, (_, y) in zip(tensors, named, strict=True)]
-
-    tensors = tf.cond(tf.equal(path, ""), lambda: [tf.identity(x) for _, x in named], read)
-    return tf.nest.pack_sequence_as(fresh, tensors)
-
-
-def save(path: tf.Tensor, state: State) -> tf.Operation:
-    """Writes a state as one checkpoint of TensorFlow, which knows its own name."""
-    names, tensors = zip(*_named(state), strict=True)
-    return tf.raw_ops.SaveV2(
-        prefix=path,
-        tensor_names=["file", "signature", *names],
-        shape_and_slices=[""] * (len(names) + 2),
-        tensors=[_name(path), tf.constant(signature(state)), *tensors],
-    )
-
-
-def _name(path: tf.Tensor) -> tf.Tensor:
-    return tf.strings.regex_replace(path, "(?s)^.*/", "")

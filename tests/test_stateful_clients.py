@@ -401,12 +401,12 @@ def test_other_doors_and_bad_arguments():
         rules.scaffold(3, option=2)
     with pytest.raises(ValueError, match="`alpha` must be a finite number above 0"):
         rules.fed_dyn(3, 0.0)
-    with pytest.raises(ValueError, match="`rule` must not have clients keep a state of its own"):
+    with pytest.raises(ValueError, match="`rule` must not have a stateful client of its own"):
         rules.scaffold(3, rule=rules.kept_optimizer())
     with pytest.raises(TypeError, match="`rule` must be a `Rule`"):
         rules.kept_optimizer(3)
     needs = rules.scaffold(3).needs
-    with pytest.raises(ValueError, match="`needs` must not have clients keep a state"):
+    with pytest.raises(ValueError, match="`needs` must not need a stateful client"):
         aggregators.build_client_work(twin.functional_model(), sgd(), needs)
     with pytest.raises(ValueError, match="sent"):
         aggregators.RuleFactory(rules.scaffold(3)).create(
