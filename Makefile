@@ -6,6 +6,7 @@
 # make test-torch  the tests of build_torch_optimizer, with torch in a folder of its own
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
 # make bench-rivals  rounds of other simulators beside ours, each in an environment of its own
+# make figures   runs the commands above the pages' tables again, and says which figures moved (FIGURES="influence" runs some)
 # make study     which rules are safe: 2880 runs, goes on where it was left; study-quick is a first look
 # make docs      the documentation, into output/site; docs-serve shows it in a browser, with its search
 # make build     wheel and sdist
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example lint test test-all durations test-torch attack bench bench-rivals study study-quick docs docs-serve build lock clean
+.PHONY: example lint test test-all durations test-torch attack bench bench-rivals figures study study-quick docs docs-serve build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -23,7 +24,8 @@ ATTACK_ARGS ?=
 TORCH ?= torch==2.13.0
 RIVALS ?= torch fedjax flower
 RIVALS_ARGS ?=
-BENCHMARKS ?= keras_optimizer pipeline aggregation resident resident_places client_memory example_clipping
+FIGURES ?=
+BENCHMARKS ?= keras_optimizer pipeline aggregation rules resident resident_places reading client_memory example_clipping
 
 example: .venv/installed
 	$(BIN)/python examples/train_digits.py $(EXAMPLE_ARGS)
@@ -90,6 +92,9 @@ bench: .venv/installed .venv/rivals
 
 bench-rivals: .venv/installed $(RIVALS:%=.venv-rivals/%/installed)
 	$(BIN)/python examples/benchmarks/rivals/report.py $(RIVALS_ARGS)
+
+figures: .venv/installed
+	$(BIN)/python examples/benchmarks/renew.py $(FIGURES)
 
 study study-quick: .venv/installed
 	$(BIN)/python examples/study/run.py $(if $(filter study-quick,$@),--quick)

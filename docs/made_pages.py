@@ -4,14 +4,10 @@ Names and docstrings are read from the files: nothing is imported, so this needs
 """
 
 import ast
-import csv
 import functools
-import math
 import os
 import pathlib
 import re
-import statistics
-from collections import defaultdict
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("tff_optim", "aggregators")
@@ -22,18 +18,19 @@ PAGES_OF = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "tff_optim/README.md": "guides/tff_optim.md",
     "examples/README.md": "examples/index.md",
     "examples/study/README.md": "study.md",
-    "examples/benchmarks/README.md": "benchmarks.md",
+    "examples/benchmarks/rivals/README.md": "benchmarks/rivals.md",
 }
-STUDY = ROOT / "examples/study/results.csv"
-# What a rule is called in the study's file.
+# What a page of the site stands for, where the repository has a folder's own page.
+INSTEAD = {"examples/benchmarks/README.md": "benchmarks/index.md"}
+STUDY = ROOT / "examples/study/README.md"
+COSTS = ROOT / "docs/pages/benchmarks/aggregation.md"
+# What a rule is called on the study's page.
 STUDIED = {
     "jury_mean": ("jury", "jury, direction", "jury, three voices"),
     "redescending_mean": ("redescending",),
     "adaptive_mean": ("KL near", "loss near"),
-    "plain_mean": ("FedAvg",),
 }
 
 
@@ -93,54 +90,47 @@ def reference_page(module: str) -> str:
     return "\n".join(parts)
 
 
-def late(accuracies: str) -> float:
-    """The mean of the last ten rounds, in points."""
-    return 100.0 * statistics.fmean(float(x) for x in accuracies.split()[-10:])
+def rows_of(text: str, names: tuple[str, ...]) -> list[str]:
+    """Of the first table in a text: its head, and the rows that begin with one of these names."""
+    head, line, *rows = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()
+    rows = [row for row in rows if row.split("|")[1].strip() in names]
+    return [head, line, *rows] if rows else []
 
 
 @functools.cache
-def study() -> dict[str, dict[tuple[str, ...], float]]:
-    """For each rule of the study the mean difference to FedAvg in every cell, in points."""
-    runs: dict[tuple[str, ...], dict[str, dict[str, float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
-    with STUDY.open(newline="") as file:
-        for row in csv.DictReader(file):
-            cell = tuple(row[name] for name in ("task", "server", "concentration", "corruption"))
-            runs[cell][row["rule"]][row["seed"]] = late(row["accuracies"])
-    found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
-    for cell, by_rule in runs.items():
-        plain = by_rule["FedAvg"]
-        for rule, by_seed in by_rule.items():
-            found[rule][cell] = statistics.fmean(by_seed[s] - plain[s] for s in by_seed)
-    return dict(found)
+def study() -> str:
+    """What the study's page says of rules, from the first of its tables that is of rules."""
+    return re.search(r"^\| rule \|.*", STUDY.read_text(), re.M | re.S)[0]
+
+
+@functools.cache
+def costs() -> str:
+    """The section of the benchmarks on a round by each rule."""
+    return COSTS.read_text().partition("## A round by each rule\n")[2].partition("\n## ")[0]
 
 
 def study_rows(rule: str) -> str:
     """The rows of a rule in the study, as a table; a sentence if it was not part of it."""
-    names = [name for name in STUDIED.get(rule, ()) if name in study()]
-    if not names:
-        return "The study did not run this rule."
-    if names == ["FedAvg"]:
-        return "The study compares all others with this rule."
-    lines = [
-        "Points of late accuracy against FedAvg, over the cells of [the study](../study.md); -10 times "
-        "is left out of the last column.",
-        "",
-        "| in the study | worst cell | where | clean cells, mean | bad clients, mean |",
-        "|---|---|---|---|---|",
-    ]
-    for name in names:
-        cells = study()[name]
-        worst = min(cells, key=cells.__getitem__)
-        clean = statistics.fmean(d for cell, d in cells.items() if cell[3] == "none")
-        bad = statistics.fmean(
-            d for cell, d in cells.items() if cell[3] not in ("none", "times -10")
-        )
-        assert math.isfinite(clean + bad)
-        where = f"{worst[0]}, {worst[1]}, Dirichlet {worst[2]}, {worst[3]}"
-        lines.append(f"| {name} | {cells[worst]:+.1f} | {where} | {clean:+.1f} | {bad:+.1f} |")
-    return "\n".join(lines)
+    rows = rows_of(study(), STUDIED.get(rule, ()))
+    if not rows:
+        verb = "compares all others with" if rule == "plain_mean" else "did not run"
+        return f"The study {verb} this rule."
+    about = "Points of late accuracy against FedAvg, from [the study](../study.md)."
+    return "\n".join([about, "", *rows])
+
+
+def cost_rows(rule: str) -> str:
+    """What a round of a rule costs, as a table, with the line that says how it was measured."""
+    measured = re.search(r"^Figures of .*$", costs(), re.M)[0]
+    names = {name for name in re.findall(r"^\| ([^|]*?) *\|", costs(), re.M)}
+    rows = rows_of(costs(), tuple(n for n in names if n.split(",")[0] == rule))
+    if not rows:
+        raise ValueError(f"{COSTS} does not say what {rule} costs")
+    about = (
+        "A round of ten clients with ten batches of 32, a network of 397,510 numbers, in TensorFlow of "
+        "the Python process ([all rules](../benchmarks/aggregation.md))."
+    )
+    return "\n".join([about, "", measured, "", *rows])
 
 
 def summary_of(rule: str) -> str:
@@ -153,9 +143,10 @@ def summary_of(rule: str) -> str:
 
 
 def rule_page(rule: str) -> str:
-    """A rule's docstring and its rows of the study."""
+    """A rule's docstring, its rows of the study and its cost."""
     docstring = f"::: aggregators.rules.{rule}\n    options:\n      heading_level: 1"
-    return f"{docstring}\n\n## In the study\n\n{study_rows(rule)}\n"
+    study_part = f"## In the study\n\n{study_rows(rule)}"
+    return f"{docstring}\n\n{study_part}\n\n## What it costs\n\n{cost_rows(rule)}\n"
 
 
 def rules_page() -> str:
@@ -180,13 +171,13 @@ def reference_index() -> str:
 
 def site_path(source: str) -> str | None:
     """Where a file of the repository is on the site: a page, a file beside the pages, or nowhere."""
-    if source in PAGES_OF:
-        return PAGES_OF[source]
+    if source in PAGES_OF | INSTEAD:
+        return (PAGES_OF | INSTEAD)[source]
     if source.startswith("docs/pages/"):
         return source.removeprefix("docs/pages/")
     if source.startswith("examples/") and source.endswith(".py"):
         return source.removesuffix(".py") + ".md"
-    return source if source.endswith((".png", ".ipynb", ".lock", ".csv")) else None
+    return source if source.endswith((".png", ".ipynb", ".lock", ".csv", ".cff")) else None
 
 
 def linked(text: str, source: str, target: str) -> str:
@@ -232,7 +223,13 @@ def made() -> dict[str, str]:
 
 def on_config(config):
     """Fills the sections of the navigation that end with a slash."""
-    for function in (made, modules, public_names, study):  # `docs-serve` builds again and again
+    for function in (
+        made,
+        modules,
+        public_names,
+        study,
+        costs,
+    ):  # `docs-serve` builds again and again
         function.cache_clear()
 
     def filled(entry):
@@ -267,6 +264,7 @@ def on_files(files, config):
         "examples/*.ipynb",
         "examples/study/*.csv",
         "requirements.lock",
+        "CITATION.cff",
     ):
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()

@@ -66,11 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
     late = max(options.rounds // 4, 1)
     print(f"Test accuracy over the last {late} rounds, over seeds:")
-    print(f"{'algorithm':10} {'mean':>6} {'least':>6} {'most':>6}")
+    print("| algorithm | mean | least | most |\n|---|---|---|---|")
     for name in dict.fromkeys(process for process, _ in history.ended):
         runs = [history.only(name, seed).rounds for seed in range(options.seeds)]
         ends = [run["evaluation/accuracy"][-late:].mean() for run in runs]
-        print(f"{name:10} {np.mean(ends):6.3f} {min(ends):6.3f} {max(ends):6.3f}")
+        print(f"| {name} | {np.mean(ends):.3f} | {min(ends):.3f} | {max(ends):.3f} |")
     digits.save(simulation.plots.learning_curves(history, "evaluation/accuracy"), options)
 
 

@@ -62,7 +62,7 @@ def test_clients_that_differ_print_a_table_and_draw_a_picture(tmp_path):
     arguments = ["--rounds", "2", "--seeds", "1", "--epochs", "1", "--output", str(picture)]
     run = run_example("drifting_clients.py", *arguments, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    lines = [line.split() for line in run.stdout.splitlines()[2:-1]]
+    lines = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()[3:-1]]
     assert [line[0] for line in lines] == ["FedAvg", "FedProx", "SCAFFOLD", "FedDyn"]
     assert all(0 < float(line[2]) <= float(line[1]) <= float(line[3]) < 1 for line in lines)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,12 +1,17 @@
 """The installed package: what is shipped, and what is said when TFF is missing or unsuitable."""
 
+import email
 import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
+import zipfile
 
 import pytest
 
@@ -47,22 +52,32 @@ def distributions(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_both_packages_import_from_a_wheel_outside_the_checkout(distributions, tmp_path):
+def test_a_wheel_works_in_an_environment_that_had_nothing_of_ours(distributions, tmp_path):
+    """The locked set takes minutes to install, so the environment borrows this one's."""
     (wheel,) = [path for path in distributions if path.suffix == ".whl"]
-    target = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=120)
+    venv.create(tmp_path / "env", with_pip=True, symlinks=True)
+    python = tmp_path / "env/bin/python"
+    (target,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    # A folder that a .pth file adds is searched for packages, but not for .pth files: the checkout
+    # that is installed there stays out.
+    (target / "locked.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(pip, check=True, timeout=120)
+    (block, *_) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    )
     code = (
-        "import tensorflow_federated as tff; tff.test.set_no_default_context()\n"
-        "import tff_optim, aggregators; print(tff_optim.__file__, aggregators.__file__)"
+        f"{block}\nimport aggregators, tff_optim\n"
+        "tff.test.set_no_default_context()\n"
+        "print(tff_optim.__file__, aggregators.__file__)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [python, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(target)},
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
     assert run.returncode == 0, run.stderr
     assert all(path.startswith(str(target)) for path in run.stdout.split())
@@ -79,7 +94,26 @@ def test_an_sdist_holds_what_a_wheel_is_built_from(distributions):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "tff_optim/py.typed"}
+    needed |= {"CITATION.cff", "requirements.lock", "docs/pages/guides/gpu.md", "docs/mkdocs.yml"}
     assert needed <= names
+
+
+@pytest.mark.slow
+def test_a_wheel_says_who_what_and_under_which_licence(distributions):
+    (wheel,) = [path for path in distributions if path.suffix == ".whl"]
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        about = email.message_from_bytes(archive.read(name))
+        licences = [n for n in archive.namelist() if n.endswith("/LICENSE")]
+    assert licences
+    cited = dict(re.findall(r"^(\w+): (.*)$", (ROOT / "CITATION.cff").read_text(), re.M))
+    assert (about["License"], about["Version"]) == (cited["license"], cited["version"])
+    (author,) = re.findall(r'- name: "(.*)"', (ROOT / "CITATION.cff").read_text())
+    assert about["Author"] == author
+    assert {"examples", "optax"} <= set(about.get_all("Provides-Extra"))
+    text = about.get_payload()
+    assert text.startswith("# tff-optim")
+    assert re.findall(r"\]\((?!https?:)", text) == []
 
 
 def test_a_wrong_python_gives_one_clear_line(tmp_path):

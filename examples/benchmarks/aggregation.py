@@ -1,14 +1,14 @@
 """What adaptive aggregation costs, against TFF's own mean.
 
-Three comparisons, all in TFF's worker and with all large values made and kept there:
+Two comparisons, both in TFF's worker and with all large values made and kept there:
 
 * one aggregation: `tff.aggregators.MeanFactory` against the adaptive mean, with scores that came
   with the update, with L2 scores taken in the aggregation, and with KL scores against the server's
   model;
 * whole rounds: `tff.learning.algorithms.build_weighted_fed_avg` against `build_fed_kl`, with the
-  time to build the process and to run its first round;
-* later rounds of `build_fed_avg` by rules that need more of their clients, against the plain mean,
-  and against it with two models scored before training.
+  time to build the process and to run its first round.
+
+`rules.py` compares rounds by all rules.
 
     python examples/benchmarks/aggregation.py --clients 10 100 --parameters 100000 1000000
 """
@@ -21,11 +21,10 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import attrs
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
-from timing import time_side_by_side
+from timing import table, time_side_by_side
 
 import aggregators
 from aggregators import rules, scores, weighting
@@ -105,20 +104,19 @@ def aggregation(kind: str, shapes: list[tuple[int, ...]]) -> Any:
     return run
 
 
-def compare_aggregations(clients: list[int], parameters: list[int], repeats: int) -> None:
-    print("One aggregation: seconds, and times tff.aggregators.MeanFactory")
-    print(f"{'clients':>8} {'parameters':>11} {'mean':>8} {'scored':>15} {'l2':>15} {'kl':>15}")
+def compare_aggregations(clients: list[int], parameters: list[int], repeats: int) -> str:
+    """One aggregation: seconds, in brackets divided by `MeanFactory`."""
+    kinds = {"scored": "scored by the clients", "l2": "L2 in the stream", "kl": "KL in the stream"}
+    rows = []
     for size in parameters:
-        runs = {kind: aggregation(kind, shapes_of(size)) for kind in ("mean", "scored", "l2", "kl")}
+        runs = {kind: aggregation(kind, shapes_of(size)) for kind in ("mean", *kinds)}
         for number in clients:
             seeds = [1.0 + k for k in range(number)]
             calls = {kind: functools.partial(run, seeds) for kind, run in runs.items()}
             found = time_side_by_side(calls, rounds=repeats, warm_up=1)
-            row = "".join(
-                f"{found[kind]:>9.3f} {found[kind] / found['mean']:>4.2f}x"
-                for kind in ("scored", "l2", "kl")
-            )
-            print(f"{number:>8} {size:>11} {found['mean']:>8.3f} {row}", flush=True)
+            ratios = [f"{found[kind]:.3f} ({found[kind] / found['mean']:.2f})" for kind in kinds]
+            rows.append([f"{number}", f"{size:.0e}", f"{found['mean']:.3f}", *ratios])
+    return table(["clients", "parameters", "`MeanFactory`", *kinds.values()], rows)
 
 
 def make_model() -> tff.learning.models.FunctionalModel:
@@ -148,7 +146,8 @@ def make_data(number: int) -> list[tf.data.Dataset]:
     ]
 
 
-def compare_rounds(number: int, repeats: int) -> None:
+def compare_rounds(number: int, repeats: int) -> str:
+    """Whole rounds: seconds, in brackets divided by plain averaging with the same loop."""
     data = make_data(number)
     sgd = tff.learning.optimizers.build_sgdm(0.05)
     plain = tff.learning.algorithms.build_weighted_fed_avg
@@ -174,50 +173,12 @@ def compare_rounds(number: int, repeats: int) -> None:
         )
         for call, rounds in ((first_round, 2 * repeats), (later_round, 4 * repeats))
     )
-    print(f"\nWhole rounds: {number} clients, 10 batches of 32, 397510 parameters; seconds")
-    print(f"{'loop':>16} {'':>24} {'build + first round':>24} {'later round':>20}")
+    rows = []
     for loop, build in builders:
         mine, reference = (loop, build), (loop, plain)
-        print(
-            f"{loop.name:>16} {build.__name__:>24} "
-            f"{first[mine]:>16.2f} {first[mine] / first[reference]:>6.2f}x "
-            f"{later[mine]:>12.3f} {later[mine] / later[reference]:>6.2f}x"
-        )
-
-
-def with_two_models_scored() -> aggregators.Rule:
-    """The plain mean of clients that score two models before they train."""
-    plain = rules.plain_mean()
-    # Two different ones: of two passes over one model TensorFlow makes one.
-    scored = aggregators.Candidates(lambda weights, state: [weights, [0.5 * w for w in weights]], 2)
-    return attrs.evolve(plain, needs=aggregators.Needs(layers="model", candidates=scored))
-
-
-def compare_rules(number: int, repeats: int) -> None:
-    """Later rounds with the same loop, by rule."""
-    data = make_data(number)
-    sgd = tff.learning.optimizers.build_sgdm(0.05)
-    chosen = {
-        "plain_mean": rules.plain_mean(),
-        "redescending_mean": rules.redescending_mean(),
-        "jury_mean, direction": rules.jury_mean(votes="direction"),
-        "plain_mean, two models scored": with_two_models_scored(),
-        "jury_mean": rules.jury_mean(),
-    }
-    processes = {}
-    for name, rule in chosen.items():
-        process = aggregators.build_fed_avg(make_model(), sgd, rule=rule)
-        processes[name] = process, process.next(process.initialize(), data).state
-
-    def later_round(name: str) -> None:
-        process, state = processes[name]
-        process.next(state, data)
-
-    calls = {name: functools.partial(later_round, name) for name in chosen}
-    later = time_side_by_side(calls, rounds=4 * repeats, warm_up=1)
-    print(f"\nRules: {number} clients, as above; seconds, and times plain_mean")
-    for name in chosen:
-        print(f"{name:>32} {later[name]:>8.3f} {later[name] / later['plain_mean']:>6.2f}x")
+        ratios = [f"{s[mine]:.3g} ({s[mine] / s[reference]:.2f})" for s in (first, later)]
+        rows.append([f"`{loop.name}`", f"`{build.__name__}`", *ratios])
+    return table(["loop", "process", "building and first round", "later round"], rows)
 
 
 def main() -> None:
@@ -230,9 +191,9 @@ def main() -> None:
     let_workers_end()  # also in the background of a script
     tff.backends.native.set_sync_local_cpp_execution_context()
     try:
-        compare_aggregations(arguments.clients, arguments.parameters, arguments.repeats)
-        compare_rounds(arguments.round_clients, arguments.repeats)
-        compare_rules(arguments.round_clients, arguments.repeats)
+        print(compare_aggregations(arguments.clients, arguments.parameters, arguments.repeats))
+        print()
+        print(compare_rounds(arguments.round_clients, arguments.repeats))
     finally:
         tff.test.set_no_default_context()  # ends the worker
 

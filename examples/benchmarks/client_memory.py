@@ -1,14 +1,15 @@
 """What a state on each client costs.
 
-A round of SCAFFOLD against one of FedAvg with the same loop, both in a `ResidentProcess` (the server's
-state in the worker), states in memory; and how long the states of its clients take to be read and
-written, alone.
+A round of SCAFFOLD against one of FedAvg with the same loop, both in a `ResidentProcess`, states in
+memory; and how long the states of its clients take to be read and written, alone. All of them are
+divided by the round of FedAvg, in processor time.
 
-    python examples/benchmarks/client_memory.py --width 256 --clients 10
+    python examples/benchmarks/client_memory.py
 """
 
 import argparse
 import os
+import time
 from collections import OrderedDict
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -20,12 +21,14 @@ from timing import table, time_side_by_side
 
 import tff_optim
 from aggregators import ClientStates, build_fed_avg, build_scaffold
-from aggregators.core import client_memory
+from aggregators.client import state_io
 
 layers = tf.keras.layers
+SETTING = "width of the two hidden layers, clients, batches of a client"
 
 
-def rounds(width: int, clients: int, batches: int, repeats: int) -> None:
+def rounds(width: int, clients: int, batches: int, repeats: int) -> list[str]:
+    """A row of the table."""
     spec = (tf.TensorSpec([None, 64]), tf.TensorSpec([None], tf.int32))
     model = tff.learning.models.functional_model_from_keras(
         lambda: tf.keras.Sequential(
@@ -64,8 +67,8 @@ def rounds(width: int, clients: int, batches: int, repeats: int) -> None:
         @tf.function
         def move() -> tf.Tensor:
             state = OrderedDict(control=tuple(specs))
-            with tf.control_dependencies([client_memory.save(path, state)]):
-                back = client_memory.load(tf.identity(path), state)
+            with tf.control_dependencies([state_io.save(path, state)]):
+                back = state_io.load(tf.identity(path), state)
             return tf.add_n([tf.reduce_sum(w) for w in back["control"]])
 
         def states_alone() -> None:
@@ -75,25 +78,27 @@ def rounds(width: int, clients: int, batches: int, repeats: int) -> None:
         found = time_side_by_side(
             {"FedAvg": fed_avg, "SCAFFOLD": with_states, "its states alone": states_alone},
             rounds=repeats,
+            clock=time.process_time,
         )
         for name in os.listdir("/dev/shm"):
             if name.startswith(f"state-{os.getpid()}"):
                 os.remove(os.path.join("/dev/shm", name))
-    net = found["SCAFFOLD"] - found["its states alone"]
-    rows = [[name, f"{1e3 * s:.1f}", f"{s / found['FedAvg']:.2f}"] for name, s in found.items()]
-    rows.append(["SCAFFOLD less its states", f"{1e3 * net:.1f}", f"{net / found['FedAvg']:.2f}"])
-    print(f"{clients} clients of {batches} batches, {size} parameters\n")
-    print(table(["a round", "ms", "ratio"], rows))
+    found["less its states"] = found["SCAFFOLD"] - found["its states alone"]
+    ratios = [f"{s / found['FedAvg']:.2f}" for name, s in found.items() if name != "FedAvg"]
+    return [f"{size:,}", f"{clients}", f"{batches}", f"{1e3 * found['FedAvg']:.0f}", *ratios]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument(
+        "--settings", nargs="+", default=["256,5,10", "512,10,20", "512,10,60"], help=SETTING
+    )
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    rounds(options.width, options.clients, options.batches, options.repeats)
+    settings = [map(int, setting.split(",")) for setting in options.settings]
+    rows = [rounds(*setting, options.repeats) for setting in settings]
+    headers = ["parameters", "clients", "batches of 16", "FedAvg, ms"]
+    print(table([*headers, "SCAFFOLD", "its states alone", "SCAFFOLD less its states"], rows))
     tff.test.set_no_default_context()  # ends the worker before the interpreter ends
 
 

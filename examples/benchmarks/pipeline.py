@@ -21,8 +21,6 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from timing import table, time_side_by_side
 
-tff.test.set_no_default_context()  # nothing here is federated
-
 import tff_optim
 from tff_optim import regularizers, transforms
 
@@ -182,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, nargs="+", default=[1e5, 1e6, 1e7])
     arguments = parser.parse_args()
+    tff.test.set_no_default_context()  # nothing here is federated
 
     contenders = dict(CONTENDERS)
     for rival in ("declearn", "optax"):

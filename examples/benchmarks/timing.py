@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping
 
 
 def time_side_by_side(
-    contenders: Mapping[str, Callable[[], None]], *, rounds: int, warm_up: int = 3
+    contenders: Mapping[str, Callable[[], None]],
+    *,
+    rounds: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Returns the median seconds of each contender over rounds in which all take turns.
 
@@ -21,9 +25,9 @@ def time_side_by_side(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            start = time.perf_counter()
+            start = clock()
             contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -49,14 +49,27 @@ def compare(everything):
     truth = {}
     for answer in everything:  # NumPy comes first, then torch by hand
         truth.setdefault(answer["task"], answer)
-    rows = []
+    rows: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for answer in everything:
-        differences = [
-            max(abs(f / t - 1) for f, t in zip(answer[how], truth[answer["task"]][how]))
-            for how in ("sgd", "adam")
-        ]
-        rows.append([answer["name"], answer["task"], *[f"{d:.1e}" for d in differences]])
-    print(table(["simulator", "task", "SGD at the server", "Adam"], rows))
+        for how, server in (("sgd", "SGD"), ("adam", "Adam")):
+            differences = map(_difference, answer[how], truth[answer["task"]][how])
+            rows[answer["name"]][f"{answer['task']}, {server}"] = f"{max(differences):.1e}"
+    headers = sorted({column for row in rows.values() for column in row}, key=_by_server)
+    print(
+        table(
+            ["simulator", *headers],
+            [[name, *(row.get(h, "") for h in headers)] for name, row in rows.items()],
+        )
+    )
+
+
+def _difference(found, truth):
+    return abs(found / truth - 1)
+
+
+def _by_server(column):
+    task, server = column.split(", ")
+    return server == "Adam", task
 
 
 def main():
