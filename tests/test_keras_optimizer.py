@@ -123,7 +123,7 @@ def test_momentum_of_mime_lite_stays_at_the_server():
     for _ in range(2):
         state = process.next(state, clients).state
     optimizer_state = state.client_work[0]
-    assert optimizer_state["iterations"] == 2
+    assert optimizer_state["step"] == 2
     assert all(np.any(slot) for slot in optimizer_state["slots"].values())
 
 
@@ -955,4 +955,4 @@ def test_the_computations_run_in_a_round_written_by_hand():
         tf.nest.map_structure(lambda x: np.float32(x * 2), ones),
     )[1]
     contracts.assert_close([found["a"], found["b"]], [expected["a"], expected["b"]])
-    assert state["iterations"] == 1
+    assert state["step"] == 1

@@ -1,4 +1,4 @@
-"""Entries of a configuration: plain values, each with its place, so that messages can name it."""
+"""Entries of a configuration: plain values, each with its path, so that messages can name it."""
 
 import collections
 import difflib

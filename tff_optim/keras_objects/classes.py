@@ -89,7 +89,7 @@ def class_of(entry: Entry, kinds: Sequence[Kind]) -> type:
             module.refuse(f"be {min(homes)!r}, which holds {cls.__name__}")
     else:
         module.check_trusted(root)
-        cls = _held_class(name, module, kinds)
+        cls = _class_in_module(name, module, kinds)
     known = (None, cls.__name__, tf.keras.saving.get_registered_name(cls))
     if registered.value not in known:
         registered.refuse(f"be the registered name of {cls.__name__}, or left out")
@@ -109,7 +109,7 @@ def class_of_keras(name: Entry, kinds: Sequence[Kind]) -> type:
     return found
 
 
-def _held_class(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
+def _class_in_module(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
     """The class that a module of a trusted package holds, found without running code of it."""
     if not isinstance(name.value, str):
         name.refuse("be the name of a class", TypeError)

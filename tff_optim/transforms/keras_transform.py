@@ -47,7 +47,7 @@ def _step_only(given: Value) -> KerasOptimizer:
     with eager_world():  # variables and values are needed now, even while TFF traces
         checks.check_arguments(keras)
         device = given.device if built else None
-        optimizer = build_keras_optimizer(copies.at_unit_rate(keras), device=device)
+        optimizer = build_keras_optimizer(copies.with_unit_rate(keras), device=device)
         depends = _depends_on_weights(optimizer)
     if depends:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a Keras optimizer must be to be run as a pure function, and which of its numbers may change."""
+"""What a Keras optimizer must be to be run as a pure function, and which of its numbers are hparams."""
 
 import collections
 import inspect
@@ -55,7 +55,7 @@ _HONOURED = {
 
 
 # Entries of a state that no number may replace.
-_ENTRIES = ("learning_rate", "iterations", "slots")
+_ENTRIES = ("learning_rate", "step", "slots")
 
 
 def not_called() -> set[str]:
@@ -82,7 +82,7 @@ def check_arguments(optimizer: Keras) -> None:
         keras_arguments.check_object(rate)
 
 
-def find_numbers(
+def find_hparams(
     optimizer: Keras, initial: Mapping[int, np.ndarray]
 ) -> "collections.OrderedDict[str, float]":
     """Finds the numbers that a step reads in its graph rather than branching on them.
@@ -124,8 +124,8 @@ def _read_in_graph(
         with scratch_graph() as graph:
             for cell in all_cells(template):
                 cell.bind(tf.compat.v1.placeholder(cell.dtype, cell.shape))
-            numbers = {name: tf.compat.v1.placeholder(tf.float64, ()) for name in names}
-            for name, number in numbers.items():
+            hparams = {name: tf.compat.v1.placeholder(tf.float64, ()) for name in names}
+            for name, number in hparams.items():
                 template.optimizer.__dict__[name] = NumberCell(number)
             gradients = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
             run_step(template, template.weights, gradients)
@@ -141,7 +141,7 @@ def _read_in_graph(
             "that a step uses another `tf.Variable`: a schedule's, for example",
             "A graph would hold the value that it has now.",
         )
-    return {name for name, number in numbers.items() if depends_on(outputs, [number])}
+    return {name for name, number in hparams.items() if depends_on(outputs, [number])}
 
 
 def check_supported(optimizer: Keras) -> Keras:

@@ -122,7 +122,7 @@ def has_rate_variable(optimizer: Keras) -> bool:
     return isinstance(optimizer._learning_rate, tf.Variable)
 
 
-def own_learning_rate(optimizer: Keras, value: Number | None) -> None:
+def replace_learning_rate(optimizer: Keras, value: Number | None) -> None:
     """Gives a copied optimizer a rate of its own: this value, or the one that it has if None."""
     if not has_rate_variable(optimizer):
         raise ValueError(
@@ -194,7 +194,7 @@ def build(
         with tf.variable_creator_scope(create):
             clone.build(weights)
     own = {id(clone._iterations), id(clone._learning_rate)}
-    own.add(id(getattr(clone, "_current_learning_rate", None)))  # follows from the iterations
+    own.add(id(getattr(clone, "_current_learning_rate", None)))  # follows from the step
     slots: collections.OrderedDict[str, VariableCell] = collections.OrderedDict()
     for cell in [*(c for c in cells.values() if id(c) not in own), *created]:
         name = cell.name if cell.name not in ("", "Variable") else _attribute_of(clone, cell)
@@ -265,7 +265,7 @@ def excluded_patterns(optimizer: Keras) -> list[str]:
     return list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
 
 
-def exclude(copied: Template, names: Sequence[str]) -> None:
+def exclude_from_decay(copied: Template, names: Sequence[str]) -> None:
     """Excludes from decay the weights whose names match."""
     optimizer = copied.optimizer
     found = excluded_patterns(optimizer)
@@ -282,7 +282,7 @@ def initial_rate(optimizer: Keras, initial: Mapping[int, np.ndarray]) -> np.ndar
     return initial.get(id(optimizer._learning_rate))
 
 
-def at_unit_rate(optimizer: Keras) -> Keras:
+def with_unit_rate(optimizer: Keras) -> Keras:
     """A copy at learning rate 1, without decay and moving average of weights.
 
     A copy, rather than one made of its configuration: that of a subclass may not tell everything.

@@ -14,7 +14,7 @@ from tff_optim.backends.keras.copies import Template
 from tff_optim.core import leaves, tracing
 from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shorten
-from tff_optim.core.numbers import NON_NEGATIVE, Interval, checked
+from tff_optim.core.numbers import NON_NEGATIVE, STEP, Interval, checked
 from tff_optim.core.tracing import call_traced, eager_world
 from tff_optim.core.types import (
     Function,
@@ -30,9 +30,6 @@ from tff_optim.core.types import (
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
 
-# What Keras calls the number of steps taken.
-_ITERATIONS = "iterations"
-
 
 class KerasOptimizer(PureOptimizer):
     """A Keras optimizer as a pure `tff.learning.optimizers.Optimizer`; see `build_keras_optimizer`.
@@ -44,7 +41,7 @@ class KerasOptimizer(PureOptimizer):
 
     takes_rows = True
     floating = False
-    not_hparams = (_ITERATIONS, SLOTS)
+    not_hparams = (STEP, SLOTS)
 
     def __init__(
         self,
@@ -53,14 +50,14 @@ class KerasOptimizer(PureOptimizer):
         weight_names: tuple[str, ...] | None,
         initial: Mapping[int, np.ndarray],
         learning_rate: Number | None,
-        numbers: Mapping[str, float],
+        hparams: Mapping[str, float],
     ):
         excluded = tuple(copies.excluded_patterns(keras_optimizer))
         super().__init__((keras_optimizer, excluded, learning_rate), device, weight_names)
         self._keras_optimizer = keras_optimizer
         self._initial = initial
         self._learning_rate = learning_rate
-        self._numbers = numbers
+        self._hparams = hparams
         self._templates: dict[Hashable, Callable[[], Template]] = {}
         # Made once: a function made in every call would be traced and compiled in every call.
         self._compiled = tracing.function(self._run, jit_compile=True, autograph=False)
@@ -95,7 +92,7 @@ class KerasOptimizer(PureOptimizer):
         if isinstance(rate, np.ndarray):
             rate = float(rate)
         hparams = {} if rate is None else {LEARNING_RATE: rate}
-        hparams |= self._numbers
+        hparams |= self._hparams
         return f"KerasOptimizer({self._owner}, {hparams}, device={self.device!r})"
 
     def _initial_state(self, specs: Specs) -> State:
@@ -110,10 +107,10 @@ class KerasOptimizer(PureOptimizer):
         state: State = collections.OrderedDict()
         if self._learning_rate is not None:
             state[LEARNING_RATE] = self._learning_rate
-        for name, value in self._numbers.items():
+        for name, value in self._hparams.items():
             state[name] = np.float64(value)
         with device_scope(self.device):
-            state[_ITERATIONS] = tf.constant(0, tf.int64)
+            state[STEP] = tf.constant(0, tf.int64)
         state[SLOTS] = call_traced(make_slots)
         return state
 
@@ -123,7 +120,7 @@ class KerasOptimizer(PureOptimizer):
         names = tuple(_names(given))
         expected = {n: leaves.spec_of(c) for n, c in self._template(names, weights).slots.items()}
         rate = [] if self._learning_rate is None else [LEARNING_RATE]
-        leaves.check_keys(state, [*rate, *self._numbers, _ITERATIONS, SLOTS], "state")
+        leaves.check_keys(state, [*rate, *self._hparams, STEP, SLOTS], "state")
         leaves.check_slots(state, expected)
         positions = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         with device_scope(self.device):
@@ -154,17 +151,17 @@ class KerasOptimizer(PureOptimizer):
     ) -> tuple[State, Leaves]:
         names, labels, positions = key
         template = self._template(names, weights)
-        copies.exclude(template, labels)
+        copies.exclude_from_decay(template, labels)
         with device_scope(self.device):
-            numbers = {name: state[name] for name in self._numbers}
-            steps.bind(template, state[_ITERATIONS], state.get(LEARNING_RATE), numbers)
+            hparams = {name: state[name] for name in self._hparams}
+            steps.bind(template, state[STEP], state.get(LEARNING_RATE), hparams)
             for cell, value in zip(template.weights, weights):
                 cell.bind(value)
             slots = dict(state[SLOTS])
-            is_later = tf.executing_eagerly() and int(state[_ITERATIONS]) > 0
+            is_later = tf.executing_eagerly() and int(state[STEP]) > 0
             if template.from_weights and not is_later:
                 fresh = copies.build(self.keras_optimizer, self._initial, weights, names)
-                first = tf.equal(state[_ITERATIONS], 0)
+                first = tf.equal(state[STEP], 0)
                 for name in template.from_weights:
                     slots[name] = tf.where(first, fresh.slots[name].value(), slots[name])
             for name, cell in template.slots.items():
@@ -173,7 +170,7 @@ class KerasOptimizer(PureOptimizer):
             steps.run_step(template, [template.weights[i] for i in positions], gradients)
 
             new_state = collections.OrderedDict(state)
-            new_state[_ITERATIONS], rate = steps.iterations_and_rate(template)
+            new_state[STEP], rate = steps.step_and_rate(template)
             if rate is not None:
                 new_state[LEARNING_RATE] = rate
             new_state[SLOTS] = collections.OrderedDict(
@@ -267,9 +264,9 @@ def build_keras_optimizer(
     a schedule of your own: write `tf.where` or `tf.cond`.
 
     The state is an `OrderedDict` of the hyper-parameters that may change between rounds
-    (`get_hparams`), `iterations`, which is Keras' name for the number of steps taken, and `slots`,
-    named after the slot and its weight. Those hyper-parameters are the learning rate, unless it is a
-    schedule, and every number that the step reads in its graph rather than branching on it.
+    (`get_hparams`), `step`, the number of steps taken, and `slots`, named after the slot and its
+    weight. Those hyper-parameters are the learning rate, unless it is a schedule, and every number that
+    the step reads in its graph rather than branching on it.
 
     TFF's worker process has no GPU code: `device="/GPU:0"` places the state and the step on a GPU
     when the optimizer runs in the Python process, and on the worker's CPU inside a TFF computation.
@@ -311,10 +308,10 @@ def build_keras_optimizer(
     with eager_world():
         made = copies.copy_containers(resolved)
         if learning_rate is not None or copies.has_rate_variable(made):
-            copies.own_learning_rate(made, None if traced else learning_rate)
+            copies.replace_learning_rate(made, None if traced else learning_rate)
         initial = copies.read_variables(made)
         checks.check_arguments(made)
-        numbers = checks.find_numbers(made, initial)
+        hparams = checks.find_hparams(made, initial)
     rate: Value = copies.initial_rate(made, initial)
     if traced:
         rate = tf.cast(learning_rate, rate.dtype)
@@ -324,5 +321,5 @@ def build_keras_optimizer(
         weight_names=None if weight_names is None else tuple(weight_names),
         initial=initial,
         learning_rate=rate,
-        numbers=numbers,
+        hparams=hparams,
     )

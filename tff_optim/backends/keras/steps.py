@@ -19,21 +19,21 @@ Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
 def bind(
-    template: Template, iterations: Number, rate: Number | None, numbers: Mapping[str, Number]
+    template: Template, step: Number, rate: Number | None, hparams: Mapping[str, Number]
 ) -> None:
-    """Gives a copy the steps taken so far, its rate (None for a schedule), and its numbers."""
+    """Gives a copy the steps taken so far, its rate (None for a schedule), and its hparams."""
     optimizer = template.optimizer
-    optimizer._iterations.bind(iterations)
+    optimizer._iterations.bind(step)
     current_rate = getattr(optimizer, "_current_learning_rate", None)
-    if current_rate is not None:  # that of a schedule, which follows from the iterations
+    if current_rate is not None:  # that of a schedule, which follows from the step
         current_rate.bind(tf.zeros(current_rate.shape, current_rate.dtype))
     if rate is not None:
         optimizer._learning_rate.bind(tf.cast(rate, optimizer._learning_rate.dtype))
-    for name, value in numbers.items():
+    for name, value in hparams.items():
         optimizer.__dict__[name] = NumberCell(value)
 
 
-def iterations_and_rate(template: Template) -> tuple[tf.Tensor, tf.Tensor | None]:
+def step_and_rate(template: Template) -> tuple[tf.Tensor, tf.Tensor | None]:
     """The steps taken so far, and the rate; None if it is a schedule."""
     rate = template.optimizer._learning_rate
     is_cell = isinstance(rate, VariableCell)

@@ -17,8 +17,8 @@ from tff_optim.core.messages import shown
 from tff_optim.core.types import Function, Json, Value
 from tff_optim.keras_objects import as_json as keras_objects
 
-# Factories of optax that do not say that they make a transformation.
-_UNTOLD = ("MultiSteps", "scale_by_factored_rms")
+# Factories of optax whose annotations do not say that they make a transformation.
+_UNANNOTATED = ("MultiSteps", "scale_by_factored_rms")
 
 
 def _factories() -> dict[str, Function]:
@@ -42,7 +42,7 @@ def _makes_a_transformation(name: str, value: Value) -> bool:
         told = inspect.signature(value).return_annotation
     except (TypeError, ValueError):
         return False
-    return "GradientTransformation" in str(told) or name in _UNTOLD
+    return "GradientTransformation" in str(told) or name in _UNANNOTATED
 
 
 def _to_json(optimizer: OptaxOptimizer) -> dict[str, Json]:

@@ -33,14 +33,14 @@ class OptaxOptimizer(PureOptimizer):
         self,
         transformation_or_factory: Given,
         arguments: Mapping[str, Value],
-        numbers: Mapping[str, Number],
+        hparams: Mapping[str, Number],
         weight_names: tuple[str, ...] | None,
         device: str | None,
     ):
-        super().__init__((transformation_or_factory, arguments, numbers), device, weight_names)
+        super().__init__((transformation_or_factory, arguments, hparams), device, weight_names)
         self._transformation_or_factory = transformation_or_factory
         self._arguments = arguments
-        self._numbers = numbers
+        self._hparams = hparams
         self._programs: dict[Hashable, Program] = {}
 
     @property
@@ -52,23 +52,23 @@ class OptaxOptimizer(PureOptimizer):
     def arguments(self) -> Named:
         """The factory's arguments; those at their defaults that are no hparams are left out."""
         if not self._arguments:
-            return dict(self._numbers)
+            return dict(self._hparams)
         known = inspect.signature(self._transformation_or_factory).parameters
         fixed = {
             name: value
             for name, value in self._arguments.items()
             if name not in known or comparison.key(value) != comparison.key(known[name].default)
         }
-        return {**fixed, **self._numbers}
+        return {**fixed, **self._hparams}
 
     def __repr__(self) -> str:
         made = self._transformation_or_factory
         made = getattr(made, "func", made)  # `optax.nadam` is a partial
         name = getattr(made, "__name__", type(made).__name__)
-        return f"OptaxOptimizer({name}, {dict(self._numbers)}, device={self.device!r})"
+        return f"OptaxOptimizer({name}, {dict(self._hparams)}, device={self.device!r})"
 
     def __reduce__(self) -> tuple:
-        made = self._transformation_or_factory, self._arguments, self._numbers
+        made = self._transformation_or_factory, self._arguments, self._hparams
         return OptaxOptimizer, (*made, self.weight_names, self.device)
 
     def _initial_state(self, specs: Specs) -> State:
@@ -78,10 +78,10 @@ class OptaxOptimizer(PureOptimizer):
             if specs is None:
                 return collections.OrderedDict({SLOTS: collections.OrderedDict()})
         program = self._program(specs)
-        numbers = {name: self._initial_number(name) for name in program.numbers}
-        numbers |= program.initial_injected()
-        for name in sorted(numbers, key=lambda name: name != LEARNING_RATE):
-            state[name] = numbers[name]
+        hparams = {name: self._initial_hparam(name) for name in program.hparams}
+        hparams |= program.initial_injected()
+        for name in sorted(hparams, key=lambda name: name != LEARNING_RATE):
+            state[name] = hparams[name]
         if program.from_weights:
             state[STEP] = np.int64(0)
         with device_scope(self.device):
@@ -101,16 +101,16 @@ class OptaxOptimizer(PureOptimizer):
                 return specs
             except ValueError as error:
                 problem = error
-        if self._numbers or _has_injected(self._transformation_or_factory):
+        if self._hparams or _has_injected(self._transformation_or_factory):
             raise ValueError(
                 "`transformation_or_factory` must also take a single weight, by which TFF's client "
                 f"work asks for its hparams; found that it does not: {problem} Give masks and labels "
                 "as functions of the weights, or pass `weight_names`."
             ) from problem
-        return None  # a mask for weights of another structure, and no numbers whatever they are
+        return None  # a mask for weights of another structure, and no hparams whatever they are
 
-    def _initial_number(self, name: str) -> Number:
-        value = self._numbers[name]
+    def _initial_hparam(self, name: str) -> Number:
+        value = self._hparams[name]
         return tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
 
     def _step(
@@ -118,7 +118,7 @@ class OptaxOptimizer(PureOptimizer):
     ) -> tuple[State, Leaves]:
         program = self._program(tf.nest.pack_sequence_as(given, weights))
         steps = [STEP] if program.from_weights else []
-        leaves.check_keys(state, [*program.numbers, *program.injected, *steps, SLOTS], "state")
+        leaves.check_keys(state, [*program.hparams, *program.injected, *steps, SLOTS], "state")
         leaves.check_slots(state, program.slots)
         state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
         with device_scope(self.device):
@@ -135,17 +135,17 @@ class OptaxOptimizer(PureOptimizer):
         layout = optax_tracing.arrange(weights, self.weight_names)
         if layout.key not in self._programs:
             # A tensor has no value yet: any number does for tracing.
-            candidates = {n: 0.5 if tf.is_tensor(v) else v for n, v in self._numbers.items()}
+            candidates = {n: 0.5 if tf.is_tensor(v) else v for n, v in self._hparams.items()}
             arguments = {**self._arguments, **candidates}
             program = optax_step.build_program(
-                lambda numbers: optax_arguments.make(
-                    self._transformation_or_factory, {**arguments, **numbers}
+                lambda hparams: optax_arguments.make(
+                    self._transformation_or_factory, {**arguments, **hparams}
                 ),
                 candidates,
                 layout,
             )
-            for name, value in self._numbers.items():
-                if tf.is_tensor(value) and name not in program.numbers:
+            for name, value in self._hparams.items():
+                if tf.is_tensor(value) and name not in program.hparams:
                     raise ValueError(
                         f"`{name}` must be a number here, since the initial state or the graph is "
                         f"made from its value; found {shown(value)}."
@@ -274,7 +274,7 @@ def build_optax_optimizer(
             "`weight_names` must name every weight differently, for optax sees the weights by name; "
             f"found {shown(repeated)} more than once."
         )
-    numbers = {
+    hparams = {
         name: value
         for name, value in arguments.items()
         if name not in (STEP, SLOTS)
@@ -290,8 +290,8 @@ def build_optax_optimizer(
     optax_arguments.make(made, {n: 0.5 if tf.is_tensor(v) else v for n, v in arguments.items()})
     return OptaxOptimizer(
         made,
-        {name: value for name, value in arguments.items() if name not in numbers},
-        numbers,
+        {name: value for name, value in arguments.items() if name not in hparams},
+        hparams,
         names,
         select_device(device),
     )

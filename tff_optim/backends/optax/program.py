@@ -26,10 +26,10 @@ from tff_optim.backends.optax.tracing import (
 from tff_optim.core.types import Leaf, Number
 from tff_optim.hyperparameters import STEP
 
-# From numbers by name to a transformation.
+# From hparams by name to a transformation.
 Factory = Callable[[Mapping[str, Number]], optax.GradientTransformation]
 
-# Entries of a state that are no numbers of the transformation.
+# Entries of a state that are no hparams of the transformation.
 _RESERVED = (STEP, "slots")
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
@@ -39,7 +39,7 @@ class _Step:
     """An `update` that jax has traced for the weights that have a gradient.
 
     Attributes:
-      traced: From numbers, slots, weights and gradients to slots and weights.
+      traced: From hparams, slots, weights and gradients to slots and weights.
       slots: The paths of its slots.
       handed_on: Those of them that it returns as it was given them.
     """
@@ -54,10 +54,10 @@ class Program:
     """A transformation for weights of one layout.
 
     Attributes:
-      factory: Makes the transformation from the numbers that may change between steps.
+      factory: Makes the transformation from the hparams that may change between steps.
       layout: How optax sees the weights.
-      numbers: Those numbers, before the first step.
-      init: `init` of the transformation, from numbers and weights.
+      hparams: Those hparams, before the first step.
+      init: `init` of the transformation, from hparams and weights.
       slots: Shapes and dtypes of optax's state by path, without what is `injected`.
       injected: Numbers that `optax.inject_hyperparams` keeps in that state and a step hands on: the
         paths in it by name.
@@ -66,7 +66,7 @@ class Program:
 
     factory: Factory
     layout: Layout
-    numbers: Mapping[str, float]
+    hparams: Mapping[str, float]
     init: Traced
     slots: Mapping[str, tf.TensorSpec]
     injected: Mapping[str, str]
@@ -74,12 +74,12 @@ class Program:
     _steps: dict[tuple[int, ...], _Step]
 
     def initial_injected(self) -> dict[str, Number]:
-        """The injected numbers before the first step, as NumPy scalars."""
+        """The injected hparams before the first step, as NumPy scalars."""
         if not self.injected:
             return {}
         zeros = [np.zeros(s.shape, s.dtype.as_numpy_dtype) for s in self.layout.specs]
         with enable_x64(self.layout.is_wide):
-            state = self.factory(self.numbers).init(self.layout.pack(zeros))
+            state = self.factory(self.hparams).init(self.layout.pack(zeros))
         values = flatten_with_path(state)
         return {name: np.asarray(values[path])[()] for name, path in self.injected.items()}
 
@@ -92,12 +92,12 @@ class Program:
         )
 
     def _initialize(self, weights: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
-        numbers = [tf.constant(value, self._number_dtype) for value in self.numbers.values()]
-        values = self.init([*numbers, *weights])
+        hparams = [tf.constant(value, self._hparam_dtype) for value in self.hparams.values()]
+        values = self.init([*hparams, *weights])
         return dict(zip(flatten_with_path(self.init.outputs), values, strict=True))
 
     @property
-    def _number_dtype(self) -> tf.DType:
+    def _hparam_dtype(self) -> tf.DType:
         return tf.float64 if self.layout.is_wide else tf.float32
 
     def start(
@@ -112,7 +112,7 @@ class Program:
 
     def step(
         self,
-        numbers: Mapping[str, Number],
+        hparams: Mapping[str, Number],
         slots: Mapping[str, Number],
         weights: Sequence[tf.Tensor],
         gradients: Sequence[tf.Tensor | None],
@@ -120,10 +120,10 @@ class Program:
         """One `update`, and the weights after it; where there is no gradient nothing changes."""
         given = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         step = self._step(given)
-        state = {**slots, **{path: numbers[name] for name, path in self.injected.items()}}
+        state = {**slots, **{path: hparams[name] for name, path in self.injected.items()}}
         outputs = step.traced(
             [
-                *(tf.cast(numbers[name], self._number_dtype) for name in self.numbers),
+                *(tf.cast(hparams[name], self._hparam_dtype) for name in self.hparams),
                 *(state[path] for path in step.slots),
                 *(weights[i] for i in given),
                 *(gradients[i] for i in given),
@@ -137,7 +137,7 @@ class Program:
 
     def _step(self, given: tuple[int, ...]) -> _Step:
         if given not in self._steps:
-            init = _trace_init(self.factory, self.numbers, self.layout, given)
+            init = _trace_init(self.factory, self.hparams, self.layout, given)
             of_all = _slot_specs(self.init)
             for path, spec in _slot_specs(init).items():
                 if of_all.get(path) != spec:
@@ -145,20 +145,20 @@ class Program:
                         "`gradients` must not be None for a weight if a slot is made of several "
                         f"weights together; found None, and such a slot {path!r}. Give zeros."
                     )
-            self._steps[given] = _trace_step(self.factory, self.numbers, self.layout, given, init)
+            self._steps[given] = _trace_step(self.factory, self.hparams, self.layout, given, init)
         return self._steps[given]
 
 
 def build_program(factory: Factory, candidates: Mapping[str, float], layout: Layout) -> Program:
     """Traces a transformation for weights of one layout.
 
-    A candidate becomes one of the program's numbers if the transformation can be made from a value
+    A candidate becomes one of the program's hparams if the transformation can be made from a value
     that is not known yet, and the initial state does not depend on it. Whether a step reads it may
     depend on the weights, by a mask for example: TFF's client work, which asks by one scalar, must find
-    the numbers of all.
+    the hparams of all.
 
     Args:
-      factory: Makes the transformation from numbers: any part of `candidates`. What is left out
+      factory: Makes the transformation from hparams: any part of `candidates`. What is left out
         has the value that it has there.
       candidates: Numbers by name.
       layout: How optax sees the weights.
@@ -166,12 +166,12 @@ def build_program(factory: Factory, candidates: Mapping[str, float], layout: Lay
     Raises:
       ValueError: If the transformation cannot be made into a program, with the reason.
     """
-    program = _with_numbers(factory, _traceable(factory, candidates, layout), layout)
+    program = _with_hparams(factory, _traceable(factory, candidates, layout), layout)
     fixed = set().union(*program.init.sources)
-    names = [name for i, name in enumerate(program.numbers) if i not in fixed]
-    if names == list(program.numbers):
+    names = [name for i, name in enumerate(program.hparams) if i not in fixed]
+    if names == list(program.hparams):
         return program
-    return _with_numbers(factory, {name: candidates[name] for name in names}, layout)
+    return _with_hparams(factory, {name: candidates[name] for name in names}, layout)
 
 
 def _traceable(
@@ -179,24 +179,24 @@ def _traceable(
 ) -> Mapping[str, float]:
     """Those candidates that need not be known when the transformation is traced."""
 
-    def can(numbers: Mapping[str, float]) -> bool:
+    def can(hparams: Mapping[str, float]) -> bool:
         try:
-            _with_numbers(factory, numbers, layout)
+            _with_hparams(factory, hparams, layout)
         except ValueError:
             return False
         return True
 
     if not candidates or can(candidates):
         return candidates
-    _with_numbers(factory, {}, layout)  # raises if it is not for the numbers that it fails
+    _with_hparams(factory, {}, layout)  # raises if it is not for the hparams that it fails
     alone = {name: value for name, value in candidates.items() if can({name: value})}
     return alone if can(alone) else {}
 
 
-def _with_numbers(factory: Factory, numbers: Mapping[str, float], layout: Layout) -> Program:
+def _with_hparams(factory: Factory, hparams: Mapping[str, float], layout: Layout) -> Program:
     everything = tuple(range(len(layout.specs)))
-    init = _trace_init(factory, numbers, layout, everything)
-    step = _trace_step(factory, numbers, layout, everything, init)
+    init = _trace_init(factory, hparams, layout, everything)
+    step = _trace_step(factory, hparams, layout, everything, init)
     slots = _slot_specs(init)
     injected = {}
     if isinstance(init.outputs, _INJECTED):
@@ -208,18 +208,18 @@ def _with_numbers(factory: Factory, numbers: Mapping[str, float], layout: Layout
             and name not in _RESERVED
             and slots[path].dtype.is_floating
             and slots[path].shape.rank == 0
-            and name not in numbers
+            and name not in hparams
         }
     sources = dict(zip(slots, init.sources, strict=True))
     return Program(
         factory=factory,
         layout=layout,
-        numbers=numbers,
+        hparams=hparams,
         init=init,
         slots={path: spec for path, spec in slots.items() if path not in injected.values()},
         injected=injected,
         from_weights=tuple(
-            path for path in slots if any(source >= len(numbers) for source in sources[path])
+            path for path in slots if any(source >= len(hparams) for source in sources[path])
         ),
         steps={everything: step},
     )
@@ -230,21 +230,21 @@ def _slot_specs(init: Traced) -> dict[str, tf.TensorSpec]:
 
 
 def _trace_init(
-    factory: Factory, numbers: Mapping[str, float], layout: Layout, given: Sequence[int]
+    factory: Factory, hparams: Mapping[str, float], layout: Layout, given: Sequence[int]
 ) -> Traced:
     def init(*inputs: Leaf) -> Tree:
         weights: list[Leaf] = [None] * len(layout.specs)
-        for position, weight in zip(given, inputs[len(numbers) :]):
+        for position, weight in zip(given, inputs[len(hparams) :]):
             weights[position] = weight
-        return factory(dict(zip(numbers, inputs))).init(layout.pack(weights))
+        return factory(dict(zip(hparams, inputs))).init(layout.pack(weights))
 
-    inputs = [*numbers.values(), *(layout.specs[i] for i in given)]
+    inputs = [*hparams.values(), *(layout.specs[i] for i in given)]
     return trace(init, inputs, layout.is_wide, "init")
 
 
 def _trace_step(
     factory: Factory,
-    numbers: Mapping[str, float],
+    hparams: Mapping[str, float],
     layout: Layout,
     given: Sequence[int],
     init: Traced,
@@ -254,7 +254,7 @@ def _trace_step(
 
     def step(*inputs: Leaf) -> list[Leaf]:
         values = iter(inputs)
-        transformation = factory({name: next(values) for name in numbers})
+        transformation = factory({name: next(values) for name in hparams})
         state = jax.tree_util.tree_unflatten(structure, [next(values) for _ in slots])
         weights: list[Leaf] = [None] * len(layout.specs)
         gradients: list[Leaf] = [None] * len(layout.specs)
@@ -269,7 +269,7 @@ def _trace_step(
         return [*new_slots.values(), *(new_weights[i] for i in given)]
 
     of_given = [layout.specs[i] for i in given]
-    inputs = [*numbers.values(), *slots.values(), *of_given, *of_given]
+    inputs = [*hparams.values(), *slots.values(), *of_given, *of_given]
     traced = trace(step, inputs, layout.is_wide, "update")
     for position, spec in zip(given, traced.outputs[len(slots) :]):
         if spec_of(spec) != layout.specs[position]:
@@ -277,7 +277,7 @@ def _trace_step(
                 "`transformation_or_factory` must keep the shapes of the weights; found "
                 f"{spec_of(spec)} after a step for {layout.specs[position]}."
             )
-    unchanged = zip(slots, traced.jaxpr.jaxpr.invars[len(numbers) :], traced.jaxpr.jaxpr.outvars)
+    unchanged = zip(slots, traced.jaxpr.jaxpr.invars[len(hparams) :], traced.jaxpr.jaxpr.outvars)
     return _Step(traced, tuple(slots), frozenset(p for p, old, new in unchanged if old is new))
 
 

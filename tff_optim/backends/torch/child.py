@@ -198,18 +198,18 @@ class Session:
         self.description = self.recipe.describe()
         self.slots = self.description["slots"]
         specs = [*self.recipe.weights, *self.recipe.weights, *(slot["spec"] for slot in self.slots)]
-        places, size = offsets(specs)
+        starts, size = offsets(specs)
         with open(request["memory"], "r+b") as file:
             file.truncate(size)
             self.memory = mmap.mmap(file.fileno(), size)
-        self.views = [self._view(place, *spec) for place, spec in zip(places, specs)]
+        self.views = [self._view(start, *spec) for start, spec in zip(starts, specs)]
 
-    def _view(self, place: int, shape: list[int], dtype: str) -> Torch:
+    def _view(self, start: int, shape: list[int], dtype: str) -> Torch:
         torch = self.recipe.torch
         dtype, count = getattr(torch, dtype), math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=place).view(shape)
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=start).view(shape)
 
     def step(self, request: dict[str, Json]) -> dict[str, Json]:
         """Takes a step on the weights and the state that lie in the memory."""

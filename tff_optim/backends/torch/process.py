@@ -307,15 +307,15 @@ class TorchProcess:
             )
             slots = [slot["spec"] for slot in description["slots"]]
             specs = [*self._weights, *self._weights, *slots]
-            places, size = torch_child.offsets(specs)
+            starts, size = torch_child.offsets(specs)
             mapped = mmap.mmap(memory, size)
         finally:
             os.close(memory)
         views = [
             np.frombuffer(
-                mapped, dtype.as_numpy_dtype, int(np.prod(shape, dtype=int)), place
+                mapped, dtype.as_numpy_dtype, int(np.prod(shape, dtype=int)), start
             ).reshape(shape)
-            for place, (shape, dtype) in zip(places, map(_shape_and_dtype, specs))
+            for start, (shape, dtype) in zip(starts, map(_shape_and_dtype, specs))
         ]
         return _Opened(child, number, description, views)
 
