@@ -232,14 +232,9 @@ class PipelineOptimizer(PureOptimizer):
 
     def __init__(self, pipeline: Pipeline):
         super().__init__(pipeline, pipeline.device, pipeline.weight_names)
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         # Made once: a function made in every call would be traced and compiled in every call.
         self._compiled = tracing.function(self._changes, jit_compile=True, autograph=False)
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """The parts."""
-        return self._pipeline
 
     def __reduce__(self) -> tuple:
         return PipelineOptimizer, (self.pipeline,)

@@ -46,13 +46,17 @@ def check_weight_names(names: Sequence[str] | None, count: int) -> None:
 class PureOptimizer(tff.learning.optimizers.Optimizer):
     """An optimizer of pure functions: the state comes in and goes out, and no variable is made.
 
-    Optimizers of one class that are made of equal parts are equal. Nothing in one changes but what it
-    has traced, so a copy is the same object.
+    Optimizers of one class that are made of equal parts are equal. Attributes are set once, so a copy is
+    the same object.
 
     Not an attrs class: TFF hands optimizers to a `tf.function`, which would take such an argument
     apart into its fields.
 
     A subclass writes `_initial_state` and `_step`, which get arguments that have been checked.
+
+    Attributes:
+      device: The device of the state and the step, or None to leave it to TensorFlow.
+      weight_names: The names of the weights, in the order of `tf.nest.flatten`, or None.
     """
 
     # Whether a step takes `tf.IndexedSlices` as they are. Elsewhere they are made dense.
@@ -68,30 +72,19 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
         device: str | None = None,
         weight_names: tuple[str, ...] | None = None,
     ):
-        """Takes what equality looks at.
-
-        Args:
-          parts: What the optimizer is made of.
-          device: The device of the state and the step, or None to leave it to TensorFlow.
-          weight_names: The names of the weights, in the order of `tf.nest.flatten`, or None.
-        """
-        self._device = device
-        self._weight_names = weight_names
+        """Takes what equality looks at: `parts` are what the optimizer is made of."""
+        self.device = device
+        self.weight_names = weight_names
         # Both now: a `tf.function` hashes its arguments while it traces, where objects of Keras
         # cannot tell their configuration.
         with eager_world():
             self._key = comparison.key((parts, device, weight_names))
             self._hash = hash(self._key)
 
-    @property
-    def device(self) -> str | None:
-        """The device of the state and the step, or None where it is left to TensorFlow."""
-        return self._device
-
-    @property
-    def weight_names(self) -> tuple[str, ...] | None:
-        """The names of the weights, in the order of `tf.nest.flatten`, or None."""
-        return self._weight_names
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in vars(self):
+            raise AttributeError(f"`{name}` of {type(self).__name__} is set when it is built.")
+        super().__setattr__(name, value)
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -1,5 +1,6 @@
 """A Keras optimizer as a gradient transform."""
 
+import functools
 import warnings
 from collections.abc import Mapping
 
@@ -10,8 +11,9 @@ import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
 from tff_optim.backends.keras import checks, copies
-from tff_optim.backends.keras.optimizer import KerasOptimizer, build_keras_optimizer, resolve
+from tff_optim.backends.keras.optimizer import KerasOptimizer, resolve
 from tff_optim.core import entries
+from tff_optim.core.devices import select_device
 from tff_optim.core.tracing import eager_world
 from tff_optim.core.types import (
     Gradients,
@@ -46,8 +48,8 @@ def _step_only(given: Value) -> KerasOptimizer:
         warnings.warn(f"`KerasTransform` of {name} leaves out {', '.join(dropped)}.", stacklevel=3)
     with eager_world():  # variables and values are needed now, even while TFF traces
         checks.check_arguments(keras)
-        device = given.device if built else None
-        optimizer = build_keras_optimizer(copies.with_unit_rate(keras), device=device)
+        device = given.device if built else select_device()
+        optimizer = KerasOptimizer(copies.with_unit_rate(keras), device)
         depends = _depends_on_weights(optimizer)
     if depends:
         raise ValueError(
@@ -58,6 +60,7 @@ def _step_only(given: Value) -> KerasOptimizer:
     return optimizer
 
 
+@functools.lru_cache(maxsize=128)
 def _depends_on_weights(optimizer: KerasOptimizer) -> bool:
     """Whether the same gradients move different weights differently, over some steps."""
     rng = np.random.default_rng(0)

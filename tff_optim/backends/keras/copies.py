@@ -277,11 +277,6 @@ def exclude_from_decay(copied: Template, names: Sequence[str]) -> None:
     optimizer.__dict__["_exclude_from_weight_decay_names"] = []
 
 
-def initial_rate(optimizer: Keras, initial: Mapping[int, np.ndarray]) -> np.ndarray | None:
-    """The learning rate before the first step, or None if it is a schedule."""
-    return initial.get(id(optimizer._learning_rate))
-
-
 def with_unit_rate(optimizer: Keras) -> Keras:
     """A copy at learning rate 1, without decay and moving average of weights.
 

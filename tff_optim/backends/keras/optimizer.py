@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer, check_weight_names
 from tff_optim.backends.keras import checks, copies, steps
-from tff_optim.backends.keras.copies import Template
+from tff_optim.backends.keras.copies import Keras, Template
 from tff_optim.core import leaves, tracing
 from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shorten
@@ -36,7 +36,8 @@ class KerasOptimizer(PureOptimizer):
 
     Attributes:
       keras_optimizer: The Keras optimizer whose `build` and `update_step` run; it is not changed.
-      learning_rate: The rate before the first step, or None if it is a schedule.
+      learning_rate: The rate before the first step: a number, a tensor it was built with, or None if it
+        is a schedule.
     """
 
     takes_rows = True
@@ -45,32 +46,22 @@ class KerasOptimizer(PureOptimizer):
 
     def __init__(
         self,
-        keras_optimizer: tf.keras.optimizers.Optimizer,
+        keras_optimizer: Keras,
         device: str | None,
-        weight_names: tuple[str, ...] | None,
-        initial: Mapping[int, np.ndarray],
-        learning_rate: Number | None,
-        hparams: Mapping[str, float],
+        weight_names: tuple[str, ...] | None = None,
+        traced_rate: tf.Tensor | None = None,
     ):
+        with eager_world():
+            self._initial = copies.read_variables(keras_optimizer)
+            self._hparams = checks.find_hparams(keras_optimizer, self._initial)
+        rate: Value = self._initial.get(id(keras_optimizer._learning_rate))
+        self.learning_rate = rate if traced_rate is None else tf.cast(traced_rate, rate.dtype)
+        self.keras_optimizer = keras_optimizer
         excluded = tuple(copies.excluded_patterns(keras_optimizer))
-        super().__init__((keras_optimizer, excluded, learning_rate), device, weight_names)
-        self._keras_optimizer = keras_optimizer
-        self._initial = initial
-        self._learning_rate = learning_rate
-        self._hparams = hparams
+        super().__init__((keras_optimizer, excluded, self.learning_rate), device, weight_names)
         self._templates: dict[Hashable, Callable[[], Template]] = {}
         # Made once: a function made in every call would be traced and compiled in every call.
         self._compiled = tracing.function(self._run, jit_compile=True, autograph=False)
-
-    @property
-    def keras_optimizer(self) -> tf.keras.optimizers.Optimizer:
-        """The Keras optimizer."""
-        return self._keras_optimizer
-
-    @property
-    def learning_rate(self) -> Number | None:
-        """The rate before the first step: a number, a tensor it was built with, or None."""
-        return self._learning_rate
 
     @property
     def _owner(self) -> str:
@@ -79,8 +70,8 @@ class KerasOptimizer(PureOptimizer):
     def __reduce__(self) -> tuple:
         keras = self.keras_optimizer
         try:
-            if tf.is_symbolic_tensor(self._learning_rate):
-                keras_objects.to_json(self._learning_rate, "learning_rate")
+            if tf.is_symbolic_tensor(self.learning_rate):
+                keras_objects.to_json(self.learning_rate, "learning_rate")
             config = copies.constructor_arguments(keras)
         except ValueError as error:
             raise pickle.PicklingError(f"`optimizer` cannot be pickled: {error}") from error
@@ -88,7 +79,7 @@ class KerasOptimizer(PureOptimizer):
         return _rebuild, (type(keras), config, excluded, self.device, self.weight_names)
 
     def __repr__(self) -> str:
-        rate = self._learning_rate
+        rate = self.learning_rate
         if isinstance(rate, np.ndarray):
             rate = float(rate)
         hparams = {} if rate is None else {LEARNING_RATE: rate}
@@ -105,8 +96,8 @@ class KerasOptimizer(PureOptimizer):
             return collections.OrderedDict((n, cell.value()) for n, cell in built.slots.items())
 
         state: State = collections.OrderedDict()
-        if self._learning_rate is not None:
-            state[LEARNING_RATE] = self._learning_rate
+        if self.learning_rate is not None:
+            state[LEARNING_RATE] = self.learning_rate
         for name, value in self._hparams.items():
             state[name] = np.float64(value)
         with device_scope(self.device):
@@ -119,7 +110,7 @@ class KerasOptimizer(PureOptimizer):
     ) -> tuple[State, Leaves]:
         names = tuple(_names(given))
         expected = {n: leaves.spec_of(c) for n, c in self._template(names, weights).slots.items()}
-        rate = [] if self._learning_rate is None else [LEARNING_RATE]
+        rate = [] if self.learning_rate is None else [LEARNING_RATE]
         leaves.check_keys(state, [*rate, *self._hparams, STEP, SLOTS], "state")
         leaves.check_slots(state, expected)
         positions = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
@@ -207,7 +198,7 @@ def _names(structure: Structure) -> list[str]:
 
 
 def _rebuild(
-    cls: type[tf.keras.optimizers.Optimizer],
+    cls: type[Keras],
     config: Mapping[str, Json],
     excluded: list[str],
     device: str | None,
@@ -220,7 +211,7 @@ def _rebuild(
     return build_keras_optimizer(keras, device=device, weight_names=weight_names)
 
 
-def resolve(optimizer: Value) -> tf.keras.optimizers.Optimizer:
+def resolve(optimizer: Value) -> Keras:
     """The Keras optimizer that an argument stands for, if it can be run as a pure function.
 
     Raises:
@@ -243,7 +234,7 @@ def resolve(optimizer: Value) -> tf.keras.optimizers.Optimizer:
 
 
 def build_keras_optimizer(
-    optimizer: str | Mapping[str, Json] | Function | tf.keras.optimizers.Optimizer,
+    optimizer: str | Mapping[str, Json] | Function | Keras,
     *,
     device: str | DevicePolicy | None = None,
     learning_rate: Number | None = None,
@@ -309,17 +300,6 @@ def build_keras_optimizer(
         made = copies.copy_containers(resolved)
         if learning_rate is not None or copies.has_rate_variable(made):
             copies.replace_learning_rate(made, None if traced else learning_rate)
-        initial = copies.read_variables(made)
         checks.check_arguments(made)
-        hparams = checks.find_hparams(made, initial)
-    rate: Value = copies.initial_rate(made, initial)
-    if traced:
-        rate = tf.cast(learning_rate, rate.dtype)
-    return KerasOptimizer(
-        keras_optimizer=made,
-        device=select_device(device),
-        weight_names=None if weight_names is None else tuple(weight_names),
-        initial=initial,
-        learning_rate=rate,
-        hparams=hparams,
-    )
+    names = None if weight_names is None else tuple(weight_names)
+    return KerasOptimizer(made, select_device(device), names, learning_rate if traced else None)

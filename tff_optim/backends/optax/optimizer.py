@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class OptaxOptimizer(PureOptimizer):
-    """An optax transformation as a pure TFF optimizer; see `build_optax_optimizer`."""
+    """An optax transformation as a pure TFF optimizer; see `build_optax_optimizer`.
+
+    Attributes:
+      transformation_or_factory: What it was built of.
+    """
 
     not_hparams = (STEP, SLOTS)
     _owner = "build_optax_optimizer"
@@ -38,22 +42,17 @@ class OptaxOptimizer(PureOptimizer):
         device: str | None,
     ):
         super().__init__((transformation_or_factory, arguments, hparams), device, weight_names)
-        self._transformation_or_factory = transformation_or_factory
+        self.transformation_or_factory = transformation_or_factory
         self._arguments = arguments
         self._hparams = hparams
         self._programs: dict[Hashable, Program] = {}
-
-    @property
-    def transformation_or_factory(self) -> Given:
-        """What it was built of."""
-        return self._transformation_or_factory
 
     @property
     def arguments(self) -> Named:
         """The factory's arguments; those at their defaults that are no hparams are left out."""
         if not self._arguments:
             return dict(self._hparams)
-        known = inspect.signature(self._transformation_or_factory).parameters
+        known = inspect.signature(self.transformation_or_factory).parameters
         fixed = {
             name: value
             for name, value in self._arguments.items()
@@ -62,13 +61,13 @@ class OptaxOptimizer(PureOptimizer):
         return {**fixed, **self._hparams}
 
     def __repr__(self) -> str:
-        made = self._transformation_or_factory
+        made = self.transformation_or_factory
         made = getattr(made, "func", made)  # `optax.nadam` is a partial
         name = getattr(made, "__name__", type(made).__name__)
         return f"OptaxOptimizer({name}, {dict(self._hparams)}, device={self.device!r})"
 
     def __reduce__(self) -> tuple:
-        made = self._transformation_or_factory, self._arguments, self._hparams
+        made = self.transformation_or_factory, self._arguments, self._hparams
         return OptaxOptimizer, (*made, self.weight_names, self.device)
 
     def _initial_state(self, specs: Specs) -> State:
@@ -101,7 +100,7 @@ class OptaxOptimizer(PureOptimizer):
                 return specs
             except ValueError as error:
                 problem = error
-        if self._hparams or _has_injected(self._transformation_or_factory):
+        if self._hparams or _has_injected(self.transformation_or_factory):
             raise ValueError(
                 "`transformation_or_factory` must also take a single weight, by which TFF's client "
                 f"work asks for its hparams; found that it does not: {problem} Give masks and labels "
@@ -125,7 +124,7 @@ class OptaxOptimizer(PureOptimizer):
             return call_traced(functools.partial(_run, program), state, weights, gradients)
 
     def _interval_of(self, name: str) -> Interval:
-        return optax_arguments.interval_of(self._transformation_or_factory, name)
+        return optax_arguments.interval_of(self.transformation_or_factory, name)
 
     def _program(self, weights: Weights | Specs) -> "Program":
         # Both import optax, which only those need who come here.
@@ -139,7 +138,7 @@ class OptaxOptimizer(PureOptimizer):
             arguments = {**self._arguments, **candidates}
             program = optax_step.build_program(
                 lambda hparams: optax_arguments.make(
-                    self._transformation_or_factory, {**arguments, **hparams}
+                    self.transformation_or_factory, {**arguments, **hparams}
                 ),
                 candidates,
                 layout,

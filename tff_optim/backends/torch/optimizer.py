@@ -25,33 +25,32 @@ NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_
 
 
 class TorchOptimizer(PureOptimizer):
-    """A torch optimizer as a TFF optimizer; see `build_torch_optimizer`."""
+    """A torch optimizer as a TFF optimizer; see `build_torch_optimizer`.
+
+    Attributes:
+      recipe: What torch builds: `optimizer`, `arguments`, `scheduler`, and the packages `trusted`.
+    """
 
     not_hparams = (_STARTED, SLOTS)
     _owner = "build_torch_optimizer"
 
     def __init__(self, python: str, recipe: Mapping[str, Json]):
-        self._recipe = recipe
+        self.recipe = recipe
         self._made_of = python, json.dumps(recipe, sort_keys=True)
         super().__init__(self._made_of)
 
-    @property
-    def recipe(self) -> Mapping[str, Json]:
-        """What torch builds: `optimizer`, `arguments`, `scheduler`, and the packages `trusted`."""
-        return self._recipe
-
     def __repr__(self) -> str:
-        scheduler = self._recipe["scheduler"]
+        scheduler = self.recipe["scheduler"]
         then = f", lr_scheduler={scheduler!r}" if scheduler else ""
-        return f"TorchOptimizer({self._recipe['optimizer']}, {self._recipe['arguments']}{then})"
+        return f"TorchOptimizer({self.recipe['optimizer']}, {self.recipe['arguments']}{then})"
 
     def __reduce__(self) -> tuple:
-        return TorchOptimizer, (self._made_of[0], self._recipe)
+        return TorchOptimizer, (self._made_of[0], self.recipe)
 
     @property
     def _rate(self) -> list[str]:
         """The name of the learning rate in the state, unless a scheduler sets it."""
-        return [] if self._recipe["scheduler"] else [LEARNING_RATE]
+        return [] if self.recipe["scheduler"] else [LEARNING_RATE]
 
     def _initial_state(self, specs: Specs) -> State:
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
@@ -88,7 +87,7 @@ class TorchOptimizer(PureOptimizer):
             path = f"{slot.key}/{paths[slot.weight]}".rstrip("/")
             entries[path] = (slot.spec, None)
         for path, number in process.numbers.items():
-            if path != _GROUP_RATE or self._recipe["scheduler"]:
+            if path != _GROUP_RATE or self.recipe["scheduler"]:
                 value = np.int64(number) if isinstance(number, int) else np.float64(number)
                 entries[path] = (tf.TensorSpec((), value.dtype), value)
         return entries
