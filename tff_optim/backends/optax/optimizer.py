@@ -1,7 +1,6 @@
 """Any optax transformation as a pure `tff.learning.optimizers.Optimizer`."""
 
 import collections
-import functools
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -120,8 +119,9 @@ class OptaxOptimizer(PureOptimizer):
         leaves.check_keys(state, [*program.hparams, *program.injected, *steps, SLOTS], "state")
         leaves.check_slots(state, program.slots)
         state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
+        run = program.eager_run if tf.executing_eagerly() else program.run
         with device_scope(self.device):
-            return call_traced(functools.partial(_run, program), state, weights, gradients)
+            return call_traced(run, state, weights, gradients)
 
     def _interval_of(self, name: str) -> Interval:
         return optax_arguments.interval_of(self.transformation_or_factory, name)
@@ -151,18 +151,6 @@ class OptaxOptimizer(PureOptimizer):
                     )
             self._programs[layout.key] = program
         return self._programs[layout.key]
-
-
-def _run(
-    program: "Program", state: State, weights: Leaves, gradients: Leaves
-) -> tuple[State, Leaves]:
-    slots = state[SLOTS]
-    new_state = collections.OrderedDict(state)
-    if STEP in state:
-        slots = program.start(slots, weights, tf.equal(state[STEP], 0))
-        new_state[STEP] = state[STEP] + 1
-    new_state[SLOTS], values = program.step(state, slots, weights, gradients)
-    return new_state, values
 
 
 def _has_injected(made: Given) -> bool:

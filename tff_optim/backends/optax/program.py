@@ -14,6 +14,7 @@ import optax
 import tensorflow as tf
 from jax.experimental import enable_x64
 
+from tff_optim.backends.common import SLOTS
 from tff_optim.backends.optax.tracing import (
     Layout,
     StateChangedError,
@@ -23,14 +24,13 @@ from tff_optim.backends.optax.tracing import (
     spec_of,
     trace,
 )
-from tff_optim.core.types import Leaf, Number
-from tff_optim.hyperparameters import STEP
+from tff_optim.core import tracing
+from tff_optim.core.numbers import STEP
+from tff_optim.core.types import GraphFunction, Leaf, Leaves, Number, State
 
 # From hparams by name to a transformation.
 Factory = Callable[[Mapping[str, Number]], optax.GradientTransformation]
 
-# Entries of a state that are no hparams of the transformation.
-_RESERVED = (STEP, "slots")
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
@@ -62,6 +62,7 @@ class Program:
       injected: Numbers that `optax.inject_hyperparams` keeps in that state and a step hands on: the
         paths in it by name.
       from_weights: Paths of the slots whose first values are made of those of the weights.
+      eager_run: `run` as a graph: jax2tf writes the operations anew whenever it is called.
     """
 
     factory: Factory
@@ -72,6 +73,10 @@ class Program:
     injected: Mapping[str, str]
     from_weights: tuple[str, ...]
     _steps: dict[tuple[int, ...], _Step]
+    eager_run: GraphFunction = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "eager_run", tracing.function(self.run, autograph=False))
 
     def initial_injected(self) -> dict[str, Number]:
         """The injected hparams before the first step, as NumPy scalars."""
@@ -100,40 +105,36 @@ class Program:
     def _hparam_dtype(self) -> tf.DType:
         return tf.float64 if self.layout.is_wide else tf.float32
 
-    def start(
-        self, slots: Mapping[str, tf.Tensor], weights: Sequence[tf.Tensor], first: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """`slots`, with those that are made of the weights made now if this is the first step."""
-        fresh = self._initialize(weights)
-        return {
-            path: tf.where(first, fresh[path], slot) if path in self.from_weights else slot
-            for path, slot in slots.items()
-        }
+    def run(self, state: State, weights: Leaves, gradients: Leaves) -> tuple[State, Leaves]:
+        """One `update`, and the weights after it; where there is no gradient nothing changes.
 
-    def step(
-        self,
-        hparams: Mapping[str, Number],
-        slots: Mapping[str, Number],
-        weights: Sequence[tf.Tensor],
-        gradients: Sequence[tf.Tensor | None],
-    ) -> tuple["collections.OrderedDict[str, tf.Tensor]", list[tf.Tensor]]:
-        """One `update`, and the weights after it; where there is no gradient nothing changes."""
+        Args:
+          state: The hparams by name, `step` if slots are made of the weights, and the slots.
+          weights: Tensors.
+          gradients: Tensors and None.
+        """
+        slots, new_state = state[SLOTS], collections.OrderedDict(state)
+        if self.from_weights:
+            fresh, is_first = self._initialize(weights), tf.equal(state[STEP], 0)
+            made = {
+                path: tf.where(is_first, fresh[path], slots[path]) for path in self.from_weights
+            }
+            slots, new_state[STEP] = {**slots, **made}, state[STEP] + 1
         given = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         step = self._step(given)
-        state = {**slots, **{path: hparams[name] for name, path in self.injected.items()}}
+        inputs = {**slots, **{path: state[name] for name, path in self.injected.items()}}
         outputs = step.traced(
             [
-                *(tf.cast(hparams[name], self._hparam_dtype) for name in self.hparams),
-                *(state[path] for path in step.slots),
+                *(tf.cast(state[name], self._hparam_dtype) for name in self.hparams),
+                *(inputs[path] for path in step.slots),
                 *(weights[i] for i in given),
                 *(gradients[i] for i in given),
             ]
         )
-        state.update(zip(step.slots, outputs))
-        new_weights = list(weights)
-        for position, value in zip(given, outputs[len(step.slots) :]):
-            new_weights[position] = value
-        return collections.OrderedDict((path, state[path]) for path in self.slots), new_weights
+        new_slots = inputs | dict(zip(step.slots, outputs))
+        new_state[SLOTS] = collections.OrderedDict((path, new_slots[path]) for path in self.slots)
+        new_weights = dict(enumerate(weights)) | dict(zip(given, outputs[len(step.slots) :]))
+        return new_state, [*new_weights.values()]
 
     def _step(self, given: tuple[int, ...]) -> _Step:
         if given not in self._steps:
@@ -205,7 +206,7 @@ def _with_hparams(factory: Factory, hparams: Mapping[str, float], layout: Layout
             name: path
             for name, path in sorted(paths.items())
             if path.startswith("hyperparams/")
-            and name not in _RESERVED
+            and name not in (STEP, SLOTS)
             and slots[path].dtype.is_floating
             and slots[path].shape.rank == 0
             and name not in hparams
