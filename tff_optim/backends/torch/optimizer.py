@@ -47,11 +47,6 @@ class TorchOptimizer(PureOptimizer):
     def __reduce__(self) -> tuple:
         return TorchOptimizer, (self._made_of[0], self.recipe)
 
-    @property
-    def _rate(self) -> list[str]:
-        """The name of the learning rate in the state, unless a scheduler sets it."""
-        return [] if self.recipe["scheduler"] else [LEARNING_RATE]
-
     def _initial_state(self, specs: Specs) -> State:
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             # TFF's client work asks for hparams by one scalar weight.
@@ -62,12 +57,12 @@ class TorchOptimizer(PureOptimizer):
             )
         process = _process(self._layout(specs))
         state: State = collections.OrderedDict()
-        for name in self._rate:
-            state[name] = np.float64(process.numbers[_GROUP_RATE])
+        if not self.recipe["scheduler"]:  # which would set the rate
+            state[LEARNING_RATE] = np.float64(process.numbers[_GROUP_RATE])
         state[_STARTED] = tf.zeros(len(tf.nest.flatten(specs)), tf.bool)
         state[SLOTS] = collections.OrderedDict(
-            (path, tf.zeros(spec.shape, spec.dtype) if number is None else tf.constant(number))
-            for path, (spec, number) in self._entries(process, specs).items()
+            (path, leaves.zeros(slot) if isinstance(slot, tf.TensorSpec) else tf.constant(slot))
+            for path, slot in self._slots(process, specs).items()
         )
         return state
 
@@ -75,49 +70,47 @@ class TorchOptimizer(PureOptimizer):
         specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(weights))
         return (*self._made_of, os.environ.get("PYTHONPATH"), specs)
 
-    def _entries(
+    def _slots(
         self, process: TorchProcess, weights: Weights | Specs
-    ) -> "collections.OrderedDict[str, tuple[tf.TensorSpec, np.number | None]]":
-        """The slots by path: tensors first, then numbers with their first values."""
+    ) -> "collections.OrderedDict[str, tf.TensorSpec | np.number]":
+        """Specs of tensors by path, and after them the first values of numbers."""
         paths = [path for path, _ in leaves.named_leaves(weights)]
-        entries: collections.OrderedDict[str, tuple[tf.TensorSpec, np.number | None]] = (
-            collections.OrderedDict()
+        slots: collections.OrderedDict[str, tf.TensorSpec | np.number] = collections.OrderedDict(
+            (f"{slot.key}/{paths[slot.weight]}".rstrip("/"), slot.spec) for slot in process.slots
         )
-        for slot in process.slots:
-            path = f"{slot.key}/{paths[slot.weight]}".rstrip("/")
-            entries[path] = (slot.spec, None)
         for path, number in process.numbers.items():
             if path != _GROUP_RATE or self.recipe["scheduler"]:
-                value = np.int64(number) if isinstance(number, int) else np.float64(number)
-                entries[path] = (tf.TensorSpec((), value.dtype), value)
-        return entries
+                slots[path] = np.int64(number) if isinstance(number, int) else np.float64(number)
+        return slots
 
     def _step(
         self, state: State, given: Weights, weights: Leaves, gradients: Leaves
     ) -> tuple[State, Leaves]:
         layout = self._layout(weights)
-        entries = self._entries(_process(layout), given)
-        leaves.check_keys(state, [*self._rate, _STARTED, SLOTS], "state")
-        leaves.check_slots(state, {path: spec for path, (spec, _) in entries.items()})
+        process = _process(layout)
+        slots = self._slots(process, given)
+        rate = [] if self.recipe["scheduler"] else [LEARNING_RATE]
+        leaves.check_keys(state, [*rate, _STARTED, SLOTS], "state")
+        leaves.check_slots(state, {path: leaves.spec_of(slot) for path, slot in slots.items()})
         positions = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
-        inputs = [
-            *(state[name] for name in self._rate),
+        tensors = [*slots][: len(process.slots)]
+        kept = [
+            *(state[SLOTS][n] if n in slots else state[LEARNING_RATE] for n in process.numbers),
             state[_STARTED],
-            *(state[SLOTS][path] for path in entries),
+            *(state[SLOTS][path] for path in tensors),
             *weights,
-            *(gradients[i] for i in positions),
-            # Not read: a graph holds a number for the callback, and says with this what it does.
-            tf.constant(layout[1]),
         ]
-        like = [state[_STARTED], *(state[SLOTS][path] for path in entries), *weights]
-        callback = _callback(layout, tuple(entries), bool(self._rate), positions)
-        started, *outputs = _call(callback, inputs, like)
+        # The recipe is not read. A graph, which holds a number for the callback, says with it what runs.
+        inputs = [*kept, *(gradients[i] for i in positions), tf.constant(layout[1])]
+        outputs = iter(_call(_callback(layout, bool(rate), positions), inputs, kept))
+        numbers = {path: next(outputs) for path in process.numbers}
         new_state = collections.OrderedDict(state)
-        for name in self._rate:
-            new_state[name] = tf.convert_to_tensor(state[name])
-        new_state[_STARTED] = started
-        new_state[SLOTS] = collections.OrderedDict(zip(entries, outputs))
-        return new_state, outputs[len(entries) :]
+        if rate:
+            new_state[LEARNING_RATE] = numbers[_GROUP_RATE]
+        new_state[_STARTED] = next(outputs)
+        values = {path: next(outputs) for path in tensors} | numbers
+        new_state[SLOTS] = collections.OrderedDict((path, values[path]) for path in slots)
+        return new_state, list(outputs)
 
     def _interval_of(self, name: str) -> Interval:
         return NON_NEGATIVE
@@ -142,9 +135,9 @@ atexit.register(_process.cache_clear)
 # and lets go of the optimizer and the graph that it was traced in. TensorFlow keeps neither.
 @functools.cache
 def _callback(
-    layout: _Layout, paths: tuple[str, ...], has_rate: bool, given: tuple[int, ...]
+    layout: _Layout, has_rate: bool, given: tuple[int, ...]
 ) -> Callable[..., list[np.ndarray]]:
-    return lambda *values: _run(_process(layout), paths, has_rate, given, values[:-1])
+    return lambda *values: _run(_process(layout), has_rate, given, values[:-1])
 
 
 def _call(callback: Function, inputs: list[tf.Tensor], like: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -159,32 +152,25 @@ def _call(callback: Function, inputs: list[tf.Tensor], like: list[tf.Tensor]) ->
 
 
 def _run(
-    process: TorchProcess,
-    paths: Sequence[str],
-    has_rate: bool,
-    given: Sequence[int],
-    values: Sequence[np.ndarray],
+    process: TorchProcess, has_rate: bool, given: Sequence[int], values: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """A step on arrays: rate, started, slots, weights, gradients; in that order, as in `next`."""
-    rest = list(values)
-    rate = [rest.pop(0)] if has_rate else []
-    started = rest.pop(0)
-    slots, rest = rest[: len(paths)], rest[len(paths) :]
-    tensors, numbers = slots[: len(process.slots)], slots[len(process.slots) :]
-    names = paths[len(process.slots) :]
-    weights, gradients = rest[: process.num_weights], rest[process.num_weights :]
-    by_path = {name: number.item() for name, number in zip(names, numbers)}
-    if rate:
-        by_path[_GROUP_RATE] = rate[0].item()
-    result = process.step(weights, dict(zip(given, gradients)), tensors, started, by_path)
-    if rate and result.numbers.get(_GROUP_RATE) != by_path[_GROUP_RATE]:
+    """A step on arrays, in the order of `_step`; it returns these, less the gradients."""
+    rest = iter(values)
+    old = {path: next(rest) for path in process.numbers}
+    started = next(rest)
+    slots = [next(rest) for _ in process.slots]
+    weights = [next(rest) for _ in range(process.num_weights)]
+    numbers = {path: number.item() for path, number in old.items()}
+    result = process.step(weights, dict(zip(given, rest)), slots, started, numbers)
+    rate, new_rate = (of.get(_GROUP_RATE) for of in (numbers, result.numbers))
+    if has_rate and rate != new_rate:
         raise ValueError(
             "`optimizer` must not change its learning rate; found that a step changes it from "
-            f"{by_path[_GROUP_RATE]!r} to {result.numbers.get(_GROUP_RATE)!r}. Use an `lr_scheduler`."
+            f"{rate!r} to {new_rate!r}. Use an `lr_scheduler`."
         )
-    new_numbers = [_number(name, result.numbers, old.dtype) for name, old in zip(names, numbers)]
+    new_numbers = [_number(path, result.numbers, number.dtype) for path, number in old.items()]
     now = np.array([bool(s) or i in given for i, s in enumerate(started)])
-    return [now, *result.slots, *new_numbers, *result.weights]
+    return [*new_numbers, now, *result.slots, *result.weights]
 
 
 def _number(name: str, numbers: Mapping[str, Json], dtype: np.dtype) -> np.ndarray:
