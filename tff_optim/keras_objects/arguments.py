@@ -54,70 +54,45 @@ def _number(allowed: Interval, words: str = "", **options: Value) -> _Argument:
 
 
 _FLAG = _Argument("True or False", types=(bool,))
-_STEPS_OF_DECAY = _number(POSITIVE)
-_OPTIONAL = _number(POSITIVE, " or None", optional=True)
-_PENALTY = _number(NON_NEGATIVE, " or None", optional=True)
+_RATES_AND_SIZES = (
+    "epsilon epsilon_1 epsilon_2 beta initial_accumulator_value l1_regularization_strength "
+    "l2_regularization_strength l2_shrinkage_regularization_strength initial_learning_rate "
+    "end_learning_rate warmup_steps decay_rate power alpha m_mul factor min_value max_value"
+)
+_FLAGS = "nesterov amsgrad centered relative_step use_ema jit_compile staircase cycle"
 
 ARGUMENTS: Mapping[str, _Argument] = {
-    # Optimizers.
-    "learning_rate": _number(NON_NEGATIVE, " or a schedule", schedule=True),
-    "momentum": _number(UNIT),
-    "beta_1": _number(FRACTION),
-    "beta_2": _number(FRACTION),
-    "rho": _number(FRACTION),
-    "epsilon": _number(NON_NEGATIVE),
-    "epsilon_1": _number(NON_NEGATIVE),
-    "epsilon_2": _number(NON_NEGATIVE),
-    "clip_threshold": _number(POSITIVE),
-    "beta_2_decay": _number(FINITE),
-    "learning_rate_power": _number(FINITE),
-    "initial_accumulator_value": _number(NON_NEGATIVE),
-    "l1_regularization_strength": _number(NON_NEGATIVE),
-    "l2_regularization_strength": _number(NON_NEGATIVE),
-    "l2_shrinkage_regularization_strength": _number(NON_NEGATIVE),
-    "beta": _number(NON_NEGATIVE),
-    "weight_decay": _number(NON_NEGATIVE, " or None", optional=True),
-    "clipnorm": _OPTIONAL,
-    "clipvalue": _OPTIONAL,
-    "global_clipnorm": _OPTIONAL,
-    "ema_momentum": _number(UNIT),
-    "ema_overwrite_frequency": _Argument(
-        "a whole number of at least 0 or None", NON_NEGATIVE, types=(int,), optional=True
-    ),
-    "nesterov": _FLAG,
-    "amsgrad": _FLAG,
-    "centered": _FLAG,
-    "relative_step": _FLAG,
-    "use_ema": _FLAG,
-    "jit_compile": _FLAG,
-    "name": _Argument("a string or None", types=(str,), optional=True),
-    # Schedules.
-    "initial_learning_rate": _number(NON_NEGATIVE),
-    "end_learning_rate": _number(NON_NEGATIVE),
-    "warmup_target": _number(NON_NEGATIVE, " or None", optional=True),
-    "decay_steps": _STEPS_OF_DECAY,
-    "first_decay_steps": _STEPS_OF_DECAY,
-    "warmup_steps": _number(NON_NEGATIVE),
-    "decay_rate": _number(NON_NEGATIVE),
-    "power": _number(NON_NEGATIVE),
-    "alpha": _number(NON_NEGATIVE),
-    "t_mul": _number(POSITIVE),
-    "m_mul": _number(NON_NEGATIVE),
-    "staircase": _FLAG,
-    "cycle": _FLAG,
-    # Keras nests a branch for each boundary: 100 take 40 s to trace, and 200 are too deep for Python.
-    "boundaries": _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True),
-    "values": _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True, most=101),
-    # Regularizers.
-    "l1": _PENALTY,
-    "l2": _PENALTY,
-    "factor": _number(NON_NEGATIVE),
-    "mode": _Argument("a string", types=(str,)),
-    # Constraints.
-    "min_value": _number(NON_NEGATIVE),
-    "max_value": _number(NON_NEGATIVE),
-    "rate": _number(UNIT),
-    "axis": _Argument("a whole number or a list of them", FINITE, types=(int,), several=True),
+    name: argument
+    for names, argument in (
+        ("learning_rate", _number(NON_NEGATIVE, " or a schedule", schedule=True)),
+        (_RATES_AND_SIZES, _number(NON_NEGATIVE)),
+        ("weight_decay warmup_target l1 l2", _number(NON_NEGATIVE, " or None", optional=True)),
+        ("clip_threshold decay_steps first_decay_steps t_mul", _number(POSITIVE)),
+        ("clipnorm clipvalue global_clipnorm", _number(POSITIVE, " or None", optional=True)),
+        ("beta_1 beta_2 rho", _number(FRACTION)),
+        ("momentum ema_momentum rate", _number(UNIT)),
+        ("beta_2_decay learning_rate_power", _number(FINITE)),
+        (_FLAGS, _FLAG),
+        (
+            "ema_overwrite_frequency",
+            _Argument(
+                "a whole number of at least 0 or None", NON_NEGATIVE, types=(int,), optional=True
+            ),
+        ),
+        # Keras nests a branch for each boundary: 100 take 40 s to trace, 200 are too deep for Python.
+        ("boundaries", _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True)),
+        (
+            "values",
+            _Argument("a list of numbers of at least 0", NON_NEGATIVE, several=True, most=101),
+        ),
+        ("name", _Argument("a string or None", types=(str,), optional=True)),
+        ("mode", _Argument("a string", types=(str,))),
+        (
+            "axis",
+            _Argument("a whole number or a list of them", FINITE, types=(int,), several=True),
+        ),
+    )
+    for name in names.split()
 }
 
 
