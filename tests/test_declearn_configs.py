@@ -98,32 +98,32 @@ BASE = {"lrate": 0.1}
     [
         (
             {"modules": ["scaffold-client"]},
-            "at 'modules/0' must have a counterpart here, which this has not: it exch",
+            "at 'modules/0' must have a counterpart here; found 'scaffold-client'. It exch",
         ),
         (
             {"modules": [["scaffold-server", {}]]},
-            "must have .* `aggregators.build_scaffold` builds",
+            "must have .* see `aggregators.build_scaffold`",
         ),
         (
             {"modules": [["torch-optim", {}]]},
-            "must have .* `tff_optim.build_torch_optimizer` to the",
+            "must have .* give the server `tff_optim.build_torch_optimizer`",
         ),
         (
             {"lrate": ["warmup-rounds", {"base": 0.1, "warmup": 2}]},
-            "at 'lrate/0' .* no optimizer of TFF knows the round",
+            "at 'lrate/0' .* No optimizer of TFF knows the round",
         ),
         (
             {"lrate": ["linear-decay", {"base": 0.1, "rate": 0.1, "step_level": False}]},
-            "at 'lrate/1/step_level' must be true: a schedule counts the steps",
+            "at 'lrate/1/step_level' must be true; found False. A schedule counts the steps",
         ),
         (
             {"modules": [["momentum", {"round_reset": True}]]},
-            "at 'modules/0/1/round_reset' must be false: on clients a state begins anew",
+            "at 'modules/0/1/round_reset' must be false; found True. On clients a state begins anew",
         ),
         ({"modules": ["gaussian-noise"]}, r"at 'modules/0' .* missing \['safe_mode'\]"),
         (
             {"modules": [["gaussian-noise", {"safe_mode": True}]]},
-            "at 'modules/0/1/safe_mode' must be false: TensorFlow has no cryptographic generator",
+            "at 'modules/0/1/safe_mode' must be false; found True. TensorFlow has no cryptographic",
         ),
         ({"modules": ["adm"]}, r"at 'modules/0' must be .*\(did you mean 'adam'\?\); found 'adm'"),
         ({"modules": [["adam", {"epsilon": 1.0}]]}, r"found unknown \['epsilon'\]"),

@@ -123,8 +123,8 @@ def keras(module, class_name, **more):
         (TORCH | {"lr_scheduler": ["LambdaLR", {}]}, "made of a function"),
         # Kinds.
         (BASE | {"projection": [{"class_name": "ExponentialDecay"}]}, "a Keras constraint"),
-        (BASE | {"projection": ["L2"]}, "must be a name that is known here"),
-        (BASE | {"regularizers": ["MaxNorm"]}, "must be a name that is known here"),
+        (BASE | {"projection": ["L2"]}, "must be the name of a part"),
+        (BASE | {"regularizers": ["MaxNorm"]}, "must be the name of a part"),
         (BASE | {"transforms": [{"class_name": "Adam"}]}, "'transforms/0' must be like 'Name'"),
         (BASE | {"weight_decay": {"class_name": "L2"}}, "must be the name of a learning-rate sch"),
         # Short forms are checked as long ones.

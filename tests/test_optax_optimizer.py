@@ -416,7 +416,7 @@ def test_a_weight_without_gradient_and_its_slots_stay(case):
     weights, gradients = make_problem(case, steps=3)
     optimizer = case.shared
     if case is RUNS["flatten"]:
-        with pytest.raises(ValueError, match="made of several weights together"):
+        with pytest.raises(ValueError, match="made of several weights, as"):
             optimizer.next(start(optimizer, weights), weights, [gradients[0][0], None])
         return
     before, middle = run_shared(case, weights, gradients[:2])
@@ -528,7 +528,7 @@ def _sorts(updates, params=None):
         (
             lambda: build_optax_optimizer(optax.adam(0.1), learning_rate=0.1),
             TypeError,
-            "made already",
+            "found a finished transformation and",
         ),
         (lambda: build_optax_optimizer(lambda: 3), TypeError, "returned 3"),
         (lambda: build_optax_optimizer(optax.adam, learning_rate=-0.1), ValueError, "at least 0"),

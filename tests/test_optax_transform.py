@@ -93,8 +93,8 @@ def test_it_is_written_to_a_configuration_and_read():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (lambda: optax.adam(0.1), ValueError, "must hand gradients on, as .*turns them round"),
-        (lambda: optax.sgd(0.1), ValueError, "must hand gradients on, as .*turns them round"),
+        (lambda: optax.adam(0.1), ValueError, "must keep the sign of gradients, .*reverses it"),
+        (lambda: optax.sgd(0.1), ValueError, "must keep the sign of gradients, .*reverses it"),
         (
             lambda: optax.add_decayed_weights(0.1),
             ValueError,

@@ -305,7 +305,7 @@ def test_a_bad_time_limit_is_refused(limit, modules, monkeypatch):
     ("code", "message"),
     [
         ("import os; os._exit(3)", r"ended before it had started \(exit status 3\)"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "has not started within 2 sec"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "had not started after 2 sec"),
     ],
 )
 def test_a_process_that_cannot_start_is_told(code, message, modules, monkeypatch):

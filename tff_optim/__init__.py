@@ -10,7 +10,12 @@ from tff_optim.backends.optax.optimizer import build_optax_optimizer
 from tff_optim.backends.torch.optimizer import build_torch_optimizer
 from tff_optim.computations import build_optimizer_computations
 from tff_optim.config.optimizers import from_config, get_config
-from tff_optim.config.registry import list_regularizers, list_transforms, register_transform
+from tff_optim.config.registry import (
+    list_projections,
+    list_regularizers,
+    list_transforms,
+    register_transform,
+)
 from tff_optim.core.devices import DevicePolicy, get_device_policy, select_device, set_device_policy
 from tff_optim.pipeline import build_optimizer
 from tff_optim.resident import ResidentProcess
@@ -27,6 +32,7 @@ __all__ = [
     "get_config",
     "get_device_policy",
     "hyperparameters",
+    "list_projections",
     "list_regularizers",
     "list_transforms",
     "projections",

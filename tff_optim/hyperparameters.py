@@ -110,7 +110,7 @@ def field(
         name = type(owner).__name__
         if attribute.name == STEP:
             raise ValueError(
-                f"`{STEP}` of `{name}` must have another name, for the state counts its steps under "
+                f"`{STEP}` of `{name}` must have another name, since the state counts its steps under "
                 "this one; found a hyper-parameter. Call it `step_size`, for example."
             )
         if traceable and tf.is_symbolic_tensor(value):

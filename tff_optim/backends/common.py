@@ -249,5 +249,5 @@ def arguments_from_json(
         given.refuse("be a mapping", TypeError)
     own = {*inspect.signature(build).parameters} - {"learning_rate", "kwargs"}
     if taken := sorted(own & set(given.value)):
-        given.at(taken[0]).refuse("be left out: it is no argument of the optimizer itself")
+        given.at(taken[0]).refuse(f"be left out, since it is an argument of `{build.__name__}`")
     return given.value

@@ -36,21 +36,22 @@ class _Rule:
     make: Function
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    fixed: Mapping[str, tuple[Json, str]] = {}
+    fixed: Mapping[str, tuple[Json, str, str]] = {}
 
 
 _RESET = {
     "round_reset": (
         False,
-        "be false: on clients a state begins anew in each round as it is, and at the server a round "
-        "is one step",
+        "be false",
+        "On clients a state begins anew in each round anyway, and at the server a round is one step.",
     )
 }
 _BY_STEP = {
     "step_level": (
         True,
-        "be true: a schedule counts the steps of its optimizer, since no optimizer of TFF knows the "
-        "round. At the server a round is one step: leave `step_level` out",
+        "be true",
+        "A schedule counts the steps of its optimizer, since no optimizer of TFF knows the round. At "
+        "the server a round is one step: leave `step_level` out.",
     )
 }
 
@@ -72,8 +73,9 @@ _MODULES: Mapping[str, _Rule] = {
         fixed={
             "safe_mode": (
                 False,
-                "be false: TensorFlow has no cryptographic generator, and a computation of TFF cannot "
-                "ask the system for one",
+                "be false",
+                "TensorFlow has no cryptographic generator, and a computation of TFF cannot ask the "
+                "system for one.",
             )
         },
     ),
@@ -84,15 +86,18 @@ _REGULARIZERS: Mapping[str, _Rule] = {
     "ridge": _Rule(lambda alpha=0.01: tf.keras.regularizers.L2(alpha), optional=("alpha",)),
 }
 _NAMES = {"eps": "epsilon", "std": "stddev", "optim": "optimizer"}
+_SCAFFOLD = (
+    "It exchanges variables besides the model, which takes a whole learning process: see "
+    "`aggregators.build_scaffold`."
+)
+# What to do instead.
 _NO_COUNTERPART = {
-    "scaffold-client": "it exchanges variables with the server beside the model, which is the work of "
-    "a whole learning process, not of an optimizer: `aggregators.build_scaffold` builds one",
-    "scaffold-server": "it exchanges variables with the clients beside the model, which is the work of "
-    "a whole learning process, not of an optimizer: `aggregators.build_scaffold` builds one",
-    "torch-optim": "torch takes a whole step in a process of its own: give "
-    "`tff_optim.build_torch_optimizer` to the server",
-    "warmup-rounds": "no optimizer of TFF knows the round; at the server a round is one step: take "
-    "`warmup`",
+    "scaffold-client": _SCAFFOLD,
+    "scaffold-server": _SCAFFOLD,
+    "torch-optim": "torch takes whole steps, in a process of its own: give the server "
+    "`tff_optim.build_torch_optimizer`.",
+    "warmup-rounds": "No optimizer of TFF knows the round. At the server a round is one step: take "
+    "`warmup`.",
 }
 
 
@@ -191,7 +196,7 @@ def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Described:
     if not isinstance(name.value, str):
         entry.refuse("be like 'name' or ['name', {...}]", TypeError)
     if name.value in _NO_COUNTERPART:
-        name.refuse(f"have a counterpart here, which this has not: {_NO_COUNTERPART[name.value]}")
+        name.refuse("have a counterpart here", advice=_NO_COUNTERPART[name.value])
     if name.value not in rules:
         name.refuse(
             f"be a name of declearn that has a counterpart here{suggestion(name.value, rules)}"
@@ -202,9 +207,9 @@ def _named(entry: Entry, rules: Mapping[str, _Rule]) -> Described:
     arguments: Named = {}
     for key, part in parts.items():
         if key in rule.fixed:
-            value, reason = rule.fixed[key]
+            value, must, advice = rule.fixed[key]
             if part.value is not value:
-                part.refuse(reason)
+                part.refuse(must, advice=advice)
         elif key == "optim":
             arguments[_NAMES[key]] = keras_objects.optimizer_from_json(part)
         elif key == "base" and name.value == "warmup":

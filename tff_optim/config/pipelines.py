@@ -102,9 +102,9 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
         entry.refuse("be like 'Name' or ['Name', {...}]", TypeError)
     if name.value not in known:
         name.refuse(
-            f"be a name that is known here{entries.suggestion(name.value, known)}: `tff_optim.list_"
-            "transforms()`, `list_regularizers()` and `list_projections()` say which. Import the "
-            "package that registers it, if it is not built in"
+            f"be the name of a part{entries.suggestion(name.value, known)}",
+            advice="`tff_optim.list_transforms()`, `list_regularizers()` and `list_projections()` say "
+            "which there are. Import the package that registers it, if it is not built in.",
         )
     cls: Value = known[name.value]
     if keras_arguments.of_keras(cls):

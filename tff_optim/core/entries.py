@@ -62,10 +62,16 @@ class Entry:
         return f"{self.path}/{key}" if self.path else str(key)
 
     def refuse(
-        self, rule: str, error: type[Exception] = ValueError, found: object = None
+        self,
+        rule: str,
+        error: type[Exception] = ValueError,
+        *,
+        found: object = None,
+        advice: str = "",
     ) -> NoReturn:
         """Raises an error that says where the entry stands, what it must be and what it is."""
-        raise refusal(self.label, rule, shown(self.value) if found is None else found, error=error)
+        found = shown(self.value) if found is None else found
+        raise refusal(self.label, rule, found, advice, error=error)
 
     def check_trusted(self, package: str) -> None:
         """Refuses the entry if it names something of a package that is not trusted."""

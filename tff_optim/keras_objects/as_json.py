@@ -213,10 +213,8 @@ def resolve(optimizer: Value) -> tf.keras.optimizers.Optimizer:
         return optimizer
     if isinstance(optimizer, tf.keras.optimizers.legacy.Optimizer):
         name = type(optimizer).__name__
-        raise ValueError(
-            f"`optimizer` must be a Keras optimizer that can be run as a pure function; found the "
-            f"legacy {name}{instead_of(name)}."
-        )
+        rule = "be a Keras optimizer that can be run as a pure function"
+        raise refusal("optimizer", rule, f"the legacy {name}", instead_of(name))
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         raise TypeError(
             "`optimizer` must be a Keras optimizer; found "

@@ -80,7 +80,7 @@ def class_of(entry: Entry, kinds: Sequence[Kind]) -> type:
     root = "keras" if module.value is None else module.value.partition(".")[0]
     if root in ("keras", "tensorflow", "tf"):
         if "legacy" in (module.value or ""):
-            module.refuse(f"not be that of a legacy optimizer{instead_of(name.value)}")
+            module.refuse("not be that of a legacy optimizer", advice=instead_of(name.value))
         cls = class_of_keras(name, kinds)
         homes = {kind.module for kind in kinds if issubclass(cls, kind.base)}
         homes |= {f"{home}.experimental" for home in homes}
@@ -134,6 +134,6 @@ def _class_in_module(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
 
 
 def instead_of(name: object) -> str:
-    """What to use instead of a legacy optimizer, where there is such a thing."""
+    """What to use instead of a legacy optimizer, in a sentence; nothing where there is no such thing."""
     known = isinstance(name, str) and name in OPTIMIZER.classes
-    return f"; use `tf.keras.optimizers.{name}` instead" if known else ""
+    return f"Use `tf.keras.optimizers.{name}` instead." if known else ""

@@ -36,9 +36,9 @@ def _of_gradients(given: Value) -> OptaxOptimizer:
         )
     if np.all(np.sum(at_zero, axis=1) < 0):  # along a gradient of ones
         raise ValueError(
-            "`optimizer` of `OptaxTransform` must hand gradients on, as `optax.scale_by_adam()` does; "
-            "found a transformation that turns them round, as whole optimizers do. Leave its "
-            "learning rate out: the pipeline has its own."
+            "`optimizer` of `OptaxTransform` must keep the sign of gradients, as "
+            "`optax.scale_by_adam()` does; found a transformation that reverses it, as whole "
+            "optimizers do. Leave its learning rate out: the pipeline has its own."
         )
     return optimizer
 

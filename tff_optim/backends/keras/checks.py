@@ -137,9 +137,9 @@ def _read_in_graph(
     if any(tensor.dtype == tf.resource for tensor, _ in graph.captures):
         raise refusal(
             f"`optimizer` of class {type(optimizer).__name__}",
-            "hold its variables in attributes, or in lists, tuples or dictionaries that are",
-            "that a step uses another `tf.Variable`: a schedule's, for example",
-            "A graph would hold the value that it has now.",
+            "hold its variables in attributes, or in lists, tuples or dictionaries there",
+            "that a step uses another `tf.Variable`, of a schedule for example",
+            "A graph would keep the value that this variable has now.",
         )
     return {name for name, number in hparams.items() if depends_on(outputs, [number])}
 

@@ -145,8 +145,8 @@ def read_variables(optimizer: Keras) -> dict[int, np.ndarray]:
             if tf.is_symbolic_tensor(variable.handle):
                 raise ValueError(
                     "`optimizer` must have variables with values; found that it was made inside a "
-                    "TFF computation or another graph. Pass a callable that makes it, and by itself a "
-                    "rate that is a tensor of that graph: `build_keras_optimizer("
+                    "TFF computation or another graph. Pass a callable that makes it. If its rate is "
+                    "a tensor of that graph, pass the rate by itself: `build_keras_optimizer("
                     "tf.keras.optimizers.SGD, learning_rate=r)`."
                 )
             values[id(variable)] = variable.numpy()

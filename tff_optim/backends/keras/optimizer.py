@@ -182,8 +182,8 @@ class KerasOptimizer(PureOptimizer):
             return tuple(weight.name for weight in weights)
         if all(part.isdigit() for name in names for part in name.split("/")):
             raise ValueError(
-                "`exclude_from_weight_decay` must have weights with names to select from; found "
-                "weights without. Pass `weight_names=[v.name for v in model.trainable_variables]` to "
+                "`exclude_from_weight_decay` must select among weights with names; found weights "
+                "without names. Pass `weight_names=[v.name for v in model.trainable_variables]` to "
                 "`build_keras_optimizer`."
             )
         return tuple(names)

@@ -101,8 +101,8 @@ class OptaxOptimizer(PureOptimizer):
                 problem = error
         if self._hparams or _has_injected(self.transformation_or_factory):
             raise ValueError(
-                "`transformation_or_factory` must also take a single weight, by which TFF's client "
-                f"work asks for its hparams; found that it does not: {problem} Give masks and labels "
+                "`transformation_or_factory` must also take one scalar weight, since TFF's client work "
+                f"reads the hparams with one; found that it does not: {problem} Give masks and labels "
                 "as functions of the weights, or pass `weight_names`."
             ) from problem
         return None  # a mask for weights of another structure, and no hparams whatever they are
@@ -146,8 +146,8 @@ class OptaxOptimizer(PureOptimizer):
             for name, value in self._hparams.items():
                 if tf.is_tensor(value) and name not in program.hparams:
                     raise ValueError(
-                        f"`{name}` must be a number here, since the initial state or the graph is "
-                        f"made from its value; found {shown(value)}."
+                        f"`{name}` must be a number here, since the initial state or the graph "
+                        f"depends on its value; found {shown(value)}."
                     )
             self._programs[layout.key] = program
         return self._programs[layout.key]
@@ -240,9 +240,9 @@ def build_optax_optimizer(
     if isinstance(made, optax.GradientTransformation | optax.MultiSteps):
         if arguments:
             raise TypeError(
-                "`transformation_or_factory` must be a factory if it is given arguments; found "
-                f"{', '.join(sorted(arguments))} for a transformation that is made already. Pass the "
-                "factory itself: `build_optax_optimizer(optax.adam, learning_rate=0.1)`."
+                "`transformation_or_factory` must be a factory if there are arguments; found a finished "
+                f"transformation and {', '.join(sorted(arguments))}. Pass the factory itself: "
+                "`build_optax_optimizer(optax.adam, learning_rate=0.1)`."
             )
     elif callable(made):
         arguments = {

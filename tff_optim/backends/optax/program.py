@@ -143,8 +143,8 @@ class Program:
             for path, spec in _slot_specs(init).items():
                 if of_all.get(path) != spec:
                     raise ValueError(
-                        "`gradients` must not be None for a weight if a slot is made of several "
-                        f"weights together; found None, and such a slot {path!r}. Give zeros."
+                        "`gradients` must not be None where a slot is made of several weights, as "
+                        f"{path!r} is; found None. Give zeros."
                     )
             self._steps[given] = _trace_step(self.factory, self.hparams, self.layout, given, init)
         return self._steps[given]

@@ -90,7 +90,7 @@ def flatten_with_path(tree: Tree) -> "collections.OrderedDict[str, Leaf]":
         path = "/".join(str(_key(key)) for key in keys)
         if path in found:
             raise ValueError(
-                "`transformation_or_factory` must keep a state whose paths differ when joined by "
+                "`transformation_or_factory` must have a state whose paths differ when joined by "
                 f"'/'; found {shown(path)} twice."
             )
         found[path] = leaf
@@ -173,15 +173,15 @@ def _failure(error: Exception, method: str) -> ValueError:
     if isinstance(error, TypeError) and "required" in text and "argument" in text:
         names = ", ".join(_QUOTED.findall(text)) or text
         return ValueError(
-            "`transformation_or_factory` must need no more than gradients, state and weights, which are "
-            f"all that TFF gives to an optimizer; found that its `{method}` needs the extra arguments: "
+            "`transformation_or_factory` must need no more than gradients, state and weights, since "
+            f"TFF gives an optimizer nothing else; found that its `{method}` needs the extra arguments: "
             f"{names}."
         )
     # TensorFlow was given what jax traces: the transformation holds a tensor.
     advice = ""
     if "Tracer" in text and ("Tensor" in text or " of op " in text):
         advice = (
-            " Give a rate that is a tensor of a TFF computation by itself: "
+            " If its rate is a tensor of a TFF computation, give the rate by itself: "
             "`build_optax_optimizer(optax.adam, learning_rate=r)`."
         )
     return ValueError(

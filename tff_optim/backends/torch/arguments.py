@@ -48,8 +48,8 @@ def find_python(python: str | os.PathLike | None) -> str:
     if newer and os.environ.get("WRAPT_DISABLE_EXTENSIONS") not in ("1", "true"):
         raise ValueError(
             "`python` must be given where torch has brought typing_extensions 4.6 or newer; found "
-            f"None and {version}, with which TensorFlow 2.14 fails to write a SavedModel, and "
-            "tff.program.FileProgramStateManager a state. Give torch an environment of its own, or "
+            f"None and {version}. With it, TensorFlow 2.14 cannot write a SavedModel, nor "
+            "`tff.program.FileProgramStateManager` a state. Give torch an environment of its own, or "
             "set WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
         )
     return sys.executable
@@ -62,7 +62,7 @@ def check_name(
     if not isinstance(name, str):
         raise TypeError(
             f"`{argument}` must be the name of a class of {where}, or its full name in a trusted "
-            f"package; found {shown(name)}. Give its name, for torch runs in another process."
+            f"package; found {shown(name)}. Give its name, since torch runs in another process."
         )
     if not all(part.isidentifier() and part[0] != "_" for part in name.split(".")):
         raise refusal(argument, "be a public name, with dots between", shown(name))
@@ -92,6 +92,6 @@ def check_arguments(argument: str, given: object) -> dict[str, Json]:
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"`{name}` of `{argument}` must be a number, a text, True, False, None or a list of "
-                f"such, to be handed to another process; found {shown(value)}."
+                f"these, since it is sent to another process; found {shown(value)}."
             ) from error
     return arguments

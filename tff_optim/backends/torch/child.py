@@ -173,8 +173,8 @@ class Recipe:
         for key, value in attributes.items():
             if not key.startswith("_") and getattr(optimizer, key) != value:
                 raise RefusedError(
-                    f"`optimizer` must keep what changes in its `state` or its groups; found that a "
-                    f"step changes the attribute {key!r}."
+                    f"`optimizer` must keep all that changes in its `state` or its groups; found that "
+                    f"a step changes the attribute {key!r}."
                 )
         specs = []
         for key, i, value in self.slots(optimizer, parameters):

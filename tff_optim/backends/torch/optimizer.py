@@ -51,9 +51,9 @@ class TorchOptimizer(PureOptimizer):
         if isinstance(specs, tf.TensorSpec) and specs.shape.rank == 0:
             # TFF's client work asks for hparams by one scalar weight.
             raise ValueError(
-                "`optimizer` must be one of Keras or optax on clients, since torch runs on the server "
-                "only, in the Python process; found one of torch in the work of clients. "
-                "Use `build_keras_optimizer` or `build_optax_optimizer` there."
+                "`optimizer` must be of Keras or optax on clients, since torch runs only on the server, "
+                "in the Python process; found one of torch. Use `build_keras_optimizer` or "
+                "`build_optax_optimizer` there."
             )
         process = _process(self._layout(specs))
         state: State = collections.OrderedDict()
@@ -181,7 +181,7 @@ def _number(name: str, numbers: Mapping[str, Json], dtype: np.dtype) -> np.ndarr
         new = None
     if new is None or (new != value and value == value):
         raise ValueError(
-            "`optimizer` must keep the types of its numbers, and whole numbers whole; found "
+            "`optimizer` must keep the types of its numbers: a whole number stays whole; found "
             f"{shown(value)} for {name!r} of {dtype}. Give it as a float."
         )
     return new

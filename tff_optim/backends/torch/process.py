@@ -49,7 +49,7 @@ def time_limit() -> float:
         limit = 0.0
     if not 0 < limit <= _LONGEST:
         raise ValueError(
-            f"`{_TIMEOUT}`, an environment variable, must be seconds above 0 and at most "
+            f"`{_TIMEOUT}` in the environment must be a number of seconds above 0 and at most "
             f"{_LONGEST:.0f}; found {shown(text)}."
         )
     return limit
@@ -115,9 +115,9 @@ class _Child:
         except TimeoutError as error:
             self.end()
             raise RuntimeError(
-                f"The Python process of torch, {self.python}, has not {_DONE[doing]} within "
-                f"{limit:g} seconds, and was ended: it was stopped, hangs, or is slow. {_AFTER[doing]} "
-                f"Set {_TIMEOUT} to more seconds if it is slow."
+                f"The Python process of torch, {self.python}, had not {_DONE[doing]} after {limit:g} "
+                f"seconds and was ended. It was stopped, hung, or is slow. {_AFTER[doing]} If it is "
+                f"slow, set {_TIMEOUT} to more seconds."
             ) from error
         except BaseException:
             self.end()
@@ -323,8 +323,8 @@ class TorchProcess:
         opened, before = self._open(), self._opened.description["slots"]
         if opened.description["slots"] != before:
             raise RuntimeError(
-                f"The Python process of torch, {self._python}, was started anew, and the optimizer now "
-                "keeps another state there: was torch replaced? Start this program anew."
+                f"The Python process of torch, {self._python}, was started again, and the optimizer "
+                "now has another state there. Was torch replaced? Restart this program."
             )
         return opened
 
