@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 import attrs
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
 
-from tff_optim.core import comparison, entries
-from tff_optim.core.entries import Described, Entry, built
+from tff_optim.core import comparison
+from tff_optim.core.entries import Described, Entry
 from tff_optim.core.messages import refusal, shown
 from tff_optim.core.types import Json, Named, Value
 from tff_optim.keras_objects import arguments as keras_arguments
@@ -27,7 +26,6 @@ from tff_optim.keras_objects.classes import (
     Kind,
     class_of,
     class_of_keras,
-    instead_of,
     nouns,
 )
 
@@ -200,35 +198,3 @@ def _build(cls: Value, kinds: Sequence[Kind], check: bool, arguments: Named) -> 
     if check:
         keras_arguments.check_object(made)
     return made
-
-
-# ------------------------------------------------------------------- what an argument may stand for
-
-
-def resolve(optimizer: Value) -> tf.keras.optimizers.Optimizer:
-    """Returns the Keras optimizer that `optimizer` stands for; see `build_keras_optimizer`."""
-    if isinstance(optimizer, str | Mapping | list | tuple):
-        return built(from_json(entries.read(optimizer, name="optimizer"), OPTIMIZER))
-    if isinstance(optimizer, OPTIMIZER.base):
-        return optimizer
-    if isinstance(optimizer, tf.keras.optimizers.legacy.Optimizer):
-        name = type(optimizer).__name__
-        rule = "be a Keras optimizer that can be run as a pure function"
-        raise refusal("optimizer", rule, f"the legacy {name}", instead_of(name))
-    if isinstance(optimizer, tff.learning.optimizers.Optimizer):
-        raise TypeError(
-            "`optimizer` must be a Keras optimizer; found "
-            f"{type(optimizer).__name__}, which is one of TFF already. Use it as it is."
-        )
-    if callable(optimizer):
-        made = optimizer()
-        if callable(made) or isinstance(made, str | Mapping | list | tuple):
-            raise TypeError(
-                "`optimizer` as a callable must return a Keras optimizer; found "
-                f"{type(made).__name__}."
-            )
-        return resolve(made)
-    raise TypeError(
-        "`optimizer` must be a Keras optimizer, its name, its config, or a callable without "
-        f"arguments that returns one; found {type(optimizer).__name__}."
-    )

@@ -1,11 +1,9 @@
 """A Keras optimizer as a gradient transform."""
 
-import functools
 import warnings
 from collections.abc import Mapping
 
 import attrs
-import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -27,6 +25,7 @@ from tff_optim.core.types import (
 )
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
+from tff_optim.transforms.probe import probe
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 _WEIGHT_DECAY = "weight_decay"
@@ -50,32 +49,13 @@ def _step_only(given: Value) -> KerasOptimizer:
         checks.check_arguments(keras)
         device = given.device if built else select_device()
         optimizer = KerasOptimizer(copies.with_unit_rate(keras), device)
-        depends = _depends_on_weights(optimizer)
-    if depends:
+    if probe(optimizer).depends_on_weights:
         raise ValueError(
             "`optimizer` of `KerasTransform` must take a step that depends on gradients alone; "
             f"found {name}, whose step depends on the values of the weights. Use "
             "`tff_optim.build_keras_optimizer` on its own instead."
         )
     return optimizer
-
-
-@functools.lru_cache(maxsize=128)
-def _depends_on_weights(optimizer: KerasOptimizer) -> bool:
-    """Whether the same gradients move different weights differently, over some steps."""
-    rng = np.random.default_rng(0)
-    # A matrix too: some optimizers treat it in another way than a vector.
-    shapes = [(2, 3), (4,)]
-    gradients = [[rng.normal(size=shape) for shape in shapes] for _ in range(3)]
-    starts = [[scale * rng.normal(size=shape) for shape in shapes] for scale in (0.0, 3.0)]
-    moves = []
-    for start in starts:
-        state = optimizer.initialize([tf.TensorSpec(s, tf.float64) for s in shapes])
-        weights = [tf.constant(w) for w in start]
-        for step in gradients:
-            state, weights = optimizer.next(state, weights, [tf.constant(g) for g in step])
-        moves.append([w.numpy() - w0 for w, w0 in zip(weights, start)])
-    return not all(np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*moves))
 
 
 @attrs.frozen

@@ -7,13 +7,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
+import tensorflow_federated as tff
 
 from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer, check_weight_names
 from tff_optim.backends.keras import checks, copies, steps
 from tff_optim.backends.keras.copies import Keras, Template
-from tff_optim.core import leaves, tracing
+from tff_optim.core import entries, leaves, tracing
 from tff_optim.core.devices import DevicePolicy, device_scope, select_device
-from tff_optim.core.messages import shorten
+from tff_optim.core.entries import built
+from tff_optim.core.messages import refusal, shorten
 from tff_optim.core.numbers import NON_NEGATIVE, STEP, Interval, checked
 from tff_optim.core.tracing import call_traced, eager_world
 from tff_optim.core.types import (
@@ -29,6 +31,7 @@ from tff_optim.core.types import (
 )
 from tff_optim.keras_objects import arguments as keras_arguments
 from tff_optim.keras_objects import as_json as keras_objects
+from tff_optim.keras_objects.classes import instead_of
 
 
 class KerasOptimizer(PureOptimizer):
@@ -218,19 +221,46 @@ def resolve(optimizer: Value) -> Keras:
       TypeError: If it is of another type.
       ValueError: If it is unknown, legacy, used, or cannot be run as a pure function.
     """
-    in_graph = not tf.executing_eagerly()
+    written, in_graph = str | Mapping | list | tuple, not tf.executing_eagerly()
     with eager_world():
-        try:
-            resolved = keras_objects.resolve(optimizer)
-        except (TypeError, ValueError) as error:
-            if not (in_graph and callable(optimizer)):
-                raise
-            raise ValueError(
-                "`optimizer` must be one that can be made inside a TFF computation or a `tf.function`; "
-                f"found {shorten(str(error))}. If it uses a tensor of that graph as its learning rate, "
-                "pass it as `learning_rate` instead."
-            ) from error
-        return checks.check_supported(resolved)
+        if isinstance(optimizer, written):
+            entry = entries.read(optimizer, name="optimizer")
+            optimizer = built(keras_objects.optimizer_from_json(entry))
+        elif callable(optimizer):
+            optimizer = _called(optimizer, in_graph)
+            if callable(optimizer) or isinstance(optimizer, written):
+                found = type(optimizer).__name__
+                raise TypeError(
+                    f"`optimizer` as a callable must return a Keras optimizer; found {found}."
+                )
+        name = type(optimizer).__name__
+        if isinstance(optimizer, tf.keras.optimizers.legacy.Optimizer):
+            rule = "be a Keras optimizer that can be run as a pure function"
+            raise refusal("optimizer", rule, f"the legacy {name}", instead_of(name))
+        if isinstance(optimizer, tff.learning.optimizers.Optimizer):
+            raise TypeError(
+                f"`optimizer` must be a Keras optimizer; found {name}, which is one of TFF already. "
+                "Use it as it is."
+            )
+        if not isinstance(optimizer, tf.keras.optimizers.Optimizer):
+            raise TypeError(
+                "`optimizer` must be a Keras optimizer, its name, its config, or a callable without "
+                f"arguments that returns one; found {name}."
+            )
+        return checks.check_supported(optimizer)
+
+
+def _called(make: Function, in_graph: bool) -> Value:
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        if not in_graph:
+            raise
+        raise ValueError(
+            "`optimizer` must be one that can be made inside a TFF computation or a `tf.function`; "
+            f"found {shorten(str(error))}. If it uses a tensor of that graph as its learning rate, "
+            "pass it as `learning_rate` instead."
+        ) from error
 
 
 def build_keras_optimizer(
