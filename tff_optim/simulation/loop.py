@@ -9,8 +9,8 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
-from tff_optim.interrupts import end_worker_at_exit
-from tff_optim.simulation import arguments, checks, cohorts, interrupts, starts
+from tff_optim.interrupts import end_worker_at_exit, let_rounds_end
+from tff_optim.simulation import arguments, checks, cohorts, starts
 from tff_optim.simulation.history import History, Table, join
 from tff_optim.simulation.per_client import PerClient
 from tff_optim.simulation.threads import side_by_side
@@ -201,7 +201,7 @@ def run(
             return [history.materialized(one) if is_closed else history]
 
     lanes = arguments.lanes(processes, seeds)
-    with interrupts.let_rounds_end() as interrupt:
+    with let_rounds_end() as interrupt:
         if at_once == 1 or len(lanes) == 1:
             histories = [one for run in itertools.chain(*lanes) for one in train_one(*run)]
         else:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import tensorflow_federated as tff
 
-from tff_optim.simulation.interrupts import Interrupt
+from tff_optim.interrupts import Interrupt
 
 _T = TypeVar("_T")
 

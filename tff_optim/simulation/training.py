@@ -11,6 +11,7 @@ import attrs
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
+from tff_optim.interrupts import Interrupt
 from tff_optim.resident import client_data
 from tff_optim.simulation import calls, hparams, metrics, same_run, stores, workers
 from tff_optim.simulation.arguments import Plan
@@ -19,7 +20,6 @@ from tff_optim.simulation.evaluation import COLUMN as _EVALUATION
 from tff_optim.simulation.evaluation import Evaluation
 from tff_optim.simulation.folder import Folder
 from tff_optim.simulation.history import History, Table
-from tff_optim.simulation.interrupts import Interrupt
 from tff_optim.simulation.progress import ProgressBar
 from tff_optim.simulation.threads import on_a_loop, wait
 
