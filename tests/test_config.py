@@ -587,7 +587,7 @@ def piecewise(**changes):
             {"transforms": ["adam"]},
             "at 'transforms/0' must be .*did you mean 'Adam'.*; found 'adam'",
         ),
-        ({"transforms": ["FedProx"]}, "at 'transforms/0' must be a name"),
+        ({"transforms": ["FedProx"]}, "at 'transforms/0' must be the name"),
         (
             {"transforms": [["Adam", {"beta": 1}]]},
             r"at 'transforms/0/1' .*; found unknown \['beta'\]",
@@ -600,7 +600,7 @@ def piecewise(**changes):
             {"transforms": ["KerasTransform"]},
             r"at 'transforms/0' .* found missing \['optimizer'\]",
         ),
-        ({"regularizers": ["Adam"]}, "at 'regularizers/0' must be a name"),
+        ({"regularizers": ["Adam"]}, "at 'regularizers/0' must be the name"),
         ({"regularizers": [["L2", {"l3": 1}]]}, r"at 'regularizers/0/1' .* unknown \['l3'\]"),
         ({"regularizers": [["L2", {"l2": "x"}]]}, "`l2` of `L2` must be a number of at least 0"),
         (
@@ -611,7 +611,7 @@ def piecewise(**changes):
             {"learning_rate": piecewise(boundaries=[1])},
             "at 'learning_rate' cannot be built: The length of boundaries",
         ),
-        ({"projection": ["Adam"]}, "at 'projection/0' must be a name"),
+        ({"projection": ["Adam"]}, "at 'projection/0' must be the name"),
         (
             {"projection": [{"function": "NonNeg", "when": 1}]},
             r"at 'projection/0' .*; found unknown \['when'\]",
