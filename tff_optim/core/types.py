@@ -12,70 +12,46 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-# Any object of Python: to check, to compare or to print.
-Value: TypeAlias = Any
-# Arguments or attributes by name.
-Named: TypeAlias = dict[str, Value]
-# Any function.
+Value: TypeAlias = Any  # any object of Python: to check, to compare or to print
+Named: TypeAlias = dict[str, Value]  # arguments or attributes by name
 Function: TypeAlias = Callable[..., Any]
-# What `tf.function` makes of one, and what it makes of that for arguments of some types.
-GraphFunction: TypeAlias = Any
-# What attrs, or a function, makes of a field of a class: its annotation says what the field holds.
-Declared: TypeAlias = Any
+GraphFunction: TypeAlias = Any  # what `tf.function` makes, and its concrete functions
+Declared: TypeAlias = (
+    Any  # what makes a field of an attrs class, whose annotation says what it holds
+)
 
-# None, a bool, a number, a text, or a list or dictionary of these.
-Json: TypeAlias = Any
-# A mapping as a file or a message holds it.
-Record: TypeAlias = dict[str, Json]
+Json: TypeAlias = Any  # None, a bool, a number, a text, or a list or dictionary of these
+Record: TypeAlias = dict[str, Json]  # a mapping as a file or a message holds it
 
-# A Python or NumPy number, or a scalar tensor.
-Number: TypeAlias = Any
-# A `Number`, or a schedule of Keras that gives one at each step.
-Rate: TypeAlias = Any
-# The numbers of an optimizer that may change between steps, by name.
-Hparams: TypeAlias = collections.OrderedDict[str, Number]
+Number: TypeAlias = Any  # a Python or NumPy number, or a scalar tensor
+Rate: TypeAlias = Any  # a `Number`, or a schedule of Keras that gives one at each step
+Hparams: TypeAlias = collections.OrderedDict[str, Number]  # what may change between steps, by name
 
-# Something nested as `tf.nest` takes it: a leaf, or tuples, lists and mappings of them.
-Structure: TypeAlias = Any
-# A structure of `tf.TensorSpec`s.
-Specs: TypeAlias = Structure
-# A structure of tensors; where a caller gives them, of variables or arrays too.
-Weights: TypeAlias = Structure
-# A structure of tensors and None; before they are read, of `tf.IndexedSlices` too.
-Gradients: TypeAlias = Structure
-# A mapping of an optimizer's tensors by name; whatever a transform has; the state of a process.
-State: TypeAlias = Structure
-# What a transform returns.
-Transformed: TypeAlias = tuple[State, Gradients]
-# What a step returns.
-Stepped: TypeAlias = tuple[State, Weights]
-# What a process or an evaluation measures: a structure of numbers and arrays.
-Metrics: TypeAlias = Structure
+Structure: TypeAlias = (
+    Any  # nested as `tf.nest` takes it: a leaf, or tuples, lists, mappings of them
+)
+Specs: TypeAlias = Structure  # of `tf.TensorSpec`s
+Weights: TypeAlias = Structure  # of tensors; where a caller gives them, of variables or arrays too
+Gradients: TypeAlias = Structure  # of tensors, None, and `tf.IndexedSlices` before they are read
+State: TypeAlias = Structure  # of an optimizer, a transform or a process; a mapping in an optimizer
+Transformed: TypeAlias = tuple[State, Gradients]  # what a transform returns
+Stepped: TypeAlias = tuple[State, Weights]  # what a step returns
+Metrics: TypeAlias = Structure  # of numbers and arrays that a process or an evaluation measures
 
-# A leaf of a structure: a tensor, a variable, an array or a number.
-Leaf: TypeAlias = Any
-# Leaves in the order of `tf.nest.flatten`.
-Leaves: TypeAlias = list[Leaf]
-# Tensors in that order.
-Tensors: TypeAlias = Sequence[tf.Tensor]
-# Arrays in that order.
-Arrays: TypeAlias = Sequence[np.ndarray]
+Leaf: TypeAlias = Any  # of a structure: a tensor, a variable, an array or a number
+Leaves: TypeAlias = list[Leaf]  # in the order of `tf.nest.flatten`
+Tensors: TypeAlias = Sequence[tf.Tensor]  # in that order
+Arrays: TypeAlias = Sequence[np.ndarray]  # in that order
 
-# The data of a client: a `tf.data.Dataset`, a list of batches, or a structure of these.
-ClientDataset: TypeAlias = Any
-# The data of the clients of a round.
-Cohort: TypeAlias = Sequence[ClientDataset]
-# What names a client.
-ClientId: TypeAlias = Hashable
+ClientDataset: TypeAlias = Any  # a `tf.data.Dataset`, a list of batches, or a structure of these
+Cohort: TypeAlias = Sequence[ClientDataset]  # the data of the clients of a round
+ClientId: TypeAlias = Hashable  # what names a client
 
-# What TFF compiles and runs: `initialize`, `next`, a part of these.
-Computation: TypeAlias = tff.Computation
-# What trains a model by rounds: TFF's own processes, and those of this package.
-Process: TypeAlias = tff.templates.IterativeProcess
-# A message of protocol buffers: a computation, a value or a request of TFF's.
-Proto: TypeAlias = Any
-# A node of a serialized graph, and such nodes by name.
-Node: TypeAlias = tf.compat.v1.NodeDef
-Nodes: TypeAlias = Mapping[str, Node]
-# An operation of a graph.
-Operation: TypeAlias = tf.Operation
+Computation: TypeAlias = tff.Computation  # what TFF compiles and runs
+Process: TypeAlias = (
+    tff.templates.IterativeProcess
+)  # TFF's own processes, and those of this package
+Proto: TypeAlias = Any  # a message of protocol buffers: a computation, a value, a request of TFF's
+Node: TypeAlias = tf.compat.v1.NodeDef  # of a serialized graph
+Nodes: TypeAlias = Mapping[str, Node]  # by name
+Operation: TypeAlias = tf.Operation  # of a graph

@@ -2,7 +2,7 @@
 
 Keras' own `deserialize` imports whatever module a configuration names, cannot read back AdamW, Lion
 and Adafactor, and changes its input. This writes the same entries (`module`, `class_name`, `config`)
-and builds classes of Keras and of trusted packages only (`keras_classes.py`).
+and builds classes of Keras and of trusted packages only (`classes.py`).
 """
 
 import functools

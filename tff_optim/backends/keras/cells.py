@@ -51,27 +51,12 @@ class VariableCell:
             "other method of `tf.Variable`. Rewrite `update_step` with those."
         )
 
-    @property
-    def dtype(self) -> tf.DType:
-        return self._value.dtype
-
-    @property
-    def shape(self) -> tf.TensorShape:
-        return self._value.shape
-
+    dtype = property(operator.attrgetter("_value.dtype"))
+    shape = property(operator.attrgetter("_value.shape"))
     # What `tf.group`, `tf.control_dependencies` and the like ask for, of a variable that was assigned.
-
-    @property
-    def device(self) -> str:
-        return self._value.device
-
-    @property
-    def op(self) -> tf.Operation:
-        return self._value.op
-
-    @property
-    def graph(self) -> tf.Graph:
-        return self._value.graph
+    device = property(operator.attrgetter("_value.device"))
+    op = property(operator.attrgetter("_value.op"))
+    graph = property(operator.attrgetter("_value.graph"))
 
     def _as_graph_element(self) -> tf.Tensor:
         return self._value
@@ -86,7 +71,6 @@ class VariableCell:
     read_value = value
 
     def numpy(self) -> np.ndarray:
-        """The value as a NumPy array, when executing eagerly."""
         return self._value.numpy()
 
     def bind(self, value: Number) -> None:

@@ -1,7 +1,7 @@
 """A copy of a Keras optimizer, with stand-ins for its variables.
 
-A step works on a shallow copy of the optimizer whose variables are replaced by cells
-(`state_cells.py`), so that its `build` fills the copy with slots and leaves the optimizer as it is.
+A step works on a shallow copy of the optimizer whose variables are replaced by cells (`cells.py`), so
+that its `build` fills the copy with slots and leaves the optimizer as it is.
 """
 
 import collections

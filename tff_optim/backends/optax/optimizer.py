@@ -128,15 +128,15 @@ class OptaxOptimizer(PureOptimizer):
 
     def _program(self, weights: Weights | Specs) -> "Program":
         # Both import optax, which only those need who come here.
-        from tff_optim.backends.optax import program as optax_step
-        from tff_optim.backends.optax import tracing as optax_tracing
+        from tff_optim.backends.optax.program import build_program
+        from tff_optim.backends.optax.tracing import arrange
 
-        layout = optax_tracing.arrange(weights, self.weight_names)
+        layout = arrange(weights, self.weight_names)
         if layout.key not in self._programs:
             # A tensor has no value yet: any number does for tracing.
             candidates = {n: 0.5 if tf.is_tensor(v) else v for n, v in self._hparams.items()}
             arguments = {**self._arguments, **candidates}
-            program = optax_step.build_program(
+            program = build_program(
                 lambda hparams: optax_arguments.make(
                     self.transformation_or_factory, {**arguments, **hparams}
                 ),

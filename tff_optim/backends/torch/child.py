@@ -1,4 +1,4 @@
-"""Takes steps of a torch optimizer in a Python of its own; run as a script by `torch_process.py`.
+"""Takes steps of a torch optimizer in a Python of its own; run as a script by `process.py`.
 
 Imports torch and nothing of this package. Requests and replies are lines of JSON on a socket;
 tensors lie in memory that both processes see, one after the other, as `offsets` says.
