@@ -551,7 +551,7 @@ def _build_lifted(self, var_list):
         (_subclass(_create_late), "creates 'late'"),
         (_subclass(build=_build_lifted), "lifted.*init_scope"),
         (Holding, r"variables in attributes, .*found that a step uses another `tf\.Variable`"),
-        (lambda: K.SGD(FromVariable()), r"uses another `tf\.Variable`: a schedule's"),
+        (lambda: K.SGD(FromVariable()), r"uses another `tf\.Variable`, of a schedule"),
     ],
     ids=[
         "cond",
