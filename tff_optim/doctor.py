@@ -4,10 +4,10 @@
 
 Where the package cannot be imported, `python tff_optim/doctor.py` does the same without it.
 
-It ends with 1 if something does not work, else with 0. Each part that could hang or end the process
-runs in a process of its own, under a time limit; before it begins, standard error says what is tried
-and how long that may take. A part that still computes at its limit is slow, which is a warning: a busy
-machine is no fault. One that does nothing any more is an error.
+The exit status is 1 if something does not work, else 0. Each part that could hang or crash runs in a
+process of its own under a time limit. Before it starts, standard error says what is tried and how long
+that may take. A part that still computes at its limit is slow: only a warning, since the machine
+may be busy. A part that has stopped computing is an error.
 """
 
 import argparse

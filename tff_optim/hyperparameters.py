@@ -190,7 +190,7 @@ def fields_of(part: Value) -> list[attrs.Attribute]:
 
 
 def intervals(part: object) -> dict[str, Interval]:
-    """The hyper-parameters of `part` that were given as numbers, with what is allowed for each.
+    """The hyper-parameters of `part` that were given as numbers, and the interval of each.
 
     Example:
       >>> from tff_optim import transforms

@@ -63,13 +63,13 @@ def _in_main_thread() -> bool:
 def let_workers_end() -> None:
     """Lets TFF end the workers that it starts, in a process that ignores SIGINT too.
 
-    TFF ends its worker by SIGINT, and waits for that without a limit. A job in the background of a
-    script (`make test &`, `nohup`, some CI runners) ignores SIGINT, and so does every process that
-    it starts: TFF's worker never ends, and with it the job. A handler, other than ignoring, is not
-    handed on. This one does nothing: the process itself goes on ignoring SIGINT.
+    TFF sends its worker SIGINT and then waits for it without a limit. A background job of a script
+    (`make test &`, `nohup`, some CI runners) ignores SIGINT, and every process that it starts inherits
+    that: TFF's worker never ends, and neither does the job. Children do not inherit a handler, so this
+    installs one that does nothing, and the process itself still ignores SIGINT.
 
-    To be called before TFF's worker is started, in the main thread. `ResidentProcess` does not need
-    it for its own workers.
+    Call it in the main thread before TFF's worker starts. The workers of `ResidentProcess` end without
+    it.
 
     Example:
       >>> let_workers_end()
@@ -81,12 +81,12 @@ def let_workers_end() -> None:
 
 @functools.cache
 def end_worker_at_exit() -> None:
-    """Has the worker of TFF's default context ended with the program; TFF would leave it running.
+    """Ends the worker of TFF's default context when the program ends; TFF would leave it running.
 
-    TFF ends a worker when its context is collected, and fails at that where the interpreter is
-    half gone already ("'NoneType' object has no attribute 'Popen'"). `simulation.run` calls this. It
-    does nothing where SIGINT is ignored, for TFF would wait for such a worker without a limit; see
-    `let_workers_end`.
+    TFF ends a worker when its context is collected, and fails if the interpreter is already shutting
+    down ("'NoneType' object has no attribute 'Popen'"). `simulation.run` calls this. Where SIGINT is
+    ignored, it does nothing, since TFF would wait for the worker without a limit (see
+    `let_workers_end`).
 
     Example:
       >>> end_worker_at_exit()

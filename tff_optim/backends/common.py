@@ -211,8 +211,8 @@ class OptimizerKind:
     Attributes:
       name: The value of `kind` in a configuration.
       cls: The class of such optimizers.
-      to_json: From an optimizer to its entries, in plain Python types.
-      from_json: From a configuration and its entries by name to what is described.
+      to_json: Writes an optimizer as entries of plain Python types.
+      from_json: Reads a configuration, given whole and by entry, into a description.
       names: The names of the entries.
       required: Those that may not be left out.
     """

@@ -26,9 +26,9 @@ def get_config(optimizer: PureOptimizer) -> dict[str, Json]:
 
     Returns:
       A dictionary of plain Python types, from which `from_config` builds an equal optimizer. Each
-      regularizer and transform is an entry `[name, arguments]`. An optimizer of optax is written if
+      regularizer and transform is an entry `[name, arguments]`. An optimizer of optax can be written if
       it was built of a public factory of optax (`optax.adam`, not `optax.adam(0.1)`) and of plain
-      arguments; one of torch without the path of its Python, which is a matter of the machine.
+      arguments. One of torch is written without the path of its Python, which differs by machine.
 
     Raises:
       TypeError: If `optimizer` is not of this package.

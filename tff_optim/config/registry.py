@@ -26,11 +26,12 @@ def _public(module: ModuleType, base: type) -> dict[str, type]:
 
 
 def register_transform(cls: type[GradientTransform]) -> type[GradientTransform]:
-    """Lets configurations name a transform of another package; a class decorator.
+    """Class decorator that lets configurations name a transform of another package.
 
-    The name is that of the top-level package and that of the class: `mypackage.Median`. It can
-    be used among the transforms and among the regularizers. To be written to a configuration, the
-    class must be an attrs class or have a `get_config()` that returns its constructor's arguments.
+    The name joins the top-level package and the class: `mypackage.Median`. It can stand among the
+    transforms and among the regularizers. To be written to a configuration, the class must be an attrs
+    class or have a `get_config()` that returns its constructor's arguments. To be read from one, its
+    package must be among the `trusted_packages`.
 
     Args:
       cls: A subclass of `tff_optim.transforms.GradientTransform`.

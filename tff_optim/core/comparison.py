@@ -1,4 +1,4 @@
-"""What equality looks at in objects that have no equality of their own, such as Keras' ones."""
+"""Equality of objects that do not define it, such as those of Keras."""
 
 import functools
 import inspect
@@ -19,10 +19,10 @@ def parameters(cls: Value) -> list[inspect.Parameter]:
 
 
 def full_config(value: Value) -> Named | None:
-    """The configuration of a Keras object, or `None` if it does not tell the whole object.
+    """The configuration of a Keras object, or `None` if it is incomplete.
 
-    It does if it holds every named argument of the constructor. Keras' base classes leave it to a
-    subclass to add its own arguments, and nothing reminds the author of it.
+    It is complete if it holds every named argument of the constructor. Keras' base classes leave it
+    to a subclass to add its own arguments, and nothing reminds the author to do so.
     """
     try:
         config = dict(value.get_config())
@@ -36,7 +36,7 @@ def full_config(value: Value) -> Named | None:
 
 
 def constructor_arguments(value: Value) -> Named:
-    """The configuration of a Keras object that tells the whole object.
+    """The complete configuration of a Keras object.
 
     Raises:
       ValueError: If its `get_config` leaves out arguments of its constructor.
@@ -53,9 +53,9 @@ def constructor_arguments(value: Value) -> Named:
 def key(value: object) -> Hashable:
     """A hashable stand-in for `value`: equal for objects that compute the same.
 
-    Keras objects are compared by class and configuration, or by identity where the configuration
-    does not tell everything: taking different ones for equal would run the wrong one. Partial
-    functions are compared by what they are made of.
+    Keras objects are compared by class and configuration, or by identity where the configuration is
+    incomplete: to take different objects for equal would run the wrong one. Partial functions are
+    compared by their function and arguments.
     """
     if tf.is_symbolic_tensor(value):
         return ("tensor", id(value))

@@ -69,7 +69,7 @@ class Entry:
         found: object = None,
         advice: str = "",
     ) -> NoReturn:
-        """Raises an error that says where the entry stands, what it must be and what it is."""
+        """Raises an error with the entry's path, the rule, and the value or what was found."""
         found = shown(self.value) if found is None else found
         raise refusal(self.label, rule, found, advice, error=error)
 
@@ -109,7 +109,7 @@ class Entry:
         return {name: self.at(name) for name in self.value}
 
     def build(self, make: Function, *arguments: Value, **named: Value) -> Value:
-        """Calls `make`; whatever it raises is told as a refusal of this entry."""
+        """Calls `make`, and raises any error of its as one of this entry."""
         try:
             return make(*arguments, **named)
         except Exception as error:  # constructors of Keras and of trusted packages raise anything
@@ -120,7 +120,7 @@ class Entry:
 
 @attrs.frozen
 class Described:
-    """What an entry describes, read but not built.
+    """An object that an entry describes, read but not built.
 
     Attributes:
       entry: The entry.
@@ -134,7 +134,7 @@ class Described:
 
 
 def built(value: Value) -> Value:
-    """A value in which all that is described has been built, from the inside out."""
+    """A value with every description in it built, from the inside out."""
     if isinstance(value, Described):
         return value.entry.build(value.make, **built(value.arguments))
     if isinstance(value, list | tuple):

@@ -20,7 +20,7 @@ def compute_dtype(dtype: tf.DType) -> tf.DType:
 
 
 def compute_specs(specs: Specs) -> Structure:
-    """`specs`, with each dtype replaced by the one that its leaf is computed in."""
+    """`specs` in the dtypes that leaves are computed in."""
     return tf.nest.map_structure(lambda s: tf.TensorSpec(s.shape, compute_dtype(s.dtype)), specs)
 
 
@@ -61,7 +61,7 @@ def named_leaves(structure: Structure) -> list[tuple[str, Structure]]:
 
 
 def check_paths(structure: Structure, name: str) -> None:
-    """Raises `ValueError` if two leaves have one path, by which states hold their slots."""
+    """Raises `ValueError` if two leaves have the same path: states hold slots by path."""
     seen: set[str] = set()
     for path, _ in named_leaves(structure):
         if path in seen:

@@ -28,7 +28,7 @@ from tff_optim.core.numbers import (
 from tff_optim.core.tracing import eager_world
 from tff_optim.core.types import Json, Value
 
-# Arguments that count something: what is 2 there is not 2.0.
+# Arguments that count: a 2 must not become 2.0.
 _COUNTS = ("decay_steps", "first_decay_steps", "warmup_steps", "boundaries")
 # Steps at which a schedule must give a rate. One that leaves the finite numbers stays outside.
 _STEPS = (0, 1, 10, 1000, 10**6, 10**9)

@@ -107,9 +107,9 @@ def from_json(entry: Entry, *kinds: Kind, check: bool = False) -> Described:
 
     Args:
       entry: The long form that `object_to_json` writes, in which `module` may be left out for a
-        class of Keras, and arguments at their defaults too; `[name, arguments]`; or a name.
+        class of Keras, as may arguments at their defaults; or `[name, arguments]`, or a name.
       *kinds: What it may be.
-      check: Whether to check all arguments of what is built, where nobody else does.
+      check: Whether to check all arguments of the built object, where nothing else does.
 
     Raises:
       TypeError: If an argument is of the wrong type.

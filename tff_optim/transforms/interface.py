@@ -57,10 +57,10 @@ class GradientTransform(abc.ABC):
         """
 
     def begin(self, state: State, weights: Weights) -> State:
-        """Puts into the state what a step finds there; most transforms have no use for it.
+        """Prepares the state for a step outside of compiled code; most transforms need nothing.
 
-        A pipeline with `jit_compile` calls it before `next` and outside of compiled code, which
-        would copy every tensor that is only handed on. `next` must not rely on the call.
+        A pipeline with `jit_compile` calls it before `next`. Compiled code would copy every tensor that
+        it merely returns. `next` must not rely on the call.
 
         Args:
           state: As for `next`.

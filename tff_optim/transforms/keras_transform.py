@@ -64,10 +64,10 @@ class KerasTransform(GradientTransform):
 
     `-u(g)`, with `g` the gradients and `u` what the Keras optimizer would add to weights of 0 at a
     learning rate of 1. The state is that of `tff_optim.build_keras_optimizer`, in the gradients'
-    dtypes. Clipping by the Keras optimizer is kept. Its learning rate is not used; a schedule, its
-    weight decay and its moving average of weights are left out with a warning: the pipeline has
-    its own rate and decay. Optimizers whose step depends on the values of the weights, such as
-    Ftrl and Adafactor, are refused; that is found out by trying some steps.
+    dtypes. The Keras optimizer still clips. Its learning rate is not used, and its schedule, weight
+    decay and moving average of weights are left out with a warning, since the pipeline has its own
+    rate and decay. Optimizers whose step depends on the values of the weights, such as Ftrl and
+    Adafactor, are refused after some trial steps.
 
     Attributes:
       optimizer: What `tff_optim.build_keras_optimizer` takes (a Keras optimizer, its name, its

@@ -43,11 +43,10 @@ def _of_gradients(given: Value) -> OptaxOptimizer:
 class OptaxTransform(GradientTransform):
     """Replaces gradients by what an optax transformation makes of them, as `optax.chain` does.
 
-    So one pipeline has parts of Keras, of optax and of this package. The state is that of
-    `tff_optim.build_optax_optimizer`, in the gradients' dtypes, and so are the hparams.
-    A transformation whose updates depend on the values of the weights is refused, and so is a whole
-    optimizer such as `optax.adam(0.1)`, whose rate would be a second one; both are found out by
-    trying some steps.
+    So one pipeline may have parts of Keras, of optax and of this package. State and hparams are those of
+    `tff_optim.build_optax_optimizer`, in the gradients' dtypes. Two kinds are refused after some trial
+    steps: a transformation whose updates depend on the values of the weights, and a whole optimizer such
+    as `optax.adam(0.1)`, which would bring a second learning rate.
 
     Attributes:
       optimizer: An `optax.GradientTransformation`, a callable without arguments that returns one, or

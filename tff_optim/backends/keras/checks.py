@@ -113,7 +113,7 @@ def find_hparams(
 def _read_in_graph(
     optimizer: Keras, initial: Mapping[int, np.ndarray], names: Sequence[str]
 ) -> set[str] | None:
-    """Those numbers on which a step depends; None if it cannot be traced with tensors for them all.
+    """The numbers on which a step depends, or None if no step can be traced with tensors for them all.
 
     Raises:
       ValueError: If the step reads or assigns a variable that could not be replaced by state.

@@ -123,7 +123,7 @@ def has_rate_variable(optimizer: Keras) -> bool:
 
 
 def replace_learning_rate(optimizer: Keras, value: Number | None) -> None:
-    """Gives a copied optimizer a rate of its own: this value, or the one that it has if None."""
+    """Gives a copied optimizer a variable of its own for its rate, with a new value unless None."""
     if not has_rate_variable(optimizer):
         raise ValueError(
             "`learning_rate` must be None for an `optimizer` with a schedule; found "
@@ -249,10 +249,10 @@ def template_maker(
 
 
 def constructor_arguments(optimizer: Keras) -> Named:
-    """The arguments that the class of `optimizer` makes it of, a schedule as it is.
+    """The arguments of the constructor of `optimizer`, with a schedule as an object.
 
     Raises:
-      ValueError: If its `get_config` does not tell all of them.
+      ValueError: If its `get_config` leaves out any.
     """
     config = comparison.constructor_arguments(optimizer)
     if "learning_rate" in config and not has_rate_variable(optimizer):
@@ -280,7 +280,7 @@ def exclude_from_decay(copied: Template, names: Sequence[str]) -> None:
 def with_unit_rate(optimizer: Keras) -> Keras:
     """A copy at learning rate 1, without decay and moving average of weights.
 
-    A copy, rather than one made of its configuration: that of a subclass may not tell everything.
+    A copy, not a new one from its configuration, since that of a subclass may be incomplete.
     """
     clone = copy_containers(optimizer)
     rate = tf.Variable(1.0, dtype=tf.keras.backend.floatx(), name="learning_rate", trainable=False)

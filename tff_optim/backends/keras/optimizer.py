@@ -277,12 +277,12 @@ def build_keras_optimizer(
     weight, moving average, and one more iteration. The state goes in and out as tensors; no variable
     is created, so the result works on clients and on the server, in any `tff.tensorflow.computation`.
 
-    Slots, learning rate and weights keep Keras' dtypes. A learning-rate schedule is followed one
-    step per `next`. Sparse gradients follow Keras' rules: most optimizers decay every row and add to
-    those that have a gradient; Adagrad and RMSprop without momentum change only rows that have one;
-    clipping by norm sees rows before they are summed. `jit_compile` compiles the step where Keras
-    would, which is where there is a GPU. As in Keras, no graph takes `if tensor:` in an `update_step` or
-    a schedule of your own: write `tf.where` or `tf.cond`.
+    Slots, learning rate and weights keep Keras' dtypes. A learning-rate schedule advances by one step
+    per `next`. Sparse gradients follow Keras' rules. Most optimizers decay every row, and update the
+    rows that have a gradient. Adagrad, and RMSprop without momentum, change only those rows. Clipping
+    by norm looks at rows before repeated ones are summed. `jit_compile` compiles the step where Keras
+    would, which is where there is a GPU. As in Keras, a custom `update_step` or schedule cannot branch
+    on a tensor by `if` in a graph: use `tf.where` or `tf.cond`.
 
     The state is an `OrderedDict` of the hyper-parameters that may change between rounds
     (`get_hparams`), `step`, the number of steps taken, and `slots`, named after the slot and its
@@ -293,8 +293,8 @@ def build_keras_optimizer(
     when the optimizer runs in the Python process, and on the worker's CPU inside a TFF computation.
 
     Args:
-      optimizer: A Keras optimizer that has not been used; its name, as `tf.keras.optimizers.get`
-        takes it; its config, as `tf.keras.optimizers.serialize` returns it; or a callable without
+      optimizer: A Keras optimizer that has not been used, its name as `tf.keras.optimizers.get`
+        takes it, its config as `tf.keras.optimizers.serialize` returns it, or a callable without
         arguments that returns a Keras optimizer, such as its class.
       device: A device such as `"/GPU:0"` or a `DevicePolicy` for the state and the step; None for
         the policy in force, which leaves it to TensorFlow unless set.

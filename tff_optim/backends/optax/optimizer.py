@@ -87,9 +87,9 @@ class OptaxOptimizer(PureOptimizer):
         return state
 
     def _stand_in(self, scalar: tf.TensorSpec) -> Specs | None:
-        """Weights to tell the hparams by: TFF's client work asks for them by one scalar weight.
+        """Specs that show the hparams, for TFF's client work, which asks with one scalar weight.
 
-        None where the transformation takes no such weights and has no hparams.
+        None if the transformation takes no such weights and has no hparams.
         """
         for shape in ([], [1], [1, 1]):
             one = tf.TensorSpec(shape, scalar.dtype)
@@ -178,34 +178,34 @@ def build_optax_optimizer(
     TFF's worker and in the Python process. Weights of 64 bits are computed in 64 bits; where all
     have at most 32, jax' usual 32 bits are used.
 
-    Given a factory, such as `optax.adam` or a function of your own, each of its arguments that is a
-    float is kept in the state and can be set between rounds (`get_hparams`), as under
-    `optax.inject_hyperparams`; so `tff.learning.optimizers.schedule_learning_rate` works.
-    What stays as it is built: an argument that Python code branches on or that the initial state is
-    made from, a default of 0 (it turns a term off, which then costs nothing), integers, functions
-    and schedules. Given a transformation, all is as it was made,
-    unless `optax.inject_hyperparams` made it: its numbers are then found in the state.
+    If a factory is given, such as `optax.adam` or a function of the user's, the state holds each of its
+    arguments that is a float. These hyper-parameters can be set between rounds (`get_hparams`), as
+    under `optax.inject_hyperparams`, so `tff.learning.optimizers.schedule_learning_rate` works. Other
+    arguments are fixed: those on which Python code branches or from which the initial state is made, a
+    default of 0 (it turns a term off, which then costs nothing), integers, functions and schedules. A
+    finished transformation is fixed as a whole, except for the numbers that
+    `optax.inject_hyperparams` keeps in its state.
 
-    The state is an `OrderedDict` of those numbers and `slots`, the tensors of optax's state by their
-    paths in it; no Python class of optax is in it. Slots that start from the values of the weights
-    (those of `optax.contrib.prodigy`, for example) are made in the first step: such a state has `step`
-    too, the number of steps taken.
+    The state is an `OrderedDict` of those numbers and of `slots`, the tensors of optax's state by path,
+    without Python classes of optax. Some slots start from the values of the weights, such as those of
+    `optax.contrib.prodigy`. They are made in the first step, and such a state also has `step`, the
+    number of steps taken.
 
     Args:
       transformation_or_factory: An `optax.GradientTransformation`, or a callable that returns one.
       learning_rate: The argument of this name of the factory: a number, an optax schedule, or a
         scalar tensor of the TFF computation in which the optimizer is built.
-      weight_names: Names of the weights in the order of `tf.nest.flatten`, all different. With them,
-        optax sees a dictionary of weights by name, for masks and labels; without, lists and
+      weight_names: Names of the weights in the order of `tf.nest.flatten`, all different. With names,
+        optax sees a dictionary of weights, for masks and labels. Without, it sees lists and
         dictionaries nested as the weights are.
       device: A device such as `"/GPU:0"` or a `DevicePolicy` for the state and the step; None for
         the policy in force, which leaves it to TensorFlow unless set.
       **kwargs: The other arguments of the factory.
 
     Returns:
-      A `tff.learning.optimizers.Optimizer`. What optax can run and this cannot is told by its
-      `initialize`, when TFF builds a process of it: a state that changes its shapes, an operation
-      without a counterpart in TensorFlow, an `update` with extra arguments.
+      A `tff.learning.optimizers.Optimizer`. Its `initialize`, which TFF calls when a process is built,
+      refuses what only optax itself can run: a state whose shapes change, an operation without a
+      counterpart in TensorFlow, an `update` with extra arguments.
 
     Raises:
       ImportError: If optax is not installed.
@@ -273,7 +273,7 @@ def build_optax_optimizer(
             )
         )
     }
-    # Made once now, so that what the factory itself refuses is told here.
+    # Made once now, so that the factory's own refusals come here.
     optax_arguments.make(made, {n: 0.5 if tf.is_tensor(v) else v for n, v in arguments.items()})
     return OptaxOptimizer(
         made,

@@ -59,8 +59,8 @@ class Program:
       hparams: Those hparams, before the first step.
       init: `init` of the transformation, from hparams and weights.
       slots: Shapes and dtypes of optax's state by path, without what is `injected`.
-      injected: Numbers that `optax.inject_hyperparams` keeps in that state and a step hands on: the
-        paths in it by name.
+      injected: Paths by name of the numbers that `optax.inject_hyperparams` keeps in that state and no
+        step changes.
       from_weights: Paths of the slots whose first values are made of those of the weights.
       eager_run: `run` as a graph: jax2tf writes the operations anew whenever it is called.
     """

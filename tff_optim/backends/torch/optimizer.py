@@ -20,7 +20,7 @@ from tff_optim.core.types import Function, Json, Leaves, Specs, State, Weights
 
 _STARTED = "started"
 _GROUP_RATE = "group/lr"
-# What TensorFlow tells of an operation that it cannot run is its name.
+# TensorFlow's error for an operation that it cannot run shows nothing but its name.
 NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
 
 
@@ -197,30 +197,30 @@ def build_torch_optimizer(
 ) -> TorchOptimizer:
     """Makes a TFF optimizer of a torch optimizer, for the server.
 
-    torch needs newer packages than TensorFlow Federated can bear, so it lives in a Python environment
-    and a process of its own. Weights, gradients and the state of the optimizer go there and back
-    through shared memory, bit for bit; the arithmetic is torch's own.
+    torch needs newer packages than TensorFlow Federated allows, so it runs in a Python environment and a
+    process of its own. Weights, gradients and the optimizer's state go there and back through shared
+    memory, bit for bit. torch does the arithmetic.
 
-    It runs where TensorFlow runs in the Python process: called directly, in a `tf.function`, or on
-    the server device of a resident process. TFF's worker knows no other process; there, and on
-    clients, use `build_keras_optimizer` or `build_optax_optimizer`.
+    The optimizer runs where TensorFlow runs in the Python process: called directly, in a
+    `tf.function`, or on the server device of a resident process. TFF's worker cannot reach another
+    process. There, and on clients, use `build_keras_optimizer` or `build_optax_optimizer`.
 
-    The state is an `OrderedDict` of `learning_rate`, the one hparam, unless a scheduler sets it;
-    `started`, which tells for each weight whether it has had a gradient, for torch makes the state of a
-    weight with its first one; and `slots`, by path the tensors that torch would keep and the numbers of
-    its parameter group and its scheduler. Those numbers are fixed.
+    The state is an `OrderedDict`. `learning_rate`, the only hparam, is in it unless a scheduler sets the
+    rate. `started` says for each weight whether it has had a gradient, since torch makes the state of a
+    weight with the first one. `slots` holds by path the tensors that torch would keep, and the numbers
+    of its parameter group and its scheduler, which are fixed.
 
     A step is taken once, or raises and leaves the state as it was, even if the process of torch is
     killed or stopped, several threads take steps, or this process is forked. torch has 300 seconds to
-    start, and as many for each step; the environment variable TFF_OPTIM_TORCH_TIMEOUT sets another
-    number. `initialize` and `next` raise `RuntimeError` where that is not enough or the process ends;
-    in a graph, TensorFlow raises an error of its own with the same words.
+    start and 300 for each step, or the seconds in the environment variable TFF_OPTIM_TORCH_TIMEOUT.
+    `initialize` and `next` raise `RuntimeError` if that is too short or the process ends. In a graph,
+    TensorFlow raises its own error with the same text.
 
     Args:
       optimizer: The name of a class of `torch.optim`, or the full name of a class of a trusted
         package: `"Adam"`, `"mypackage.optimizers.Fancy"`.
-      python: The Python of an environment with torch 2; None for the one that runs, if torch is
-        installed there without what breaks TensorFlow.
+      python: The Python of an environment with torch 2. None takes the Python that runs, if torch is
+        installed there without breaking TensorFlow.
       trusted_packages: Names of top-level packages that may be imported, in that environment.
       lr_scheduler: A class of `torch.optim.lr_scheduler` or of a trusted package, by name, with its
         arguments: `("StepLR", {"step_size": 10})`. It takes one step with each step.

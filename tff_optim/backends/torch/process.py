@@ -255,7 +255,7 @@ class TorchProcess:
         started: np.ndarray,
         numbers: Mapping[str, float | int],
     ) -> Result:
-        """Takes a step. What is handed over is copied, and stays as it is whatever happens.
+        """Takes a step. The arguments are copied, and never changed.
 
         Args:
           weights: All weights.
