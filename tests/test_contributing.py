@@ -17,7 +17,7 @@ from aggregators import rules, scores, weighting
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-(BLOCK,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+BLOCK, *_ = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
 
 SGD = tff.learning.optimizers.build_sgdm(twin.RATE)
 DATA = twin.make_data()

@@ -297,7 +297,9 @@ def test_whole_numbers_of_64_bits_come_back_as_they_are(modules):
 @pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "1e7", "soon", ""])
 def test_a_bad_time_limit_is_refused(limit, modules, monkeypatch):
     monkeypatch.setenv("TFF_OPTIM_TORCH_TIMEOUT", limit)
-    with pytest.raises(ValueError, match=rf"must be a number of seconds above 0 .*; found '{limit}'\."):
+    with pytest.raises(
+        ValueError, match=rf"must be a number of seconds above 0 .*; found '{limit}'\."
+    ):
         make(modules).initialize(SPECS)
 
 

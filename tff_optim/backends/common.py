@@ -3,7 +3,7 @@
 import abc
 import collections
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import attrs
@@ -41,6 +41,12 @@ def check_weight_names(names: Sequence[str] | None, count: int) -> None:
         raise refusal(
             "weight_names", "name every weight", f"{len(names)} names for {count} weights"
         )
+
+
+def check_state(state: State, names: Iterable[str], slots: Mapping[str, tf.TensorSpec]) -> None:
+    """Raises `ValueError` unless a state has the entries `names`, and `slots` of these specs."""
+    leaves.check_keys(state, [*names, SLOTS], "state")
+    leaves.check_slots(state, slots)
 
 
 class PureOptimizer(tff.learning.optimizers.Optimizer):
@@ -194,9 +200,9 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
         return hyperparameters.update(state, hparams, intervals, self._owner)
 
     @property
-    @abc.abstractmethod
     def _owner(self) -> str:
         """Whose hyper-parameters they are, for messages."""
+        return type(self).__name__
 
     def _interval_of(self, name: str) -> Interval:
         """Which numbers a hyper-parameter may be."""

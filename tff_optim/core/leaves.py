@@ -60,6 +60,11 @@ def named_leaves(structure: Structure) -> list[tuple[str, Structure]]:
     ]
 
 
+def names_of(structure: Structure) -> list[str]:
+    """The names of the leaves: their paths, or `weight` for a lone leaf."""
+    return [path or "weight" for path, _ in named_leaves(structure)]
+
+
 def check_paths(structure: Structure, name: str) -> None:
     """Raises `ValueError` if two leaves have the same path: states hold slots by path."""
     seen: set[str] = set()

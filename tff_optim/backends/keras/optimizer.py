@@ -9,7 +9,13 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer, check_weight_names
+from tff_optim.backends.common import (
+    LEARNING_RATE,
+    SLOTS,
+    PureOptimizer,
+    check_state,
+    check_weight_names,
+)
 from tff_optim.backends.keras import checks, copies, steps
 from tff_optim.backends.keras.copies import Keras, Template
 from tff_optim.core import entries, leaves, tracing
@@ -25,7 +31,6 @@ from tff_optim.core.types import (
     Number,
     Specs,
     State,
-    Structure,
     Value,
     Weights,
 )
@@ -90,7 +95,7 @@ class KerasOptimizer(PureOptimizer):
         return f"KerasOptimizer({self._owner}, {hparams}, device={self.device!r})"
 
     def _initial_state(self, specs: Specs) -> State:
-        flat, names = tf.nest.flatten(specs), _names(specs)
+        flat, names = tf.nest.flatten(specs), leaves.names_of(specs)
 
         def make_slots() -> "collections.OrderedDict[str, tf.Tensor]":
             with device_scope(self.device):
@@ -111,11 +116,10 @@ class KerasOptimizer(PureOptimizer):
     def _step(
         self, state: State, given: Weights, weights: Leaves, gradients: Leaves
     ) -> tuple[State, Leaves]:
-        names = tuple(_names(given))
+        names = tuple(leaves.names_of(given))
         expected = {n: leaves.spec_of(c) for n, c in self._template(names, weights).slots.items()}
         rate = [] if self.learning_rate is None else [LEARNING_RATE]
-        leaves.check_keys(state, [*rate, *self._hparams, STEP, SLOTS], "state")
-        leaves.check_slots(state, expected)
+        check_state(state, [*rate, *self._hparams, STEP], expected)
         positions = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         with device_scope(self.device):
             prepared = steps.prepare_gradients(
@@ -193,11 +197,6 @@ class KerasOptimizer(PureOptimizer):
 
     def _interval_of(self, name: str) -> Interval:
         return keras_arguments.interval_of(type(self.keras_optimizer), name)
-
-
-def _names(structure: Structure) -> list[str]:
-    """The names of the leaves: their paths; a lone leaf is `weight`."""
-    return [path or "weight" for path, _ in leaves.named_leaves(structure)]
 
 
 def _rebuild(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer
+from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer, check_state
 from tff_optim.backends.optax import arguments as optax_arguments
 from tff_optim.backends.optax.arguments import Given
-from tff_optim.core import comparison, leaves
+from tff_optim.core import comparison
 from tff_optim.core.devices import DevicePolicy, device_scope, select_device
 from tff_optim.core.messages import shown
 from tff_optim.core.numbers import STEP, Interval
@@ -116,8 +116,7 @@ class OptaxOptimizer(PureOptimizer):
     ) -> tuple[State, Leaves]:
         program = self._program(tf.nest.pack_sequence_as(given, weights))
         steps = [STEP] if program.from_weights else []
-        leaves.check_keys(state, [*program.hparams, *program.injected, *steps, SLOTS], "state")
-        leaves.check_slots(state, program.slots)
+        check_state(state, [*program.hparams, *program.injected, *steps], program.slots)
         state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
         run = program.eager_run if tf.executing_eagerly() else program.run
         with device_scope(self.device):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer
+from tff_optim.backends.common import LEARNING_RATE, SLOTS, PureOptimizer, check_state
 from tff_optim.backends.torch import arguments as torch_arguments
 from tff_optim.backends.torch.process import TorchProcess
 from tff_optim.core import entries, leaves
@@ -90,8 +90,7 @@ class TorchOptimizer(PureOptimizer):
         process = _process(layout)
         slots = self._slots(process, given)
         rate = [] if self.recipe["scheduler"] else [LEARNING_RATE]
-        leaves.check_keys(state, [*rate, _STARTED, SLOTS], "state")
-        leaves.check_slots(state, {path: leaves.spec_of(slot) for path, slot in slots.items()})
+        check_state(state, [*rate, _STARTED], {n: leaves.spec_of(s) for n, s in slots.items()})
         positions = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         tensors = [*slots][: len(process.slots)]
         kept = [
