@@ -1,4 +1,4 @@
-"""Compares rules over several seeds on clients that differ: curves, scores and weights in one picture.
+"""Compares rules over several seeds on clients that differ: curves, scores and weights in a picture.
 
     python examples/compare_rules.py [ROUNDS [SEEDS [DIRECTORY]]]
 
@@ -6,10 +6,7 @@ The directory keeps checkpoints, CSV files and curves for TensorBoard: call it a
 """
 
 import collections
-import os
 import sys
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,9 +14,14 @@ import sklearn.datasets
 import tensorflow as tf
 import tensorflow_federated as tff
 
-import aggregators
-import tff_optim
-from tff_optim import simulation
+from aggregators import build_fed_avg, rules, scores, weighting
+from tff_optim import build_keras_optimizer, simulation
+
+RULES = {
+    "FedAvg": rules.plain_mean(),
+    "KL, near": rules.adaptive_mean(scores.kl_divergence, weighting.softmax()),
+    "jury": rules.jury_mean(),
+}
 
 
 def build_keras_model() -> tf.keras.Model:
@@ -30,13 +32,9 @@ def build_keras_model() -> tf.keras.Model:
 
 def model_fn() -> tff.learning.models.VariableModel:
     """The same for TFF."""
-    return tff.learning.models.from_keras_model(
-        build_keras_model(),
-        loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        input_spec=collections.OrderedDict(
-            x=tf.TensorSpec([None, 64], tf.float32), y=tf.TensorSpec([None], tf.int32)
-        ),
-    )
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    spec = collections.OrderedDict(x=tf.TensorSpec([None, 64]), y=tf.TensorSpec([None], tf.int32))
+    return tff.learning.models.from_keras_model(build_keras_model(), loss=loss, input_spec=spec)
 
 
 def make_data(clients: int = 20, random_labels: int = 4):
@@ -58,11 +56,11 @@ def main(rounds: str = "25", seeds: str = "3", directory: str = "output/compare"
     """Trains, draws and returns the history."""
     plt.switch_backend("Agg")  # draws into a file, with or without a screen
     clients, images, labels = make_data()
-    sgd = tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(0.1))
-    adam = tff_optim.build_keras_optimizer(tf.keras.optimizers.Adam(0.01))
+    sgd = build_keras_optimizer(tf.keras.optimizers.SGD(0.1))
+    adam = build_keras_optimizer(tf.keras.optimizers.Adam(0.01))
     processes = {
-        "FedAvg": tff.learning.algorithms.build_weighted_fed_avg(model_fn, sgd, adam),
-        "KL": aggregators.build_fed_kl(model_fn, sgd, adam, sample_size=8),
+        name: build_fed_avg(model_fn, sgd, adam, rule=rule, sample_size=8)
+        for name, rule in RULES.items()
     }
     tf.keras.utils.set_random_seed(0)
     model = build_keras_model()  # after the processes: TFF builds models in graphs
@@ -83,11 +81,12 @@ def main(rounds: str = "25", seeds: str = "3", directory: str = "output/compare"
     )
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     simulation.plots.learning_curves(history, "evaluation/accuracy", axes=axes[0])
-    simulation.plots.score_heatmap(history.only("KL", 0), axes=axes[1])
-    simulation.plots.client_weights(history.only("KL", 0), axes=axes[2])
-    simulation.plots.panel_letters(axes)
+    simulation.plots.score_heatmap(history.only("KL, near", 0), axes=axes[1])
+    simulation.plots.client_weights(history.only("jury", 0), axes=axes[2])
+    titles = ("Accuracy on 300 test images", "KL, near (seed 0)", "Who counts: jury (seed 0)")
+    simulation.plots.panel_letters(axes, titles)
     simulation.plots.save(figure, f"{directory}/compare")
-    print(f"Picture: {directory}/compare.png, and .pdf. Curves: tensorboard --logdir {directory}")
+    print(f"Drawn: {directory}/compare.png and .pdf. Curves: tensorboard --logdir {directory}")
     return history
 
 

@@ -79,9 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         runs_at_once=1,  # rounds are timed
     )
     print_table(history, options)
-    axes = simulation.plots.learning_curves(history, "evaluation/accuracy")
-    axes.axhline(options.target, color="gray", linestyle=":")
-    digits.save(axes, options)
+    metric = "evaluation/accuracy"
+    digits.save(simulation.plots.learning_curves(history, metric, target=options.target), options)
 
 
 if __name__ == "__main__":

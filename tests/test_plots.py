@@ -47,11 +47,12 @@ def close_figures():
 
 
 def test_curves_are_means_over_seeds_with_their_range():
-    axes = plots.learning_curves(make_history(), "loss")
-    lines = axes.get_lines()
-    assert [line.get_label() for line in lines] == [
-        f"{name} (mean and range of 2 seeds)" for name in ("FedAvg", "KL")
-    ]
+    axes = plots.learning_curves(make_history(), "loss", target=0.25)
+    *lines, target = axes.get_lines()
+    assert [line.get_label() for line in lines] == ["FedAvg", "KL"]
+    assert (target.get_label(), *target.get_ydata()) == ("target: 0.25", 0.25, 0.25)
+    assert len(axes.get_legend().get_texts()) == 3
+    assert axes.get_legend().get_title().get_text() == "mean and range of 2 seeds"
     np.testing.assert_allclose(lines[0].get_xdata(), [0, 1, 2, 3])
     np.testing.assert_allclose(lines[0].get_ydata(), [1.5, 1.0, 1 / 3 + 0.5, 0.75])
     assert len({line.get_linestyle() for line in lines}) == 2  # told apart without colours
@@ -59,6 +60,15 @@ def test_curves_are_means_over_seeds_with_their_range():
     assert axes.get_xlabel() == "round of training"
     band = axes.collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == (0.25, 2.0)
+
+
+def test_a_legend_says_which_band_is_of_how_many_seeds():
+    history = make_history()
+    without = [r for r in history.rounds if (r["process"], r["seed"]) != ("KL", 1)]
+    axes = plots.learning_curves(History(Table(without), history.clients, {}, {}), "loss")
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert labels == ["FedAvg (mean and range of 2 seeds)", "KL (one seed)"]
+    assert len(axes.collections) == 1
 
 
 def test_scores_are_a_map_of_layers_and_rounds():

@@ -150,8 +150,9 @@ def test_each_round_is_sent_to_mlflow(example):
 @pytest.mark.slow
 def test_rules_are_compared_in_a_picture(example, tmp_path):
     history = example("compare_rules").main("2", "2", str(tmp_path))
-    assert list(history.ended) == [("FedAvg", 0), ("FedAvg", 1), ("KL", 0), ("KL", 1)]
-    assert history.rounds["evaluation/accuracy"].shape == (12,)
+    names = ("FedAvg", "KL, near", "jury")
+    assert list(history.ended) == [(name, seed) for name in names for seed in (0, 1)]
+    assert history.rounds["evaluation/accuracy"].shape == (18,)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,14 @@ _STYLES = ["-", "--", ":", "-."]
 _COLOURS = ["#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
 _MAP = "cividis_r"  # of every map: dark is much
 _ROUND = "round of training"
+# What columns say, in words.
+_WORDS = {"score_mean": "mean score of clients", "weights": "weight of a client in the mean"}
+_OVER_CLIENTS = {
+    "mean": "mean over",
+    "lowest_decile": "lowest decile of",
+    "highest_decile": "highest decile of",
+    "spread": "standard deviation over",
+}
 
 
 def line_style(number: int, lines: int) -> dict[str, Any]:
@@ -24,7 +32,7 @@ def line_style(number: int, lines: int) -> dict[str, Any]:
 
     Example:
       >>> line_style(1, lines=3)
-      {'color': '#D55E00', 'linestyle': '--', 'linewidth': 1.7}
+      {'color': '#D55E00', 'linestyle': '--', 'linewidth': 2.1}
 
     Args:
       number: Which line, from 0 on.
@@ -33,7 +41,7 @@ def line_style(number: int, lines: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _STYLES[number % len(_STYLES)],
-        "linewidth": min(1.2 + 0.5 * (lines - 1 - number), 3.2),
+        "linewidth": min(1.6 + 0.5 * (lines - 1 - number), 3.6),
     }
 
 
@@ -43,28 +51,49 @@ def words(metric: str) -> str:
     Example:
       >>> words("evaluation/accuracy"), words("client_work/train/loss")
       ('accuracy (evaluation)', 'loss (client work, train)')
+      >>> words("evaluation/clients/accuracy/lowest_decile")
+      'accuracy, lowest decile of clients (evaluation)'
     """
     *where, name = metric.split("/")
-    text = name.replace("_", " ")
-    return f"{text} ({', '.join(where)})".replace("_", " ") if where else text
+    text = _WORDS.get(name, name)
+    if "clients" in where[:-1] and name in _OVER_CLIENTS:
+        text = f"{where.pop()}, {_OVER_CLIENTS[name]} clients"
+        where.remove("clients")
+    return (f"{text} ({', '.join(where)})" if where else text).replace("_", " ")
 
 
-def panel_letters(axes: Iterable[Any]) -> None:
-    """Writes a, b, c, ... at the top left of panels, for a caption to refer to.
+def panel_letters(axes: Iterable[Any], titles: Sequence[str] = ()) -> None:
+    """Writes a, b, c, ... at the top left of panels, for a caption to refer to, and titles beside them.
 
     Example:
       >>> import matplotlib.pyplot as plt
       >>> figure, panels = plt.subplots(1, 2)
-      >>> panel_letters(panels)
-      >>> [panel.get_title(loc="left") for panel in panels]
-      ['a', 'b']
+      >>> panel_letters(panels, ["Accuracy", "Loss"])
+      >>> [(panel.get_title(loc="left"), panel.get_title()) for panel in panels]
+      [('a', 'Accuracy'), ('b', 'Loss')]
+
+    Args:
+      axes: The panels.
+      titles: One for each panel, or none.
+
+    Raises:
+      ValueError: There is another number of titles than of panels.
     """
-    for number, one in enumerate(axes):
+    panels = list(axes)
+    if titles and len(titles) != len(panels):
+        raise ValueError(
+            f"`titles` must be one for each of {len(panels)} panels; found {len(titles)}."
+        )
+    for number, one in enumerate(panels):
         one.set_title(chr(ord("a") + number), loc="left", fontweight="bold")
+        if titles:
+            one.set_title(titles[number])
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
     """Writes a picture twice: `PATH.png` to look at, and `PATH.pdf` for a paper, of lines and letters.
+
+    Folders on the way are made. An ending `.png` or `.pdf` of the path is left out.
 
     Example:
       >>> import matplotlib.pyplot as plt, os, tempfile
@@ -75,12 +104,15 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
     """
     base = os.fspath(path)
     base = base.removesuffix(".png").removesuffix(".pdf")
+    os.makedirs(os.path.dirname(base) or ".", exist_ok=True)
     figure.savefig(f"{base}.png", dpi=110)
     # Without a date the same picture is the same file.
     figure.savefig(f"{base}.pdf", metadata={"CreationDate": None})
 
 
-def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
+def learning_curves(
+    history: History, metric: str, *, target: float | None = None, axes: Any = None
+) -> Any:
     """Draws a metric over the rounds: for each process the mean of its seeds, and their range.
 
     Example:
@@ -90,11 +122,14 @@ def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
       ... ])
       >>> axes = learning_curves(History(rounds, Table(), {}, {}), "loss")
       >>> axes.get_ylabel(), [text.get_text() for text in axes.get_legend().get_texts()]
-      ('loss', ['FedAvg (mean and range of 2 seeds)'])
+      ('loss', ['FedAvg'])
+      >>> axes.get_legend().get_title().get_text()
+      'mean and range of 2 seeds'
 
     Args:
       history: What `run` returned.
       metric: A column of `history.rounds`.
+      target: Where to draw a level line; None for none.
       axes: Matplotlib axes to draw on; None for new ones.
 
     Returns:
@@ -103,6 +138,9 @@ def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
     axes = _axes(axes)
     records = _with(history.rounds, metric, "metric")
     names = list(dict.fromkeys(record["process"] for record in records))
+    runs = {(record["process"], record["seed"]) for record in records}
+    counts = {name: sum(process == name for process, _ in runs) for name in names}
+    one_count = len(set(counts.values())) == 1
     for number, name in enumerate(names):
         mine = [record for record in records if record["process"] == name]
         by_round: dict[int, list[float]] = {}
@@ -110,18 +148,25 @@ def learning_curves(history: History, metric: str, *, axes: Any = None) -> Any:
             by_round.setdefault(record["round"], []).append(record[metric])
         x = sorted(by_round)
         means = [float(np.mean(by_round[r])) for r in x]
-        seeds = len({record["seed"] for record in mine})
         style = line_style(number, len(names))
-        label = f"{name} (mean and range of {seeds} seeds)" if seeds > 1 else name
+        label = name if one_count else f"{name} ({_band(counts[name])})"
         axes.plot(x, means, label=label, **style)
-        if seeds > 1:
+        if counts[name] > 1:
             low, high = ([f(by_round[r]) for r in x] for f in (min, max))
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if target is not None:
+        axes.axhline(target, color="grey", linewidth=1.0, label=f"target: {target:g}")
     axes.set(xlabel=_ROUND, ylabel=words(metric))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    title = _band(counts[names[0]]) if one_count else None
+    # Long enough for dashes to be told apart.
+    axes.legend(title=title, fontsize="small", title_fontsize="small", handlelength=3)
     return axes
+
+
+def _band(seeds: int) -> str:
+    return f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
 
 
 def score_heatmap(
