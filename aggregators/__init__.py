@@ -6,17 +6,16 @@ check_tff()  # before the imports below, which would fail less readably
 
 from aggregators import privacy, rules, scores, weighted_mean, weighting
 from aggregators.builders.client_work import build_client_work
+from aggregators.builders.fed_avg import build_fed_avg, compose_fed_avg
 from aggregators.builders.federated_print import federated_print
 from aggregators.builders.federated_rule import FederatedRule, federated_rule, rule_state
 from aggregators.builders.processes import (
     build_fed_att,
-    build_fed_avg,
     build_fed_kl,
     build_fed_med,
     build_fed_nova,
     build_q_fed_avg,
     build_scaffold,
-    compose_fed_avg,
 )
 from aggregators.builders.rule_factory import RuleFactory
 from aggregators.builders.self_weighting import build_self_weighting_client_work

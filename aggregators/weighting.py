@@ -10,11 +10,11 @@ log w[k, l] = clip(rule(d[k, l] / scale[l]) - rule(typical[l] / scale[l])) + log
 with `d` the score, `typical` the mean score of earlier rounds, `n` the number of examples (or the
 weight that the client work gave), and `rule` the function that distinguishes the three. Only
 differences of log-weights between clients matter, so the typical client's is taken as 0: that
-keeps numbers small, as a weight that a client sends has to be. Until a typical score is known (the
-first round), nothing is subtracted, and neither is for a rule of yours that looks at the loss.
+keeps numbers small, as a weight that a client sends has to be. Nothing is subtracted until a typical
+score is known (the first round), and for your own rule if it uses the loss.
 
-The numbers of a weighting (temperature, exponent, bound, ...) are hyperparameters: they lie in the
-state of whatever uses it, and may change between rounds.
+The numbers of a weighting (temperature, exponent, bound, ...) are hyperparameters. They lie in the
+state of the rule that uses it, and may change between rounds.
 """
 
 import inspect
@@ -100,7 +100,7 @@ def _check_rule(argument: str, value: object) -> None:
 
 
 def looks(rule: object) -> bool:
-    """Whether a rule takes `seen`, and may look at whatever is in it."""
+    """Whether a rule takes `seen`."""
     try:
         return callable(rule) and "seen" in inspect.signature(rule).parameters
     except ValueError:  # a builtin that does not tell
@@ -178,7 +178,7 @@ class Weighting:
 
     @property
     def is_own(self) -> bool:
-        """Whether the rule is none of this package's, and may look at whatever is in `seen`."""
+        """Whether the rule is the user's own, and may use all of `seen`."""
         return self.rule not in _BUILT_IN and looks(self.rule)
 
     @property
@@ -196,7 +196,7 @@ class Weighting:
         """What may change between rounds, by name."""
         around = OrderedDict(scale=self.scale, bound=self.bound, decay=self.decay)
         if not self.needs_typical_score:
-            del around["decay"]  # it changes nothing but what is shown
+            del around["decay"]  # it would change a measurement alone
         return OrderedDict(
             [*self.hparams.items(), *((n, x) for n, x in around.items() if isinstance(x, Hparam))]
         )
@@ -229,7 +229,7 @@ def softmax(
         score of earlier rounds, which makes a typical relative score 1; until one is known (the
         first round) all scores count alike. A number (1e-12 to 1e12) is used as it is; None means
         1. So that one client cannot switch the rule off for many rounds with a huge score, a round's
-        mean counts as at most 10 times the running one. The first round has no such guard.
+        mean counts as at most 10 times the running one. The first round has no such limit.
       times_examples: Whether weights are multiplied by the client's own weight (its number of
         examples). If not, that weight only tells whether the client counts: 0 means no.
       bound: The largest ratio between two clients' weights, number of examples aside. Log-weights
@@ -370,9 +370,7 @@ def log_weights(
         loss=None if loss is None else tf.cast(loss, tf.float64),
     )
     logs = _apply(weighting.rule, tf.math.divide_no_nan(scores, scale), seen)
-    if not (
-        weighting.is_own and seen.loss is not None
-    ):  # else a typical client has no typical loss
+    if seen.loss is None or not weighting.is_own:  # else a typical client has no typical loss
         centre = _apply(weighting.rule, tf.math.divide_no_nan(typical, scale), seen)
         logs -= tf.where(known & tf.math.is_finite(centre), centre, 0.0)
     if weighting.bound is not None:
@@ -382,11 +380,8 @@ def log_weights(
         logs = tf.where(known, logs, 0.0)
     is_number = tf.math.is_finite(scores) & (scores >= 0.0) & ~tf.math.is_nan(logs)
     is_valid = tf.reduce_all(is_number) | ~has_weight
-    none = tf.equal(logs, -math.inf)
-    logs = tf.clip_by_value(logs, -_LARGEST_LOG, _LARGEST_LOG)
-    logs = tf.where(
-        none, tf.cast(-math.inf, logs.dtype), logs
-    )  # what the rule gave no weight has none
+    limited = tf.clip_by_value(logs, -_LARGEST_LOG, _LARGEST_LOG)
+    logs = tf.where(tf.equal(logs, -math.inf), logs, limited)  # a weight of 0 stays 0
     if weighting.times_examples:
         logs += tf.math.log(weight)
     return tf.where(is_valid & has_weight, logs, -math.inf), is_valid
@@ -448,5 +443,5 @@ def check_weighting(weighting: object) -> None:
     if not isinstance(weighting, Weighting):
         advice = "Call `weighting.softmax()`, `weighting.power()` or `weighting.uniform()`."
         if callable(weighting):
-            advice = "Wrap a function of yours: `Weighting(rule=f)`."
+            advice = "Wrap your own function: `Weighting(rule=f)`."
         raise TypeError(f"`weighting` must be a `Weighting`; found {weighting!r}. {advice}")

@@ -180,7 +180,7 @@ WRONG = {
     # Names in one state, of rules around rules.
     "fed_dyn around an alpha": (
         lambda: rules.fed_dyn(3, rule=named(["alpha"])),
-        r"`rule` must not bring a name that something else .*; found \['alpha'\]",
+        r"`rule` must not use a name that .*; found \['alpha'\]",
     ),
     "scaffold around a control": (
         lambda: start(
@@ -189,30 +189,30 @@ WRONG = {
                 rule=named([], initial_state=lambda layers: OrderedDict(control=tf.constant(0.0))),
             )
         ),
-        r"`rule` must not bring a name .*; found \['control'\]",
+        r"`rule` must not use a name .*; found \['control'\]",
     ),
     "a state called as a number": (
         lambda: start(named(["a"], initial_state=lambda layers: {"a": tf.constant(0.0)})),
-        r"`initial_state` must not bring a name .*; found \['a'\]",
+        r"`initial_state` must not use a name .*; found \['a'\]",
     ),
     "a state called round": (
         lambda: start(named([], initial_state=lambda layers: {"round": tf.constant(0.0)})),
-        r"`initial_state` must not bring a name .*; found \['round'\]",
+        r"`initial_state` must not use a name .*; found \['round'\]",
     ),
     "a gate around its own number": (
         lambda: rules.loss_gated(own_weighting("min_decrease"), score="loss"),
-        r"`weighting` must not bring a name .*; found \['min_decrease'\]",
+        r"`weighting` must not use a name .*; found \['min_decrease'\]",
     ),
     "a jury around its own number": (
         lambda: rules.jury_mean([(score_called("vote"), weighting.softmax())]),
-        r"`candidates` must not bring a name .*; found \['vote_decay'\]",
+        r"`candidates` must not use a name .*; found \['vote_decay'\]",
     ),
     "a candidate called as the jury's state": (
         lambda: (
             rules.jury_mean([(score_called("typical"), own_weighting("norm"))])
             and start(rules.jury_mean([(score_called("typical"), own_weighting("norm"))]))
         ),
-        r"must not bring a name .*; found \['typical_norm'\]",
+        r"must not use a name .*; found \['typical_norm'\]",
     ),
     # The names that a builder has, and the function that fits what was given.
     "optax for clients": (
@@ -291,5 +291,5 @@ def test_a_state_that_is_not_the_rules_is_refused(returned):
         return found._replace(state={name: tf.constant(0.0) for name in returned})
 
     rule = Rule(BASE.client, BASE.reduction, server, initial_state=two_numbers)
-    with pytest.raises(ValueError, match=r"`server` must return the state .*\['a', 'b'\]; found"):
+    with pytest.raises(ValueError, match=r"`server` must return a state .*\['a', 'b'\]; found"):
         aggregators.RuleFactory(rule).create(MODEL, tff.to_type(np.float32))

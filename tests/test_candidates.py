@@ -289,9 +289,13 @@ def test_it_is_refused_in_words(name):
 @pytest.mark.parametrize(
     ("error", "labels", "message"),
     [
-        (None, LABELS, "`labels` must be as many as the predictions"),
-        (class_error(from_logits=True), LABELS, "`labels` must be as many as the predictions"),
-        (class_error(from_logits=True), ONE_HOT, "`labels` must be as many as the predictions"),
+        (None, LABELS, "`labels` must have one entry for each prediction"),
+        (class_error(from_logits=True), LABELS, "`labels` must have one entry for each prediction"),
+        (
+            class_error(from_logits=True),
+            ONE_HOT,
+            "`labels` must have one entry for each prediction",
+        ),
         (lambda z, y: (z[:, 0], y > 0), LABELS, "`error` must return weights of the errors"),
     ],
 )

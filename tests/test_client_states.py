@@ -532,10 +532,10 @@ def test_a_closed_or_forked_store_says_so(tmp_path):
             lambda: open_only(states, ["a"], [None]),
             lambda: states.__enter__(),
         ):
-            with pytest.raises(RuntimeError, match="This `ClientStates` was closed"):
+            with pytest.raises(RuntimeError, match=r"This `ClientStates` of .* is closed"):
                 use()
         states.close()  # once more does nothing
-    with ClientStates(SIZES, tmp_path) as states, pytest.raises(RuntimeError, match="was closed"):
+    with ClientStates(SIZES, tmp_path) as states, pytest.raises(RuntimeError, match="is closed"):
         play_before(states, 2, states.close)
     with ClientStates(SIZES, tmp_path) as states:
         assert (states.round, kept(states, "a")) == (1, (1, 3))

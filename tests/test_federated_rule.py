@@ -308,7 +308,7 @@ def _at_clients(number):
         (
             lambda state, server, trained: _run(loss=_at_clients(1.0))(state, server, trained),
             ValueError,
-            "`loss` must be None for a rule that does not look at it",
+            "`loss` must be None for a rule whose `needs` leave it out",
         ),
         (
             lambda state, server, trained: _run(

@@ -129,7 +129,7 @@ MISTAKES = {
     "a loss that was not asked for": (
         lambda: mean(lambda update, state: -update.loss),
         TypeError,
-        r"`client` of mine\(\) must be .* What `needs` does not ask for is None",
+        r"`client` of mine\(\) must be .* `needs` does not ask for are None",
     ),
     "a log-weight for each tensor of one layer": (
         lambda: mean(lambda update, state: tf.zeros([2])),
@@ -171,7 +171,7 @@ MISTAKES = {
     "a state that is forgotten": (
         lambda: mean(initial_state=lambda layers: {"longest": tf.constant(0.0)}),
         ValueError,
-        r"`server` must return the state that `initial_state` names, \['longest'\]; found \[\]",
+        r"`server` must return a state with the names of `initial_state`, \['longest'\]; found \[\]",
     ),
     "a state of another type": (
         lambda: mean(
@@ -184,7 +184,7 @@ MISTAKES = {
     "a measurement of a taken name": (
         lambda: _server(lambda result: result._replace(measurements={"unchanged": tf.constant(0)})),
         ValueError,
-        r"`server` must not bring a name that .* measurements has; found \['unchanged'\]",
+        r"`server` must not use a name that .* measurements already have; found \['unchanged'\]",
     ),
     "a merge of one half": (
         lambda: attrs.evolve(

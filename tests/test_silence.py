@@ -134,7 +134,7 @@ AT_CONSTRUCTION = {
     ),
     "a place of the loss that nothing looks at": (
         lambda: rules.adaptive_mean(scores.l2_distance, SOFTMAX, loss_at="initial"),
-        (ValueError, "`loss_at` must be None where nothing looks at the loss"),
+        (ValueError, "`loss_at` must be None if neither score nor weighting uses the loss"),
     ),
     "q-FedAvg with the loss taken while training": (
         lambda: aggregators.compose_fed_avg(
@@ -173,7 +173,7 @@ AT_CONSTRUCTION = {
     ),
     "a decrease for a gate that does not look at it": (
         lambda: rules.loss_gated(gate=lambda seen: seen.loss, min_decrease=0.1),
-        (ValueError, "`min_decrease` must be 0 for a gate of yours"),
+        (ValueError, "`min_decrease` must be 0 for your own gate"),
     ),
     "a number of a rule's own with a taken name": (
         lambda: Weighting(tf.negative, hparams={"decay": 1.0}),
@@ -209,7 +209,7 @@ AT_CONSTRUCTION = {
                 needs=Needs(layers="model"),
             )
         ),
-        (ValueError, "`server` must return the state that `initial_state` names"),
+        (ValueError, "`server` must return a state with the names of `initial_state`"),
     ),
 }
 

@@ -74,22 +74,22 @@ def federated_rule(
     """Runs a rule inside a `tff.federated_computation`, where `tff.federated_mean` would stand.
 
     To run on several workers or in sub-rounds, the last argument of your computation must be placed
-    at clients: where it is not, TFF 0.87 hands the first clients to every piece, in silence. If no
-    client counts, the result is the server's model, or zeros for deltas, and `unchanged` is 1.
+    at clients; otherwise TFF 0.87 silently gives the first clients to every sub-round. If no client
+    counts, the result is the server's model, or zeros for deltas, and `unchanged` is 1.
 
     Args:
       rule: The rule.
       value: Structure of floating tensors at `tff.CLIENTS`: trained models or deltas.
       state: The rule's state at `tff.SERVER`: of `rule_state`, then the one returned before.
       server_model: The model that clients started from, same type, at `tff.SERVER`. Needed for
-        `value_is="model"` and for scores that look at it.
+        `value_is="model"` and for scores of the model.
       weight: A number per client at `tff.CLIENTS` (number of examples); None for 1 each.
-      scores: Scores that clients computed themselves (validation loss, accuracy, ...), which then
-        stand in place of the rule's score: at `tff.CLIENTS`, a floating number, or one per layer.
-      scores_are: What these are; to be said where there are some. `"distances"`: 0 is best, as of a
-        loss or an error. `"accuracies"`: from 0 to 1, which is best; the rule sees, and measurements
-        show, `1 - score`. A weighting that prefers near clients prefers good ones then.
-        A score outside of its range is a bad one, as `bad_score_clients` says.
+      scores: Scores that clients computed themselves (validation loss, accuracy, ...), in place of the
+        rule's score: at `tff.CLIENTS`, a floating number, or one per layer.
+      scores_are: Required with `scores`. `"distances"`: 0 is best, as of a loss or an error.
+        `"accuracies"`: from 0 to 1, which is best; the rule sees, and measurements show, `1 - score`, so
+        a weighting that prefers near clients prefers good ones. A score outside of its range counts
+        among `bad_score_clients`.
       loss: The clients' losses at `tff.CLIENTS`, where the rule needs them.
       steps: The clients' steps at `tff.CLIENTS`, where the rule needs them.
       value_is: `"model"` for trained models; `"delta"` for the server's model minus the trained
@@ -160,7 +160,7 @@ def federated_rule(
     for name, argument in (("scores", scores), ("loss", loss), ("steps", steps)):
         if argument is not None and not wanted[name]:
             raise ValueError(
-                f"`{name}` must be None for a rule that does not look at it; found {argument!r}."
+                f"`{name}` must be None for a rule whose `needs` leave it out; found {argument!r}."
             )
         if argument is None and wanted[name] and name != "scores":
             raise ValueError(

@@ -20,14 +20,13 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
 
     One pass over clients, so it spreads over workers and sub-rounds. Not for a secure sum, since
     weights are normalised while summing. Sensitivity: one client can move the mean as far as its weight
-    allows; its update is not clipped: wrap the factory in `tff.aggregators.clipping_factory` for that.
+    allows. Updates are not clipped: wrap the factory in `tff.aggregators.clipping_factory` for that.
 
-    A client with an update, weight or loss that is not finite counts for nothing and is counted in
-    the measurements; one of weight 0 counts for nothing. If no client counts, the result is NaN and
-    `unchanged` is 1: that is how TFF's finalizers are told to leave model and optimizer as they were
-    (zeros would still be a step of momentum, Adam or weight decay). TFF's own client work sends a
-    non-finite update as zeros with weight 0, so in `build_weighted_fed_avg` such clients are seen as
-    `zero_weight_clients` only.
+    A client with an update, weight or loss that is not finite counts for nothing, and the measurements
+    count it; one of weight 0 counts for nothing. If no client counts, the result is NaN and `unchanged`
+    is 1. NaN makes TFF's finalizers leave model and optimizer as they were, where zeros would still be a
+    step of momentum, Adam or weight decay. TFF's own client work sends a non-finite update as zeros
+    with weight 0, so `build_weighted_fed_avg` shows such clients among `zero_weight_clients`.
 
     Example:
       >>> import numpy as np
@@ -123,8 +122,8 @@ def _check_needs(bound: BoundRule, measured: tff.Type | None) -> None:
             raise ValueError(
                 f"`rule` must need the update alone where clients send nothing else; found that it "
                 f"needs {', '.join(more)}. Build the process with `build_fed_avg(..., rule=rule)`, or "
-                "give it updates of `build_client_work(model_fn, optimizer, rule.needs)`. A score of "
-                'your own that looks at the difference only says so: `Score(f, needs="update")`.'
+                "give it updates of `build_client_work(model_fn, optimizer, rule.needs)`. If your "
+                'own score depends on the difference alone, give `Score(f, needs="update")`.'
             )
         return
     types = measured._asdict()

@@ -61,16 +61,15 @@ def build_self_weighting_client_work(
     same end weigh alike: with a temperature so low that many scores are more than 60 temperatures
     from the typical one, this is no longer the softmax that `rules.adaptive_mean` computes.
 
-    Under a secure sum give `weighting` a `bound`: `tff.learning.secure_aggregator` clips weights
-    above `2**20 - 1` and rounds all to steps of about `2**-12`, without a word. With a bound `b`
-    weights lie from `n / sqrt(b)` to `n sqrt(b)`.
+    Under a secure sum give `weighting` a `bound`: `tff.learning.secure_aggregator` silently clips
+    weights above `2**20 - 1` and rounds all to steps of about `2**-12`. With a bound `b` weights lie
+    from `n / sqrt(b)` to `n sqrt(b)`.
 
-    An update that is not finite (of a norm above 2.6e19, too: see `RuleFactory`) is sent as
-    zeros with weight 0, as is one without a finite score or weight, and one that would overflow
-    once multiplied by its weight (1e35). TFF's own client work does the first by itself without a
-    trace; a client of weight 0 that has data is counted as non-finite here. A client without data
-    has weight 0 whatever `client_work` gave: it did not move, and would pass for the nearest of
-    all.
+    An update is sent as zeros with weight 0 if it, its score or its weight is not finite (a norm above
+    2.6e19 counts as infinite), or if it would overflow once multiplied by its weight (1e35). TFF's own
+    client work zeroes updates that are not finite too, and does not say so: a client of weight 0 that
+    has data is therefore counted as non-finite here. A client without data has weight 0 whatever
+    `client_work` gave; it did not move, and would pass for the nearest of all.
 
     Args:
       client_work: A client work whose update has the trainable weights' structure and is the

@@ -43,53 +43,48 @@ class ExampleClipping:
     An optimizer takes `g` for the gradient of the batch; it equals that for an infinite norm where
     the model's loss is a mean over examples.
 
-    An example is a row: the first dimension of a batch's parts counts its examples. Parts that all
-    examples of a batch share, such as positions, class weights, an adjacency matrix or a scalar, have to
-    be named in `shared_parts`; each example is given them whole. Other parts that do not have the
-    batch's rows are refused: when the process is built if the model's `input_spec` shows it, else by
-    the client that meets them. A shared part must not be made of the examples beside it, or one example
-    moves the gradients of all, and the norm bounds nothing.
+    The first dimension of a batch's parts counts its examples. Parts that all examples share, such as
+    positions, class weights, an adjacency matrix or a scalar, have to be named in `shared_parts`; each
+    example is given them whole. Other parts without the batch's rows are refused: when the process is
+    built if the model's `input_spec` shows it, else by the client that meets them. A shared part must
+    not depend on the examples beside it, or one example moves all gradients and the norm bounds nothing.
 
-    Examples go through the model one by one, in training mode, so any model that trains on a batch of
-    one can be clipped, dropout, recurrent layers and embeddings among them; memory is that of
-    one example and one gradient. The model's metrics see each batch whole, in one forward pass more:
-    they are those of training without clipping, at the same weights.
+    Examples go through the model one by one, in training mode, and memory is that of one example and
+    one gradient. So any model that trains on a batch of one can be clipped, also with dropout,
+    recurrent layers or embeddings. Batch normalisation looks at several examples at once and is
+    refused. The model's metrics see each batch whole, in one more forward pass: they are those of
+    training without clipping, at the same weights.
 
-    A model that looks at several examples at once, as batch normalisation does, has no gradient per
-    example and is refused.
+    An example whose gradient has no finite norm counts for nothing: neither in the sum, nor in `B`
+    where that is counted, nor in the client's weight, loss and metrics. The measurements count it.
 
-    An example whose gradient has no finite norm counts for nothing, in the sum, in `B` where that is
-    counted, in the client's weight, in its loss and in the model's metrics, and is counted in the
-    measurements. A batch of no other examples is no batch to the metrics.
+    The measurements `clipped_examples`, `non_finite_examples` and `mean_norm` are exact: no noise
+    protects them. Nor does it protect the client's weight, its number of examples. For a guarantee per
+    example use `ClientWeighting.UNIFORM` and keep the measurements private.
+    `aggregators.privacy.epsilon` says what the noise is worth. TensorFlow's generator is not
+    cryptographic.
 
-    The measurements `clipped_examples`, `non_finite_examples` and `mean_norm` are exact and not
-    protected by the noise. Nor is the client's weight, its number of examples: for a guarantee per
-    example use `ClientWeighting.UNIFORM` and keep the measurements to yourself. What the noise is
-    worth: `aggregators.privacy.epsilon`. TensorFlow's generator is not a cryptographic one.
+    Without a seed each batch draws new noise from the system's entropy, also after a restore. Rounds
+    that are trained again from a checkpoint therefore reveal their data twice.
 
-    Without a seed the noise comes from the system's entropy, anew for each batch: no client, round or
-    run repeats any of it. A run that goes on from a checkpoint draws on, other noise than an
-    undisturbed run would have drawn; so rounds that are trained once more tell twice of their data.
-
-    With a seed the noise is a function of the seed, of the round in the process's state, of the
-    client's number where it keeps a state (`ClientStates`), of the step, and of the bits of the batch
-    that it hides. A run that goes on from a checkpoint, in this place or another, draws what the
-    undisturbed one would have drawn. Clients differ by their data: those without a number that have
-    the same batch at the same step of a round have the same noise in it. The price: whoever knows the
-    seed can tell, for data that he guesses, whether they were there; and whoever sees two runs of one
-    seed, or one round trained by two rates, on the same data, sees their difference without noise. So
-    a seed is for experiments that must be repeated. If anything of such a run is shown to others,
-    draw its seed at random (`secrets.randbits(63)`), for this run alone, and keep it from them. It is
-    a constant of the process's computations, and not in its state.
+    With a seed the noise is a function of the seed, the round in the process's state, the client's
+    number in `ClientStates` if there is one, the step, and the bits of the batch. A run that goes on
+    from a checkpoint, on any device, draws the noise of an undisturbed run. Clients without a number
+    that have the same batch at the same step share its noise. Anyone who knows the seed can test
+    whether a guessed batch was used. Two runs with the same seed and data share their noise, so their
+    difference reveals the exact difference of the gradients. So a seed is for experiments that must be
+    repeated. If you publish anything of such a run, draw its seed at random (`secrets.randbits(63)`),
+    use it once, and keep it secret. It is a constant of the process's computations, not a part of its
+    state.
 
     Attributes:
-      clip_norm: `C`, above 0; infinity to only leave out what is not finite.
+      clip_norm: `C`, above 0; infinity to leave out gradients that are not finite and do no more.
       noise_multiplier: `z`, at least 0 and finite; above 0 needs a finite norm and an expected size.
       expected_batch_size: `B`, above 0; None for the number of examples.
       per_tensor: Whether each tensor of a gradient is clipped to `C` by itself, as declearn's
-        `sclip_norm` does, instead of all of them by one factor. It changes the gradient's direction, and
-        needs noise `sqrt(number of tensors)` as large, which it gets.
-      seed: Of the noise, from 0 to 2**63 - 1; None for the system's entropy. See above.
+        `sclip_norm` does, instead of all of them by one factor. This changes the gradient's direction,
+        and the noise grows by `sqrt(number of tensors)`.
+      seed: Of the noise, from 0 to 2**63 - 1; None for the system's entropy.
       shared_parts: Names of the parts of a batch that have no rows, or of structures of them: keys, and
         positions in a sequence, joined by `/`, such as `"x/positions"` or `"0/1"`.
 
@@ -126,8 +121,8 @@ class ExampleClipping:
         if self.noise_multiplier and self.expected_batch_size is None:
             raise ValueError(
                 "`expected_batch_size` must be given with noise, since the number of examples in a "
-                "batch would tell whether one is there; found None. Give the size that batches "
-                "have, or have on average."
+                "batch would reveal whether one is there; found None. Give the size of batches, or "
+                "their mean size."
             )
         if self.noise_multiplier and math.isinf(self.clip_norm):
             raise ValueError(
@@ -163,12 +158,8 @@ def no_counts(clipping: ExampleClipping | None) -> Counts:
     """The counts of no batch; empty where nothing is clipped."""
     if clipping is None:
         return OrderedDict()
-    return OrderedDict(
-        examples=tf.constant(0, tf.int64),
-        clipped=tf.constant(0, tf.int64),
-        non_finite=tf.constant(0, tf.int64),
-        norms=tf.constant(0.0),
-    )
+    none = tf.constant(0, tf.int64)
+    return OrderedDict(examples=none, clipped=none, non_finite=none, norms=tf.constant(0.0))
 
 
 def clip_examples(
@@ -225,13 +216,7 @@ def clip_examples(
         return i + 1, sums, loss, counts, kept
 
     zeros = tuple(tf.zeros(w.shape, kind) for w, kind in zip(weights, wide, strict=True))
-    state = (
-        tf.constant(0),
-        zeros,
-        tf.constant(0.0),
-        no_counts(clipping),
-        positions < 0,
-    )
+    state = (tf.constant(0), zeros, tf.constant(0.0), no_counts(clipping), positions < 0)
     _, sums, loss, counts, kept = tf.while_loop(lambda i, *_: i < size, step, state)
     examples = tf.cast(counts["examples"], tf.int32)
     stddev = clipping.noise_stddev(len(weights))
@@ -295,18 +280,15 @@ def measurements(counts: tff.Value) -> tff.Value:
 
 def check_clipping(clipping: object) -> None:
     """Raises `TypeError` for anything but an `ExampleClipping`, or None for no clipping."""
-    if clipping is not None and not isinstance(clipping, ExampleClipping):
-        raise TypeError(
-            f"`example_clipping` must be an `ExampleClipping` or None; found {clipping!r}."
-        )
+    if clipping is not None:
+        checks.instance("example_clipping", clipping, ExampleClipping)
 
 
 def check_examples_are_apart(model_fn: ModelFn, clipping: ExampleClipping) -> None:
     """Raises `ValueError` for a model whose batches cannot be taken apart into examples.
 
-    Their parts do not all have rows, or the model has a batch normalisation, through which examples
-    look at each other. That is known by the names of its moving averages; TFF's functional models of
-    Keras cannot have it.
+    Either a part has no rows, or the model has batch normalisation, known by the names of its moving
+    averages. TFF's functional models of Keras cannot have it.
     """
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
         check_parts(model_fn.input_spec, clipping.shared_parts)

@@ -59,7 +59,7 @@ class Folder:
         if _TABLE not in found and found - _OWN:
             raise ValueError(
                 f"`path` must be a directory of its own; found {few(found - _OWN)} in {path}, and no "
-                "store. Take another, such as a new one below it."
+                "store. Choose another, such as a new one below it."
             )
         self._lock = _locked(self._path)
 

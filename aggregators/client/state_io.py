@@ -38,7 +38,7 @@ class ClientStateFiles(NamedTuple):
         """The client's state, or this one if it has none."""
         ours, theirs = tf.cast(self.round, tf.int32), self.client["round"]
         message = [
-            "`cohort` must be of client states of the server's round,",
+            "`cohort` must come from client states of the server's round,",
             ours,
             "; found those of round",
             theirs,

@@ -19,24 +19,23 @@ from aggregators.core import checks
 class ClientStates:
     """The states of all clients, by id, for processes whose clients keep one.
 
-    A round reads and writes the states of its cohort where its clients train, in the worker, as
-    TensorFlow checkpoints: they never pass through Python, and memory is that of the clients at work.
-    What travels with a client's data is two paths and three numbers, so a cohort is the client data of
-    any `LearningProcess`, in TFF's runtimes, in sub-rounds, and on several workers that see the same
-    files.
+    Clients read and write their states where they train, as TensorFlow checkpoints: states never pass
+    through Python, and memory is that of the clients at work. Two paths and three numbers travel with
+    a client's data, so a cohort is client data of any `LearningProcess`, in TFF's runtimes, in
+    sub-rounds, and on several workers that see the same files.
 
-    A round is all or nothing: the cohort's states count from the end of the `with` block, in one
-    transaction, if nothing was raised and each client has written its own; before that, and after a
-    crash, all clients have the states that they had. One process at a time can open a store, and a fork
-    of it cannot use it.
+    A round is all or nothing: at the end of the `with` block, one transaction makes the cohort's new
+    states count, if nothing was raised and each client has written its own. Before that, and after a
+    crash, all clients have their earlier states. One process at a time can open a store, and a fork of
+    it cannot use it.
 
-    States have versions, one a round: the states after round `r` go with the server's state after
-    round `r`, and clients refuse to train on any other. After a crash between the two, or from an
-    older checkpoint, go back with `restore`. A file says whose state it is and after which round, and
-    has a checksum: one that is damaged, or in the place of another, is refused.
+    States have one version a round: the states after round `r` go with the server's state after round
+    `r`, and clients refuse to train on any other. After a crash between the two, or from an older
+    checkpoint, go back with `restore`. A file names its client and round and has a checksum, so a file
+    that is damaged or was exchanged for another is refused.
 
     Disk (or memory): one state per client that ever took part, and for `keep` rounds those it
-    replaced: SCAFFOLD and FedDyn have states as large as the trainable weights. A store in memory is
+    replaced. SCAFFOLD and FedDyn have states as large as the trainable weights. A store in memory is
     gone with the process, however that ends.
 
     Example: clients that keep their optimizer's momentum
@@ -250,7 +249,7 @@ class ClientStates:
     def _contents(self) -> Contents:
         """What counts, if the store can be used."""
         if self._owner is None:
-            raise RuntimeError(f"This `ClientStates` was closed, of {self._files}. Open it anew.")
+            raise RuntimeError(f"This `ClientStates` of {self._files} is closed. Open it again.")
         if self._owner != os.getpid():
             raise RuntimeError(
                 f"This `ClientStates` is that of process {self._owner}; found process {os.getpid()}, a "
@@ -258,8 +257,8 @@ class ClientStates:
             )
         if not self._table.certain:
             raise RuntimeError(
-                f"What counts in {self._files} is not known since it could not be read. Close this "
-                "`ClientStates`, and open it anew."
+                f"The states that count in {self._files} are unknown, since it could not be read. Close "
+                "this `ClientStates`, and open it again."
             )
         return self._table.contents
 

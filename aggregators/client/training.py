@@ -221,18 +221,18 @@ def check_model_fn(model_fn: object) -> None:
     if not callable(model_fn) or isinstance(model_fn, tf.keras.Model):
         raise TypeError(
             "`model_fn` must be a function that makes a tff.learning.models.VariableModel, or a "
-            f"tff.learning.models.FunctionalModel; found {model_fn!r}. Make the one of a Keras model "
-            "with `tff.learning.models.from_keras_model`, in a function of no arguments, or the other "
-            "with `tff.learning.models.functional_model_from_keras`."
+            f"tff.learning.models.FunctionalModel; found {model_fn!r}. For a Keras model, return "
+            "`tff.learning.models.from_keras_model(...)` from a function of no arguments, or call "
+            "`tff.learning.models.functional_model_from_keras`."
         )
 
 
 # By the package that an optimizer, or what makes it, is from.
 _ADVICE = {
-    "keras": "Make one of it with `tff_optim.build_keras_optimizer`.",
-    "optax": "Make one of it with `tff_optim.build_optax_optimizer`.",
-    "torch": "Make one of it with `tff_optim.build_torch_optimizer`.",
-    "tensorflow_federated": "Call it: what it returns is one.",
+    "keras": "Wrap it with `tff_optim.build_keras_optimizer`.",
+    "optax": "Wrap it with `tff_optim.build_optax_optimizer`.",
+    "torch": "Wrap it with `tff_optim.build_torch_optimizer`.",
+    "tensorflow_federated": "Call it, and give what it returns.",
 }
 
 

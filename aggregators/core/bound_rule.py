@@ -31,8 +31,8 @@ Finish: TypeAlias = Callable[[Tensors, tf.Tensor, Weights | None], Tensors]
 _T = TypeVar("_T")
 
 _ADVICE = (
-    "The numbers in its state and the client's weight are float64: `tf.cast` what meets them. What "
-    "`needs` does not ask for is None."
+    "Hyperparameters in the state and `update.weight` are float64: `tf.cast` other tensors before you "
+    "combine them. Fields that `needs` does not ask for are None."
 )
 
 
@@ -111,7 +111,7 @@ class BoundRule:
         kinds = OrderedDict(list(self.state_type._asdict().items())[1 + num_hparams :])
         if set(own) != set(kinds):
             raise ValueError(
-                f"`server` must return the state that `initial_state` names, {list(kinds)}; found "
+                f"`server` must return a state with the names of `initial_state`, {list(kinds)}; found "
                 f"{list(own)}."
             )
         for name, kind in kinds.items():

@@ -22,25 +22,23 @@ def _number(value: object) -> int:
 class Candidates:
     """Models that clients score, and by what.
 
-    Each client scores every one of them on all of its data, with the model's own forward pass, not
-    in training mode: one such pass for each. It does so after it has trained, so that its training sees
-    the batches that plain averaging would have seen.
+    Each client scores every model on all of its data, with one forward pass each, not in training
+    mode. It does so after training, which so sees the same batches as under plain averaging.
 
     Attributes:
       models: `(weights, state) -> models`: from the flat trainable weights of the server's model and
         the rule's state to `number` sequences of tensors of the same shapes and dtypes.
       number: How many there are.
       error: `(predictions, labels) -> errors`, one number per example, or their mean over a batch; or
-        `(predictions, labels) -> (errors, weights)`, where a weight of 0, or False, leaves out. None
-        takes `1 - p(true label)` of a classifier, and the loss of any other model.
+        `(predictions, labels) -> (errors, weights)`, where a weight of 0, or False, leaves an error
+        out. None takes `1 - p(true label)` of a classifier, and the loss of any other model.
 
     A classifier is a model with whole numbers for labels, of shape `[..., 1]` or `[...]`, and floating
-    predictions `[..., classes]`. They are probabilities if in all of a client's data, and for all
-    candidates, they lie in 0 to 1 and add up to 1; logits if some lie outside of 0 to 1. If they are
-    neither the client falls back to the loss. Labels that are no class, such as -1 or 255 of ten,
-    count for nothing; of a label that is a class, and that the loss leaves out, nothing tells: give
-    `class_error(from_logits=..., ignore_class=...)`. It reads labels of one row per example too.
-    What `errors_are_losses` among the measured says is whether errors are the loss.
+    predictions `[..., classes]`. Predictions are probabilities if they lie in 0 to 1 and add up to 1,
+    in all of a client's data and for all candidates; they are logits if some lie outside of 0 to 1. A
+    client with neither falls back to the loss, and `errors_are_losses` says so. Labels outside of the
+    classes, such as -1 or 255 of ten, count for nothing. If the loss ignores one of the classes, give
+    `class_error(from_logits=..., ignore_class=...)`, which also reads labels of one row per example.
 
     `1 - p` is a symmetric loss: its mean over labels drawn at random is the same for every model.
 
@@ -91,7 +89,7 @@ class ErrorSums(NamedTuple):
 # Values, and the weight of each.
 _Weighted: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 
-_AS_MANY = "`labels` must be as many as the predictions of a classifier"
+_AS_MANY = "`labels` must have one entry for each prediction of a classifier"
 _NOT_READ: Tensors = (0.0, 0.0, 0.0)
 _IS_LOSS: Tensors = (0.0, 0.0, 1.0)
 
@@ -158,7 +156,7 @@ def mean_errors(sums: Sequence[ErrorSums]) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
-    """`1 - p(true label)` of a classifier, for models of which it must be told how to read them.
+    """`1 - p(true label)` of a classifier whose predictions you describe.
 
     ```
     error = 1 - sum_c y_c p_c
@@ -230,8 +228,8 @@ def _by_function(
     """Errors and their weights, by a function of the user's."""
     if labels is None:
         raise TypeError(
-            "`error` must have labels to look at: a batch must be a mapping with `x` and `y`, or a "
-            "pair; found neither. Take None for the model's own loss."
+            "`error` must be given labels, so a batch must be a mapping with `x` and `y`, or a pair; "
+            "found neither. Use None for the model's own loss."
         )
     returned = with_autograph(error)(predictions, labels)
     is_pair = isinstance(returned, tuple) and len(returned) == 2
@@ -272,7 +270,7 @@ def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None)
     counts = (labels >= 0) & (labels < tf.shape(shares, tf.int64)[-1])
     if ignored is not None:
         counts &= tf.not_equal(labels, ignored)
-    # Of what does not count the first class: a GPU reads past the end without a word.
+    # A label that does not count reads the first class: a GPU would read past the end silently.
     found = tf.gather(shares, tf.where(counts, labels, 0), axis=rank - 1, batch_dims=rank - 1)
     return 1.0 - found, counts
 

@@ -196,8 +196,8 @@ def joined(argument: str, taken: Mapping[str, _T], more: Mapping[str, _T]) -> Or
     both = [name for name in more if name in taken]
     if both:
         raise ValueError(
-            f"`{argument}` must not bring a name that something else in the rule's state or "
-            f"measurements has; found {both}. Give it another name."
+            f"`{argument}` must not use a name that the rule's state or measurements already "
+            f"have; found {both}. Rename one of them."
         )
     return OrderedDict([*taken.items(), *more.items()])
 

@@ -215,7 +215,7 @@ def _start(zero: Structure | tff.Computation) -> tff.Value:
     placed = [x.type_signature for x in made if isinstance(x.type_signature, tff.FederatedType)]
     if placed:
         raise TypeError(
-            f"`zero` must not be placed, as what is known everywhere; found {placed[0]}. Give the "
+            f"`zero` must be known everywhere, so not placed; found {placed[0]}. Give the "
             "constant itself, or a computation that returns it."
         )
     if made:

@@ -106,13 +106,13 @@ def adaptive_mean(
     `tff.aggregators.clipping_factory(norm, ...)` around the factory.
 
     Args:
-      score: How far a layer is from the server's: one from `aggregators.scores`; a `Score` of your
-        own; a bare function of `(server_layer, client_layer)`, which is taken to need the server's
-        model; or `"loss"`, the client's loss, in all layers.
+      score: How far a layer is from the server's: one from `aggregators.scores`; your own `Score`; a
+        bare function of `(server_layer, client_layer)`, which is taken to need the server's model; or
+        `"loss"`, the client's loss, in all layers.
       weighting: How scores become weights; from `aggregators.weighting`.
       layers: Which tensors are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
         positions; see `aggregators.core.layers.resolve_layers`.
-      loss_at: Where the loss is taken, for `score="loss"` and weightings of yours that look at
+      loss_at: Where the loss is taken, for `score="loss"` and for your own weighting if it uses
         `seen.loss`: `"training"` (the default for the score) or `"initial"`; see `Needs`.
 
     Returns:
@@ -131,8 +131,8 @@ def adaptive_mean(
     by_score = weighed(score, weighting, layers, loss_at)
     if loss_at is not None and not (isinstance(score, str) or weighting.is_own):
         raise ValueError(
-            f"`loss_at` must be None where nothing looks at the loss; found {loss_at!r}. Use "
-            '`score="loss"`, or a weighting whose rule takes `seen`.'
+            "`loss_at` must be None if neither score nor weighting uses the loss; found "
+            f'{loss_at!r}. Use `score="loss"`, or a weighting whose rule takes `seen`.'
         )
 
     def log_weight(update: ClientUpdate, state: State) -> Part:

@@ -59,7 +59,7 @@ def loss_gated(
     gate: Literal["not_fallen", "fallen"] | Gate = "not_fallen",
     min_decrease: Number = 0.0,
 ) -> Rule:
-    """Goes between the plain and the adaptive mean, as the clients' loss, or a gate of yours, says.
+    """Mixes the plain and the adaptive mean, by the clients' loss or by your own gate.
 
     ```
     update = plain + share (adaptive - plain),   plain = sum_k n_k d_k / sum_k n_k
@@ -67,19 +67,18 @@ def loss_gated(
     fell = loss_t < loss_(t-1) - min_decrease |loss_(t-1)|
     share = 1 if not fell else 0            for gate="not_fallen"
     share = 1 if fell else 0                for gate="fallen"
-    share = gate(Round)                     for a function of yours
+    share = gate(Round)                     for your own function
     ```
 
-    with `F_k` the loss that came with client `k`'s update, `n_k` its weight, `d_k` its update, and
-    `adaptive` the mean of `adaptive_mean`. Both means and the loss are accumulated in one pass, so the
-    gate costs no second one. A gate by name is shut in the first round, as is any before a loss is
-    known; a function is asked in every round.
+    with `F_k` the loss of client `k`, `n_k` its weight, `d_k` its update, and `adaptive` the mean of
+    `adaptive_mean`. Both means and the loss take one pass together. Named gates stay closed until there
+    is a previous loss, so always in round 1. Your own gate is called in every round.
 
-    The state is that of `adaptive_mean` and `previous_loss` (NaN if none). The measurements are those of
-    the adaptive mean, also in plain rounds (but `sample_weights` are those really used), and `loss`,
+    The state is that of `adaptive_mean` and `previous_loss` (NaN if none). Measurements are those of
+    the adaptive mean, in plain rounds too (but `sample_weights` are those in use), and `loss`,
     `previous_loss`, `share`, `adaptive` (int32, 1 if the share was above 0) and `gate_out_of_range`
-    (int32, 1 if the gate gave a number outside of 0 to 1, which was moved to the nearer end; or
-    none, which was taken for 0).
+    (int32): 1 if the gate returned a number outside of 0 to 1, which was moved to the nearer end, or
+    NaN, which counts as 0.
 
     Args:
       weighting: Of the adaptive mean; a softmax that prefers near clients if None.
@@ -115,7 +114,7 @@ def loss_gated(
     least_fall = hparam("min_decrease", min_decrease, 0.0, 1.0, below=True)
     if callable(gate) and min_decrease != 0.0:
         raise ValueError(
-            f"`min_decrease` must be 0 for a gate of yours, which does not look at it; found "
+            f"`min_decrease` must be 0 for your own gate, which does not use it; found "
             f"{min_decrease!r}."
         )
 
