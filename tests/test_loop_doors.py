@@ -361,8 +361,20 @@ def some_or_none(number, ids, rng):
     return simulation.poisson(0.5)(number, ids, rng) if number != 2 else []
 
 
+def two_or_more(number):
+    return 2 + number % 3
+
+
 def size(weights, round):
-    return {"size": float(np.abs(weights.trainable[0]).sum()) + 10 * (round == 4)}
+    size = float(np.abs(weights.trainable[0]).sum())
+    sets = {name: {"norm": size * factor} for name, factor in (("near", 0.5), ("far", 2.0))}
+    return {"size": size + 10 * (round == 4), **sets}
+
+
+def arrays():
+    data = {name: next(iter(d.batch(2).as_numpy_iterator())) for name, d in make_clients().items()}
+    flat = {n: {k: np.concatenate(v) for k, v in columns.items()} for n, columns in data.items()}
+    return simulation.ClientArrays(flat, batch_size=3, epochs=2, shuffle=True, seed=5)
 
 
 class Slow(tff.program.ReleaseManager):
@@ -372,13 +384,15 @@ class Slow(tff.program.ReleaseManager):
 
 
 def run_with_all(directory, rounds, device, managers=()):
-    """Clients that keep a state, and everything that a caller may decide."""
+    """Clients that keep a state, in arrays, and everything that a caller may decide."""
     one = ResidentProcess(scaffold(), device=device) if device else scaffold()
+    who = {"clients_per_round": two_or_more} if device else {"draw": some_or_none}
     return run(
         process=one,
+        clients=arrays(),
         directory=directory,
         rounds=rounds,
-        draw=some_or_none,
+        **who,
         hparams=rates,
         evaluate=size,
         per_client=simulation.PerClient(evaluate_loss, make_clients(3)),
@@ -445,10 +459,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, device):
         child.stdout.close()
     assert bool(workers) == (not device)
     killed, undisturbed = (run_with_all(tmp_path / n, 6, device) for n in ("killed", "undisturbed"))
-    assert killed.rounds["drawn_clients"].tolist()[1:3] == [
-        len(killed.clients.where(round=1, drawn=True)),
-        0,
-    ]
+    drawn = killed.rounds["drawn_clients"].tolist()[1:]
+    assert drawn[1] == (two_or_more(2) if device else 0)
+    assert drawn == [sum(c["drawn"] for c in killed.clients.where(round=n)) for n in range(1, 7)]
+    assert {f"evaluation/{name}/norm" for name in ("near", "far")} < set(killed.rounds.columns)
     assert killed.kept["process", 0].round == undisturbed.kept["process", 0].round == 4
     files = [files_of(tmp_path / name) for name in ("killed", "undisturbed")]
     assert any(name.startswith("best/") for name in files[0])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -100,17 +101,15 @@ class Table(Sequence):
 
     def to_markdown(self) -> str:
         """All records as a table for a page."""
-        rows = [[text.replace("|", "\\|") for text in row] for row in self._rows(self._records)]
-        lines = [" | ".join(row) for row in (self.columns, ["---"] * len(self.columns), *rows)]
+        names, *rows = ([_markdown(t) for t in row] for row in self._all_texts())
+        lines = [" | ".join(row) for row in (names, ["---"] * len(names), *rows)]
         return "\n".join(f"| {line} |" for line in lines)
 
     def to_latex(self) -> str:
         """All records as a `tabular`, which needs no package."""
-        columns = self.columns
-        rows = [
-            " & ".join(map(_latex, row)) + r" \\" for row in (columns, *self._rows(self._records))
-        ]
-        kinds = "".join("l" if any(isinstance(v, str) for v in self[c]) else "r" for c in columns)
+        rows = [" & ".join(map(_latex, row)) + r" \\" for row in self._all_texts()]
+        texts = {n for r in self._records for n, value in r.items() if isinstance(value, str)}
+        kinds = "".join("l" if name in texts else "r" for name in self.columns)
         body = "\n".join([rows[0], r"\hline", *rows[1:]])
         return f"\\begin{{tabular}}{{{kinds}}}\n{body}\n\\end{{tabular}}"
 
@@ -161,6 +160,9 @@ class Table(Sequence):
 
         return f"<table>{row(self.columns, 'th')}{''.join(row(t, 'td') for t in self._texts())}</table>"
 
+    def _all_texts(self) -> list[list[str]]:
+        return [list(map(_text, self.columns)), *self._rows(self._records)]
+
     def _texts(self) -> list[list[str]]:
         if len(self) <= 2 * _ENDS + 1:
             return self._rows(self._records)
@@ -193,10 +195,26 @@ def _text(value: Any) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
+# Entities, where a backslash before a character is not taken by every reader of Markdown.
+_MARKDOWN = {"&": "&amp;", "<": "&lt;", "$": "&#36;", "\\": "&#92;"}
+_MARKDOWN |= {one: "\\" + one for one in "|*`[]"}
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+_LATEX |= {
+    "`": r"\textasciigrave{}",
+    "[": "{[}",
+    "*": "{*}",
+}  # `\\` of the row before takes the last two
+_LATEX |= {one: "\\" + one for one in "&%$#_{}"}
+
+
+def _markdown(text: str) -> str:
+    escaped = "".join(_MARKDOWN.get(one, one) for one in text)
+    return re.sub(r"\b_+|_+\b", lambda m: m[0].replace("_", "\\_"), escaped)
+
+
 def _latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {one: "\\" + one for one in "&%$#_{}"}
-    return "".join(special.get(one, one) for one in text)
+    return "".join(_LATEX.get(one, one) for one in text)
 
 
 @attrs.frozen

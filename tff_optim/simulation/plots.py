@@ -153,7 +153,8 @@ def learning_curves(
         axes.plot(x, means, label=label, **style)
         if counts[name] > 1:
             low, high = ([f(by_round[r]) for r in x] for f in (min, max))
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            alpha = min(0.15, 0.4 / len(names))  # bands of many lines would hide the lines
+            axes.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
     if target is not None:
         axes.axhline(target, color="grey", linewidth=1.0, label=f"target: {target:g}")
     axes.set(xlabel=_ROUND, ylabel=words(metric))
