@@ -11,7 +11,7 @@ from resident_cases import assert_near, cohorts, plain_run, process
 from tff_optim import ResidentProcess
 from tff_optim.resident.clients.in_process import side_by_side, vectorised
 from tff_optim.resident.clients.in_process.batches import Reader
-from tff_optim.resident.clients.in_process.program import record
+from tff_optim.resident.clients.in_process.recording import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
 from tff_optim.resident.graphs.imported import ImportedComputation, as_function
 from tff_optim.simulation import ClientArrays
@@ -165,14 +165,10 @@ def test_a_batch_is_what_the_data_set_has_in_every_structure_and_dtype(at_once):
     first = 0
     specs = tf.nest.flatten(spec)
     for step, last in enumerate(read.ends.numpy()):
-        who, which = read.clients[first:last], read.batches[first:last]
+        who = read.clients[first:last]
         assert len(set(who.numpy())) == last - first
-        parts = [
-            side_by_side._batch(rows, starts, shapes[step], which, one.shape)
-            for rows, starts, shapes, one in zip(
-                read.rows, read.starts, read.shapes, specs, strict=True
-            )
-        ]
+        shapes = [one.shape for one in specs]
+        parts = side_by_side.parts_of_step(read, step, last - first, shapes)
         for i, client in enumerate(who.numpy()):
             found[client].append([part[i].numpy() for part in parts])
         assert read.everyone[step] == np.array_equal(who, range(len(lists)))

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -34,6 +35,11 @@ class Arrays:
         return self._packed(
             [tf.TensorSpec([None, *part.shape[1:]], part.dtype) for part in self._host]
         )
+
+    @property
+    def row_bytes(self) -> int:
+        """How many bytes a row of all parts takes."""
+        return sum(part.dtype.size * math.prod(part.shape[1:]) for part in self._host)
 
     def on(self, device: str) -> list[tf.Tensor]:
         """The parts on a device; on the host where the device has too little memory for them."""

@@ -1,6 +1,5 @@
 """The batches of many clients as a few tensors, and the order in which clients take steps together."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,27 +15,25 @@ from tff_optim.resident.graphs.imported import spec_of
 
 
 class Batches(NamedTuple):
-    """The batches of a group of clients at one leaf of their data, and the order to take them in.
+    """The batches of a group of clients at one leaf of their data, in the order in which they are taken.
 
     Clients whose next batches have equal shapes take a step together. A batch is never padded: it is
     its client's graph that takes the mean over its rows.
 
     Attributes:
       rows: For each part of a batch, that part of all batches, one below the other.
-      starts: For each part, the row where each batch begins.
-      shapes: For each part, its shape at each step.
+      bounds: For each part, the row where each step begins, and the end.
+      shapes: For each part, the shape of a batch at each step.
       ends: Where each step's clients end in `clients`.
       clients: The clients of all steps.
-      batches: The batch of each of them.
       everyone: At each step, whether all clients take it, in their order.
     """
 
     rows: list[Any]
-    starts: list[Any]
+    bounds: list[Any]
     shapes: list[Any]
     ends: Any
     clients: Any
-    batches: Any
     everyone: Any
 
 
@@ -65,7 +62,6 @@ class Reader:
             [tf.TensorSpec([None, spec.shape.rank], tf.int32) for spec in self._specs],
             numbers,
             numbers,
-            numbers,
             tf.TensorSpec([None], tf.bool),
         )
 
@@ -84,11 +80,14 @@ class Reader:
         rows, shapes, counts = self._read(tf.stack(data), tf.constant(most_bytes, tf.int64))
         sizes = shapes.numpy()
         ranks = [spec.shape.rank for spec in self._specs]
-        starts = []
-        for spec, shape in zip(self._specs, _split(sizes, ranks), strict=True):
-            of_rows = shape[:, :1] if _is_by_rows(spec) else shape
-            starts.append(_starts(np.prod(of_rows, axis=1, dtype=np.int32)))
-        return _arranged(list(rows), starts, sizes, ranks, counts.numpy()), int(tf.size(counts))
+        lengths = [
+            np.prod(shape[:, :1] if _is_by_rows(spec) else shape, axis=1, dtype=np.int32)
+            for spec, shape in zip(self._specs, _split(sizes, ranks), strict=True)
+        ]
+        steps = _Steps(sizes, counts.numpy())
+        orders = [steps.rows(_starts(one), one) for one in lengths]
+        in_order = [tf.gather(part, order) for part, order in zip(rows, orders, strict=True)]
+        return steps.batches(in_order, lengths, ranks), int(tf.size(counts))
 
     def _some(
         self, data: tf.Tensor, most_bytes: tf.Tensor
@@ -189,6 +188,44 @@ def _array(dtype: tf.DType, shape: Sequence[int | None]) -> tf.TensorArray:
     return tf.TensorArray(dtype, 0, True, element_shape=shape, infer_shape=False)
 
 
+class Cut(NamedTuple):
+    """The batches of some clients whose data are in arrays.
+
+    Attributes:
+      order: The rows of the arrays, in the order in which the clients take them.
+      edges: int32 `[batches + 1]`: where each batch begins in it, and the end.
+      counts: The number of batches of each client.
+    """
+
+    order: np.ndarray
+    edges: np.ndarray
+    counts: np.ndarray
+
+
+def cut(clients: ArrayClients, first: int, most: int, most_bytes: int) -> Cut:
+    """The batches of some clients.
+
+    Args:
+      clients: The cohort.
+      first: The first of the clients.
+      most: How many at most.
+      most_bytes: After how many no further client is taken.
+    """
+    batches, bounds = clients.batches, clients.batches.order_bounds
+    rows_before = bounds[:-1][first : first + most] - bounds[first]
+    number = int(np.count_nonzero(rows_before * clients.arrays.row_bytes < most_bytes))
+    begins = batches.cut_bounds[first : first + number + 1]
+    counts = np.diff(begins) - 1
+    # Each client's cuts begin with a 0, the end of the client before.
+    is_begin = np.ones(begins[-1] - begins[0], bool)
+    is_begin[begins[1:] - begins[0] - 1] = False
+    starts = batches.cuts[begins[0] : begins[-1]][is_begin] + np.repeat(
+        rows_before[:number], counts
+    )
+    order = batches.order[bounds[first] : bounds[first + number]]
+    return Cut(order, np.append(starts, len(order)).astype(np.int32), counts)
+
+
 def from_arrays(
     clients: ArrayClients, device: str, first: int, most: int, most_bytes: int
 ) -> tuple[Batches, int]:
@@ -205,26 +242,17 @@ def from_arrays(
       The batches, and of how many clients they are.
     """
     arrays = clients.arrays.on(device)
-    order, bounds = clients.batches.order, clients.batches.order_bounds
-    row = sum(array.dtype.size * math.prod(array.shape[1:]) for array in arrays)
-    rows_before = bounds[:-1][first : first + most] - bounds[first]
-    number = int(np.count_nonzero(rows_before * row < most_bytes))
-    begins = clients.batches.cut_bounds[first : first + number + 1]
-    cuts = clients.batches.cuts[begins[0] : begins[-1]]
-    counts = np.diff(begins) - 1
-    is_begin = np.ones(len(cuts), bool)
-    is_begin[begins[1:] - begins[0] - 1] = False
-    at = np.flatnonzero(is_begin)
-    starts = cuts[at] + np.repeat(rows_before[:number], counts)
-    sizes = cuts[at + 1] - cuts[at]
-    shapes = np.concatenate(
-        [np.broadcast_to([0, *array.shape[1:]], [len(at), array.shape.rank]) for array in arrays], 1
-    )
+    order, edges, counts = cut(clients, first, most, most_bytes)
     ranks = [array.shape.rank for array in arrays]
+    sizes = np.diff(edges)
+    shapes = np.concatenate(
+        [np.broadcast_to([0, *x.shape[1:]], [len(sizes), x.shape.rank]) for x in arrays], 1
+    ).astype(np.int32)
     shapes[:, np.cumsum(ranks) - ranks] = sizes[:, np.newaxis]
-    some = tf.constant(order[bounds[first] : bounds[first + number]])
+    steps = _Steps(shapes, counts)
+    some = tf.constant(order[steps.rows(edges[:-1], sizes)])
     rows = [tf.gather(array, some) for array in arrays]
-    return _arranged(rows, [starts] * len(arrays), shapes, ranks, counts), number
+    return steps.batches(rows, [sizes] * len(rows), ranks), len(counts)
 
 
 def _is_by_rows(spec: tf.TensorSpec) -> bool:
@@ -245,56 +273,56 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes) - sizes
 
 
-def _arranged(
-    rows: list[Any],
-    starts: list[np.ndarray],
-    shapes: np.ndarray,
-    ranks: list[int],
-    counts: np.ndarray,
-) -> Batches:
-    """Puts the batches of clients in the order in which they are taken.
-
-    Args:
-      rows: For each part, that part of all batches.
-      starts: For each part, the row where each batch begins.
-      shapes: Of each batch, the sizes of all parts.
-      ranks: How many of them belong to each part.
-      counts: The number of batches of each client.
-    """
-    kinds, kind_of = np.unique(shapes, axis=0, return_inverse=True)
-    kind_of = kind_of.reshape(-1)
-    steps = _steps(kind_of, counts)
-    clients = [who for who, _ in steps]
-    taken = [which for _, which in steps]
-    at_steps = kinds[[kind_of[which[0]] for which in taken]].reshape(len(steps), -1)
-    everyone = [np.array_equal(who, np.arange(len(counts))) for who in clients]
-    return Batches(
-        rows,
-        [tf.constant(x, tf.int32) for x in starts],
-        [tf.constant(x, tf.int32) for x in _split(at_steps, ranks)],
-        tf.constant(np.cumsum([len(who) for who in clients]), tf.int32),
-        tf.constant(np.concatenate([*clients, np.zeros(0)]), tf.int32),
-        tf.constant(np.concatenate([*taken, np.zeros(0)]), tf.int32),
-        tf.constant(everyone, tf.bool, [len(steps)]),
-    )
-
-
-def _steps(kinds: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The steps of a group: who takes it, and which batches they take.
+class _Steps:
+    """The steps of a group: who takes each, and which batches they take.
 
     Each client takes its batches in their order. Of those that could be next, a step takes the kind
     that most clients wait for.
 
     Args:
-      kinds: The kind of each batch, one client's after the other's.
+      shapes: Of each batch, the sizes of all parts, one client's after the other's.
       counts: The number of batches of each client.
     """
-    ends = np.cumsum(counts)
-    following = ends - counts
-    steps = []
-    while (waiting := np.flatnonzero(following < ends)).size:
-        wanted = kinds[following[waiting]]
-        clients = waiting[wanted == np.argmax(np.bincount(wanted))]
-        steps.append((clients, following[clients].copy()))
-        following[clients] += 1
-    return steps
+
+    def __init__(self, shapes: np.ndarray, counts: np.ndarray):
+        self._kinds, kind_of = np.unique(shapes, axis=0, return_inverse=True)
+        self._kind_of = kind_of.reshape(-1)
+        ends = np.cumsum(counts)
+        following = ends - counts
+        clients, taken, self._everyone = [], [], []
+        while (waiting := np.flatnonzero(following < ends)).size:
+            wanted = self._kind_of[following[waiting]]
+            some = waiting[wanted == np.argmax(np.bincount(wanted))]
+            clients.append(some)
+            taken.append(following[some])
+            self._everyone.append(len(some) == len(counts))
+            following[some] += 1
+        self._ends = np.cumsum([0, *map(len, clients)])
+        self._clients, self._taken = (
+            np.concatenate([np.zeros(0, int), *one]) for one in (clients, taken)
+        )
+
+    def rows(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The rows of all batches in the order of the steps, of batches that begin at `starts`."""
+        lengths = lengths[self._taken]
+        shifts = starts[self._taken] - _starts(lengths)
+        return np.repeat(shifts, lengths) + np.arange(lengths.sum())
+
+    def batches(self, rows: list[Any], lengths: list[np.ndarray], ranks: list[int]) -> Batches:
+        """The batches.
+
+        Args:
+          rows: The rows of each part, in the order of the steps.
+          lengths: For each part, how many of them each batch has.
+          ranks: How many sizes of a batch belong to each part.
+        """
+        shapes = self._kinds[self._kind_of[self._taken[self._ends[:-1]]]]
+        bounds = [np.append(0, np.cumsum(one[self._taken]))[self._ends] for one in lengths]
+        return Batches(
+            rows,
+            [tf.constant(one, tf.int32) for one in bounds],
+            [tf.constant(one, tf.int32) for one in _split(shapes, ranks)],
+            tf.constant(self._ends[1:], tf.int32),
+            tf.constant(self._clients, tf.int32),
+            tf.constant(self._everyone, tf.bool, [len(self._everyone)]),
+        )

@@ -5,80 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.ops.parallel_for.control_flow_ops import pfor
+from tensorflow.python.ops.parallel_for.pfor import PFor, wrap
 
 from tff_optim.resident.clients.in_process.batches import Batches
+from tff_optim.resident.clients.in_process.evaluation import Tensors, add, evaluate
 from tff_optim.resident.clients.in_process.program import (
-    IF,
-    RANDOM,
     SCAN,
-    WHILE,
+    NoProgramError,
     Operation,
     Program,
     Value,
-    refusal,
+    parted,
+    simplified,
 )
-
-Tensors = dict[Value, tf.Tensor]
-
-
-def evaluate(
-    program: Program, inputs: Sequence[tf.Tensor], others: Mapping[Value, Any]
-) -> list[Any]:
-    """Adds the operations of a program to the current graph; returns its results.
-
-    Args:
-      program: A program without a `SCAN`.
-      inputs: Its inputs.
-      others: The values from outside.
-    """
-    found = {**others, **dict(zip(program.inputs, inputs, strict=True))}
-    _add(program.operations, found)
-    return [found[value] for value in program.outputs]
-
-
-def _add(operations: Sequence[Operation], found: Tensors) -> None:
-    """Adds operations to the current graph, and their results to `found`."""
-    for one in operations:
-        inputs = [found[value] for value in one.inputs]
-        if one.kind == IF:
-            branches = [_branch(program, found) for program in one.programs]
-            results = tf.nest.flatten(tf.cond(inputs[0], *branches))
-        elif one.kind == WHILE:
-            results = _while(one, inputs, found)
-        elif (
-            one.kind in _OTHER_FORMS and (other := _OTHER_FORMS[one.kind](one, *inputs)) is not None
-        ):
-            results = [other]
-        else:
-            results = (
-                tf.compat.v1.get_default_graph()
-                .create_op(
-                    one.kind,
-                    inputs,
-                    [value.dtype for value in one.outputs],
-                    attrs=one.attributes,
-                )
-                .outputs
-            )
-        found.update(zip(one.outputs, results, strict=True))
-
-
-def _branch(program: Program, found: Tensors) -> Callable[[], list[tf.Tensor]]:
-    return lambda: [tf.identity(result) for result in evaluate(program, [], found)]
-
-
-def _while(one: Operation, inputs: list[tf.Tensor], found: Tensors) -> list[tf.Tensor]:
-    condition, body = one.programs
-    return list(
-        tf.while_loop(
-            lambda *state: evaluate(condition, state, found)[0],
-            lambda *state: evaluate(body, state, found),
-            inputs,
-            shape_invariants=[value.shape for value in body.inputs],
-        )
-    )
-
 
 # What TensorFlow has no vectorised form of, as operations that it has one of.
 
@@ -101,7 +40,7 @@ def _segment_max(one: Operation, x: tf.Tensor, segments: tf.Tensor) -> tf.Tensor
 
 def _scatter_add(one: Operation, x: tf.Tensor, indices: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
     if indices.shape.rank is None or indices.shape[-1] != 1:
-        raise refusal(f"{one.kind} ({one.name}) at several indices")
+        raise NoProgramError(f"{one.kind} ({one.name}) at several indices")
     rows = tf.reshape(indices, [-1])
     by = tf.reshape(by, tf.concat([[-1], tf.shape(x)[1:]], 0))
     return x + tf.math.unsorted_segment_sum(by, rows, tf.shape(x)[0])
@@ -136,21 +75,17 @@ class SideBySide:
     """
 
     def __init__(self, program: Program, stacked: Sequence[bool]):
+        program = simplified(program)
         self._program = program
         self._stacked = [v for v, own in zip(program.inputs, stacked, strict=True) if own]
-        varying = set(self._stacked)
-        self._once: list[Operation] = []
+        self._once, each = parted(program, self._stacked)
+        self._varying = set(self._stacked).union(*(one.outputs for one in each.operations))
         pieces: list[list[Operation]] = [[]]
-        for one in program.operations:
-            if one.kind != SCAN and one.uses.isdisjoint(varying) and not _draws(one):
-                self._once.append(one)
-                continue
-            varying.update(one.outputs)
+        for one in each.operations:
             if one.kind == SCAN:
                 pieces += [[one], []]
             else:
                 pieces[-1].append(one)
-        self._varying = varying
         self._pieces = [piece for piece in pieces if piece]
 
     def __call__(
@@ -167,7 +102,7 @@ class SideBySide:
           The results, one for each client.
         """
         found = dict(zip(self._program.inputs, inputs, strict=True))
-        _add(self._once, found)
+        add(self._once.operations, found)
         for i, piece in enumerate(self._pieces):
             if piece[0].kind == SCAN:
                 source = piece[0].source
@@ -202,17 +137,16 @@ class SideBySide:
         program = Program((*body.inputs, *own), body.operations, body.outputs)
         step = _vectorised(program, found)
         others = [found[value] for value in own]
-        shapes = [tf.TensorShape([None]).concatenate(x.shape[1:]) for x in start]
+        state_shapes = [tf.TensorShape([None]).concatenate(x.shape[1:]) for x in start]
 
         def turn(at: tf.Tensor, first: tf.Tensor, *state: tf.Tensor) -> Any:
             last = batches.ends[at]
-            clients, which = batches.clients[first:last], batches.batches[first:last]
-            everyone = batches.everyone[at]
+            clients, everyone = batches.clients[first:last], batches.everyone[at]
 
             def chosen(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
                 if not tensors:
                     return []
-                return _flat(
+                return tf.nest.flatten(
                     tf.cond(
                         everyone,
                         lambda: [tf.identity(x) for x in tensors],
@@ -220,18 +154,11 @@ class SideBySide:
                     )
                 )
 
-            parts = [
-                _batch(rows, starts, sizes[at], which, spec.shape)
-                for rows, starts, sizes, spec in zip(
-                    batches.rows,
-                    batches.starts,
-                    batches.shapes,
-                    body.inputs[num_state:],
-                    strict=False,
-                )
-            ]
-            new = step(tf.size(clients), [*chosen(state), *parts, *chosen(others)])
-            after = _flat(
+            number = tf.size(clients)
+            shapes = [value.shape for value in body.inputs[num_state:]]
+            parts = parts_of_step(batches, at, number, shapes)
+            new = step(number, [*chosen(state), *parts, *chosen(others)])
+            after = tf.nest.flatten(
                 tf.cond(
                     everyone,
                     lambda: [tf.identity(x) for x in new],
@@ -241,16 +168,37 @@ class SideBySide:
                     ],
                 )
             )
-            return at + 1, last, *map(tf.ensure_shape, after, shapes)
+            return at + 1, last, *map(tf.ensure_shape, after, state_shapes)
 
         zero = tf.constant(0)
         _, _, *after = tf.while_loop(
             lambda at, *unused: at < tf.size(batches.ends),
             turn,
             [zero, zero, *start],
-            shape_invariants=[zero.shape, zero.shape, *shapes],
+            shape_invariants=[zero.shape, zero.shape, *state_shapes],
         )
         return dict(zip(one.outputs, after, strict=True))
+
+
+def parts_of_step(
+    batches: Batches, at: tf.Tensor, number: tf.Tensor, shapes: Sequence[tf.TensorShape]
+) -> list[tf.Tensor]:
+    """The parts of the batches that some clients take in a step.
+
+    Args:
+      batches: All batches.
+      at: The step.
+      number: How many clients take it.
+      shapes: What is known of the shapes of a batch's parts.
+    """
+    every = zip(batches.rows, batches.bounds, batches.shapes)
+    return [
+        tf.ensure_shape(
+            tf.reshape(rows[bounds[at] : bounds[at + 1]], tf.concat([[number], sizes[at]], 0)),
+            tf.TensorShape([None]).concatenate(shape),
+        )
+        for shape, (rows, bounds, sizes) in zip(shapes, every)
+    ]
 
 
 def sum_over(
@@ -309,18 +257,22 @@ def _vectorised(program: Program, found: Mapping[Value, Any]) -> Callable[..., l
     """`program` as a function of a number of clients and of stacked inputs."""
 
     def call(number: tf.Tensor, stacked: list[tf.Tensor]) -> list[tf.Tensor]:
-        def of_client(i: tf.Tensor) -> list[tf.Tensor]:
-            results = evaluate(program, [tf.gather(tensor, i) for tensor in stacked], found)
-            return [tf.identity(result) for result in results]  # some are of the graph outside
-
+        graph = tf.compat.v1.get_default_graph()
+        before = set(graph.get_operations())
+        client = tf.compat.v1.placeholder_with_default(0, [])
+        inputs = [tf.compat.v1.placeholder(x.dtype, x.shape[1:]) for x in stacked]
+        results = [tf.identity(x) for x in evaluate(program, inputs, found, _OTHER_FORMS)]
+        operations = set(graph.get_operations()) - before
+        # What `tf.vectorized_map` is made of. That would gather its arguments, one copy for each step.
+        converter = PFor(client, number, operations, fallback_to_while_loop=False)
+        for one, all_of_them in zip(inputs, stacked, strict=True):
+            converter._add_conversion(one, wrap(all_of_them, True))
         try:
-            # What `tf.vectorized_map` is made of. That copies its arguments where their number is
-            # not known while it is traced.
-            return pfor(of_client, number, fallback_to_while_loop=False)
+            return [converter.convert(result) for result in results]
+        except NoProgramError:
+            raise
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            if "`vectorize`" in str(error):
-                raise
-            raise refusal(_found(error)) from error
+            raise NoProgramError(_found(error)) from error
 
     return call
 
@@ -334,32 +286,6 @@ def _found(error: Exception) -> str:
     return f"an operation that it cannot: {text.splitlines()[0] if text else repr(error)}"
 
 
-def _draws(one: Operation) -> bool:
-    """Whether an operation draws random numbers, of which each client has its own."""
-    return one.kind in RANDOM or any(
-        _draws(inner) for program in one.programs for inner in program.operations
-    )
-
-
 def _repeated(tensor: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
     result = tf.broadcast_to(tensor, tf.concat([[number], tf.shape(tensor)], 0))
     return tf.ensure_shape(result, tf.TensorShape([None]).concatenate(tensor.shape))
-
-
-def _flat(results: Any) -> list[tf.Tensor]:
-    return tf.nest.flatten(results)
-
-
-def _batch(
-    rows: tf.Tensor, starts: tf.Tensor, shape: tf.Tensor, which: tf.Tensor, spec: tf.TensorShape
-) -> tf.Tensor:
-    """Gathers one part of the batches of some clients."""
-    first = tf.gather(starts, which)
-    if spec.rank == 0:
-        return tf.gather(rows, first)
-    flat = rows.shape.rank == 1  # single numbers, of parts with more than one unknown size
-    size = tf.reduce_prod(shape) if flat else shape[0]
-    found = tf.gather(rows, first[:, tf.newaxis] + tf.range(size))
-    if flat and spec.rank != 1:
-        found = tf.reshape(found, tf.concat([tf.shape(which), shape], 0))
-    return tf.ensure_shape(found, tf.TensorShape([None]).concatenate(spec))

@@ -14,7 +14,8 @@ from tff_optim.resident import leaves
 from tff_optim.resident.clients.arrays import ArrayClients
 from tff_optim.resident.clients.in_process.batches import Batches, Reader, from_arrays
 from tff_optim.resident.clients.in_process.data import ClientTensors
-from tff_optim.resident.clients.in_process.program import record, refusal
+from tff_optim.resident.clients.in_process.program import NoProgramError
+from tff_optim.resident.clients.in_process.recording import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
 from tff_optim.resident.graphs.imported import ImportedComputation, as_function, spec_of
 from tff_optim.resident.parts import RoundParts
@@ -53,7 +54,7 @@ class Vectorised:
         self._most = at_once or max(min(_MOST_BYTES // size, _MOST_CLIENTS), 1)
         work, accumulate = record(parts.work), record(parts.accumulate)
         if accumulate.checks:
-            raise refusal(f"a check while updates are added up ({accumulate.checks[0]})")
+            raise NoProgramError(f"a check while updates are added up ({accumulate.checks[0]})")
         self._checks = work.checks
         context = [spec_of(leaf) for leaf in leaves.leaves_of(context_type)]
         total = [spec_of(leaf) for leaf in leaves.leaves_of(parts.aggregate_type)]
