@@ -44,6 +44,10 @@ def cnn():
     ]
 
 
+def logistic():
+    return [keras.layers.Dense(10)]
+
+
 def wide():
     return [keras.layers.Dense(3000, use_bias=False)]
 
@@ -52,6 +56,8 @@ TASKS = {
     "A": Task("MLP 64-32-10, 100 clients of 10 batches of 20", mlp, (64,), 100, 10, 20),
     "B": Task("EMNIST CNN, 10 clients of 5 batches of 20", cnn, (28, 28, 1), 10, 5, 20),
     "C": Task("7.5e6 parameters, 4 clients of 2 batches of 4", wide, (2500,), 4, 2, 4),
+    "L": Task("logistic regression 64-10, 100 clients of 10 batches", logistic, (64,), 100, 10, 20),
+    "K": Task("MLP 64-32-10, 1,000 clients of 10 batches of 20", mlp, (64,), 1000, 10, 20),
 }
 SGD = tff.learning.optimizers.build_sgdm(0.01)
 ADAM = tff.learning.optimizers.build_adam(1e-3)
@@ -161,11 +167,16 @@ def contenders(task, opened):
         run = by_hand(task)
         return lambda: run(tuned)
 
+    side_by_side = {"side by side": lambda: resident(in_arrays(task), vectorize=True)}
+    if task.layers is cnn:  # which TensorFlow cannot vectorise
+        side_by_side = {}
+
     return {
         "plain TFF": lambda: rounds_of(fed_avg(task), clients),
         "plain TFF, tuned": lambda: rounds_of(fed_avg(task, iterator), tuned),
         "the Python process": lambda: resident(clients),
         "`ClientArrays`": lambda: resident(in_arrays(task)),
+        **side_by_side,
         "`workers=1`": lambda: resident(tuned, iterator, workers=1),
         "TensorFlow by hand": loop,
     }
@@ -229,7 +240,7 @@ def warm_up():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=["A", "B", "C"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak-of", metavar="CONTENDER", help=argparse.SUPPRESS)
@@ -239,8 +250,9 @@ def main():
         return
     warm_up()
     results = {TASKS[name].what: measure(TASKS[name], arguments.rounds) for name in arguments.tasks}
-    names = list(next(iter(results.values())))
-    print(table(["task", *names], [[what, *found.values()] for what, found in results.items()]))
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    rows = [[what, *(found.get(name, "-") for name in names)] for what, found in results.items()]
+    print(table(["task", *names], rows))
     if arguments.memory:
         rows = [[TASKS[t].what, *(peak_of(t, name) for name in names)] for t in arguments.tasks]
         print(table(["peak memory, GB", *names], rows))

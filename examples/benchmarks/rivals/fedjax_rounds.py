@@ -25,7 +25,9 @@ def network(name):
             hk.Linear(62),
         ],
         "C": lambda: [hk.Linear(3000, with_bias=False)],
+        "L": lambda: [hk.Linear(10)],
     }
+    layers["K"] = layers["A"]
     return hk.transform(lambda batch: hk.Sequential(layers[name]())(batch["x"]))
 
 

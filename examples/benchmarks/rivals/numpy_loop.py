@@ -1,4 +1,4 @@
-"""The rounds of tasks A and C in plain NumPy, the truth of the check: gradients by hand."""
+"""The rounds of all tasks but B in plain NumPy, the truth of the check: gradients by hand."""
 
 import numpy as np
 from tasks import CLIENT_RATE, SERVER_RATES, main
@@ -48,4 +48,4 @@ def simulate(task, clients, start, server, rounds, round_done):
 
 
 if __name__ == "__main__":
-    main("NumPy", np.__version__, simulate, tasks="AC")
+    main("NumPy", np.__version__, simulate, tasks="ACLK")

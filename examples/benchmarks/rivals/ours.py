@@ -1,4 +1,4 @@
-"""The same rounds here: `python ours.py plain|device|arrays|worker`. Plain TFF is the first of them."""
+"""The same rounds here: `python ours.py plain|device|arrays|side_by_side|both|worker`."""
 
 import importlib.metadata
 import os
@@ -19,6 +19,8 @@ PLACES = {
     "plain": "plain TFF",
     "device": "`ResidentProcess`, on the CPU",
     "arrays": "`ResidentProcess`, on the CPU, `ClientArrays`",
+    "side_by_side": "`ResidentProcess`, on the CPU, `vectorize=True`",
+    "both": "`ResidentProcess`, on the CPU, `ClientArrays`, `vectorize=True`",
     "worker": "`ResidentProcess`, `workers=1`",
 }
 PLACE = sys.argv.pop(1) if len(sys.argv) > 1 else ""
@@ -28,7 +30,7 @@ def simulate(task, clients, start, server, rounds, round_done):
     del clients  # the same numbers, in data sets
     clients = resident_places.cohort(resident_places.TASKS[task.name])
     loop = None
-    if PLACE == "arrays":
+    if PLACE in ("arrays", "both"):
         clients = resident_places.in_arrays(resident_places.TASKS[task.name])
     if PLACE == "worker":  # as in `resident_places.py`
         loop = tff.learning.LoopImplementation.DATASET_ITERATOR
@@ -41,7 +43,8 @@ def simulate(task, clients, start, server, rounds, round_done):
     if PLACE == "plain":
         tff.backends.native.set_sync_local_cpp_execution_context()
     else:
-        process = ResidentProcess(process, device="CPU:0", workers=1 if PLACE == "worker" else None)
+        workers, vectorize = 1 if PLACE == "worker" else None, PLACE in ("side_by_side", "both")
+        process = ResidentProcess(process, device="CPU:0", workers=workers, vectorize=vectorize)
     try:
         weights = tff.learning.models.ModelWeights(start, ())
         state = process.set_model_weights(process.initialize(), weights)
@@ -60,4 +63,5 @@ if __name__ == "__main__":
     if PLACE not in PLACES:
         sys.exit(f"{__doc__}\nFound {PLACE!r}.")
     package = "tensorflow-federated" if PLACE == "plain" else "tff-optim"
-    main(PLACES[PLACE], importlib.metadata.version(package), simulate)
+    tasks = "ACLK" if PLACE in ("side_by_side", "both") else "ABCLK"  # no convolutions
+    main(PLACES[PLACE], importlib.metadata.version(package), simulate, tasks=tasks)

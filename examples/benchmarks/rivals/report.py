@@ -3,7 +3,7 @@
     make bench-rivals [RIVALS_ARGS="--rounds 7 --check"]
 
 `--check` compares instead how far each layer goes in two rounds, at the server Adam or SGD at rate
-1: with NumPy for tasks A and C, with torch by hand for B.
+1: with NumPy, for B with torch by hand.
 """
 
 import argparse
@@ -18,11 +18,12 @@ sys.path.insert(0, str(HERE.parent))
 from timing import table
 
 ENVIRONMENTS = HERE.parent.parent.parent / ".venv-rivals"
-OURS = [(None, ["ours.py", place]) for place in ("plain", "device", "arrays", "worker")]
+PLACES = ("plain", "device", "arrays", "side_by_side", "both", "worker")
 RIVALS = [
     ("torch", ["torch_loop.py"]),
     ("torch", ["pfl_research.py"]),
     ("fedjax", ["fedjax_rounds.py"]),
+    ("fedjax", ["jax_vmap.py"]),
     ("flower", ["flower.py"]),
 ]
 TRUTH = [(None, ["numpy_loop.py"])]
@@ -75,23 +76,36 @@ def _by_server(column):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--tasks", nargs="*", default=["A", "B", "C"])
+    parser.add_argument("--tasks", nargs="*", default=["A", "B", "C", "L", "K"])
+    parser.add_argument("--places", nargs="*", default=PLACES, help="of ours")
+    parser.add_argument("--rivals", nargs="*", default=[script[0] for _, script in RIVALS])
     parser.add_argument("--rounds", default="7", help="after the first")
     options = parser.parse_args()
     arguments = ["--tasks", *options.tasks, "--rounds", options.rounds]
+    ours = [(None, ["ours.py", place]) for place in options.places]
+    rivals = [run for run in RIVALS if run[1][0] in options.rivals]
     if options.check:
-        runs = [(*run, [*arguments, "--check"]) for run in TRUTH + RIVALS + OURS]
+        runs = [(*run, [*arguments, "--check"]) for run in TRUTH + rivals + ours]
         compare([answer for run in runs for answer in answers(*run)])
         return
     cells = collections.defaultdict(dict)
-    for position, part in enumerate([OURS, RIVALS, OURS]):
+    for position, part in enumerate([ours, rivals, ours]):
         again = ", again" if position == 2 else ""
         for environment, script in part:
             for a in answers(environment, script, arguments):
                 row = f"{a['name']} {a['version']}{again}"
-                cells[row][a["task"]] = f"{a['later']:.3g} ({a['first']:.2g})"
-    rows = [[row, *[found.get(t, "failed") for t in options.tasks]] for row, found in cells.items()]
-    print(table(["seconds of a round", *options.tasks], rows))
+                cells[row][a["task"]] = a
+    heads = {
+        "seconds of a round (building and the first)": "{later:.3g} ({first:.2g})",
+        "processor seconds of a round, without other programs": "{processor:.3g}",
+        "peak memory of the program after the task, GB": "{peak:.2f}",
+    }
+    for head, text in heads.items():
+        rows = [
+            [row, *[text.format(**found[t]) if t in found else "-" for t in options.tasks]]
+            for row, found in cells.items()
+        ]
+        print(table([head, *options.tasks], rows), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ round, and returns the last weights. Printed is one line of JSON for each task.
 import argparse
 import collections
 import json
+import os
+import resource
 import statistics
 import time
 
@@ -20,6 +22,8 @@ TASKS = {
     "A": Task("A", [(64, 32), (32,), (32, 10), (10,)], (64,), 100, 10, 20),
     "B": Task("B", CNN, (28, 28, 1), 10, 5, 20),
     "C": Task("C", [(2500, 3000)], (2500,), 4, 2, 4),
+    "L": Task("L", [(64, 10), (10,)], (64,), 100, 10, 20),
+    "K": Task("K", [(64, 32), (32,), (32, 10), (10,)], (64,), 1000, 10, 20),
 }
 CLIENT_RATE = 0.01  # SGD
 SERVER_RATES = {"adam": 1e-3, "sgd": 1.0}  # sgd: the mean of the clients' weights, for the check
@@ -59,7 +63,12 @@ def moved(before, after):
     return [float(np.linalg.norm(np.asarray(b, float) - a)) for a, b in zip(before, after)]
 
 
-def main(name, version, simulate, layout="keras", tasks="ABC"):
+def processor_seconds():
+    """Of this program and of those that it has started and that have ended."""
+    return sum(os.times()[:4])
+
+
+def main(name, version, simulate, layout="keras", tasks="ABCLK"):
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7, help="after the first")
     parser.add_argument("--check", action="store_true", help="how far two rounds go, not how long")
@@ -73,13 +82,19 @@ def main(name, version, simulate, layout="keras", tasks="ABC"):
                 found = simulate(*given, server, 2, lambda: None)
                 answer[server] = moved(given[-1], found)
         else:
-            times = [time.perf_counter()]
+            times = [(time.perf_counter(), processor_seconds())]
             simulate(
                 *given,
                 "adam",
                 1 + arguments.rounds,
-                lambda times=times: times.append(time.perf_counter()),
+                lambda times=times: times.append((time.perf_counter(), processor_seconds())),
             )
-            first, *later = np.diff(times).tolist()
-            answer |= {"first": first, "later": statistics.median(later)}
+            first, *later = np.diff([wall for wall, _ in times]).tolist()
+            _, *processor = np.diff([spent for _, spent in times]).tolist()
+            answer |= {
+                "first": first,
+                "later": statistics.median(later),
+                "processor": statistics.mean(processor),
+                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            }
         print(json.dumps(answer), flush=True)

@@ -1,4 +1,4 @@
-"""The three models in torch, for all rivals that train with it."""
+"""The models in torch, for all rivals that train with it."""
 
 import torch
 from tasks import SERVER_RATES
@@ -20,7 +20,9 @@ def build(task, start):
             nn.Linear(128, 62),
         ],
         "C": lambda: [nn.Linear(2500, 3000, bias=False)],
+        "L": lambda: [nn.Linear(64, 10)],
     }
+    layers["K"] = layers["A"]
     model = nn.Sequential(*layers[task.name]())
     put(model, start)
     return model
