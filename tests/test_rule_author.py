@@ -124,12 +124,12 @@ MISTAKES = {
             hparams={"limit": hparam("limit", 1.0)},
         ),
         TypeError,
-        r"`client` of mine\(limit=1.0\) must be a function .* are float64: `tf.cast` .* float32",
+        r"`log_weight` must be a function .* are float64: `tf.cast` .* float32",
     ),
     "a loss that was not asked for": (
         lambda: mean(lambda update, state: -update.loss),
         TypeError,
-        r"`client` of mine\(\) must be .* `needs` does not ask for are None",
+        r"`log_weight` must be .* `needs` does not ask for are None",
     ),
     "a log-weight for each tensor of one layer": (
         lambda: mean(lambda update, state: tf.zeros([2])),
@@ -161,12 +161,12 @@ MISTAKES = {
     "a result of two": (
         lambda: _server(lambda result: (result.state, result.update)),
         TypeError,
-        "`server` must be a function that returns a `RuleResult`; found",
+        "`finish` must be a function that returns a `RuleResult`; found",
     ),
     "a measured name that is not there": (
         lambda: _server(lambda result: result._replace(state=result.measurements["longest"])),
         TypeError,
-        r"`server` of mine\(\) must be a function .* The error was KeyError: 'longest'",
+        r"`finish` must be a function .* The error was KeyError: 'longest'",
     ),
     "a state that is forgotten": (
         lambda: mean(initial_state=lambda layers: {"longest": tf.constant(0.0)}),

@@ -12,7 +12,7 @@ import tensorflow_federated as tff
 from aggregators.core import checks, hyperparameters
 from aggregators.core.layers import layers_of_type
 from aggregators.core.reduction import Reduction, federated_reduce
-from aggregators.core.rule import PerLayer, Rule, RuleResult, check_rule
+from aggregators.core.rule import PerLayer, Rule, RuleResult, call, check_rule
 from aggregators.core.score import score_layers
 from aggregators.core.types import (
     Measurements,
@@ -29,11 +29,6 @@ from aggregators.core.update import ClientUpdate
 Finish: TypeAlias = Callable[[Tensors, tf.Tensor, Weights | None], Tensors]
 
 _T = TypeVar("_T")
-
-_ADVICE = (
-    "Hyperparameters in the state and `update.weight` are float64: `tf.cast` other tensors before you "
-    "combine them. Fields that `needs` does not ask for are None."
-)
 
 
 class BoundRule:
@@ -103,8 +98,7 @@ class BoundRule:
         return RuleResult(new, self._update(found.update), named, unchanged)
 
     def _call(self, argument: str, function: Callable[..., _T], *given: Structure) -> _T:
-        must = f"`{argument}` of {self.rule} must be a function of TensorFlow operations"
-        return checks.called(must, function, *given, advice=_ADVICE)
+        return call(f"`{argument}` of {self.rule}", function, *given)
 
     def _own_state(self, own: State, num_hparams: int) -> OrderedDict[str, Structure]:
         """The rule's own part of its new state, in the order and of the types that it started with."""

@@ -15,7 +15,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, ParamSpec
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import attrs
 import tensorflow as tf
@@ -29,6 +29,7 @@ from aggregators.core.types import Measurements, Part, Reduced, State, Structure
 from aggregators.core.update import ClientUpdate
 
 _Arguments = ParamSpec("_Arguments")
+_T = TypeVar("_T")
 
 
 class PerLayer(NamedTuple):
@@ -225,6 +226,17 @@ def named_rule(function: Callable[_Arguments, Rule]) -> Callable[_Arguments, Rul
         return rule
 
     return make
+
+
+def call(what: str, function: Callable[..., _T], *given: Structure) -> _T:
+    """What a function of a rule's author returns; a `TypeError` in our words where it fails."""
+    return checks.called(
+        f"{what} must be a function of TensorFlow operations",
+        function,
+        *given,
+        advice="Hyperparameters in the state and `update.weight` are float64: `tf.cast` other tensors "
+        "before you combine them. Fields that `needs` does not ask for are None.",
+    )
 
 
 def check_rule(rule: object) -> None:

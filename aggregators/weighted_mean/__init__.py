@@ -11,7 +11,7 @@ from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.needs import Needs
 from aggregators.core.reduction import Reduction, zip_reductions
-from aggregators.core.rule import Rule, RuleResult
+from aggregators.core.rule import Rule, RuleResult, call
 from aggregators.core.types import Part, Reduced, State, Structure, Tensors
 from aggregators.core.update import ClientUpdate
 from aggregators.weighted_mean.statistics import ClientStatistics, measure, statistics_reduction
@@ -49,7 +49,7 @@ def rule(
       hparams: The rule's numbers, by name; see `hparam`. They are float64 in the state.
       initial_state: `layers -> OrderedDict` of what the server keeps; nothing if None.
       finish: `(state, result) -> result`, at the server: what becomes of the `RuleResult` of the mean,
-        such as its state. None for a rule that keeps nothing.
+        such as its state, which stays as it was if no client counted. None to take the mean as it is.
       num_scalars: As for `reduction`. They come last in the update that `finish` is given.
       name: What the rule is called where it is printed.
 
@@ -72,9 +72,8 @@ def rule(
       ...     norm = tf.linalg.global_norm(update.delta)
       ...     return weigh(update, tf.math.log(update.weight), scores=norm)
       >>> def keep_longest(state, result):
-      ...     longest = tf.reduce_max(result.measurements["score_max"].values)  # NaN if nobody counted
-      ...     longest = tf.where(longest > state["longest"], longest, state["longest"])
-      ...     return result._replace(state={"longest": longest})
+      ...     longest = tf.reduce_max(result.measurements["score_max"].values)
+      ...     return result._replace(state={"longest": tf.maximum(longest, state["longest"])})
       >>> longest = rule(
       ...     by_examples,
       ...     initial_state=lambda layers: {"longest": tf.constant(0.0)},
@@ -82,16 +81,25 @@ def rule(
       ... )
     """
     checks.function("log_weight", log_weight, "(update, state)")
-    checks.function("finish", finish or _as_it_is, "(state, result)")
+    if finish is not None:
+        checks.function("finish", finish, "(state, result)")
 
     def client(update: ClientUpdate, state: State) -> Part:
-        found = log_weight(update, state)
+        found = call("`log_weight`", log_weight, update, state)
         return found if isinstance(found, Mapping) else weigh(update, found)
+
+    def server(state: State, reduced: Reduced) -> RuleResult:
+        result = report(reduced)
+        if finish is None:
+            return result
+        found = call("`finish`", finish, state, result)
+        checks.returned("finish", found, RuleResult)
+        return found._replace(state=_unless(result.unchanged, found.state, state))
 
     return Rule(
         client,
         lambda layers: reduction(layers, num_scalars=num_scalars),
-        lambda state, reduced: (finish or _as_it_is)(state, report(reduced)),
+        server,
         needs=needs,
         hparams=OrderedDict(hparams or {}),
         name=name,
@@ -99,9 +107,16 @@ def rule(
     )
 
 
-def _as_it_is(state: State, result: RuleResult) -> RuleResult:
-    del state  # nothing is carried from round to round
-    return result
+def _unless(unchanged: tf.Tensor, new: State, old: State) -> State:
+    """The new state, or where the model is left alone the old one."""
+    if not set(new) <= set(old):  # refused by whoever runs the rule
+        return new
+
+    def choose(a: Structure, b: Structure) -> Structure:
+        pairs = zip(tf.nest.flatten(a), tf.nest.flatten(b), strict=False)
+        return tf.nest.pack_sequence_as(a, [tf.where(unchanged, y, x) for x, y in pairs])
+
+    return OrderedDict((name, choose(new[name], old[name])) for name in new)
 
 
 def weigh(
