@@ -113,6 +113,37 @@ def test_a_rule_of_its_own_says_that_a_round_is_unchanged():
         factory(total, sample_size=3)
 
 
+def test_what_finish_keeps_stays_where_no_client_counts():
+    def finish(state, result):
+        velocity = [tf.cast(state["momentum"], v.dtype) * v + x for v, x in _pairs(state, result)]
+        kept = {"velocity": velocity, "done": state["done"] + 1}
+        return result._replace(state=kept, update=velocity)
+
+    def _pairs(state, result):
+        return zip(state["velocity"], result.update, strict=True)
+
+    process = factory(
+        mean(
+            hparams={"momentum": hparam("momentum", 0.5)},
+            initial_state=lambda layers: {
+                "velocity": [tf.zeros(spec.shape, spec.dtype) for spec in layers.specs],
+                "done": tf.constant(0),
+            },
+            finish=finish,
+        )
+    )
+    state, velocity, done = process.initialize(), 0.0, 0
+    for number, weights in enumerate(([1.0, 3.0, 2.0], [0.0] * 3, [4.0, 0.0, 1.0])):
+        output = process.next(state, DELTAS, weights)
+        state = output.state
+        if sum(weights):
+            first = sum(w * d[0] for w, d in zip(weights, DELTAS, strict=True)) / sum(weights)
+            velocity, done = 0.5 * velocity + first, done + 1
+            np.testing.assert_allclose(output.result[0], velocity, rtol=1e-6)
+        np.testing.assert_allclose(state["velocity"][0], velocity, rtol=1e-6)
+        assert (state["done"], state["round"]) == (done, number + 1)
+
+
 def _server(change):
     return mean(finish=lambda state, result: change(result))
 

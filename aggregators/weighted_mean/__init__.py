@@ -108,15 +108,20 @@ def rule(
 
 
 def _unless(unchanged: tf.Tensor, new: State, old: State) -> State:
-    """The new state, or where the model is left alone the old one."""
-    if not set(new) <= set(old):  # refused by whoever runs the rule
-        return new
+    """The new state, or the old one where the model is left alone."""
 
-    def choose(a: Structure, b: Structure) -> Structure:
-        pairs = zip(tf.nest.flatten(a), tf.nest.flatten(b), strict=False)
-        return tf.nest.pack_sequence_as(a, [tf.where(unchanged, y, x) for x, y in pairs])
+    def choose(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
+        if x.dtype != y.dtype or not x.shape.is_compatible_with(y.shape):
+            return x  # which `BoundRule` refuses, as it does other names and structures
+        return tf.cond(unchanged, lambda: y, lambda: x)
 
-    return OrderedDict((name, choose(new[name], old[name])) for name in new)
+    kept = OrderedDict(new)
+    for name in [name for name in new if name in old]:
+        after, before = tf.nest.flatten(new[name]), tf.nest.flatten(old[name])
+        if len(after) == len(before):
+            kept[name] = tf.nest.pack_sequence_as(new[name], list(map(choose, after, before)))
+    return kept
 
 
 def weigh(
