@@ -137,15 +137,6 @@ class Pipeline(GradientTransform):
         )
         return state
 
-    def begin(self, state: State, weights: Weights) -> State:
-        """See base class."""
-        self._check_state(state)
-        begun = [
-            (name, converted(part.begin)(state[_PARTS][name], weights))
-            for name, part in self.parts.items()
-        ]
-        return collections.OrderedDict(state, parts=collections.OrderedDict(begun))
-
     def next(self, state: State, weights: Weights, gradients: Gradients) -> tuple[State, Gradients]:
         """See base class."""
         self._check_state(state)
@@ -234,7 +225,7 @@ class PipelineOptimizer(PureOptimizer):
         super().__init__(pipeline, pipeline.device, pipeline.weight_names)
         self.pipeline = pipeline
         # Made once: a function made in every call would be traced and compiled in every call.
-        self._compiled = tracing.function(self._changes, jit_compile=True, autograph=False)
+        self._compiled = tracing.function(self._update_all, jit_compile=True, autograph=False)
 
     def __reduce__(self) -> tuple:
         return PipelineOptimizer, (self.pipeline,)
@@ -271,20 +262,7 @@ class PipelineOptimizer(PureOptimizer):
         with devices.device_scope(self.device):
             if not self.pipeline.jit_compile:
                 return self._update_all(state, weights, gradients)
-            state = self.pipeline.begin(state, tf.nest.map_structure(leaves.widen, weights))
-            changes, weights = self._compiled(state, weights, gradients)
-            state = tf.nest.map_structure(
-                lambda new, old: old if new is None else new, changes, state
-            )
-            return state, weights
-
-    def _changes(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
-        """A step, with `None` for what stays in the state: compiled code would copy it."""
-        new_state, new_weights = self._update_all(state, weights, gradients)
-        changes = tf.nest.map_structure(
-            lambda new, old: None if new is old else new, new_state, state
-        )
-        return changes, new_weights
+            return self._compiled(state, weights, gradients)
 
     def _update_all(self, state: State, weights: Weights, gradients: Gradients) -> Stepped:
         wide, direction = (

@@ -1,7 +1,5 @@
 """Regularizers: what is added to the gradients before any transform sees them."""
 
-import collections
-
 import attrs
 import tensorflow as tf
 
@@ -15,7 +13,6 @@ from tff_optim.core.types import (
     Rate,
     Specs,
     State,
-    Structure,
     Transformed,
     Weights,
 )
@@ -65,39 +62,24 @@ class FedProx(GradientTransform):
         state[_REFERENCE] = leaves.zeros(specs)
         return state
 
-    def begin(self, state: State, weights: Weights) -> State:
-        """Takes the reference, once: afterwards `started` is `True` for Python too."""
-        hyperparameters.check_state(self, state, slots=(_STARTED, _REFERENCE))
-        if state[_STARTED] is True:
-            return state
-        leaves.check_like(state[_REFERENCE], weights, "reference` of `state", "`weights`")
-        # A branch, not `tf.where`: it hands tensors on instead of writing them once more.
-        reference = _choose(state[_STARTED], state[_REFERENCE], weights)
-        taken = {_STARTED: True, _REFERENCE: tf.nest.pack_sequence_as(weights, reference)}
-        return collections.OrderedDict(state) | taken
-
     def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
-        state = self.begin(state, weights)
+        hyperparameters.check_state(self, state, slots=(_STARTED, _REFERENCE))
+        leaves.check_like(state[_REFERENCE], weights, "reference` of `state", "`weights`")
+        old, now = tf.nest.flatten(state[_REFERENCE]), tf.nest.flatten(weights)
+        # A branch, not `tf.where`: it hands tensors on instead of writing them once more.
+        taken = tf.cond(tf.convert_to_tensor(state[_STARTED]), lambda: old, lambda: now)
+        reference = tf.nest.pack_sequence_as(weights, taken)
         alpha = hyperparameters.current(self, state)["alpha"]
 
         def pull(g: tf.Tensor | None, w: tf.Tensor, w_ref: tf.Tensor) -> tf.Tensor | None:
             return None if g is None else g + leaves.number(alpha, g.dtype) * (w - w_ref)
 
-        pulled = tf.nest.map_structure(pull, gradients, weights, state[_REFERENCE])
+        pulled = tf.nest.map_structure(pull, gradients, weights, reference)
         new_state = hyperparameters.advance(self, state)
         new_state[_STARTED] = tf.constant(True)
-        new_state[_REFERENCE] = state[_REFERENCE]
+        new_state[_REFERENCE] = reference
         return new_state, pulled
-
-
-def _choose(
-    condition: tf.Tensor | bool, if_true: Structure, if_false: Structure
-) -> list[tf.Tensor]:
-    chosen, other = tf.nest.flatten(if_true), tf.nest.flatten(if_false)
-    if not chosen:  # `tf.cond` has nothing to return then.
-        return []
-    return list(tf.cond(tf.convert_to_tensor(condition), lambda: chosen, lambda: other))
 
 
 @attrs.frozen

@@ -56,22 +56,6 @@ class GradientTransform(abc.ABC):
           The new state and the new gradients, nested, shaped and typed like the old ones.
         """
 
-    def begin(self, state: State, weights: Weights) -> State:
-        """Prepares the state for a step outside of compiled code; most transforms need nothing.
-
-        A pipeline with `jit_compile` calls it before `next`. Compiled code would copy every tensor that
-        it merely returns. `next` must not rely on the call.
-
-        Args:
-          state: As for `next`.
-          weights: As for `next`.
-
-        Returns:
-          The state to give to `next`.
-        """
-        del weights  # Nothing to do.
-        return state
-
     def get_hparams(self, state: State) -> Hparams:
         """The numbers in `state` that may be changed between rounds, by name.
 
