@@ -273,11 +273,8 @@ def test_flags_and_seed_are_checked():
         transforms.Momentum(nesterov=1)
     with pytest.raises(TypeError, match="`amsgrad` of `Adam` must be True or False; found 'no'"):
         transforms.Adam(amsgrad="no")
-    for wrong in ("1", 1.0, True):
-        with pytest.raises(TypeError, match="`seed` of `GaussianNoise` must be an integer"):
-            transforms.GaussianNoise(seed=wrong)
-    for wrong in (-1, 2**63):
-        with pytest.raises(ValueError, match="`seed` of `GaussianNoise` must be an integer"):
+    for wrong in ("1", 1.0, True, -1, 2**63):
+        with pytest.raises(ValueError, match="`seed` of `GaussianNoise` must be a whole number"):
             transforms.GaussianNoise(seed=wrong)
     with pytest.raises(TypeError, match="`regularizer` of `Penalty` must be a"):
         regularizers.Penalty(lambda w: 0.0)

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_optim.core import comparison, leaves
-from tff_optim.core.messages import shown
+from tff_optim.core.checks import check_flag
 from tff_optim.core.numbers import (
     FINITE,
     FRACTION,
@@ -168,11 +168,7 @@ def flag(default: bool) -> Declared:
     """
 
     def validate(owner: object, attribute: attrs.Attribute, value: object) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(
-                f"`{attribute.name}` of `{type(owner).__name__}` must be True or False; "
-                f"found {shown(value)}."
-            )
+        check_flag(f"`{attribute.name}` of `{type(owner).__name__}`", value, error=TypeError)
 
     return attrs.field(default=default, validator=validate)
 

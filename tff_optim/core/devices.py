@@ -11,19 +11,8 @@ import contextlib
 import attrs
 import tensorflow as tf
 
+from tff_optim.core.checks import check_flag, check_whole
 from tff_optim.core.messages import refusal, shown
-
-
-def _optional_index(instance: object, attribute: attrs.Attribute, value: object) -> None:
-    del instance, attribute
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise refusal("index", "be None or an integer of at least 0", shown(value))
-
-
-def _optional_bool(instance: object, attribute: attrs.Attribute, value: object) -> None:
-    del instance, attribute
-    if value is not None and not isinstance(value, bool):
-        raise refusal("gpu", "be True, False or None", shown(value))
 
 
 @attrs.frozen
@@ -39,10 +28,12 @@ class DevicePolicy:
       DevicePolicy(gpu=False, index=0)
     """
 
-    gpu: bool | None = attrs.field(default=None, validator=_optional_bool)
-    index: int | None = attrs.field(default=None, validator=_optional_index)
+    gpu: bool | None = None
+    index: int | None = None
 
     def __attrs_post_init__(self) -> None:
+        check_flag("gpu", self.gpu, optional=True)
+        check_whole("index", self.index, 0, optional=True)
         if self.gpu is None and self.index is not None:
             raise refusal(
                 "index", "be None where `gpu` is", self.index, "Give `gpu` True or False."

@@ -9,11 +9,11 @@ from typing import Any
 import attrs
 import tensorflow_federated as tff
 
+from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
 from tff_optim.resident import ResidentProcess
 from tff_optim.resident.client_data import data_of_client
 from tff_optim.simulation import calls
-from tff_optim.simulation.checks import check_whole, whole
 from tff_optim.simulation.cohorts import Draw
 from tff_optim.simulation.goals import Goal, goal
 from tff_optim.simulation.history import Table

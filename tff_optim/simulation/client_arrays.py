@@ -10,10 +10,10 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
 from tff_optim.resident.clients.arrays import ArrayClients, Arrays, Batches
 from tff_optim.resident.graphs.fingerprints import of_parts
-from tff_optim.simulation.checks import check_whole, whole
 
 _READ = 1 << 12  # examples of a data set that are read at a time
 _Path = tuple[str, ...]

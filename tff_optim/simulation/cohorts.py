@@ -8,10 +8,10 @@ import attrs
 import numpy as np
 import tensorflow_federated as tff
 
+from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
 from tff_optim.resident.client_data import ClientData, data_of_client
 from tff_optim.simulation import client_fingerprints
-from tff_optim.simulation.checks import check_whole, whole
 from tff_optim.simulation.client_arrays import ClientArrays
 
 Draw: TypeAlias = Callable[[int, Sequence[Hashable], np.random.Generator], Sequence[Hashable]]

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from tff_optim.simulation.checks import check_whole, whole
+from tff_optim.core.checks import check_whole, whole
 from tff_optim.simulation.goals import goal
 from tff_optim.simulation.progress import main_metrics
 

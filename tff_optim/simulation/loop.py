@@ -8,9 +8,10 @@ from typing import Any
 
 import tensorflow_federated as tff
 
+from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
 from tff_optim.interrupts import end_worker_at_exit, let_rounds_end
-from tff_optim.simulation import arguments, checks, cohorts, starts
+from tff_optim.simulation import arguments, cohorts, starts
 from tff_optim.simulation.history import History, Table, join
 from tff_optim.simulation.per_client import PerClient
 from tff_optim.simulation.threads import side_by_side
@@ -182,9 +183,9 @@ def run(
     arguments.check_states_are_kept(client_states, processes)
     end_worker_at_exit()
     half = max(len(os.sched_getaffinity(0)) // 2, 1)
-    at_once: int = half if runs_at_once is None else checks.whole(runs_at_once)
-    checks.check_whole("runs_at_once", at_once, 1)
-    several = isinstance(process, Mapping) or not isinstance(checks.whole(seed), int)
+    at_once: int = half if runs_at_once is None else whole(runs_at_once)
+    check_whole("runs_at_once", at_once, 1)
+    several = isinstance(process, Mapping) or not isinstance(whole(seed), int)
 
     def train_one(name: str, number: int) -> list[History]:
         if interrupt.requested:

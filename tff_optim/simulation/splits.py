@@ -9,8 +9,8 @@ import attrs
 import numpy as np
 import tensorflow as tf
 
+from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
-from tff_optim.simulation.checks import check_whole, whole
 
 __all__ = ["Split", "by_label", "by_size", "dirichlet"]
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
-from tff_optim.simulation import checks
 from tff_optim.simulation.goals import goal
 from tff_optim.simulation.history import Table
 
@@ -29,7 +29,7 @@ def no_better(metric: str, rounds: int) -> Callable[[Table], bool]:
       A function for `stop` of `run`.
     """
     wanted = goal("metric", metric)
-    checks.check_whole("rounds", checks.whole(rounds), 1)
+    check_whole("rounds", whole(rounds), 1)
 
     def stop(table: Table) -> bool:
         if not len(table):

@@ -3,13 +3,12 @@
 import math
 
 import attrs
-import numpy as np
 import tensorflow as tf
 
 from tff_optim import hyperparameters
 from tff_optim.core import leaves
-from tff_optim.core.messages import shown
-from tff_optim.core.types import Gradients, Rate, Specs, State, Transformed, Value, Weights
+from tff_optim.core.checks import check_whole, whole
+from tff_optim.core.types import Gradients, Rate, Specs, State, Transformed, Weights
 from tff_optim.transforms.interface import GradientTransform
 
 # Named, because "auto_select" may give other numbers on another device.
@@ -45,15 +44,11 @@ class GaussianNoise(GradientTransform):
     """
 
     stddev: Rate = hyperparameters.non_negative(1.0)
-    seed: int | None = attrs.field(default=None)
+    seed: int | None = attrs.field(default=None, converter=whole)
 
     @seed.validator
-    def _check_seed(self, attribute: attrs.Attribute, value: Value) -> None:
-        del attribute  # There is only one.
-        is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if value is not None and not (is_integer and 0 <= value < 2**63):
-            rule = "`seed` of `GaussianNoise` must be an integer in [0, 2^63) or None"
-            raise (ValueError if is_integer else TypeError)(f"{rule}; found {shown(value)}.")
+    def _check_seed(self, attribute: attrs.Attribute, value: object) -> None:
+        check_whole("`seed` of `GaussianNoise`", value, 0, 2**63 - 1, optional=True)
 
     def initialize(self, specs: Specs) -> State:
         """See base class."""
@@ -64,7 +59,7 @@ class GaussianNoise(GradientTransform):
             # graph, and all clients would draw the same seed.
             state["seed"] = tf.raw_ops.NonDeterministicInts(shape=[2], dtype=tf.int64)
         else:
-            state["seed"] = tf.constant([int(self.seed), 0], tf.int64)
+            state["seed"] = tf.constant([self.seed, 0], tf.int64)
         return state
 
     def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
