@@ -4,6 +4,8 @@ import ast
 import graphlib
 import pathlib
 
+import pytest
+
 import aggregators
 import tff_optim
 
@@ -45,3 +47,29 @@ def test_the_packages_do_not_import_each_other():
     for name, path in files.items():
         package = name.partition(".")[0]
         assert {other.partition(".")[0] for other in imported(path, set(files))} <= {package}, name
+
+
+def rooms(package):
+    """The arrows between the rooms of a package: its folders, and the files beside them."""
+    files = modules()
+    arrows = {}
+    for name, path in files.items():
+        home, _, rest = name.partition(".")
+        if home != package:
+            continue
+        room = rest.partition(".")[0]
+        found = {other.partition(".")[2].partition(".")[0] for other in imported(path, set(files))}
+        arrows.setdefault(room, set()).update(found - {room})
+    return arrows
+
+
+@pytest.mark.parametrize(
+    ("package", "most_rooms", "most_floors"), [("tff_optim", 20, 10), ("aggregators", 12, 7)]
+)
+def test_a_package_has_few_rooms_on_few_floors(package, most_rooms, most_floors):
+    arrows = rooms(package)
+    floors = {}
+    for room in graphlib.TopologicalSorter(arrows).static_order():  # no arrow back either
+        floors[room] = 1 + max((floors[below] for below in arrows[room]), default=0)
+    assert len(floors) <= most_rooms
+    assert max(floors.values()) <= most_floors, floors
