@@ -6,9 +6,9 @@ computes the same. What has no counterpart is refused, with the reason.
 
 - A schedule here counts the steps of its optimizer. declearn's `step_level: false` and
   `warmup-rounds` count rounds, which no optimizer of TFF knows; at the server a round is one step.
-- The state of a client begins anew in each round, so `round_reset: true` is how it is there, and
-  would leave nothing to do at the server. FedProx keeps the weights of the first step of a round.
-- Noise comes from another generator: its distribution is that of declearn, its numbers are not.
+- The state of a client begins anew in each round, as with `round_reset: true`. At the server such a
+  reset would leave nothing to do. FedProx keeps the weights of the first step of a round.
+- Noise comes from another generator. It has declearn's distribution, but other numbers.
 """
 
 from collections.abc import Mapping

@@ -87,7 +87,7 @@ def checked_number(
       name: The name of the hyper-parameter, for the message.
       value: A Python or NumPy number.
       allowed: The numbers that are allowed, as given and when rounded to float32.
-      also: What else would be allowed here, for the message: " or a Keras schedule".
+      also: What else the caller takes, for the message: " or a Keras schedule".
 
     Raises:
       TypeError: If `value` is not a number.

@@ -1,12 +1,12 @@
 r"""Regular expressions that select weights by name, matched in bounded time.
 
-Every pattern means what RE2 reads in it, in a configuration as in a program. `\w`, `\d` and `\b` know
-ASCII only: `\w` does not match `ö`, and there is a `\b` on either side of one. Write such letters out,
-or as `[^/]`. `$` is the very end of the name.
+Every pattern has the meaning that RE2 gives it, in configurations and in programs. `\w`, `\d` and `\b`
+know ASCII only: `\w` does not match `ö`, and there is a `\b` on either side of one. Write such letters
+out, or use `[^/]`. `$` is the very end of the name.
 
 Python's `re` tries every way in which a pattern can match: `(a+)+$` on forty letters takes hours. RE2,
-which TensorFlow brings along, takes time in proportion to the text. It has no lookahead, no lookbehind
-and no references back to a group. Patterns with these are refused.
+which is part of TensorFlow, takes time in proportion to the text. It has no lookahead, no lookbehind
+and no references back to a group, so patterns with these are refused.
 """
 
 import functools

@@ -60,15 +60,15 @@ def scratch_graph() -> Iterator[tf.Graph]:
 def function(body: Function, **options: object) -> GraphFunction:
     """`tf.function(body, **options)`, for code of which many functions are made.
 
-    TensorFlow counts tracings by the place in the source and warns of retracing where it has seen
-    many. A function for each process, each traced once, would be such a place. A partial has no place:
-    it is counted for itself, and warned of if it is traced again and again.
+    TensorFlow counts tracings by line of source, and warns of retracing when there are many. A function
+    for each process, each traced once, would set that off. A partial has no line of source, so its
+    tracings are counted alone.
     """
     return tf.function(functools.partial(body), **options)
 
 
 def call_traced(function: Function, *arguments: Structure) -> Structure:
-    """Calls a function that runs other people's code, traced where that means what it says.
+    """Calls a function that runs other people's code, traced where its operators need that.
 
     Under a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is not
     an operation but compares identities. So there the function is traced outside of that graph.

@@ -1,8 +1,8 @@
 """What Keras' own optimizers, schedules, regularizers and constraints take as arguments.
 
-Keras checks few of them: a text as `beta_1` fails in the first step, NaN as the norm of a constraint
-makes all weights NaN, a `clipnorm` of 0 does not clip. Its classes share names of arguments, and a
-name means the same in each.
+Keras checks few of them. A string as `beta_1` fails in the first step, NaN as the norm of a constraint
+makes all weights NaN, and a `clipnorm` of 0 does not clip. Its classes share names of arguments, and
+a name means the same in each.
 """
 
 import inspect
@@ -30,7 +30,7 @@ from tff_optim.core.types import Json, Value
 
 # Arguments that count: a 2 must not become 2.0.
 _COUNTS = ("decay_steps", "first_decay_steps", "warmup_steps", "boundaries")
-# Steps at which a schedule must give a rate. One that leaves the finite numbers stays outside.
+# Steps at which a schedule must give a rate: one that overflows does not come back.
 _STEPS = (0, 1, 10, 1000, 10**6, 10**9)
 _PACKAGE = __name__.partition(".")[0]
 

@@ -23,8 +23,8 @@ from tff_optim.core.tracing import scratch_graph
 from tff_optim.keras_objects import arguments as keras_arguments
 
 # The methods of Keras' base classes that a pure step calls as Keras does, or that have no part in a
-# step. A subclass that overrides any other one would be silently ignored, so it is refused: clipping
-# in `compute_gradients` may be there for privacy.
+# step. An override of any other one would be ignored in silence, so it is refused: clipping in
+# `compute_gradients` may be there for privacy.
 _HONOURED = {
     "__init__",
     "_build_index_dict",

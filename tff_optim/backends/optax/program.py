@@ -54,9 +54,9 @@ class Program:
     """A transformation for weights of one layout.
 
     Attributes:
-      factory: Makes the transformation from the hparams that may change between steps.
+      factory: Makes the transformation from its hparams.
       layout: How optax sees the weights.
-      hparams: Those hparams, before the first step.
+      hparams: The numbers that may change between steps, with their first values.
       init: `init` of the transformation, from hparams and weights.
       slots: Shapes and dtypes of optax's state by path, without what is `injected`.
       injected: Paths by name of the numbers that `optax.inject_hyperparams` keeps in that state and no
@@ -153,10 +153,9 @@ class Program:
 def build_program(factory: Factory, candidates: Mapping[str, float], layout: Layout) -> Program:
     """Traces a transformation for weights of one layout.
 
-    A candidate becomes one of the program's hparams if the transformation can be made from a value
-    that is not known yet, and the initial state does not depend on it. Whether a step reads it may
-    depend on the weights, by a mask for example: TFF's client work, which asks by one scalar, must find
-    the hparams of all.
+    A candidate becomes an hparam if the transformation can be made from a value that is not known yet,
+    and the initial state does not depend on it. Whether a step reads it does not count, since that may
+    depend on the weights, by a mask for example, and TFF's client work asks with one scalar weight.
 
     Args:
       factory: Makes the transformation from hparams: any part of `candidates`. What is left out
