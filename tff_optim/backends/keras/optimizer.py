@@ -168,9 +168,9 @@ class KerasOptimizer(PureOptimizer):
             steps.run_step(template, [template.weights[i] for i in positions], gradients)
 
             new_state = collections.OrderedDict(state)
-            new_state[STEP], rate = steps.step_and_rate(template)
-            if rate is not None:
-                new_state[LEARNING_RATE] = rate
+            new_state[STEP] = template.optimizer._iterations.value()
+            if LEARNING_RATE in state:
+                new_state[LEARNING_RATE] = template.optimizer._learning_rate.value()
             new_state[SLOTS] = collections.OrderedDict(
                 (name, template.slots[name].value()) for name in slots
             )

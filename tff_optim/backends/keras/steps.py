@@ -33,13 +33,6 @@ def bind(
         optimizer.__dict__[name] = NumberCell(value)
 
 
-def step_and_rate(template: Template) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """The steps taken so far, and the rate; None if it is a schedule."""
-    rate = template.optimizer._learning_rate
-    is_cell = isinstance(rate, VariableCell)
-    return template.optimizer._iterations.value(), rate.value() if is_cell else None
-
-
 def prepare_gradients(optimizer: Keras, gradients: Sequence[Gradient]) -> list[Gradient]:
     """Clips gradients and sums the repeated rows of sparse ones, as Keras does before a step."""
     return optimizer._deduplicate_sparse_grad(optimizer._clip_gradients(list(gradients)))

@@ -76,7 +76,11 @@ class OptaxOptimizer(PureOptimizer):
             if specs is None:
                 return collections.OrderedDict({SLOTS: collections.OrderedDict()})
         program = self._program(specs)
-        hparams = {name: self._initial_hparam(name) for name in program.hparams}
+        values = {name: self._hparams[name] for name in program.hparams}
+        hparams = {
+            name: tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
+            for name, value in values.items()
+        }
         hparams |= program.initial_injected()
         for name in sorted(hparams, key=lambda name: name != LEARNING_RATE):
             state[name] = hparams[name]
@@ -106,10 +110,6 @@ class OptaxOptimizer(PureOptimizer):
                 "as functions of the weights, or pass `weight_names`."
             ) from problem
         return None  # a mask for weights of another structure, and no hparams whatever they are
-
-    def _initial_hparam(self, name: str) -> Number:
-        value = self._hparams[name]
-        return tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
 
     def _step(
         self, state: State, given: Weights, weights: Leaves, gradients: Leaves
