@@ -56,6 +56,11 @@ def public_names(module: str) -> tuple[str, ...]:
     return tuple(name for name in made if not name.startswith("_"))
 
 
+def identifier(name: str) -> str:
+    """Where a public name is found: in the module of that name, if its file is called after it."""
+    return f"{name}.{name.rpartition('.')[2]}" if source_of(name) else name
+
+
 def first_line(module: str) -> str:
     """The first line of a module's docstring."""
     return ast.get_docstring(ast.parse(source_of(module).read_text())).splitlines()[0]
@@ -86,7 +91,7 @@ def reference_page(module: str) -> str:
         parts += ["Each rule has [a page of its own](../rules/index.md).", ""]
         return "\n".join(parts)
     for name in modules()[module]:
-        parts += [f"::: {module}.{name}", ""]
+        parts += [f"::: {identifier(f'{module}.{name}')}", ""]
     return "\n".join(parts)
 
 
@@ -144,7 +149,9 @@ def summary_of(rule: str) -> str:
 
 def rule_page(rule: str) -> str:
     """A rule's docstring, its rows of the study and its cost."""
-    docstring = f"::: aggregators.rules.{rule}\n    options:\n      heading_level: 1"
+    docstring = (
+        f"::: {identifier(f'aggregators.rules.{rule}')}\n    options:\n      heading_level: 1"
+    )
     study_part = f"## In the study\n\n{study_rows(rule)}"
     return f"{docstring}\n\n{study_part}\n\n## What it costs\n\n{cost_rows(rule)}\n"
 
@@ -247,7 +254,12 @@ def on_config(config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turns the links of written pages, which lead through the repository, into links on the site."""
+    """Turns the links of written pages, which lead through the repository, into links on the site.
+
+    A search shows guides before programs.
+    """
+    kind = page.file.src_uri.partition("/")[0]
+    page.meta["search"] = {"boost": {"guides": 4.0, "rules": 2.0, "examples": 0.25}.get(kind, 1.0)}
     if page.file.src_uri not in made():
         return linked(markdown, f"docs/pages/{page.file.src_uri}", page.file.src_uri)
     return markdown

@@ -1,6 +1,6 @@
 """Draws the picture of the first page from the tables of other pages: `python docs/overview.py`.
 
-Left: what each rule of the study gains and costs against plain averaging. Right: how long a round
+Above: what each rule of the study gains and costs against plain averaging. Below: how long a round
 takes here, in plain TFF and in other simulators.
 """
 
@@ -77,10 +77,10 @@ def draw_rounds(axes: plt.Axes) -> None:
 
 def main() -> None:
     """Draws both into one picture."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    draw_rules(left)
-    draw_rounds(right)
-    for axes in (left, right):
+    figure, (above, below) = plt.subplots(2, figsize=(7.5, 6.2), layout="constrained")
+    draw_rules(above)
+    draw_rounds(below)
+    for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURE, dpi=130)
 

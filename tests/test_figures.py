@@ -98,7 +98,7 @@ def test_rows_that_share_their_first_cell_are_told_apart_by_the_next():
 def test_a_table_is_renewed_from_the_output_of_its_command(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     command = r"printf '%s\n' '| a | b |' '|-|-|' '| x | 2.0 |'"
-    line = f"Figures of `{command}` at 1234567, on two cores. Noise: 10 %."
+    line = f"Figures of `{command}` at 1234567, on two cores. Noise: 10%."
     before = f"# T\n\n{line}\n\n| a | b |\n|-|-|\n| x | 1.0 |\n\nend\n"
     page.write_text(before)
     monkeypatch.setattr(renew, "ROOT", tmp_path)

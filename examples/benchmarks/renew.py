@@ -4,7 +4,7 @@
 
 Above each table of figures stands a line such as
 
-    Figures of `python examples/benchmarks/influence.py` at a362fb8, on any machine. Noise: 5 %.
+    Figures of `python examples/benchmarks/influence.py` at a362fb8, on any machine. Noise: 5%.
 
 The command is run in the root of the repository. Among the Markdown tables that it prints is one with
 the same names in its first row. Its numbers are compared with the page's, one by one. Words choose
@@ -22,7 +22,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LINE = r"Figures of (?P<source>.+?) at (?P<commit>\w+), on (?P<machine>.+?)\. Noise: (?P<noise>\d+) %\."
+LINE = (
+    r"Figures of (?P<source>.+?) at (?P<commit>\w+), on (?P<machine>.+?)\. Noise: (?P<noise>\d+)%\."
+)
 TABLE = r"(?:^\|.*\n)+"
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 Cells = dict[tuple[str, str], str]
