@@ -149,9 +149,10 @@ def summary_of(rule: str) -> str:
 
 def rule_page(rule: str) -> str:
     """A rule's docstring, its rows of the study and its cost."""
-    docstring = (
-        f"::: {identifier(f'aggregators.rules.{rule}')}\n    options:\n      heading_level: 1"
-    )
+    name = f"aggregators.rules.{rule}"
+    options = {"heading_level": 1, "heading": name, "toc_label": rule}
+    lines = [f"::: {identifier(name)}", "    options:"]
+    docstring = "\n".join([*lines, *(f"      {key}: {value}" for key, value in options.items())])
     study_part = f"## In the study\n\n{study_rows(rule)}"
     return f"{docstring}\n\n{study_part}\n\n## What it costs\n\n{cost_rows(rule)}\n"
 

@@ -1,5 +1,6 @@
 """The documentation shows every public name once, and what it takes from the source is right."""
 
+import ast
 import collections
 import importlib.util
 import os
@@ -35,6 +36,18 @@ def test_every_public_name_is_shown_once():
         by_object[id(member)].add(name)
     missing = [names for names in by_object.values() if not names & shown.keys()]
     assert missing == []
+
+
+def test_what_a_docstring_runs_is_under_the_heading_that_the_site_shows_as_code():
+    for path in sorted(
+        p for package in made_pages.PACKAGES for p in (ROOT / package).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                shown = re.search(r"^Example:.*\n(?:.*\n)*?  >>> ", text, re.M)
+                assert shown or ">>> " not in text, (path.name, node)
+                assert not re.search(r"^>>> ", text, re.M), (path.name, node)
 
 
 def test_every_rule_has_a_page_with_its_study_and_its_cost():

@@ -38,14 +38,15 @@ def build_optimizer_computations(
       TypeError: If `optimizer` is not a TFF optimizer, or `weights_type` is not a structure of
         tensors.
 
-    >>> import numpy as np
-    >>> import tensorflow_federated as tff
-    >>> import tff_optim
-    >>> initialize, step = tff_optim.build_optimizer_computations(
-    ...     tff_optim.build_keras_optimizer("sgd"), tff.TensorType(np.float32, [2])
-    ... )
-    >>> str(step.type_signature.result[1])
-    'float32[2]'
+    Example:
+      >>> import numpy as np
+      >>> import tensorflow_federated as tff
+      >>> import tff_optim
+      >>> initialize, step = tff_optim.build_optimizer_computations(
+      ...     tff_optim.build_keras_optimizer("sgd"), tff.TensorType(np.float32, [2])
+      ... )
+      >>> str(step.type_signature.result[1])
+      'float32[2]'
     """
     if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
         raise TypeError(

@@ -53,11 +53,12 @@ def set_device_policy(gpu: bool | None, index: int | None = None) -> None:
     Raises:
       ValueError: If an argument is malformed or there is no such device.
 
-    >>> import tff_optim
-    >>> tff_optim.set_device_policy(gpu=False)
-    >>> tff_optim.select_device()
-    '/CPU:0'
-    >>> tff_optim.set_device_policy(gpu=None)
+    Example:
+      >>> import tff_optim
+      >>> tff_optim.set_device_policy(gpu=False)
+      >>> tff_optim.select_device()
+      '/CPU:0'
+      >>> tff_optim.set_device_policy(gpu=None)
     """
     policy = DevicePolicy(gpu, index)
     select_device(policy)  # raises where there is no such device

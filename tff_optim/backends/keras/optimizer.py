@@ -312,14 +312,15 @@ def build_keras_optimizer(
       TypeError: If `optimizer` is of another type.
       ValueError: If `optimizer` is unknown, legacy, used, or cannot be run as a pure function.
 
-    >>> import tensorflow as tf
-    >>> import tff_optim
-    >>> optimizer = tff_optim.build_keras_optimizer(tf.keras.optimizers.Adam(0.1))
-    >>> weights = [tf.constant([1.0, 2.0])]
-    >>> state = optimizer.initialize([tf.TensorSpec([2], tf.float32)])
-    >>> state, weights = optimizer.next(state, weights, [tf.constant([0.5, -0.5])])
-    >>> weights[0].numpy().round(4)
-    array([0.9, 2.1], dtype=float32)
+    Example:
+      >>> import tensorflow as tf
+      >>> import tff_optim
+      >>> optimizer = tff_optim.build_keras_optimizer(tf.keras.optimizers.Adam(0.1))
+      >>> weights = [tf.constant([1.0, 2.0])]
+      >>> state = optimizer.initialize([tf.TensorSpec([2], tf.float32)])
+      >>> state, weights = optimizer.next(state, weights, [tf.constant([0.5, -0.5])])
+      >>> weights[0].numpy().round(4)
+      array([0.9, 2.1], dtype=float32)
     """
     traced = tf.is_symbolic_tensor(learning_rate)
     if learning_rate is not None:

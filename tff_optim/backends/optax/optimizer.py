@@ -213,17 +213,18 @@ def build_optax_optimizer(
 
     Source: https://optax.readthedocs.io.
 
-    >>> import optax
-    >>> import tensorflow as tf
-    >>> import tff_optim
-    >>> optimizer = tff_optim.build_optax_optimizer(optax.adam, learning_rate=0.1, b1=0.8)
-    >>> state = optimizer.initialize([tf.TensorSpec([2], tf.float32)])
-    >>> list(optimizer.get_hparams(state)), list(state["slots"])
-    (['learning_rate', 'b1', 'b2', 'eps'], ['0/count', '0/mu/0', '0/nu/0'])
-    >>> weights, gradients = [tf.constant([1.0, 2.0])], [tf.constant([0.5, -0.5])]
-    >>> state, weights = optimizer.next(state, weights, gradients)
-    >>> weights[0].numpy().round(4)
-    array([0.9, 2.1], dtype=float32)
+    Example:
+      >>> import optax
+      >>> import tensorflow as tf
+      >>> import tff_optim
+      >>> optimizer = tff_optim.build_optax_optimizer(optax.adam, learning_rate=0.1, b1=0.8)
+      >>> state = optimizer.initialize([tf.TensorSpec([2], tf.float32)])
+      >>> list(optimizer.get_hparams(state)), list(state["slots"])
+      (['learning_rate', 'b1', 'b2', 'eps'], ['0/count', '0/mu/0', '0/nu/0'])
+      >>> weights, gradients = [tf.constant([1.0, 2.0])], [tf.constant([0.5, -0.5])]
+      >>> state, weights = optimizer.next(state, weights, gradients)
+      >>> weights[0].numpy().round(4)
+      array([0.9, 2.1], dtype=float32)
     """
     try:
         import optax

@@ -235,10 +235,11 @@ def build_torch_optimizer(
 
     Source: https://docs.pytorch.org/docs/stable/optim.html.
 
-    >>> import sys
-    >>> import tff_optim
-    >>> tff_optim.build_torch_optimizer("Adam", lr=0.1, betas=(0.8, 0.99), python=sys.executable)
-    TorchOptimizer(Adam, {'lr': 0.1, 'betas': [0.8, 0.99]})
+    Example:
+      >>> import sys
+      >>> import tff_optim
+      >>> tff_optim.build_torch_optimizer("Adam", lr=0.1, betas=(0.8, 0.99), python=sys.executable)
+      TorchOptimizer(Adam, {'lr': 0.1, 'betas': [0.8, 0.99]})
     """
     trusted = entries.check_packages(trusted_packages)
     torch_arguments.check_name(
