@@ -308,6 +308,12 @@ def test_the_best_state_is_kept_beside_the_last_ones(tmp_path, place, metric, be
             run(rounds=5, evaluate=show, **arguments, **given)
 
 
+@pytest.mark.parametrize("found", [None, np.ones(2)], ids=["nothing", "an array"])
+def test_a_stop_that_does_not_say_yes_or_no_is_told_after_the_first_round(found):
+    with pytest.raises(TypeError, match="`stop` must return True or False; found"):
+        run(stop=lambda rounds: found)
+
+
 def test_a_metric_that_no_round_shows_is_told_after_the_first():
     for keep_best in ("evaluation/loss", "min client_work/train/los"):
         with pytest.raises(
@@ -502,6 +508,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, device):
             ValueError,
             r"ids of clients, each once; found \['b",
         ),
+        ({"draw": lambda n, ids, rng: [ids[:1]]}, ValueError, r"each once; found \[\['client 0"),
         ({"draw": lambda n, ids, rng: ids[:1] * 2}, ValueError, "ids of clients, each once; found"),
         ({"draw": some, "clients_per_round": 2}, ValueError, "`clients_per_round` or `draw` must"),
         ({"clients_per_round": None}, ValueError, "`clients_per_round` or `draw` must be given"),
@@ -534,6 +541,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, device):
             {"per_client": simulation.PerClient(lambda w, d: {}, {"a": 1})},
             ValueError,
             "`per_client` must return a number at least; found none for client 'a'",
+        ),
+        (
+            {"stop": simulation.reached("evaluation/loss", 0.5)},
+            ValueError,
+            "`stop` must be of a metric .* found 'evaluation/loss' and neither",
+        ),
+        (
+            {"managers": lambda process, seed: 3},
+            TypeError,
+            "`managers` must be a list of .*found 3",
         ),
         ({"keep_best": "seconds"}, ValueError, "`keep_best` must be a metric of which it is known"),
         ({"keep_best": "evaluation/loss"}, ValueError, "found 'evaluation/loss' and neither"),

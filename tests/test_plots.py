@@ -114,7 +114,9 @@ def test_maps_are_dark_where_there_is_much():
 
 def test_what_cannot_be_drawn_is_said():
     history = make_history()
-    with pytest.raises(ValueError, match="`metric` must be a metric of the history; found 'los'"):
+    with pytest.raises(
+        ValueError, match="`metric` must be a metric of the history, of numbers; found 'los'"
+    ):
         plots.learning_curves(history, "los")
     for draw in (plots.score_heatmap, plots.client_weights):
         with pytest.raises(ValueError, match="`history` must be of a single run; found"):

@@ -6,6 +6,7 @@ import pytest
 from tff_optim.simulation import splits
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [50, 100, 150, 200, 100]))
+SPLIT = splits.dirichlet(LABELS, 6, 1.0, seed=3)
 
 
 def everything_once(split):
@@ -125,6 +126,16 @@ def test_each_client_holds_out_its_share():
         (lambda: splits.by_label(LABELS, 300, 5, seed=0), "an example for each client that holds"),
         (lambda: splits.by_size(600, 6, 1.0, seed=0, least=101), "leave each client at least 101"),
         (lambda: splits.by_size(0, 6, 1.0, seed=0), "`examples` must be a whole number"),
+        (
+            lambda: SPLIT.datasets({"y": LABELS[:9]}, 2),
+            "`columns` at 'y' must have a row for",
+        ),
+        (
+            lambda: SPLIT.datasets(3.0, 2),
+            "`columns` must have a row for each of 600 .*found \\[\\]",
+        ),
+        (lambda: SPLIT.datasets(LABELS, 0), "`batch_size` must be a whole number of at least 1"),
+        (lambda: SPLIT.counts(LABELS[:9]), r"`labels` must have a row .*; found \[9\]"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused(call, message):

@@ -6,7 +6,7 @@ import re
 import markdown
 import pytest
 
-from tff_optim.simulation import History, Table
+from tff_optim.simulation import History, Table, plots
 
 NAMES = [
     r"a_b & 5% | $x$ and $y$ \n #1 {x} ~^ <b> `c` *d* **e** [f](g)",
@@ -86,6 +86,34 @@ def test_latex_shows_names_as_they_are(table, expected):
     assert rows.pop(1) == r"\hline"
     cells = [cell for row in rows for cell in row.removesuffix(r" \\").split(" & ")]
     assert [read_by_tex(cell) for cell in cells] == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda h: h.summary("loss", target="low"),
+            "`target` must be a finite number; found 'low'",
+        ),
+        (lambda h: h.summary("loss", last=0), "`last` must be a whole number of at least 1"),
+        (
+            lambda h: h.summary("max process"),
+            "`metric` must be a metric of the history; found 'pro",
+        ),
+        (lambda h: h.best("los"), "must be a metric of which it is known whether more is better"),
+        (lambda h: plots.learning_curves(h, "process"), "history, of numbers; found 'process'"),
+        (
+            lambda h: plots.learning_curves(h, "loss", target="x"),
+            "`target` must be a finite number",
+        ),
+    ],
+)
+def test_what_cannot_be_summed_up_or_drawn_is_said(call, message):
+    history = History(
+        Table([{"process": "a", "seed": 0, "round": 1, "loss": 0.5}]), Table(), {}, {}
+    )
+    with pytest.raises(ValueError, match=message):
+        call(history)
 
 
 def test_tables_of_summaries_keep_the_names_of_processes():

@@ -1,4 +1,4 @@
-"""Checks of arguments that are whole numbers or flags."""
+"""Checks of arguments that are numbers or flags."""
 
 import math
 import numbers
@@ -31,3 +31,10 @@ def check_flag(
     if not isinstance(value, bool) and not (optional and value is None):
         rule = "be True, False or None" if optional else "be True or False"
         raise refusal(name, rule, shown(value), error=error)
+
+
+def check_finite(name: str, value: Value) -> None:
+    """Raises `ValueError` unless this is a finite number."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value)):
+        raise refusal(name, "be a finite number", shown(value))

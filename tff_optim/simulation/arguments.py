@@ -23,7 +23,9 @@ from tff_optim.simulation.starts import Starts
 _NAME = "process"  # of a process that is given without one
 
 
-def _function(*given: str, offered: Sequence[str] = ()) -> Callable[..., None]:
+def _function(
+    *given: str, offered: Sequence[str] = ()
+) -> Callable[[Any, attrs.Attribute, Any], None]:
     """Checks that an argument is None or a function of these."""
     return lambda plan, attribute, value: calls.check(attribute.name, value, given, offered)
 
@@ -52,12 +54,14 @@ def _goal(text: Any) -> Goal | None:
     return None if text is None else goal("keep_best", text)
 
 
-def _is_evaluated(plan: Any, attribute: attrs.Attribute, value: Goal | None) -> None:
-    if value is None or plan.evaluate is not None or plan.per_client is not None:
+def _is_evaluated(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+    """Checks that the metric of `keep_best`, or of a `stop` that names one, can be shown."""
+    wanted = value if isinstance(value, Goal) else getattr(value, "goal", None)
+    if wanted is None or plan.evaluate is not None or plan.per_client is not None:
         return
-    if value.name.startswith("evaluation/"):
+    if wanted.name.startswith("evaluation/"):
         raise ValueError(
-            f"`{attribute.name}` must be a metric of the run; found {value.name!r} and neither "
+            f"`{attribute.name}` must be of a metric of the run; found {wanted.name!r} and neither "
             "`evaluate` nor `per_client`. Give one of them."
         )
 
@@ -66,11 +70,14 @@ def _managers(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
     del plan
     if callable(value):
         calls.check(attribute.name, value, ["process", "seed"], ())
-        return
-    are_managers = isinstance(value, Iterable) and all(
-        isinstance(one, tff.program.ReleaseManager) for one in value
-    )
-    if not are_managers or isinstance(value, Iterator):
+    else:
+        check_managers(value)
+
+
+def check_managers(value: Any) -> None:
+    """Raises `TypeError` unless these are release managers, which several runs may go through."""
+    are_managers = isinstance(value, Iterable) and not isinstance(value, Iterator)
+    if not are_managers or not all(isinstance(m, tff.program.ReleaseManager) for m in value):
         raise TypeError(
             "`managers` must be a list of `tff.program.ReleaseManager`s, or a function of process and "
             f"seed that returns one; found {shown(value)}."
@@ -106,7 +113,9 @@ class Plan:
     resume: bool | str = attrs.field(validator=_resume)
     compare_data: bool
     progress: bool
-    stop: Callable[[Table], bool] | None = attrs.field(validator=_function("rounds"))
+    stop: Callable[[Table], bool] | None = attrs.field(
+        validator=attrs.validators.and_(_function("rounds"), _is_evaluated)
+    )
     keep_best: Goal | None = attrs.field(converter=_goal, validator=_is_evaluated)
     managers: Any = attrs.field(validator=_managers)
     client_states: Callable[..., Any] | None = attrs.field(

@@ -154,7 +154,7 @@ def _as_drawn(found: Any, ids: Sequence[Hashable], number: int) -> list[Hashable
     if isinstance(found, str) or not isinstance(found, Sequence | np.ndarray):
         raise TypeError(f"`draw` must return a list of ids of clients; found {shown(found)}.")
     known = {one: one for one in ids}
-    odd = [one for one in found if one not in known]
+    odd = [one for one in found if not isinstance(one, Hashable) or one not in known]
     if odd or len(set(found)) < len(found):
         raise ValueError(
             "`draw` must return ids of clients, each once; found "

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from tff_optim.core.checks import check_whole, whole
+from tff_optim.core.checks import check_finite, check_whole, whole
 from tff_optim.simulation.goals import goal
 from tff_optim.simulation.progress import main_metrics
 
@@ -313,9 +313,11 @@ class History:
         """
         wanted, last = goal("metric", metric), whole(last)
         check_whole("last", last, 1)
+        if target is not None:
+            check_finite("target", target)
         curves: dict[str, dict[int, list[tuple[int, float]]]] = {}
         for record in self.rounds:
-            if wanted.name in record:
+            if isinstance(record.get(wanted.name), int | float):
                 by_seed = curves.setdefault(record["process"], {})
                 point = (record["round"], float(record[wanted.name]))
                 by_seed.setdefault(record["seed"], []).append(point)

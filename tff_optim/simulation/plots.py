@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tff_optim.core.checks import check_finite
 from tff_optim.simulation.history import History, Table
 
 # Four dashes and seven colours: 28 lines that all differ.
@@ -135,8 +136,10 @@ def learning_curves(
     Returns:
       The axes.
     """
-    axes = _axes(axes)
+    if target is not None:
+        check_finite("target", target)
     records = _with(history.rounds, metric, "metric")
+    axes = _axes(axes)
     names = list(dict.fromkeys(record["process"] for record in records))
     runs = {(record["process"], record["seed"]) for record in records}
     counts = {name: sum(process == name for process, _ in runs) for name in names}
@@ -268,10 +271,10 @@ def _by_numbers(client: Any) -> list[tuple[bool, int, str]]:
 
 
 def _with(table: Table, name: str, argument: str) -> list[dict[str, Any]]:
-    records = [record for record in table if name in record]
+    records = [record for record in table if isinstance(record.get(name), int | float)]
     if not records:
         raise ValueError(
-            f"`{argument}` must be a metric of the history; found {name!r}, and there are "
+            f"`{argument}` must be a metric of the history, of numbers; found {name!r}, and there are "
             f"{table.columns}."
         )
     return records

@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tff_optim.core.checks import check_whole, whole
-from tff_optim.core.messages import shown
+from tff_optim.core.leaves import named_leaves
+from tff_optim.core.messages import at, refusal, shown
 
 __all__ = ["Split", "by_label", "by_size", "dirichlet"]
 
@@ -42,6 +43,7 @@ class Split:
     def counts(self, labels: Any) -> np.ndarray:
         """How many examples of each label (0, 1, ...) each client has, `[clients, labels]`."""
         labels = _labels(labels)
+        self._check_length("labels", labels)
         return np.stack([np.bincount(labels[i], minlength=labels.max() + 1) for i in self.indices])
 
     def hold_out(self, share: float) -> tuple["Split", "Split"]:
@@ -74,16 +76,30 @@ class Split:
         Args:
           columns: Arrays of all examples, as a mapping, a tuple or one array.
           batch_size: Of all batches but a client's last one.
+
+        Raises:
+          ValueError: A column has too few rows, or the size is out of range.
         """
+        check_whole("batch_size", whole(batch_size), 1)
         width = len(str(len(self.indices) - 1))
         if isinstance(columns, Mapping):
             columns = collections.OrderedDict(columns)  # TFF keeps the order of names
+        columns = tf.nest.map_structure(np.asarray, columns)
+        for path, array in named_leaves(columns):
+            self._check_length(at("columns", path), array)
         return {
             f"client {i:0{width}d}": tf.data.Dataset.from_tensor_slices(
-                tf.nest.map_structure(lambda array, its=its: np.asarray(array)[its], columns)
+                tf.nest.map_structure(lambda array, its=its: array[its], columns)
             ).batch(batch_size)
             for i, its in enumerate(self.indices)
         }
+
+    def _check_length(self, name: str, array: np.ndarray) -> None:
+        least = 1 + max(int(its.max(initial=-1)) for its in self.indices)
+        if not array.ndim or len(array) < least:
+            raise refusal(
+                name, f"have a row for each of {least} examples at least", list(array.shape)
+            )
 
 
 def dirichlet(

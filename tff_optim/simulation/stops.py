@@ -4,10 +4,22 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tff_optim.core.checks import check_whole, whole
-from tff_optim.core.messages import shown
-from tff_optim.simulation.goals import goal
+import attrs
+
+from tff_optim.core.checks import check_finite, check_whole, whole
+from tff_optim.simulation.goals import Goal, goal
 from tff_optim.simulation.history import Table
+
+
+@attrs.frozen
+class _Stop:
+    """A function for `stop` of `run`, and the metric that it needs to be shown."""
+
+    goal: Goal
+    function: Callable[[Table], bool]
+
+    def __call__(self, rounds: Table) -> bool:
+        return self.function(rounds)
 
 
 def no_better(metric: str, rounds: int) -> Callable[[Table], bool]:
@@ -46,7 +58,7 @@ def no_better(metric: str, rounds: int) -> Callable[[Table], bool]:
         seen, now = seen or wanted.name in record, wanted.value(record)
         return (record["round"], seen, now) if now > value else (best, seen, value)
 
-    return stop
+    return _Stop(wanted, stop)
 
 
 def reached(metric: str, value: float) -> Callable[[Table], bool]:
@@ -65,8 +77,7 @@ def reached(metric: str, value: float) -> Callable[[Table], bool]:
       A function for `stop` of `run`.
     """
     wanted = goal("metric", metric)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"`value` must be a finite number; found {shown(value)}.")
+    check_finite("value", value)
 
     def stop(table: Table) -> bool:
         table.running(seen, False)
@@ -77,4 +88,4 @@ def reached(metric: str, value: float) -> Callable[[Table], bool]:
             wanted.check("metric", record)
         return so_far or wanted.name in record
 
-    return stop
+    return _Stop(wanted, stop)

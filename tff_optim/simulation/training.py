@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.interrupts import Interrupt
 from tff_optim.resident import client_data
 from tff_optim.simulation import calls, hparams, metrics, same_run, stores, workers
-from tff_optim.simulation.arguments import Plan
+from tff_optim.simulation.arguments import Plan, check_managers
 from tff_optim.simulation.cohorts import Cohorts
 from tff_optim.simulation.evaluation import COLUMN as _EVALUATION
 from tff_optim.simulation.evaluation import Evaluation
@@ -70,7 +71,9 @@ class _Run:
         self._evaluation = Evaluation(plan, cohorts, name, seed)
         with plan.lock:
             given = plan.managers
-            self._managers = list(given(name, seed) if callable(given) else given)
+            managers = given(name, seed) if callable(given) else given
+            check_managers(managers)
+            self._managers = list(managers)
         if folder.path is not None:
             self._find(seed)
         self._store: Any = None  # of the states of clients
@@ -272,7 +275,12 @@ class _Run:
 
     def _is_enough(self) -> bool:
         with self._plan.lock:
-            return self._plan.stop is not None and bool(self._plan.stop(self._so_far))
+            if self._plan.stop is None:
+                return False
+            found = self._plan.stop(self._so_far)
+        if not isinstance(found, bool | np.bool_):
+            raise TypeError(f"`stop` must return True or False; found {shown(found)}.")
+        return bool(found)
 
     def _check_evaluate(self, state: Any) -> None:
         """Raises `ValueError` if the same weights are evaluated to other numbers than the run's."""
