@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import attacks
+import bad_clients
 import numpy as np
 import tasks
 import tensorflow as tf
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
         else is changed, since rates are divided by its square.
       server: `sgd` or `adam`.
       concentration: Of the Dirichlet split.
-      corruption: A name of `attacks.CORRUPTIONS`.
+      corruption: A name of `bad_clients.CORRUPTIONS`.
       seed: Of split, start, cohorts and noise.
       client_rate: The clients' learning rate, before it is divided.
     """
@@ -153,7 +153,7 @@ _LIARS = (
     "inside, lies, 20 %",
 )
 _CRUDE = ("fresh noise", "times -10")
-_MANY = tuple(name for name in attacks.CORRUPTIONS if name.endswith("40 %"))
+_MANY = tuple(name for name in bad_clients.CORRUPTIONS if name.endswith("40 %"))
 _PAIRS = ((("digits", 0.1), ("topics", 0.5)), (("topics", 0.1), ("digits", 0.5)))
 
 
@@ -198,7 +198,7 @@ def plan() -> Iterator[tuple[str, Cell, tuple[str, ...]]]:
     for seed, kind, split in itertools.product(SEEDS, (*_GOOD_FAITH, *_LIARS), (0.1, 0.5)):
         yield "made", cell("made", split, kind, seed), every
         yield "60 clients", cell("digits", split, kind, seed, clients=60), every
-        if not attacks.CORRUPTIONS[kind].sends:
+        if not bad_clients.CORRUPTIONS[kind].sends:
             yield "cnn", cell("cnn", split, kind, seed), every
     for seed, kind, split in itertools.product(SEEDS, (*_GOOD_FAITH, *_CRUDE), (0.05, 0.5)):
         for task in ("digits", "topics"):
@@ -213,10 +213,12 @@ def blocks() -> OrderedDict[tuple[Cell, tuple[str, ...]], str]:
     return found
 
 
-def build_process(task: str, server: str, rule: str) -> tff_optim.ResidentProcess:
+def build_process(
+    task: str, server: str, rule: str, client_rate: float = RATE
+) -> tff_optim.ResidentProcess:
     """One process for a task, a server's optimizer and a rule, run where its rounds are fastest."""
     model, entry = tasks.make_model(tasks.load(task)), ALL_RULES[rule]
-    client = attacks.FlaggedSGD(RATE)
+    client = bad_clients.FlaggedSGD(client_rate)
     if server == "adam":
         optimizer = tff.learning.optimizers.build_adam(SERVER_ADAM_RATE)
     else:
@@ -231,7 +233,7 @@ def build_process(task: str, server: str, rule: str) -> tff_optim.ResidentProces
             loop_implementation=tff.learning.LoopImplementation.DATASET_ITERATOR,
         )
     else:
-        told = attacks.deceived(entry.make())
+        told = bad_clients.deceived(entry.make())
         plain = aggregators.build_fed_avg(model, client, optimizer, rule=told)
     return tff_optim.ResidentProcess(plain, device="CPU:0", vectorize=entry.vectorize)
 
@@ -241,8 +243,8 @@ def run(
 ) -> list[float]:
     """The test accuracy after every round. Every rule sees the same start and the same cohorts."""
     task = tasks.load(cell.task)
-    what = attacks.CORRUPTIONS[cell.corruption]
-    federation = attacks.make_clients(
+    what = bad_clients.CORRUPTIONS[cell.corruption]
+    federation = bad_clients.make_clients(
         task, cell.clients, cell.concentration, cell.corruption, cell.seed, held_out
     )
     clients = ClientArrays(federation.arrays, batch_size=tasks.BATCH)
@@ -257,7 +259,8 @@ def run(
     weights = tasks.initial_weights(task, cell.seed, cell.unit)
     nothing = np.zeros([tasks.ROWS, task.size], np.float32)
     state = loaded(process.initialize(), weights, nothing)
-    state = process.set_hparams(state, {"client_work": {"learning_rate": rate}})
+    if process.get_hparams(state)["client_work"]:  # TFF's own client work has none
+        state = process.set_hparams(state, {"client_work": {"learning_rate": rate}})
     found = []
     for number in range(rounds):
         cohort = [int(client) for client in rng.choice(cell.clients, PER_ROUND, replace=False)]
@@ -267,14 +270,14 @@ def run(
                 good = [client for client in cohort if client not in federation.bad]
                 honest = np.stack(
                     [
-                        attacks.honest_update(
+                        bad_clients.honest_update(
                             task, weights, cell.unit, federation.arrays[client], rate
                         )
                         for client in good
                     ]
                 )
-            deviation = attacks.GAUSSIAN_DEVIATION / cell.unit
-            sent = attacks.payloads(what.sends, honest, deviation, noise)
+            deviation = bad_clients.GAUSSIAN_DEVIATION / cell.unit
+            sent = bad_clients.payloads(what.sends, honest, deviation, noise)
             state = loaded(state, weights, sent)
         state = process.next(state, clients.cohort(cohort, number)).state
         weights = process.get_model_weights(state).trainable
@@ -328,7 +331,7 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tff.backends.native.set_sync_local_cpp_execution_context()
     done, began = done_before(options.output), time.monotonic()
-    processes: dict[tuple[str, str, str], tff_optim.ResidentProcess] = {}
+    processes: dict[tuple[str, str, str, float], tff_optim.ResidentProcess] = {}
     try:
         with options.output.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -342,7 +345,10 @@ def main() -> None:
                     break
                 print(f"{time.strftime('%H:%M:%S')} {part}: {tuple(cell)}", flush=True)
                 for rule in todo:
-                    key = cell.task, cell.server, rule
+                    # Where a rate is built in, one process for each.
+                    is_built_in = ALL_RULES[rule].make is None
+                    rate = cell.client_rate / cell.unit**2 if is_built_in else RATE
+                    key = cell.task, cell.server, rule, rate
                     if key not in processes:
                         processes[key] = build_process(*key)
                     start = processor_seconds()

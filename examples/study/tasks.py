@@ -2,7 +2,7 @@
 
 A bad client is a matter of its data alone, so one process, built once, serves every setting. Labels
 are changed in the data. What else a client does is told by five more columns of the inputs, which the
-model hands to the client's optimizer as the gradient of five weights that stay 0; see `attacks`.
+model hands to the client's optimizer as the gradient of five weights that stay 0; see `bad_clients`.
 """
 
 import functools
