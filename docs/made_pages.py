@@ -5,6 +5,7 @@ Names and docstrings are read from the files: nothing is imported, so this needs
 
 import ast
 import functools
+import importlib.util
 import os
 import pathlib
 import re
@@ -28,9 +29,12 @@ STUDY = ROOT / "examples/study/README.md"
 COSTS = ROOT / "docs/pages/benchmarks/aggregation.md"
 # What a rule is called on the study's page.
 STUDIED = {
-    "jury_mean": ("jury", "jury, direction", "jury, three voices"),
+    "jury_mean": ("jury", "three voices", "next jury"),
     "redescending_mean": ("redescending",),
     "adaptive_mean": ("KL near", "loss near"),
+    "geometric_median": ("geometric median",),
+    "multi_krum": ("multi-Krum",),
+    "centered_clipping": ("centered clipping",),
 }
 
 
@@ -122,6 +126,28 @@ def study_rows(rule: str) -> str:
         return f"The study {verb} this rule."
     about = "Points of late accuracy against FedAvg, from [the study](../study.md)."
     return "\n".join([about, "", *rows])
+
+
+def cells_page() -> str:
+    """Every cell of both studies, which the study's own module reads."""
+    spec = importlib.util.spec_from_file_location("results", ROOT / "examples/study/results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    parts = [
+        "# All cells of the study",
+        "",
+        "Late accuracy of FedAvg in percent, and the difference of each other rule to it in points, "
+        "with the standard error over seeds where there are several. [The study](study.md) says "
+        "what was run.",
+        "",
+        results.every_cell(results.read(results.RESULTS, results.RULES)),
+        "",
+        "## The first study",
+        "",
+        results.every_cell(results.read(results.FIRST_STUDY)),
+        "",
+    ]
+    return "\n".join(parts)
 
 
 def cost_rows(rule: str) -> str:
@@ -220,6 +246,7 @@ def program_page(path: pathlib.Path) -> str:
 def made() -> dict[str, str]:
     """All pages that are made of the source, by their paths."""
     pages = {"reference/index.md": reference_index(), "rules/index.md": rules_page()}
+    pages["study_cells.md"] = cells_page()
     pages |= {f"reference/{module}.md": reference_page(module) for module in modules()}
     pages |= {f"rules/{rule}.md": rule_page(rule) for rule in public_names("aggregators.rules")}
     for source, target in PAGES_OF.items():

@@ -1,13 +1,16 @@
-"""Tables and pictures of the study, from its CSV.
+"""Tables, sentences and the picture of the study, from its CSVs.
 
-python examples/study/report.py [--results FILE] [--pictures FOLDER]
+python examples/study/report.py            prints what the page's made parts are
+python examples/study/report.py --write    writes them into README.md, and draws the picture
 """
 
 import argparse
-import csv
+import itertools
 import pathlib
-from collections import defaultdict
-from typing import Any, NamedTuple
+import re
+import statistics
+from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 
@@ -15,291 +18,294 @@ matplotlib.use("Agg")  # draws into files, with or without a screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+import results
+from matplotlib.colors import LinearSegmentedColormap
+from results import PLAIN, RULES, Cell, Runs, is_main, mean, of, signed, summary, table
 
 from tff_optim.interrupts import end_worker_at_exit
 from tff_optim.simulation import plots
 
 HERE = pathlib.Path(__file__).parent
-PLAIN = "FedAvg"
-LATE = 10
-TARGET = 0.9
-FAULTS = {
-    "none": "no bad clients",
-    "random labels": "random labels",
-    "times -1": "updates times -1",
-}
-DRAWN = tuple(FAULTS)  # in curves, with SGD on the server
-CELL = ("task", "server", "concentration", "corruption")
+PAGE = HERE / "README.md"
+MORE = ("KL far", "next jury, held-out votes")  # run in some cells
+OTHERS = (PLAIN, "KL near", "next jury")  # beside which they are shown
+STUDENT_95 = 2.132  # what a mean of five differs by at most, in standard errors, one-sided
+# Vermilion, white and blue of Okabe and Ito.
+COLOURS = LinearSegmentedColormap.from_list("points", ["#D55E00", "#FFFFFF", "#0072B2"])
 
 
-class Compared(NamedTuple):
-    """One rule in one cell against FedAvg of the same seeds, in points of late accuracy.
-
-    Attributes:
-      late: Mean late accuracy of the rule.
-      difference: Mean paired difference to FedAvg.
-      error: Its standard error; NaN for one seed.
-      seeds: How many seeds both have run.
-    """
-
-    late: float
-    difference: float
-    error: float
-    seeds: int
-
-
-Key = tuple[str, ...]
-Curves = dict[Key, dict[str, dict[str, np.ndarray]]]
-
-
-def read(path: pathlib.Path) -> Curves:
-    """The accuracies of every run: by cell, rule and seed."""
-    curves: Curves = defaultdict(lambda: defaultdict(dict))
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            accuracies = np.array([float(x) for x in row["accuracies"].split()])
-            curves[tuple(row[name] for name in CELL)][row["rule"]][row["seed"]] = accuracies
-    return {
-        cell: {rule: dict(seeds) for rule, seeds in by_rule.items()}
-        for cell, by_rule in curves.items()
-    }
-
-
-def late(accuracies: np.ndarray) -> float:
-    """The mean accuracy of the last ten rounds."""
-    return float(np.mean(accuracies[-LATE:]))
-
-
-def compare(curves: Curves) -> dict[str, dict[Key, Compared]]:
-    """Every rule in every cell that FedAvg has run with the same seeds."""
-    found: dict[str, dict[Key, Compared]] = defaultdict(dict)
-    for cell, by_rule in curves.items():
-        for rule, by_seed in by_rule.items():
-            seeds = sorted(set(by_seed) & set(by_rule.get(PLAIN, {})))
-            if not seeds:
-                continue
-            pairs = [(late(by_seed[s]), late(by_rule[PLAIN][s])) for s in seeds]
-            differences = 100.0 * np.array([mine - plain for mine, plain in pairs])
-            error = np.std(differences, ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
-            mean = float(np.mean([mine for mine, _ in pairs]))
-            found[rule][cell] = Compared(mean, float(differences.mean()), float(error), len(seeds))
-    return dict(found)
-
-
-def whole(curves: Curves) -> Curves:
-    """The cells that every rule has run, with the seeds that every rule has run there."""
-    rules = {rule for by_rule in curves.values() for rule in by_rule}
-    kept: Curves = {}
-    for cell, by_rule in curves.items():
-        seeds = set.intersection(*(set(by_rule.get(rule, {})) for rule in rules))
-        if seeds:
-            kept[cell] = {r: {s: by_seed[s] for s in seeds} for r, by_seed in by_rule.items()}
-    return kept
-
-
-def rounds_to_target(by_rule: dict[str, dict[str, np.ndarray]], rule: str, clean: float) -> float:
-    """Median over seeds of the first round at 90 % of a late accuracy; infinite if never."""
-    found = []
-    for accuracies in by_rule[rule].values():
-        reached = np.flatnonzero(accuracies >= TARGET * clean)
-        found.append(float(reached[0] + 1) if len(reached) else np.inf)
-    return float(np.median(found))
-
-
-def summary(curves: Curves) -> str:
-    """A row per rule: worst regret, mean gain where clients are bad, worst single seed."""
-    compared = compare(curves)
-    lines = [
-        "| rule | worst cell | where | clean cells, mean | gain under corruption | worst single run |",
-        "|---|---|---|---|---|---|",
-    ]
-    for rule, cells in compared.items():
-        if rule == PLAIN:
-            continue
-        worst = min(cells, key=lambda cell: cells[cell].difference)
-        clean = [c.difference for cell, c in cells.items() if cell[3] == "none"]
-        # An update of -10 times ruins FedAvg; a gain there says little about the others.
-        bad = [c.difference for cell, c in cells.items() if cell[3] not in ("none", "times -10")]
-        single = min(
-            100.0 * (late(curves[cell][rule][seed]) - late(curves[cell][PLAIN][seed]))
-            for cell in cells
-            for seed in curves[cell][rule]
-        )
-        numbers = [np.mean(part) if part else np.nan for part in (clean, bad)]
-        place = f"{worst[0]}, {worst[1]}, Dirichlet {worst[2]}, {worst[3]}"
-        lines.append(
-            f"| {rule} | {cells[worst].difference:+.1f} | {place} | {numbers[0]:+.1f} | "
-            f"{numbers[1]:+.1f} | {single:+.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def by_cell(curves: Curves) -> str:
-    """A row per cell: FedAvg's late accuracy, and each rule's difference with its standard error."""
-    compared = compare(curves)
+def by_corruption(runs: Runs) -> str:
+    """A row per corruption, a column per rule: the mean over its cells, in points."""
+    compared = results.compare(runs)
     rules = [rule for rule in compared if rule != PLAIN]
-    lines = [
-        "| cell | seeds | FedAvg | " + " | ".join(rules) + " |",
-        "|---|---|---|" + "---|" * len(rules),
-    ]
-    for cell in sorted(curves):
-        plain = compared[PLAIN][cell]
-        row = []
-        for rule in rules:
-            one = compared[rule].get(cell)
-            if one is None:
-                row.append("")
-                continue
-            error = "" if np.isnan(one.error) else f" ± {one.error:.1f}"
-            row.append(f"{one.difference:+.1f}{error}")
-        name = f"{cell[0]}, {cell[1]}, {cell[2]}, {cell[3]}"
-        lines.append(
-            f"| {name} | {plain.seeds} | {100 * plain.late:.1f} | " + " | ".join(row) + " |"
-        )
-    return "\n".join(lines)
+    kinds = dict.fromkeys(cell.corruption for cell in runs)
+    rows = []
+    for kind in kinds:
+        cells = [cell for cell in runs if cell.corruption == kind]
+        plain = statistics.fmean(compared[PLAIN][cell].mean for cell in cells)
+        row = [mean([compared[rule][cell].difference for cell in cells]) for rule in rules]
+        rows.append([kind, str(len(cells)), f"{plain:.1f}", *row])
+    return table(["bad clients", "cells", PLAIN, *rules], rows)
 
 
-def speed(curves: Curves) -> str:
-    """A row per cell: rounds to 90 % of the late accuracy of FedAvg without bad clients."""
-    rules = list(dict.fromkeys(rule for by_rule in curves.values() for rule in by_rule))
-    lines = ["| cell | " + " | ".join(rules) + " |", "|---|" + "---|" * len(rules)]
-    for cell in sorted(curves):
-        clean = curves.get((*cell[:3], "none"), {}).get(PLAIN)
-        if clean is None:
-            continue
-        level = float(np.mean([late(one) for one in clean.values()]))
-        found = [
-            rounds_to_target(curves[cell], rule, level) for rule in rules if rule in curves[cell]
+def by_cell(runs: Runs) -> str:
+    """A row per cell, a column per rule."""
+    compared = results.compare(runs)
+    rules = [rule for rule in compared if rule != PLAIN]
+    rows = [
+        [
+            str(cell),
+            f"{compared[PLAIN][cell].mean:.1f}",
+            *(signed(compared[rule][cell].difference) for rule in rules),
         ]
-        row = ["never" if np.isinf(x) else f"{x:.0f}" for x in found]
-        lines.append(f"| {cell[0]}, {cell[1]}, {cell[2]}, {cell[3]} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def mean_by_rate(path: pathlib.Path) -> dict[Key, dict[str, float]]:
-    """Mean late accuracy of a task, a server's optimizer and a rule, by the clients' rate."""
-    found: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["task"], row["server"], row["rule"]
-            found[key][row["client_rate"]].append(float(row["late_accuracy"]))
-    return {
-        key: {rate: float(np.mean(accuracies)) for rate, accuracies in rates.items()}
-        for key, rates in found.items()
-    }
-
-
-def rates(path: pathlib.Path) -> str:
-    """A row per task, server and rule: late accuracy at each rate of the clients, in points."""
-    found = mean_by_rate(path)
-    names = sorted(next(iter(found.values())), key=float)
-    lines = [
-        "| setting | rule | " + " | ".join(names) + " |",
-        "|---|---|" + "---|" * len(names),
+        for cell in runs
     ]
-    for (task, server, rule), by_rate in found.items():
-        row = " | ".join(f"{100.0 * by_rate[name]:.1f}" for name in names)
-        lines.append(f"| {task}, {server} | {rule} | {row} |")
-    return "\n".join(lines)
+    return table(["cell", PLAIN, *rules], rows)
 
 
-def draw_heat_map(curves: Curves, path: pathlib.Path) -> None:
-    """Differences to FedAvg: a panel per task, a row per cell, a column per rule."""
-    compared = compare(curves)
+def by_rate(runs: Runs) -> str:
+    """A row per cell that was run at several client rates: each rule's best, and at which rate."""
+    cells, best = results.best_rates(runs)
+    if not cells:
+        return ""
+    rows = [
+        [
+            f"{cell.task}, {cell.concentration}, {cell.corruption}",
+            *(f"{best[rule][cell][1]:.1f} ({best[rule][cell][0]})" for rule in best),
+        ]
+        for cell in cells
+    ]
+    return table(["cell", *best], rows)
+
+
+def by_measure(runs: Runs) -> str:
+    """A row per rule: worst and mean difference by late, last and whole-curve accuracy."""
+    measures = (results.late, results.last, results.whole_curve)
+    compared = [results.compare(runs, measure) for measure in measures]
+    rows = []
+    for rule in compared[0]:
+        if rule != PLAIN:
+            row = [rule]
+            for one in compared:
+                differences = [cell.difference for cell in one[rule].values()]
+                row += [signed(min(differences)), mean(differences)]
+            rows.append(row)
+    head = [
+        f"{name}, {what}" for name in ("late", "last", "all rounds") for what in ("worst", "mean")
+    ]
+    return table(["rule", *head], rows)
+
+
+def draw(runs: Runs, path: pathlib.Path) -> None:
+    """What each attack does to each rule, and what each rule costs at worst and on the mean."""
+    compared = results.compare(runs)
     rules = [rule for rule in compared if rule != PLAIN]
-    by_task: dict[str, list[Key]] = defaultdict(list)
-    for cell in sorted(curves, key=lambda c: (c[3] != "none", c[3], c[1] == "adam", float(c[2]))):
-        by_task[cell[0]].append(cell)
-    rows = max(map(len, by_task.values()))
+    kinds = list(dict.fromkeys(cell.corruption for cell in runs))
+    names = sorted({cell.task for cell in runs})
     figure, panels = plt.subplots(
-        1, len(by_task), figsize=(13.0, 2.2 + 0.26 * rows), layout="constrained", squeeze=False
+        1,
+        len(names) + 1,
+        figsize=(15.0, 2.6 + 0.27 * len(kinds)),
+        layout="constrained",
+        width_ratios=[*[1.0] * len(names), 0.8],
     )
-    for axes, (task, cells) in zip(panels[0], sorted(by_task.items()), strict=True):
-        table = np.full((len(cells), len(rules)), np.nan)
-        for i, cell in enumerate(cells):
-            for j, rule in enumerate(rules):
-                if cell in compared[rule]:
-                    table[i, j] = compared[rule][cell].difference
-        image = axes.imshow(table, cmap="RdBu", vmin=-10.0, vmax=10.0, aspect="auto")
-        for (i, j), value in np.ndenumerate(table):
+    image = None
+    for axes, task in zip(panels, names):
+        shown = np.full((len(kinds), len(rules)), np.nan)
+        for (i, kind), (j, rule) in itertools.product(enumerate(kinds), enumerate(rules)):
+            found = [
+                one.difference
+                for cell, one in compared[rule].items()
+                if (cell.task, cell.corruption) == (task, kind)
+            ]
+            shown[i, j] = np.mean(found) if found else np.nan
+        image = axes.imshow(shown, cmap=COLOURS, vmin=-20.0, vmax=20.0, aspect="auto")
+        for (i, j), value in np.ndenumerate(shown):
             if np.isfinite(value):
-                color = "white" if abs(value) > 6.0 else "black"
-                axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=color)
-        names = [f"{c[3]}, {c[2]}" + (", Adam" if c[1] == "adam" else "") for c in cells]
-        axes.set_yticks(range(len(cells)), names, fontsize=8)
-        axes.set_xticks(range(len(rules)), rules, rotation=40, ha="left", fontsize=9)
+                axes.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=7)
+        axes.set_yticks(range(len(kinds)), kinds if axes is panels[0] else [], fontsize=8)
+        axes.set_xticks(range(len(rules)), rules, rotation=45, ha="left", fontsize=8)
         axes.xaxis.tick_top()
-        axes.set_title(task)
-    figure.suptitle(
-        "Mean test accuracy of the last ten rounds, less that of FedAvg, in points.\n"
-        "Rows: what is wrong with the bad clients, and the concentration of the Dirichlet split "
-        "(0.05: clients of few labels; 5.0: clients alike)"
-    )
-    plots.panel_letters(panels[0])
-    figure.colorbar(image, ax=panels, extend="both", label="points of accuracy", shrink=0.5)
+        axes.set_xlabel(f"{task}: late accuracy less that of FedAvg, in points")
+    figure.colorbar(image, ax=panels[: len(names)], extend="both", label="points", shrink=0.6)
+    _draw_rules(panels[-1], runs)
+    plots.panel_letters(panels)
     plots.save(figure, path)
     plt.close(figure)
 
 
-def draw_curves(curves: Curves, path: pathlib.Path, shown: tuple[str, ...]) -> None:
-    """Test accuracy over rounds: mean over seeds, with a band from the least to the largest."""
-    drawn = [c for c in curves if c[1] == "sgd" and c[2] in ("0.05", "0.5") and c[3] in DRAWN]
-    cells = sorted(drawn, key=lambda cell: (cell[0], DRAWN.index(cell[3]), cell[2]))
-    columns = min(4, len(cells))
-    rows = -(-len(cells) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.7 * rows), layout="constrained", squeeze=False
+def _draw_rules(axes: Any, runs: Runs) -> None:
+    compared = results.compare(runs)
+    rules = list(compared)
+    regret = results.regrets(compared)
+    places = np.arange(len(rules))[::-1]
+    marks = (
+        ("worst cell without lies, against FedAvg", "o", "#0072B2", False),
+        ("worst cell with lies, against FedAvg", "X", "#D55E00", True),
     )
-    for axes, cell in zip(grid.flat, cells):
-        for number, rule in enumerate(shown):
-            if rule not in curves[cell]:
-                continue
-            found = np.array(list(curves[cell][rule].values()))
-            rounds = np.arange(1, found.shape[1] + 1)
-            style = plots.line_style(number, len(shown))
-            axes.plot(rounds, found.mean(0), label=rule, **style)
-            axes.fill_between(rounds, found.min(0), found.max(0), color=style["color"], alpha=0.1)
-        axes.set_title(f"{cell[0]}, Dirichlet({cell[2]}), {FAULTS[cell[3]]}", fontsize=9)
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(cells) :]:
-        axes.axis("off")
-    plots.panel_letters(grid.flat[: len(cells)])
-    for axes in grid[-1]:
-        axes.set_xlabel("round of training")
-    figure.supylabel("test accuracy")
-    seeds = {len(curves[cell][PLAIN]) for cell in cells}
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(shown),
-        title=f"mean, and range from least to largest, of {' or '.join(map(str, seeds))} seeds",
+    for label, marker, colour, lies in marks:
+        worst = [
+            min(
+                (
+                    one.difference
+                    for cell, one in compared[rule].items()
+                    if results.is_lie(cell) == lies
+                ),
+                default=np.nan,
+            )
+            for rule in rules
+        ]
+        axes.plot(worst, places, marker, color=colour, label=label)
+    mean_regret = [-statistics.fmean(regret[rule].values()) for rule in rules]
+    axes.plot(
+        mean_regret, places, "|", color="#000000", markersize=12, label="mean regret, negative"
     )
-    plots.save(figure, path)
-    plt.close(figure)
+    axes.axvline(0.0, color="0.5", linewidth=0.8)
+    axes.set_yticks(places, rules, fontsize=8)
+    axes.set_xlabel("points of late accuracy")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12))
+
+
+def first_sentences(runs: Runs) -> str:
+    """What the first study found, in sentences."""
+    compared = results.compare(runs)
+
+    def gain(rule: str, wanted: Any) -> str:
+        return mean([one.difference for cell, one in compared[rule].items() if wanted(cell)])
+
+    def single(rule: str, wanted: Any) -> tuple[float, Cell]:
+        return min(
+            (results.late(curve) - results.late(runs[cell][PLAIN][seed]), cell)
+            for cell in runs
+            if wanted(cell)
+            for seed, curve in runs[cell][rule].items()
+        )
+
+    def flipped(task: str) -> Any:
+        return lambda cell: (cell.task, cell.corruption) == (task, "flipped labels")
+
+    def is_clean(cell: Cell) -> bool:
+        return cell.corruption == "none"
+
+    def mild(kind: str) -> Any:
+        return lambda cell: float(cell.concentration) >= 0.5 and cell.corruption == kind
+
+    def strong(kind: str) -> Any:
+        return lambda cell: float(cell.concentration) < 0.5 and cell.corruption == kind
+
+    worst = {
+        rule: min(cells.values(), key=lambda one: one.difference)
+        for rule, cells in compared.items()
+    }
+    lost, where = single("jury", lambda cell: True)
+    bound = worst["jury"].difference - STUDENT_95 * worst["jury"].error
+    direction, voices = "jury, direction", "jury, three voices"
+    kinds = ("random labels", "flipped labels", "times -1")
+    near, near_strong = ([gain("KL near", at(kind)) for kind in kinds] for at in (mild, strong))
+    heard, heard_strong = ([gain(voices, at(kind)) for kind in kinds] for at in (mild, strong))
+    safe = ("redescending", "jury", direction, voices)
+    lines = [
+        "The worst cells are "
+        + ", ".join(f"{worst[rule].difference:.2f} ({rule})" for rule in safe)
+        + f", all with nobody bad. One-sided, with 95 %, the jury's is above {bound:.1f}.",
+        f"The worst single run of the jury is {lost:.1f} ({where}). With nobody bad it is "
+        f"{single('jury', is_clean)[0]:.1f}.",
+        f"Votes by direction gain under flipped labels {gain(direction, flipped('digits'))} on digits, "
+        f"where the jury gains {gain('jury', flipped('digits'))}, and "
+        f"{gain(direction, flipped('topics'))} on topics ({gain('jury', flipped('topics'))}).",
+        "KL near, where splits are mild (Dirichlet 0.5 and 5), gains "
+        f"{near[0]} with random labels, {near[1]} with flipped ones and {near[2]} with updates times "
+        f"-1; with nobody bad {gain('KL near', mild('none'))}.",
+        f"KL near, at strong splits (0.05 and 0.1), has {near_strong[0]}, {near_strong[1]} and "
+        f"{near_strong[2]} there; with nobody bad {gain('KL near', strong('none'))}.",
+        f"As a voice of the jury it has {heard[0]}, {heard[1]}, {heard[2]} and "
+        f"{gain(voices, mild('none'))} at mild splits, and {heard_strong[0]}, {heard_strong[1]}, "
+        f"{heard_strong[2]} and {gain(voices, strong('none'))} at strong ones.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def claims() -> list[str]:
+    """What the repository's first page says of the study."""
+    first = results.read(results.FIRST_STUDY)
+    main = of(results.read(results.RESULTS, RULES), is_main)
+    compared, new = results.compare(first), results.compare(main)
+    worst = {
+        rule: min(one.difference for one in cells.values()) for rule, cells in compared.items()
+    }
+    gains = [
+        one.difference
+        for cell, one in compared["jury"].items()
+        if cell.corruption == "random labels"
+    ]
+    lying = {
+        rule: min(one.difference for cell, one in new[rule].items() if results.is_lie(cell))
+        for rule in ("jury", "next jury")
+    }
+    runs = sum(len(by_seed) for by_rule in first.values() for by_seed in by_rule.values())
+    return [
+        f"of {runs:,} runs in {len(first)} settings",
+        f"costs at most {-worst['jury']:.1f} points",
+        f"gains {min(gains):.1f} to {max(gains):.1f} points where labels are random",
+        f"costs up to {-worst['KL near']:.1f} points",
+        f"up to {-lying['jury']:.0f} points",
+    ]
+
+
+def made() -> dict[str, str]:
+    """The parts of the page that are made of the CSVs, by their names."""
+    every = results.read(results.RESULTS)
+    runs = results.read(results.RESULTS, RULES)
+    main = of(runs, is_main)
+    first = results.read(results.FIRST_STUDY)
+    number = sum(len(by_seed) for by_rule in runs.values() for by_seed in by_rule.values())
+    more = {cell: by_rule for cell, by_rule in every.items() if set(MORE) <= set(by_rule)}
+    parts = {
+        "extent": f"**{len(runs)} cells in which all {len(RULES)} rules have run, {number} runs**",
+        "summary": summary(main, cost=results.costs(results.RESULTS)),
+        "corruptions": by_corruption(main),
+        "measures": by_measure(main),
+        "first": summary(first),
+        "first sentences": first_sentences(first),
+    }
+    rates = by_rate(of(runs, lambda cell: cell.unit == "1.0" and cell.clients == "20"))
+    if rates:
+        parts["rates"] = rates
+    further = of(runs, lambda cell: not is_main(cell) and cell.client_rate == "0.3")
+    if further:
+        parts["further"] = by_cell(further)
+    if more:
+        parts["more rules"] = by_cell(
+            {
+                cell: {name: by_rule[name] for name in (*OTHERS, *MORE)}
+                for cell, by_rule in more.items()
+            }
+        )
+    return parts
+
+
+def written(page: str, parts: Mapping[str, str]) -> str:
+    """A page with its made parts made anew."""
+
+    def part(found: re.Match) -> str:
+        return f"<!-- made: {found[1]} -->\n{parts[found[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- made: ([\w ]+) -->\n.*?<!-- end -->", part, page, flags=re.S)
 
 
 def main() -> None:
-    """Prints the tables and draws the pictures."""
+    """Prints the parts, or writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results.csv")
-    parser.add_argument("--pictures", type=pathlib.Path, default=HERE)
+    parser.add_argument("--write", action="store_true", help="into README.md, and the picture")
     options = parser.parse_args()
     end_worker_at_exit()
-    curves: Any = whole(read(options.results))
-    runs = sum(len(seeds) for by_rule in curves.values() for seeds in by_rule.values())
-    print(f"{len(curves)} cells that every rule has run, {runs} runs\n")
-    for part in (summary, by_cell, speed):
-        print(part(curves), "\n")
-    print(rates(HERE / "tuning.csv"), "\n")
-    options.pictures.mkdir(parents=True, exist_ok=True)
-    draw_heat_map(curves, options.pictures / "regret")
-    draw_curves(
-        curves,
-        options.pictures / "curves",
-        (PLAIN, "KL near", "loss near", "redescending", "jury"),
-    )
+    parts = made()
+    if not options.write:
+        print("\n\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
+        return
+    PAGE.write_text(written(PAGE.read_text(), parts))
+    draw(of(results.read(results.RESULTS, RULES), is_main), HERE / "regret")
 
 
 if __name__ == "__main__":

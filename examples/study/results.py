@@ -15,6 +15,20 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results.csv"
 FIRST_STUDY = HERE / "first_study.csv"
 PLAIN = "FedAvg"
+RULES = (
+    PLAIN,
+    "FedAvgM",
+    "redescending",
+    "jury",
+    "three voices",
+    "next jury",
+    "KL near",
+    "loss near",
+    "TFF robust",
+    "geometric median",
+    "multi-Krum",
+    "centered clipping",
+)
 LATE = 10  # rounds
 
 
@@ -125,6 +139,28 @@ def regrets(compared: Mapping[str, Mapping[Cell, Compared]]) -> dict[str, dict[C
     }
 
 
+def costs(path: pathlib.Path) -> dict[str, float]:
+    """Processor seconds of each rule's runs over those of FedAvg in the same cell: the median.
+
+    Rules took turns in one process. The first run of a rule on a task also prepares its graphs, and is
+    left out.
+    """
+    seconds: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    seen: set[tuple[str, str]] = set()
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["task"], row["rule"]) in seen:
+                key = tuple(row[name] for name in (*Cell._fields, "seed"))
+                seconds[key][row["rule"]] = float(row["cpu_seconds"])
+            seen.add((row["task"], row["rule"]))
+    found: dict[str, list[float]] = defaultdict(list)
+    for by_rule in seconds.values():
+        for rule, number in by_rule.items():
+            if PLAIN in by_rule:
+                found[rule].append(number / by_rule[PLAIN])
+    return {rule: statistics.median(ratios) for rule, ratios in found.items()}
+
+
 def best_rates(runs: Runs) -> tuple[list[Cell], dict[str, dict[Cell, tuple[str, float]]]]:
     """Cells that were run at several client rates, and each rule's best rate there.
 
@@ -153,11 +189,6 @@ def is_lie(cell: Cell) -> bool:
     return "lies" in cell.corruption
 
 
-def some(cells: Iterable[Cell], wanted: Callable[[Cell], bool]) -> list[Cell]:
-    """Those cells."""
-    return [cell for cell in cells if wanted(cell)]
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -168,6 +199,64 @@ def signed(number: float) -> str:
     """A number of points with its sign; none for what rounds to nothing."""
     text = f"{number:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def is_main(cell: Cell) -> bool:
+    """Whether a cell is of the tasks, rate, scale and number of clients that the others vary."""
+    usual = Cell(cell.task, "sgd", cell.concentration, cell.corruption)
+    return cell == usual and cell.task in ("digits", "topics")
+
+
+def of(runs: Runs, wanted: Callable[[Cell], bool]) -> Runs:
+    """The runs of some cells."""
+    return {cell: by_rule for cell, by_rule in runs.items() if wanted(cell)}
+
+
+def mean(numbers: Sequence[float]) -> str:
+    """With its sign; nothing if there is none."""
+    return signed(statistics.fmean(numbers)) if numbers else ""
+
+
+def _kind(wanted: Callable[[str], bool], cells: Mapping[Cell, Compared]) -> str:
+    return mean([one.difference for cell, one in cells.items() if wanted(cell.corruption)])
+
+
+def summary(runs: Runs, shown: Sequence[str] = (), cost: Mapping[str, float] | None = None) -> str:
+    """A row per rule, or for those named: worst cells, regret, gains by kind of cell, and cost."""
+    compared, found = compare(runs), regrets(compare(runs))
+    has_liars = any(map(is_lie, runs))
+    rows = []
+    for rule in shown or compared:
+        cells = compared[rule]
+        honest = [cell for cell in cells if not is_lie(cell)]
+        worst = min(honest, key=lambda cell: cells[cell].difference)
+        row = [rule, signed(cells[worst].difference), str(worst) if rule != PLAIN else ""]
+        row += [f"{statistics.fmean(found[rule].values()):.1f}", f"{max(found[rule].values()):.1f}"]
+        row += [_kind(lambda kind: kind == "none", cells), _kind(_is_usual, cells)]
+        if has_liars:
+            lying = [cells[cell].difference for cell in cells if is_lie(cell)]
+            row += [_kind(lambda kind: kind.endswith("20 %"), cells)]
+            row += [_kind(lambda kind: kind.endswith("40 %"), cells)]
+            row += [signed(min(lying))]
+        if cost:
+            row += [f"{cost[rule]:.1f}" if rule in cost else ""]
+        rows.append(row)
+    head = [
+        "rule",
+        "worst cell",
+        "where",
+        "mean regret",
+        "largest",
+        "nobody bad",
+        "bad data, updates",
+    ]
+    head += ["20 % lie", "40 % lie", "worst with liars"] if has_liars else []
+    return table(head + (["cost"] if cost else []), rows)
+
+
+def _is_usual(kind: str) -> bool:
+    """Bad data or updates, but those of -10 times, which ruin FedAvg."""
+    return "lies" not in kind and kind not in ("none", "times -10")
 
 
 def every_cell(runs: Runs) -> str:
