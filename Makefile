@@ -7,14 +7,14 @@
 # make bench     every benchmark (installs their rivals; BENCHMARKS="resident" runs one)
 # make bench-rivals  rounds of other simulators beside ours, each in an environment of its own
 # make figures   runs the commands above the pages' tables again, and says which figures moved (FIGURES="influence" runs some)
-# make study     which rules are safe: 2880 runs, goes on where it was left; study-quick is a first look
+# make study     which rules are safe: goes on where it was left, block after block of a long plan
 # make docs      the documentation, into output/site; docs-serve shows it in a browser, with its search
 # make build     wheel and sdist
 # make lock      resolves requirements.lock anew
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: example lint test test-all durations test-torch attack bench bench-rivals figures study study-quick docs docs-serve build lock clean
+.PHONY: example lint test test-all durations test-torch attack bench bench-rivals figures study docs docs-serve build lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -96,9 +96,9 @@ bench-rivals: .venv/installed $(RIVALS:%=.venv-rivals/%/installed)
 figures: .venv/installed
 	$(BIN)/python examples/benchmarks/renew.py $(FIGURES)
 
-study study-quick: .venv/installed
-	$(BIN)/python examples/study/run.py $(if $(filter study-quick,$@),--quick)
-	$(BIN)/python examples/study/report.py $(if $(filter study-quick,$@),--results examples/study/quick.csv --pictures output)
+study: .venv/installed
+	$(BIN)/python examples/study/run.py
+	$(BIN)/python examples/study/report.py --write
 
 # The site reads docstrings from the files, so it needs no TensorFlow.
 .venv-docs/installed: docs/requirements.txt

@@ -54,6 +54,7 @@ def test_every_rule_has_a_page_with_its_study_and_its_cost():
     pages = {path for path in MADE if path.startswith("rules/")}
     assert pages == {"rules/index.md", *(f"rules/{name}.md" for name in rules.__all__)}
     assert "\n| jury |" in MADE["rules/jury_mean.md"]
+    assert "\n| digits, 0.1, none | 1 |" in MADE["study_cells.md"]
     assert "\n| TFF robust |" not in MADE["rules/jury_mean.md"]
     assert "did not run this rule" in MADE["rules/fed_att.md"]
     for name in rules.__all__:

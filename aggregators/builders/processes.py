@@ -36,7 +36,8 @@ def build_fed_kl(
 
     `rules.adaptive_mean` with `scores.kl_divergence` and a `softmax` weighting over clients of
     `d / (temperature * running mean of d)`. The first round is plain averaging. Preferring near clients
-    protects against bad clients where clients are alike, and costs accuracy where they differ much.
+    protects against bad clients where clients are alike, and costs accuracy where they differ much:
+    `adaptive_mean` says how much, and how to have the gain without the loss.
 
     Args:
       model_fn: As for `build_fed_avg`.

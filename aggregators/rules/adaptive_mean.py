@@ -105,6 +105,15 @@ def adaptive_mean(
     how much more one client may weigh than another, not how large its update is: for that put
     `tff.aggregators.clipping_factory(norm, ...)` around the factory.
 
+    When KL near helps: where honest clients are alike (Dirichlet splits of 0.5 and more) and some are
+    bad, by 3 to 8 points of accuracy in `examples/study`; at stronger splits against updates times -1.
+    It hurts where honest clients differ: by 4 points with nobody bad, by 8 with random labels, 18 in the
+    worst setting, since there honest clients are far and those with random labels near. Its gain without
+    that loss is to be had as a candidate of `jury_mean`, whose clients vote on it:
+    `[("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]` with
+    `layers="tensor"`. The rule believes what clients report of themselves: one that reports a distance
+    or a loss of 0 counts for most.
+
     Args:
       score: How far a layer is from the server's: one from `aggregators.scores`; your own `Score`; a
         bare function of `(server_layer, client_layer)`, which is taken to need the server's model; or

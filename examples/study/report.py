@@ -19,6 +19,7 @@ matplotlib.use("Agg")  # draws into files, with or without a screen
 import matplotlib.pyplot as plt
 import numpy as np
 import results
+import run
 from matplotlib.colors import LinearSegmentedColormap
 from results import PLAIN, RULES, Cell, Runs, is_main, mean, of, signed, summary, table
 
@@ -105,7 +106,7 @@ def draw(runs: Runs, path: pathlib.Path) -> None:
     figure, panels = plt.subplots(
         1,
         len(names) + 1,
-        figsize=(15.0, 2.6 + 0.27 * len(kinds)),
+        figsize=(15.0, 3.2 + 0.27 * len(kinds)),
         layout="constrained",
         width_ratios=[*[1.0] * len(names), 0.8],
     )
@@ -122,12 +123,13 @@ def draw(runs: Runs, path: pathlib.Path) -> None:
         image = axes.imshow(shown, cmap=COLOURS, vmin=-20.0, vmax=20.0, aspect="auto")
         for (i, j), value in np.ndenumerate(shown):
             if np.isfinite(value):
-                axes.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=7)
+                text = "0" if abs(value) < 0.5 else f"{value:+.0f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7)
         axes.set_yticks(range(len(kinds)), kinds if axes is panels[0] else [], fontsize=8)
         axes.set_xticks(range(len(rules)), rules, rotation=45, ha="left", fontsize=8)
         axes.xaxis.tick_top()
         axes.set_xlabel(f"{task}: late accuracy less that of FedAvg, in points")
-    figure.colorbar(image, ax=panels[: len(names)], extend="both", label="points", shrink=0.6)
+    figure.colorbar(image, ax=panels[: len(names)], extend="both", label="points", shrink=0.8)
     _draw_rules(panels[-1], runs)
     plots.panel_letters(panels)
     plots.save(figure, path)
@@ -164,7 +166,62 @@ def _draw_rules(axes: Any, runs: Runs) -> None:
     axes.set_yticks(places, rules, fontsize=8)
     axes.set_xlabel("points of late accuracy")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12))
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.01))
+
+
+def findings(runs: Runs, more: Runs) -> str:
+    """What the study found, in sentences.
+
+    Args:
+      runs: Of the cells that the page is about.
+      more: Of the cells in which KL far and votes on held-out data have run, too.
+    """
+    compared = results.compare(runs)
+    regret = results.regrets(compared)
+
+    def honest(rule: str) -> str:
+        return signed(min(x.difference for c, x in compared[rule].items() if not results.is_lie(c)))
+
+    def lying(rule: str) -> str:
+        return signed(min(x.difference for c, x in compared[rule].items() if results.is_lie(c)))
+
+    def behind(rule: str, lies: bool) -> str:
+        found = [x for cell, x in regret[rule].items() if results.is_lie(cell) == lies]
+        return f"{statistics.fmean(found):.1f}"
+
+    few = results.compare(more)
+    held, longest, far = few["next jury, held-out votes"], few["next jury"], few["KL far"]
+    fewer = sum(held[cell].difference < longest[cell].difference for cell in more)
+    ours, theirs = compared["next jury"], compared["jury"]
+    better = sum(ours[cell].difference > theirs[cell].difference for cell in runs)
+    lines = [
+        "**Where clients tell the truth**, the worst cell is "
+        f"{honest('redescending')} for the redescending mean, {honest('jury')} for the jury, "
+        f"{honest('three voices')} for three voices and "
+        f"{honest('next jury')} for the next jury; mean regret {behind('redescending', False)}, "
+        f"{behind('jury', False)}, {behind('three voices', False)} and {behind('next jury', False)}. "
+        f"FedAvgM's worst is {honest('FedAvgM')}, TFF's robust aggregator's {honest('TFF robust')}.",
+        f"**Where clients lie, no jury is safe**: the worst cell is {lying('jury')} for the jury, "
+        f"{lying('three voices')} for three voices and {lying('next jury')} for the next jury. A client "
+        "that says it has a loss and a distance of 0 counts for most in what it then votes for. KL near "
+        f"and low loss alone lose up to {lying('KL near')} and {lying('loss near')}.",
+        f"**Where clients may be hostile, take the redescending mean**: its worst cell with liars is "
+        f"{lying('redescending')}. TFF's robust aggregator has {lying('TFF robust')}, centered clipping "
+        f"{lying('centered clipping')}, multi-Krum {lying('multi-Krum')}, the geometric median "
+        f"{lying('geometric median')}.",
+        "**Rules over all updates gain most in some cells and lose most in others.** Where clients tell "
+        f"the truth, the worst cell of multi-Krum is {honest('multi-Krum')}, of the geometric median "
+        f"{honest('geometric median')}, of centered clipping {honest('centered clipping')}.",
+        f"**The default of `jury_mean` stays.** The next jury is better than the jury in {better} of "
+        f"{len(runs)} cells. But liars take it further below plain averaging than the half "
+        "point that was asked of it, a round of it costs more, and one seed confirms nothing.",
+        "**Votes on held-out data do not help**: the next jury whose clients keep a tenth of their "
+        f"data from training to vote on is below the next jury in {fewer} of {len(more)} cells.",
+        "**KL far** has "
+        + ", ".join(f"{signed(far[cell].difference)} ({cell.corruption})" for cell in more)
+        + ": where clients differ, it hands the round to the longest updates.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def first_sentences(runs: Runs) -> str:
@@ -256,14 +313,27 @@ def claims() -> list[str]:
 def made() -> dict[str, str]:
     """The parts of the page that are made of the CSVs, by their names."""
     every = results.read(results.RESULTS)
+    planned = run.blocks()
+    done = run.done_before(results.RESULTS)
+    parts_of_plan: dict[str, list[bool]] = {}
+    for (cell, names), part in planned.items():
+        is_done = all((*(str(x) for x in cell), name) in done for name in names)
+        parts_of_plan.setdefault(part, []).append(is_done)
     runs = results.read(results.RESULTS, RULES)
     main = of(runs, is_main)
     first = results.read(results.FIRST_STUDY)
     number = sum(len(by_seed) for by_rule in runs.values() for by_seed in by_rule.values())
     more = {cell: by_rule for cell, by_rule in every.items() if set(MORE) <= set(by_rule)}
+    few = {cell: {n: by_rule[n] for n in (*OTHERS, *MORE)} for cell, by_rule in more.items()}
     parts = {
+        "findings": findings(main, few),
+        "more rules": by_cell(few),
         "extent": f"**{len(runs)} cells in which all {len(RULES)} rules have run, {number} runs**",
-        "summary": summary(main, cost=results.costs(results.RESULTS)),
+        "plan": table(
+            ["part of the plan", "blocks run", "planned"],
+            [[part, str(sum(x)), str(len(x))] for part, x in parts_of_plan.items()],
+        ),
+        "summary": summary(main, cost=results.costs(results.COSTS)),
         "corruptions": by_corruption(main),
         "measures": by_measure(main),
         "first": summary(first),
@@ -275,13 +345,6 @@ def made() -> dict[str, str]:
     further = of(runs, lambda cell: not is_main(cell) and cell.client_rate == "0.3")
     if further:
         parts["further"] = by_cell(further)
-    if more:
-        parts["more rules"] = by_cell(
-            {
-                cell: {name: by_rule[name] for name in (*OTHERS, *MORE)}
-                for cell, by_rule in more.items()
-            }
-        )
     return parts
 
 

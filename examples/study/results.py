@@ -14,6 +14,7 @@ from typing import NamedTuple
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results.csv"
 FIRST_STUDY = HERE / "first_study.csv"
+COSTS = HERE / "costs.csv"
 PLAIN = "FedAvg"
 RULES = (
     PLAIN,
@@ -139,26 +140,16 @@ def regrets(compared: Mapping[str, Mapping[Cell, Compared]]) -> dict[str, dict[C
     }
 
 
-def costs(path: pathlib.Path) -> dict[str, float]:
-    """Processor seconds of each rule's runs over those of FedAvg in the same cell: the median.
-
-    Rules took turns in one process. The first run of a rule on a task also prepares its graphs, and is
-    left out.
-    """
-    seconds: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    seen: set[tuple[str, str]] = set()
+def costs(path: pathlib.Path) -> dict[str, dict[str, float]]:
+    """By cohort and rule: processor seconds of a round over those of FedAvg."""
+    seconds: dict[str, dict[str, float]] = defaultdict(dict)
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            if (row["task"], row["rule"]) in seen:
-                key = tuple(row[name] for name in (*Cell._fields, "seed"))
-                seconds[key][row["rule"]] = float(row["cpu_seconds"])
-            seen.add((row["task"], row["rule"]))
-    found: dict[str, list[float]] = defaultdict(list)
-    for by_rule in seconds.values():
-        for rule, number in by_rule.items():
-            if PLAIN in by_rule:
-                found[rule].append(number / by_rule[PLAIN])
-    return {rule: statistics.median(ratios) for rule, ratios in found.items()}
+            seconds[row["cohort"]][row["rule"]] = float(row["cpu_seconds"])
+    return {
+        cohort: {rule: number / by_rule[PLAIN] for rule, number in by_rule.items()}
+        for cohort, by_rule in seconds.items()
+    }
 
 
 def best_rates(runs: Runs) -> tuple[list[Cell], dict[str, dict[Cell, tuple[str, float]]]]:
@@ -221,7 +212,9 @@ def _kind(wanted: Callable[[str], bool], cells: Mapping[Cell, Compared]) -> str:
     return mean([one.difference for cell, one in cells.items() if wanted(cell.corruption)])
 
 
-def summary(runs: Runs, shown: Sequence[str] = (), cost: Mapping[str, float] | None = None) -> str:
+def summary(
+    runs: Runs, shown: Sequence[str] = (), cost: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
     """A row per rule, or for those named: worst cells, regret, gains by kind of cell, and cost."""
     compared, found = compare(runs), regrets(compare(runs))
     has_liars = any(map(is_lie, runs))
@@ -238,8 +231,7 @@ def summary(runs: Runs, shown: Sequence[str] = (), cost: Mapping[str, float] | N
             row += [_kind(lambda kind: kind.endswith("20 %"), cells)]
             row += [_kind(lambda kind: kind.endswith("40 %"), cells)]
             row += [signed(min(lying))]
-        if cost:
-            row += [f"{cost[rule]:.1f}" if rule in cost else ""]
+        row += [f"{by_rule[rule]:.1f}" for by_rule in (cost or {}).values()]
         rows.append(row)
     head = [
         "rule",
@@ -251,7 +243,7 @@ def summary(runs: Runs, shown: Sequence[str] = (), cost: Mapping[str, float] | N
         "bad data, updates",
     ]
     head += ["20 % lie", "40 % lie", "worst with liars"] if has_liars else []
-    return table(head + (["cost"] if cost else []), rows)
+    return table([*head, *(f"cost, {cohort}" for cohort in cost or {})], rows)
 
 
 def _is_usual(kind: str) -> bool:

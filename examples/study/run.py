@@ -214,7 +214,11 @@ def blocks() -> OrderedDict[tuple[Cell, tuple[str, ...]], str]:
 
 
 def build_process(
-    task: str, server: str, rule: str, client_rate: float = RATE
+    task: str,
+    server: str,
+    rule: str,
+    client_rate: float = RATE,
+    vectorize: bool | None = None,
 ) -> tff_optim.ResidentProcess:
     """One process for a task, a server's optimizer and a rule, run where its rounds are fastest."""
     model, entry = tasks.make_model(tasks.load(task)), ALL_RULES[rule]
@@ -235,7 +239,8 @@ def build_process(
     else:
         told = bad_clients.deceived(entry.make())
         plain = aggregators.build_fed_avg(model, client, optimizer, rule=told)
-    return tff_optim.ResidentProcess(plain, device="CPU:0", vectorize=entry.vectorize)
+    beside = entry.vectorize if vectorize is None else vectorize
+    return tff_optim.ResidentProcess(plain, device="CPU:0", vectorize=beside)
 
 
 def run(
@@ -321,6 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=HERE / "runs.csv", help="the CSV")
     parser.add_argument("--minutes", type=float, default=np.inf, help="no block starts after these")
+    parser.add_argument("--only", help="the blocks of this part of the plan alone")
     parser.add_argument("--list", action="store_true", help="the parts of the plan, and no more")
     options = parser.parse_args()
     if options.list:
@@ -339,7 +345,7 @@ def main() -> None:
                 writer.writeheader()
             for (cell, names), part in blocks().items():
                 todo = [n for n in names if (*(str(x) for x in cell), n) not in done]
-                if not todo:
+                if not todo or options.only not in (None, part):
                     continue
                 if time.monotonic() - began > 60.0 * options.minutes:
                     break
