@@ -142,7 +142,8 @@ def jury_mean(
     alike (`client_weighting=UNIFORM`). `vote_limit` limits what a lying vote can do. But a client that
     reports a loss of 0 weighs more in that candidate, and enough such clients that vote for it steer
     the update: in a simulation, two liars of ten cost up to 8.7 points of accuracy against plain
-    averaging and four up to 69, where `redescending_mean` lost at most 0.5. Not for a secure sum.
+    averaging and four up to 69, where `redescending_mean` lost at most 0.5; `examples/study` has
+    attackers through TFF that cost more. Not for a secure sum.
 
     Args:
       candidates: Pairs of a score and a weighting, as `adaptive_mean` takes them; at most one score
