@@ -113,6 +113,11 @@ class OneByOne:
             found = dict(zip(self._client.inputs, context, strict=True))
             add(once.operations, found)
             uses = list(each.uses)
+            # Constants of the sum, too, must be outside of the loop.
+            constant, summing = parted(self._accumulate, self._accumulate.inputs)
+            constants: Tensors = {}
+            add(constant.operations, constants)
+            used = list(summing.uses)
             shared = _Shared(
                 zero=tf.constant(0),
                 one=tf.constant(1),
@@ -120,6 +125,7 @@ class OneByOne:
                 edges=edges,
                 rows=[tf.gather(array, order) for array in arrays],
                 values=[found[value] for value in uses],
+                constants=[constants[value] for value in used],
             )
 
             def turn(state: list[tf.Tensor], others: list[Any]) -> list[tf.Tensor]:
@@ -128,7 +134,8 @@ class OneByOne:
                 following = at + shared.one
                 span = [_element(ends, i, shared) for i in (at, following)]
                 update = _client(each, uses, shared, span)
-                return [following, *evaluate(self._accumulate, [*total, *update], {})]
+                outside = dict(zip(used, shared.constants, strict=True))
+                return [following, *evaluate(summing, [*total, *update], outside)]
 
             return loop(
                 lambda state, others: state[0] < others[0],
@@ -150,6 +157,7 @@ class _Shared:
       edges: Where each batch begins in `rows`, and the end.
       rows: Those of all clients.
       values: What a client's program uses from outside.
+      constants: What the sum uses from outside.
     """
 
     zero: tf.Tensor
@@ -158,6 +166,7 @@ class _Shared:
     edges: tf.Tensor
     rows: list[tf.Tensor]
     values: list[tf.Tensor]
+    constants: list[tf.Tensor]
 
 
 def _client(
