@@ -21,6 +21,7 @@ PAGES_OF = {
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "examples/index.md",
     "examples/study/README.md": "study.md",
+    "examples/study/tables.md": "study_tables.md",
     "examples/benchmarks/rivals/README.md": "benchmarks/rivals.md",
 }
 # What a page of the site stands for, where the repository has a folder's own page.

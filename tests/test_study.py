@@ -34,8 +34,8 @@ def cell_of(row):
     return run.Cell(**{name: kinds[name](row[name]) for name in run.Cell._fields})
 
 
-def test_the_page_holds_what_is_made_of_the_csvs():
-    page = report.PAGE.read_text()
+def test_the_pages_hold_what_is_made_of_the_csvs():
+    page = "".join(path.read_text() for path in report.PAGES)
     parts = report.made()
     assert set(re.findall(r"<!-- made: ([\w ]+) -->", page)) == set(parts)
     assert report.written(page, parts) == page
@@ -51,7 +51,7 @@ def test_a_changed_csv_changes_the_page(monkeypatch, tmp_path):
     head, _ = line.rsplit(",", 1)
     changed.write_text(text.replace(line, f"{head},{' '.join(['0.0100'] * run.ROUNDS)}"))
     monkeypatch.setattr(results, "RESULTS", changed)
-    page = report.PAGE.read_text()
+    page = report.PAGES[0].read_text()
     assert report.written(page, report.made()) != page
 
 

@@ -1,7 +1,7 @@
 """Tables, sentences and the picture of the study, from its CSVs.
 
 python examples/study/report.py            prints what the page's made parts are
-python examples/study/report.py --write    writes them into README.md, and draws the picture
+python examples/study/report.py --write    writes them into its pages, and draws the picture
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tff_optim.interrupts import end_worker_at_exit
 from tff_optim.simulation import plots
 
 HERE = pathlib.Path(__file__).parent
-PAGE = HERE / "README.md"
+PAGES = (HERE / "README.md", HERE / "tables.md")
 MORE = ("KL far", "next jury, held-out votes")  # run in some cells
 OTHERS = (PLAIN, "KL near", "next jury")  # beside which they are shown
 STUDENT_95 = 2.132  # what a mean of five differs by at most, in standard errors, one-sided
@@ -237,7 +237,7 @@ def findings(runs: Runs, further: Runs, more: Runs) -> str:
         f"data from training to vote on is below the next jury in {fewer} of {len(more)} cells.",
         f"**One seed says little.** With 60 clients and random labels the jury has {many[0]}; on two "
         f"further seeds, {many[1]} and {many[2]}. That one aside, its worst cell where clients tell the "
-        f"truth, of all tables below, is {aside}.",
+        f"truth, of all tables, is {aside}.",
         "**Where norms may not be about 1, give `initial_norm=None`**: with norms ten times as long and "
         f"nobody bad the redescending mean has {signed(scaled['redescending'])}, the jury "
         f"{signed(scaled['jury'])}, and the next jury, which finds the norm in the first round, "
@@ -387,14 +387,15 @@ def written(page: str, parts: Mapping[str, str]) -> str:
 def main() -> None:
     """Prints the parts, or writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md, and the picture")
+    parser.add_argument("--write", action="store_true", help="into the pages, and the picture")
     options = parser.parse_args()
     end_worker_at_exit()
     parts = made()
     if not options.write:
         print("\n\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
         return
-    PAGE.write_text(written(PAGE.read_text(), parts))
+    for page in PAGES:
+        page.write_text(written(page.read_text(), parts))
     draw(of(results.read(results.RESULTS, RULES), is_main), HERE / "regret")
 
 
