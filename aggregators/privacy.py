@@ -29,22 +29,21 @@ def epsilon(
     ```
 
     Neighbours differ by adding or removing one record (`ADD_OR_REMOVE_ONE`), and a record enters each
-    sum with `sampling_probability`, independently of all others. TFF's batches and cohorts are not
-    drawn so: batches are cut from a dataset in its order, cohorts have a fixed size. As is usual, the
-    number then stands for the mechanism that is meant and not for the one that runs; for one that
-    holds without any assumption about sampling take `sampling_probability=1`, where a record takes
-    part in each of `steps` sums.
+    sum with `sampling_probability`, independently of all others. TFF does not sample so: it cuts batches
+    from a dataset in its order, and cohorts have a fixed size. As is usual, epsilon then describes the
+    intended mechanism and not the one that runs. With `sampling_probability=1`, where a record takes
+    part in each of `steps` sums, it holds without any assumption about sampling.
 
     Where a record is an example of one client (`ExampleClipping`): a step is one batch,
     `sampling_probability` is expected batch size / examples of that client, and `steps` the batches that
-    the client trains on over all rounds in which it takes part. The guarantee holds towards whoever
+    the client trains on over all rounds in which it takes part. The guarantee holds towards anyone who
     sees the client's updates, and for the client with the largest figure. `noise_multiplier` is that of
     `ExampleClipping`.
 
     Where a record is a client (`tff.learning.dp_aggregator`): a step is one round,
     `sampling_probability` is clients per round / clients, and `noise_multiplier` that of
     `dp_aggregator`, whose default adaptive clipping spends some of it on the norm already. The guarantee
-    holds towards whoever sees the models of the server.
+    holds towards anyone who sees the server's models.
 
     Args:
       noise_multiplier: Standard deviation of the noise over what one record can change; at least 0.
@@ -92,9 +91,9 @@ def noise_multiplier_for(
     Args:
       target_epsilon: Above 0.
       sampling_probability: As for `epsilon`.
-      steps: How many sums there are, at least 1.
-      delta: Above 0, below 1; less than one over the number of records.
-      accountant: `"rdp"`, Renyi DP, or `"pld"`, privacy loss distributions: tighter, and slower.
+      steps: As for `epsilon`, at least 1.
+      delta: As for `epsilon`.
+      accountant: As for `epsilon`.
 
     Returns:
       The multiplier, to 1e-6.

@@ -107,33 +107,27 @@ def looks(rule: object) -> bool:
         return False
 
 
+_SCALE_HINT = 'Or "running", for the running mean score; None for scores as they are.'
+_BOUND_HINT = "It is the largest ratio between two clients' weights; None for no limit."
+_DECAY_HINT = "It is the share of the earlier rounds."
+
+
 def _scale(value: object) -> Hparam | Literal["running"] | None:
     if value is None:
         return None
     if isinstance(value, str) and value == "running":
         return "running"
-    try:
-        return hparam("scale", value, _LEAST_SCALE, _LARGEST_SCALE)
-    except ValueError:
-        raise ValueError(
-            f'`scale` must be None, "running" or a number from {_LEAST_SCALE:g} to '
-            f"{_LARGEST_SCALE:g}; found {value!r}. None uses scores as they are."
-        ) from None
+    return hparam("scale", value, _LEAST_SCALE, _LARGEST_SCALE, hint=_SCALE_HINT)
 
 
 def _bound(value: object) -> Hparam | None:
     return value if value is None else hparam("bound", value, 1.0, hint=_BOUND_HINT)
 
 
-_BOUND_HINT = "It is the largest ratio between two clients' weights; None for no limit."
-
-
 def _decay(value: object) -> Hparam:
     if isinstance(value, Hparam):
         return value
-    return hparam(
-        "decay", value, 0.0, 1.0, below=True, hint="It is the share of the earlier rounds."
-    )
+    return hparam("decay", value, 0.0, 1.0, below=True, hint=_DECAY_HINT)
 
 
 def _own(hparams: Mapping[str, object]) -> Mapping[str, Hparam]:
@@ -347,7 +341,7 @@ def log_weights(
       scores: The client's scores, floating of shape `[num_layers]`.
       weight: The client's own weight (number of examples), a finite number of at least 0.
       state: `typical_score`, the mean score of earlier rounds, shape `[num_layers]`, 0 where not
-        known; `round`; and the weighting's numbers.
+        known; `round`; and the weighting's hyperparameters.
       loss: The client's loss, for a rule that looks at it.
 
     Returns:

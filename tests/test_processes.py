@@ -537,12 +537,12 @@ def test_all_clients_bad_leaves_the_model_and_the_optimizer_as_they_were(build):
         (
             lambda m: aggregators.build_fed_kl(m, SGD, client_weighting=None),
             TypeError,
-            "`client_weighting` must be a member",
+            "`client_weighting` must be a `ClientWeighting`",
         ),
         (
             lambda m: aggregators.build_fed_kl(m, SGD, loop_implementation="reduce"),
             TypeError,
-            "`loop_implementation` must be a member",
+            "`loop_implementation` must be a `LoopImplementation`",
         ),
     ],
 )

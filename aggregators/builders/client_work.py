@@ -32,15 +32,13 @@ def build_client_work(
 ) -> tff.learning.templates.ClientWorkProcess:
     """Trains as TFF's client work does, and sends what a rule needs with the update.
 
-    Training, metrics and weights are those of
-    `tff.learning.templates.build_model_delta_client_work` (or of its functional twin), number for
-    number, but for one: a client without examples has weight 0 under uniform weighting too, since
-    its score and its loss would be 0, the best of all. Scores are taken in the same computation,
-    from the weights at hand.
+    Training, metrics and weights are those of `tff.learning.templates.build_model_delta_client_work`
+    (or of its functional twin), number for number, with one exception: a client without examples has
+    weight 0 under uniform weighting too, since its score and loss would be 0, the best of all.
 
     The update is a `MeasuredUpdate`, for `RuleFactory`. A client whose update or loss is not finite
-    sends zeros with weight 0, and says so in `non_finite`. An update counts as finite up to a norm of
-    2.6e19. `build_fed_avg` does all of this by itself.
+    sends zeros with weight 0, and says so in `non_finite`. Updates are finite up to a norm of 2.6e19.
+    `build_fed_avg` does all of this by itself.
 
     Args:
       model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
@@ -48,10 +46,8 @@ def build_client_work(
       optimizer: The client's optimizer.
       needs: What to measure: `rule.needs`.
       client_weighting: By number of examples, or uniform.
-      metrics_aggregator: As for `tff.learning.algorithms.build_weighted_fed_avg`.
-      loop_implementation: How a client goes over its data. A loop over the dataset's iterator if not
-        given: for a `dataset.reduce`, TFF's default, TensorFlow prepares the step anew for every
-        client, which takes longer than the training of a small model.
+      metrics_aggregator: As for `build_fed_avg`.
+      loop_implementation: As for `build_fed_avg`.
 
     Returns:
       A `tff.learning.templates.ClientWorkProcess`. Its state is the optimizer's hyperparameters,

@@ -13,7 +13,7 @@ def federated_print(value: tff.Value, message: str, *, summarize: int = 3) -> tf
 
     For use inside a `tff.federated_computation`. A value at clients prints one line per client, in
     no particular order; one at the server one line. Lines look like `message: name=tensor ...`, the
-    tensors by their places in the structure (a tensor alone without), and go to the standard error
+    tensors by their paths in the structure (a tensor alone without), and go to the standard error
     of the TFF worker, which is the terminal that started Python.
 
     Only what is used runs: use the returned value in place of the one given, or nothing is printed.

@@ -1,4 +1,7 @@
-"""Named rules as whole learning processes: `build_fed_avg` with their arguments."""
+"""Named rules as whole learning processes: `build_fed_avg` with their arguments.
+
+All raise `TypeError` for an argument of the wrong kind, and `ValueError` for one out of its range.
+"""
 
 from typing import Any, Literal
 
@@ -53,10 +56,6 @@ def build_fed_kl(
     Returns:
       A `LearningProcess`; see `build_fed_avg`.
 
-    Raises:
-      TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range.
-
     Example: with the `model` and `sgd` of `build_fed_avg`
 
       >>> process = build_fed_kl(model, sgd, temperature=0.5, bound=20.0)
@@ -89,10 +88,6 @@ def build_fed_att(
 
     Returns:
       A `LearningProcess`; see `build_fed_avg`.
-
-    Raises:
-      TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 
@@ -137,10 +132,6 @@ def build_fed_med(
 
     Returns:
       A `LearningProcess`; `metrics["aggregator"]["adaptive"]` is the branch.
-
-    Raises:
-      TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 
@@ -262,10 +253,6 @@ def build_scaffold(
 
     Returns:
       A `LearningProcess` whose client data come from `ClientStates.cohort`; see `build_fed_avg`.
-
-    Raises:
-      TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 

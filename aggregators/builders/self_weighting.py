@@ -81,10 +81,10 @@ def build_self_weighting_client_work(
       sample_size: How many clients the measurements list one by one.
 
     Returns:
-      A `tff.learning.templates.ClientWorkProcess`. Its state is an `OrderedDict` of `client_work`
-      (that process' state), `typical_score` (float32 of shape `[1]`), `round` and the weighting's
-      numbers. `client_work`'s hyperparameters and measurements get one more entry each, `weighting`:
-      those numbers, and what `aggregators.weighted_mean.statistics.measure` describes.
+      A `tff.learning.templates.ClientWorkProcess`. Its state is an `OrderedDict` of `client_work` (that
+      process' state), `typical_score` (float32 of shape `[1]`), `round` and the weighting's
+      hyperparameters. `client_work`'s hyperparameters and measurements get one more entry each,
+      `weighting`: the latter, and what `aggregators.weighted_mean.statistics.measure` describes.
 
     Raises:
       TypeError: If an argument is of the wrong kind or the client work does not fit.
@@ -130,13 +130,13 @@ def build_self_weighting_client_work(
         )
     reduction = statistics_reduction(1, sample_size)
     inner_type = state_type.member
-    numbers = weighting.all_hparams
+    own_hparams = weighting.all_hparams
 
     def own_state(round_number: tf.Tensor, typical_score: tf.Tensor) -> OrderedDict[str, Structure]:
         return OrderedDict(
             typical_score=typical_score,
             round=round_number,
-            **hyperparameters.values(numbers, round_number),
+            **hyperparameters.values(own_hparams, round_number),
         )
 
     @tff.tensorflow.computation(inner_type)
@@ -209,11 +209,11 @@ def build_self_weighting_client_work(
         def on_server(
             state: State, inner: Structure, measured: Structure, totals: Totals
         ) -> tuple[State, Measurements]:
-            state = hyperparameters.check_schedules(numbers, state)
+            state = hyperparameters.check_schedules(own_hparams, state)
             seen = measure(totals, relative_scale(weighting, state))
             typical = next_typical_score(weighting, state, seen["score_mean"].values)
             new = OrderedDict(client_work=inner, **own_state(state["round"] + 1, typical))
-            new.update(hyperparameters.read(numbers, state))
+            new.update(hyperparameters.read(own_hparams, state))
             scalars = OrderedDict(
                 (name, x.values[..., 0] if isinstance(x, PerLayer) else x)
                 for name, x in seen.items()
@@ -231,11 +231,11 @@ def build_self_weighting_client_work(
     @tff.tensorflow.computation(outer_type)
     def get_hparams(state: State) -> Hyperparameters:
         inner = client_work.get_hparams(state["client_work"])
-        return _with(inner, "weighting", hyperparameters.read(numbers, state), inner_hparams)
+        return _with(inner, "weighting", hyperparameters.read(own_hparams, state), inner_hparams)
 
     @tff.tensorflow.computation(outer_type, get_hparams.type_signature.result)
     def set_hparams(state: State, hparams: Hyperparameters) -> State:
-        new = hyperparameters.write(numbers, state, hparams["weighting"])
+        new = hyperparameters.write(own_hparams, state, hparams["weighting"])
         inner = _without(hparams, "weighting", inner_hparams)
         new["client_work"] = client_work.set_hparams(state["client_work"], inner)
         return new

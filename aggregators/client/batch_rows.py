@@ -28,8 +28,8 @@ def _is_of(name: str, whole: str) -> bool:
 def check_parts(spec: Batch, shared: Sequence[str]) -> None:
     """Raises `ValueError` for a batch that can be seen to have parts without its rows.
 
-    Such a part is a scalar, has a first dimension that is not that of others, or one that is known
-    where that of others is not: it is then no number of examples, which differs from batch to batch.
+    Such a part is a scalar, or its first dimension differs from that of others, or it is known where
+    that of others is not: a known dimension does not count examples, which differ from batch to batch.
 
     Args:
       spec: The batch: tensors, or their `tf.TensorSpec`s.

@@ -278,12 +278,6 @@ def measurements(counts: tff.Value) -> tff.Value:
     return tff.federated_map(_measurements, tff.federated_sum(counts))
 
 
-def check_clipping(clipping: object) -> None:
-    """Raises `TypeError` for anything but an `ExampleClipping`, or None for no clipping."""
-    if clipping is not None:
-        checks.instance("example_clipping", clipping, ExampleClipping)
-
-
 def check_examples_are_apart(model_fn: ModelFn, clipping: ExampleClipping) -> None:
     """Raises `ValueError` for a model whose batches cannot be taken apart into examples.
 

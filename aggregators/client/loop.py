@@ -20,7 +20,13 @@ from aggregators.client.model_adapters import Held, Output, adapter_of
 from aggregators.core.autograph import with_autograph
 from aggregators.core.candidates import Models, errors_of_batch, mean_errors, no_errors
 from aggregators.core.needs import Needs
-from aggregators.core.stateful_client import Context, Trained, correction, densify
+from aggregators.core.stateful_client import (
+    Context,
+    GradientCorrection,
+    Trained,
+    correction,
+    densify,
+)
 from aggregators.core.types import (
     Batch,
     Gradients,
@@ -36,6 +42,7 @@ from aggregators.core.types import (
 )
 
 Loop: TypeAlias = tff.learning.LoopImplementation
+_Step: TypeAlias = Callable[[Structure, Batch], Structure]
 
 
 def build_loop(
@@ -80,9 +87,7 @@ def build_loop(
             output = model.forward(held, batch, training=training)
         return tape.gradient(output.loss, weights), output
 
-    def gradient(
-        held: Held, metrics: Metrics, batch: Batch, noise_position: Tensors
-    ) -> tuple[Gradients, tf.Tensor, tf.Tensor, Metrics, Structure]:
+    def gradient(held: Held, metrics: Metrics, batch: Batch, noise_position: Tensors) -> Structure:
         """The gradient of a batch, its loss and examples, the metrics, and what clipping counted."""
         if clipping is None:
             gradients, output = differentiate(held, batch, training=True)
@@ -110,10 +115,7 @@ def build_loop(
         return found.gradients, found.loss, examples, metrics, found.counts
 
     def step(
-        noise_position: Tensors,
-        correct: Callable[[Gradients, Weights], Gradients],
-        state: Structure,
-        batch: Batch,
+        noise_position: Tensors, correct: GradientCorrection, state: Structure, batch: Batch
     ) -> Structure:
         held, optimizer_state, metrics, sums, counts, seen, steps = state
         gradients, loss, examples, metrics, found = gradient(
@@ -224,11 +226,7 @@ def initial_state(
 
 
 def fold(
-    loop: Loop,
-    dataset: tf.data.Dataset,
-    state: Structure,
-    step: Callable[[Structure, Batch], Structure],
-    after: Structure = (),
+    loop: Loop, dataset: tf.data.Dataset, state: Structure, step: _Step, after: Structure = ()
 ) -> Structure:
     """Folds a dataset's batches into a state: `step(state, batch) -> state`.
 
@@ -241,21 +239,12 @@ def fold(
         iterator when it is made: made in no order of their own, they would get another in each run.
     """
     with tf.control_dependencies(tf.nest.flatten(after)):
-        return _fold(loop, dataset, state, step)
-
-
-def _fold(
-    loop: Loop,
-    dataset: tf.data.Dataset,
-    state: Structure,
-    step: Callable[[Structure, Batch], Structure],
-) -> Structure:
-    if loop is Loop.DATASET_REDUCE:
-        return dataset.reduce(state, tf.autograph.experimental.do_not_convert(step))
-    iterator = iter(dataset)
-    _, state = tf.while_loop(
-        lambda batch, state: batch.has_value(),
-        lambda batch, state: (iterator.get_next_as_optional(), step(state, batch.get_value())),
-        (iterator.get_next_as_optional(), state),
-    )
-    return state
+        if loop is Loop.DATASET_REDUCE:
+            return dataset.reduce(state, tf.autograph.experimental.do_not_convert(step))
+        iterator = iter(dataset)
+        _, state = tf.while_loop(
+            lambda batch, state: batch.has_value(),
+            lambda batch, state: (iterator.get_next_as_optional(), step(state, batch.get_value())),
+            (iterator.get_next_as_optional(), state),
+        )
+        return state

@@ -1,7 +1,7 @@
-"""The two kinds of model that TFF knows, as the one training loop sees them."""
+"""The two kinds of model that TFF knows, with one interface for the training loop."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import attrs
 import tensorflow as tf
@@ -43,46 +43,6 @@ class Output(NamedTuple):
     examples: tf.Tensor
 
 
-class ModelAdapter(Protocol):
-    """A model whose weights and metrics go from batch to batch through a loop.
-
-    A functional model takes both as tensors. A variable model keeps both in variables of its own,
-    and empty tuples go through the loop in their place.
-    """
-
-    def start(self, weights: ModelWeights) -> Held:
-        """What goes through the loop for these `ModelWeights`, trainable and other."""
-
-    def trainable(self, held: Held) -> Weights:
-        """The trainable weights, flat: tensors or variables."""
-
-    def assign(self, held: Held, trainable: Weights) -> Held:
-        """What goes through the loop once these are the trainable weights."""
-
-    def forward(self, held: Held, batch: Batch, *, training: bool) -> Output:
-        """One forward pass. That of a variable model updates its metrics as well."""
-
-    def start_metrics(self) -> Metrics:
-        """The metrics of no batch."""
-
-    def update_metrics(self, metrics: Metrics, output: Output) -> Metrics:
-        """The metrics with a batch's output, whose forward pass was the last one."""
-
-    def without_metrics(self, compute: Callable[[], _T]) -> _T:
-        """The result of a computation whose forward passes leave the metrics as they were."""
-
-    def report_metrics(self, metrics: Metrics) -> Metrics:
-        """The unfinalized metrics, as tensors of this moment."""
-
-
-def adapter_of(model_fn: ModelFn) -> ModelAdapter:
-    """Adapts a functional model, or the variable model that a function makes here, once."""
-    if isinstance(model_fn, tff.learning.models.FunctionalModel):
-        return _FunctionalAdapter(model_fn)
-    model = model_fn()
-    return _VariableAdapter(model, tff.learning.models.ModelWeights.from_model(model))
-
-
 def _rows(predictions: Predictions) -> tf.Tensor:
     """TFF's own count, the first dimension of the predictions; of several, that of them all."""
     several = tree.flatten_with_path(predictions)
@@ -99,18 +59,24 @@ def _rows(predictions: Predictions) -> tf.Tensor:
 
 @attrs.frozen
 class _FunctionalAdapter:
+    """A functional model, whose weights and metrics are tensors that go through a loop."""
+
     model: tff.learning.models.FunctionalModel
 
     def start(self, weights: ModelWeights) -> Held:
+        """What goes through the loop for these weights, trainable and other."""
         return tuple(weights.trainable), tuple(weights.non_trainable)
 
     def trainable(self, held: Held) -> Weights:
+        """The trainable weights, flat: tensors or variables."""
         return held[0]
 
     def assign(self, held: Held, trainable: Weights) -> Held:
+        """What goes through the loop once these are the trainable weights."""
         return tuple(trainable), held[1]
 
     def forward(self, held: Held, batch: Batch, *, training: bool) -> Output:
+        """One forward pass. That of a variable model updates its metrics as well."""
         x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
         # TFF takes nothing but a `tf.function` for these two, so AutoGraph has seen them.
         predictions = self.model.predict_on_batch(held, x, training=training)
@@ -118,9 +84,11 @@ class _FunctionalAdapter:
         return Output(loss, predictions, y, _rows(predictions))
 
     def start_metrics(self) -> Metrics:
+        """The metrics of no batch."""
         return with_autograph(self.model.initialize_metrics_state)()
 
     def update_metrics(self, metrics: Metrics, output: Output) -> Metrics:
+        """The metrics with a batch's output, whose forward pass was the last one."""
         batch_output = tff.learning.models.BatchOutput(
             loss=output.loss,
             predictions=output.predictions,
@@ -130,14 +98,18 @@ class _FunctionalAdapter:
         return update(metrics, labels=output.labels, batch_output=batch_output)
 
     def without_metrics(self, compute: Callable[[], _T]) -> _T:
+        """The result of a computation whose forward passes leave the metrics as they were."""
         return compute()
 
     def report_metrics(self, metrics: Metrics) -> Metrics:
+        """The unfinalized metrics, as tensors that later passes do not change."""
         return metrics
 
 
 @attrs.frozen
 class _VariableAdapter:
+    """A variable model, which keeps weights and metrics: empty tuples go through the loop for them."""
+
     model: tff.learning.models.VariableModel
     weights: tff.learning.models.ModelWeights
 
@@ -180,3 +152,11 @@ class _VariableAdapter:
         found = with_autograph(self.model.report_local_unfinalized_metrics)()
         # A model may return its variables, which later passes change.
         return tf.nest.map_structure(tf.identity, found)
+
+
+def adapter_of(model_fn: ModelFn) -> _FunctionalAdapter | _VariableAdapter:
+    """Adapts a functional model, or the variable model that a function makes here, once."""
+    if isinstance(model_fn, tff.learning.models.FunctionalModel):
+        return _FunctionalAdapter(model_fn)
+    model = model_fn()
+    return _VariableAdapter(model, tff.learning.models.ModelWeights.from_model(model))

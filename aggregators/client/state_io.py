@@ -1,4 +1,4 @@
-"""How the graph that trains a client reads and writes its state: by what `ClientStates` sends it."""
+"""Reads and writes a client's state in the graph that trains it, by the paths of `ClientStates`."""
 
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which states of clients count: by client and round, changed by whole rounds alone."""
+"""The table of client states that count, by client and round; it changes by whole rounds."""
 
 import contextlib
 import hashlib
@@ -60,12 +60,12 @@ class Contents:
         kept = self.states.get(number)
         return kept[-1] if kept else None
 
-    def after(self, numbers: Iterable[int], cohort: str, keep: int) -> "Contents":
+    def after(self, clients: Iterable[int], cohort: str, keep: int) -> "Contents":
         """With new states of these clients, and without what no round of the last `keep` needs."""
         following = self.round + 1
         oldest = max(self.oldest, following - keep)
         states = dict(self.states)
-        for number in numbers:
+        for number in clients:
             states[number] = (*states.get(number, ()), Entry(number, following, cohort))
         return Contents(following, oldest, {n: _since(oldest, kept) for n, kept in states.items()})
 

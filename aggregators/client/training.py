@@ -2,18 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import attrs
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from aggregators.client.example_clipping import (
-    ExampleClipping,
-    check_clipping,
-    check_examples_are_apart,
-)
-from aggregators.client.loop import build_loop, initial_state
+from aggregators.client.example_clipping import ExampleClipping, check_examples_are_apart
+from aggregators.client.loop import Loop, build_loop, initial_state
+from aggregators.core import checks
 from aggregators.core.autograph import with_autograph
 from aggregators.core.candidates import Models
 from aggregators.core.layers import ModelLayers, names_of_variables
@@ -33,6 +30,8 @@ from aggregators.core.types import (
 )
 from aggregators.core.update import ClientUpdate, client_update
 
+ClientWeighting: TypeAlias = tff.learning.ClientWeighting
+
 
 class ClientOutput(NamedTuple):
     """What one client's work gives.
@@ -49,10 +48,6 @@ class ClientOutput(NamedTuple):
     metrics: Metrics
     counts: Structure
     state: State
-
-
-def _fresh_state(fresh: State) -> State:
-    return fresh
 
 
 @attrs.frozen
@@ -72,25 +67,17 @@ class ClientTraining:
     model_fn: ModelFn
     optimizer: Optimizer
     needs: Needs
-    client_weighting: tff.learning.ClientWeighting
+    client_weighting: ClientWeighting
     metrics_aggregator: MetricsAggregator | None
-    loop_implementation: tff.learning.LoopImplementation
+    loop_implementation: Loop
     example_clipping: ExampleClipping | None = None
 
     def __attrs_post_init__(self) -> None:
         check_model_fn(self.model_fn)
-        for argument, kind in (
-            ("client_weighting", tff.learning.ClientWeighting),
-            ("loop_implementation", tff.learning.LoopImplementation),
-        ):
-            found = getattr(self, argument)
-            if not isinstance(found, kind):
-                raise TypeError(
-                    f"`{argument}` must be a member of tff.learning.{kind.__name__}; found {found!r}."
-                )
-
-        check_clipping(self.example_clipping)
+        checks.instance("client_weighting", self.client_weighting, ClientWeighting)
+        checks.instance("loop_implementation", self.loop_implementation, Loop)
         if self.example_clipping is not None:
+            checks.instance("example_clipping", self.example_clipping, ExampleClipping)
             check_examples_are_apart(self.model_fn, self.example_clipping)
 
     def hparams(self) -> Hyperparameters:
@@ -99,9 +86,33 @@ class ClientTraining:
 
     def types(self) -> "ModelTypes":
         """The model's types, the names of its weights, and the aggregation of its metrics."""
-        return _model_types(
-            self.model_fn, self.metrics_aggregator or tff.learning.metrics.sum_then_finalize
-        )
+        model_fn, names = self.model_fn, None
+        metrics_aggregator = self.metrics_aggregator or tff.learning.metrics.sum_then_finalize
+        if isinstance(model_fn, tff.learning.models.FunctionalModel):
+            model = model_fn
+            weights = tff.learning.models.ModelWeights(
+                *(
+                    tuple(tf.TensorSpec(w.shape, tf.as_dtype(w.dtype)) for w in part)
+                    for part in model.initial_weights
+                )
+            )
+            weights_type = tff.types.tensorflow_to_type(weights)
+            finalizers = model.finalize_metrics
+        else:
+            with tf.Graph().as_default():  # its variables must not outlive this look at it
+                model = model_fn()
+                if not isinstance(model, tff.learning.models.VariableModel):
+                    raise TypeError(
+                        "`model_fn` must make a tff.learning.models.VariableModel; "
+                        f"found {type(model)}."
+                    )
+                finalizers = model.metric_finalizers()
+                weights_type = tff.learning.models.weights_type_from_model(model)
+                names = names_of_variables(tf.nest.flatten(model.trainable_variables))
+        with tf.Graph().as_default():
+            aggregate = metrics_aggregator(finalizers)
+        data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(model.input_spec))
+        return ModelTypes(weights_type, data_type, names, aggregate)
 
     def work(self, layers: ModelLayers) -> Callable[..., ClientOutput]:
         """The work of one client: `(weights, dataset, hparams, rule_state, load, noise_position)`.
@@ -122,7 +133,7 @@ class ClientTraining:
             dataset: tf.data.Dataset,
             hparams: Hyperparameters,
             rule_state: State,
-            load: Callable[[State], State] = _fresh_state,
+            load: Callable[[State], State] = lambda fresh: fresh,
             noise_position: Tensors = (),
         ) -> ClientOutput:
             trainable = tuple(tf.nest.flatten(weights.trainable))
@@ -144,7 +155,7 @@ class ClientTraining:
                 measured["steps"] = done.steps
             if done.errors is not None:
                 measured["candidate_errors"], measured["errors_are_losses"] = done.errors
-            if self.client_weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
+            if self.client_weighting is ClientWeighting.NUM_EXAMPLES:
                 weight = tf.cast(done.examples, tf.float64)
             else:
                 # Without examples there is neither score nor loss, and zeros look like the best.
@@ -183,35 +194,6 @@ class ModelTypes(NamedTuple):
     data: tff.Type
     names: Sequence[str] | None
     aggregate_metrics: tff.Computation
-
-
-def _model_types(model_fn: ModelFn, metrics_aggregator: MetricsAggregator) -> ModelTypes:
-    names = None
-    if isinstance(model_fn, tff.learning.models.FunctionalModel):
-        model = model_fn
-        weights = tff.learning.models.ModelWeights(
-            *(
-                tuple(tf.TensorSpec(w.shape, tf.as_dtype(w.dtype)) for w in part)
-                for part in model.initial_weights
-            )
-        )
-        weights_type = tff.types.tensorflow_to_type(weights)
-        finalizers = model.finalize_metrics
-    else:
-        with tf.Graph().as_default():  # its variables must not outlive this look at it
-            model = model_fn()
-            if not isinstance(model, tff.learning.models.VariableModel):
-                raise TypeError(
-                    "`model_fn` must make a tff.learning.models.VariableModel; "
-                    f"found {type(model)}."
-                )
-            finalizers = model.metric_finalizers()
-            weights_type = tff.learning.models.weights_type_from_model(model)
-            names = names_of_variables(tf.nest.flatten(model.trainable_variables))
-    with tf.Graph().as_default():
-        aggregate = metrics_aggregator(finalizers)
-    data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(model.input_spec))
-    return ModelTypes(weights_type, data_type, names, aggregate)
 
 
 def check_model_fn(model_fn: object) -> None:

@@ -13,7 +13,7 @@ _CONTEXT = _autograph.control_status_ctx()
 def with_autograph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Converts the control flow of a function, and of all that it calls.
 
-    What surrounds it need not be converted, which takes seconds when a process is built first.
+    The code around it stays as it is: converting that takes seconds when a process is first built.
 
     Args:
       function: A function of a model, an optimizer or a rule.

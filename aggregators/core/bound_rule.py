@@ -46,7 +46,7 @@ class BoundRule:
         Args:
           rule: The rule.
           update_type: TFF type of an update.
-          names: The tensors' names; their places in the type if None.
+          names: The tensors' names; their paths in the type if None.
           sample_size: How many clients the measurements list one by one.
         """
         check_rule(rule)
@@ -61,8 +61,8 @@ class BoundRule:
 
     def _initial_state(self) -> OrderedDict[str, Structure]:
         start = tf.constant(0)
-        numbers = OrderedDict(round=start, **hyperparameters.values(self.rule.hparams, start))
-        return checks.joined("initial_state", numbers, self.rule.initial_state(self.layers))
+        first = OrderedDict(round=start, **hyperparameters.values(self.rule.hparams, start))
+        return checks.joined("initial_state", first, self.rule.initial_state(self.layers))
 
     def scores(self, server: Structure, client: Structure) -> tf.Tensor:
         """The scores that the rule needs, of a model that a client trained."""
@@ -79,9 +79,9 @@ class BoundRule:
         found = self._call("server", self.rule.server, state, reduced)
         checks.returned("server", found, RuleResult)
         following = state["round"] + 1
-        numbers = hyperparameters.values(self.rule.hparams, following)
-        numbers.update(hyperparameters.read(self.rule.hparams, state))
-        new = OrderedDict(round=following, **numbers, **self._own_state(found.state, len(numbers)))
+        hparams = hyperparameters.values(self.rule.hparams, following)
+        hparams.update(hyperparameters.read(self.rule.hparams, state))
+        new = OrderedDict(round=following, **hparams, **self._own_state(found.state, len(hparams)))
         unchanged = tf.cast(found.unchanged, tf.bool)
         shown = checks.joined(
             "server", found.measurements, OrderedDict(unchanged=tf.cast(unchanged, tf.int32))

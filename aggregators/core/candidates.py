@@ -14,10 +14,6 @@ Models = Sequence[Weights]
 Error = Callable[[Predictions, Labels], tf.Tensor | tuple[tf.Tensor, tf.Tensor]]
 
 
-def _number(value: object) -> int:
-    return checks.whole("number", value, 1)
-
-
 @attrs.frozen
 class Candidates:
     """Models that clients score, and by what.
@@ -52,7 +48,7 @@ class Candidates:
     models: Callable[[Weights, State], Models] = attrs.field(
         validator=checks.validated(checks.function, "(weights, state)")
     )
-    number: int = attrs.field(converter=_number)
+    number: int = attrs.field(validator=checks.validated(checks.whole, 1))
     error: Error | None = attrs.field(
         default=None,
         validator=checks.validated(checks.function, "(predictions, labels)", optional=True),

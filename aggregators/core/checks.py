@@ -170,7 +170,7 @@ def placed(
     return value, kind.member
 
 
-def validated(check: Callable[..., None], *more: object, optional: bool = False) -> _Validator:
+def validated(check: Callable[..., object], *more: object, optional: bool = False) -> _Validator:
     """An attrs validator of one of the checks above, which is told the field's name.
 
     Args:

@@ -28,7 +28,7 @@ class Collected(NamedTuple):
 def collected(layers: ModelLayers) -> Reduction:
     """Keeps each client's update as a row: `(flat update, weight)` of each client to a `Collected`.
 
-    A client of weight 0, as one has whose update is not finite, is left out, and takes no memory. Rows
+    A client of weight 0, such as one whose update is not finite, is left out and takes no memory. Rows
     are in the order of the cohort; in sub-rounds and on several workers, in the order in which TFF
     merges the pieces.
 

@@ -99,7 +99,7 @@ def hparam(
 
 
 def values(hparams: Hparams, round_number: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
-    """What a rule's state holds of its numbers in this round."""
+    """The hyperparameters of a round, as a rule's state holds them."""
     return OrderedDict((name, one.at(round_number)) for name, one in hparams.items())
 
 

@@ -49,14 +49,18 @@ class ModelLayers:
         """One name per layer."""
         return tuple(self.by_name)
 
+    def zeros(self) -> tuple[tf.Tensor, ...]:
+        """Zeros of the shape and dtype of every tensor, such as a state starts from."""
+        return tuple(tf.zeros(spec.shape, spec.dtype) for spec in self.specs)
+
     def pack(self, tensors: Tensors) -> Structure:
         """Gives flat tensors the structure of the update."""
         return tf.nest.pack_sequence_as(self.structure, list(tensors))
 
     def named(self, by_layer: tf.Tensor) -> tf.Tensor | OrderedDict[str, tf.Tensor]:
         """A number (or a row of them) per layer by name; of a single layer, that alone."""
-        numbers = tf.unstack(by_layer, len(self.by_name), axis=-1)
-        return OrderedDict(zip(self.by_name, numbers)) if len(numbers) > 1 else numbers[0]
+        values = tf.unstack(by_layer, len(self.by_name), axis=-1)
+        return OrderedDict(zip(self.by_name, values)) if len(values) > 1 else values[0]
 
 
 def layers_of_type(
@@ -67,7 +71,7 @@ def layers_of_type(
     Args:
       layers: See `resolve_layers`.
       value_type: TFF type of tensors.
-      names: The tensors' names; their places in the type if None.
+      names: The tensors' names; their paths in the type if None.
 
     Returns:
       A `ModelLayers`.
@@ -79,7 +83,7 @@ def layers_of_type(
 
 
 def names_in_type(value_type: tff.Type) -> list[str]:
-    """The places of a TFF type's tensors in it, such as `a/0`; of a tensor alone, nothing."""
+    """The paths of the tensors in a TFF type, such as `a/0`; an empty one for a tensor alone."""
     structure = tff.types.type_to_tf_tensor_specs(value_type)
     return ["/".join(map(str, path)) for path, _ in tree.flatten_with_path(structure)]
 

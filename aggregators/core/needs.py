@@ -8,14 +8,10 @@ import attrs
 from aggregators.core import checks
 from aggregators.core.candidates import Candidates
 from aggregators.core.layers import Layers, check_layers
-from aggregators.core.score import Function, Score, as_score
+from aggregators.core.score import Score, as_score
 from aggregators.core.stateful_client import StatefulClient
 
 LossAt: TypeAlias = Literal["training", "initial"]
-
-
-def _optional_score(value: Score | Function | None) -> Score | None:
-    return None if value is None else as_score(value)
 
 
 @attrs.frozen
@@ -43,7 +39,7 @@ class Needs:
       ('kl_divergence', 'training_loss')
     """
 
-    score: Score | None = attrs.field(default=None, converter=_optional_score)
+    score: Score | None = attrs.field(default=None, converter=attrs.converters.optional(as_score))
     layers: Layers = attrs.field(
         default="tensor", validator=checks.validated(lambda name, value: check_layers(value))
     )

@@ -31,14 +31,14 @@ def _unchanged(value: Structure) -> Structure:
 
 @attrs.frozen
 class Reduction:
-    """What becomes of the clients' values: each is lifted, all are merged, the last is reported.
+    """How clients' values become one: each is lifted, all are merged, the total is reported.
 
     ```
     result = report(merge(... merge(merge(zero, lift(x_1)), lift(x_2)) ..., lift(x_n)))
     ```
 
-    `merge` must be associative and `zero` must leave it unchanged. Workers and sub-rounds then merge
-    their clients apart, and what they found after that.
+    `merge` must be associative, and `zero` its neutral element. Workers and sub-rounds merge their own
+    clients, and their totals are merged after that.
 
     Attributes:
       zero: Function of nothing that returns the accumulator of no clients: constant tensors. A

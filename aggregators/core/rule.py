@@ -128,7 +128,7 @@ class Rule:
       server: `(state, reduced) -> RuleResult`.
       needs: What clients measure.
       initial_state: `layers -> OrderedDict` of the rule's own state.
-      hparams: The rule's numbers, by name; see `hparam`.
+      hparams: The rule's hyperparameters, by name; see `hparam`.
       name: What it is called where it is printed.
 
     Two rules are equal if a function under `named_rule` made both of equal arguments, or if they have

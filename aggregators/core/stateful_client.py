@@ -67,6 +67,8 @@ class Trained(NamedTuple):
 
 
 Correction = Callable[[Tensors, Weights], Tensors]
+# The same, of gradients among which there may be None.
+GradientCorrection = Callable[[Gradients, Weights], Gradients]
 
 
 def _same(context: Context) -> Correction:
@@ -77,10 +79,6 @@ def _same(context: Context) -> Correction:
 def _fresh(optimizer_state: OptimizerState, context: Context) -> OptimizerState:
     del context
     return optimizer_state
-
-
-def _optional_number(value: object) -> int | None:
-    return None if value is None else checks.whole("num_clients", value, 1)
 
 
 @attrs.frozen
@@ -127,12 +125,12 @@ class StatefulClient:
     )
     mean_gradient: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
     initial_gradient: bool = attrs.field(default=False, validator=checks.validated(checks.flag))
-    num_clients: int | None = attrs.field(default=None, converter=_optional_number)
+    num_clients: int | None = attrs.field(
+        default=None, validator=checks.validated(checks.whole, 1, optional=True)
+    )
 
 
-def correction(
-    client: StatefulClient | None, context: Context | None
-) -> Callable[[Gradients, Weights], Gradients]:
+def correction(client: StatefulClient | None, context: Context | None) -> GradientCorrection:
     """What corrects gradients; None stays None, for a weight that the loss does not see."""
     if client is None:
         return lambda gradients, weights: gradients

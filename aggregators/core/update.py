@@ -1,4 +1,4 @@
-"""What a client sends to a rule: its update and what was measured with it, checked once."""
+"""A client's update and its measurements, as a rule sees them: checked once."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -68,7 +68,7 @@ def client_update(
     also: Tensors = (),
     **measured: Structure,
 ) -> ClientUpdate:
-    """Checks what a client found, once and for all that follows.
+    """Checks a client's update and measurements, once for all that follows.
 
     A delta is finite if the sum of its squares is, in float32: up to a norm of 2.6e19.
 

@@ -41,7 +41,7 @@ class Weighed:
 
     @property
     def hparams(self) -> Mapping[str, Hparam]:
-        """The weighting's numbers."""
+        """The weighting's hyperparameters."""
         return self.weighting.all_hparams
 
     def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Structure]:
@@ -99,10 +99,10 @@ def adaptive_mean(
     for every layer `l` and client `k`, with `d` the update and `w` as `weighting` makes it of the score
     of layer `l` and the client's weight. Invariant to the scale of weights; one pass.
 
-    The state holds `typical_score`, the running mean score per layer, and the weighting's numbers,
-    which are hyperparameters. With the default running scale, the first round is plain averaging.
-    Measurements: see `aggregators.weighted_mean.statistics.measure`. The `bound` of `weighting` limits
-    how much more one client may weigh than another, not how large its update is: for that put
+    The state holds `typical_score`, the running mean score per layer, and the weighting's
+    hyperparameters. With the default running scale, the first round is plain averaging. Measurements:
+    see `aggregators.weighted_mean.statistics.measure`. The `bound` of `weighting` limits how much more
+    one client may weigh than another, not how large its update is: for that put
     `tff.aggregators.clipping_factory(norm, ...)` around the factory.
 
     When KL near helps: where honest clients are alike (Dirichlet splits of 0.5 and more) and some are

@@ -1,4 +1,4 @@
-"""What rules whose clients keep a state have in common: a sum over clients beside another rule."""
+"""A sum over clients beside another rule, for rules with a stateful client."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from aggregators.core.update import ClientUpdate
 
 
 def check_base(rule: Rule) -> None:
-    """Raises for what is no rule, or one whose clients keep a state already."""
+    """Raises unless this is a rule without a stateful client."""
     check_rule(rule)
     if rule.needs.stateful_client is not None:
         raise ValueError(
@@ -33,19 +33,19 @@ def add_sum(
     end: Callable[[State, Tensors, Tensors], tuple[State, Tensors]],
     hparams: Mapping[str, Hparam] | None = None,
 ) -> Rule:
-    """The rule with the sum of something over clients beside it, and a state that sum goes to.
+    """Adds a sum over clients to a rule, and a state that the sum changes.
 
     Args:
       rule: What makes the update of the clients' deltas.
       of: What is summed of a client that counts: flat tensors in the shapes of the weights.
       start: `layers -> OrderedDict`: what the server's state starts from, besides the rule's own.
       end: `(state, sum, update) -> (that part of the state, update)`, the update flat.
-      hparams: Numbers beside the rule's.
+      hparams: Hyperparameters besides the rule's.
 
     Returns:
       A `Rule`.
     """
-    numbers = checks.joined("rule", rule.hparams, hparams or {})
+    all_hparams = checks.joined("rule", rule.hparams, hparams or {})
 
     def initial_state(layers: ModelLayers) -> OrderedDict[str, Structure]:
         return checks.joined("rule", rule.initial_state(layers), start(layers))
@@ -57,7 +57,7 @@ def add_sum(
 
     def reduction(layers: ModelLayers) -> Reduction:
         total = Reduction(
-            lambda: tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs),
+            layers.zeros,
             lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
         )
         return zip_reductions(rule=rule.reduction(layers), sum=total)
@@ -73,5 +73,5 @@ def add_sum(
         reduction=reduction,
         server=server,
         initial_state=initial_state,
-        hparams=numbers,
+        hparams=all_hparams,
     )

@@ -25,11 +25,11 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
                           w_server <- w_server - (rule(w_server - w_k) + h'/alpha)
     ```
 
-    `g_k` belongs to client `k` and `h` to the server, both zero at first, `N` is the number of all
-    clients ever. (The paper's `h` has the other sign.) Where clients train to the end, `g_k` becomes
-    the gradient of client `k`'s loss, and the process settles at the optimum of the mean over clients;
-    their training should be long, and the paper averages them uniformly. A server optimizer other
-    than SGD with rate 1 is another algorithm.
+    `g_k` belongs to client `k` and `h` to the server, both zero at first. `N` is the number of all
+    clients there are. (The paper's `h` has the other sign.) If clients train to the end, `g_k` becomes
+    the gradient of client `k`'s loss, and the process settles at the optimum of the mean over clients.
+    So their training should be long; the paper averages them uniformly. A server optimizer other than
+    SGD with rate 1 is another algorithm.
 
     A client whose update is not finite, or that trained on nothing, counts for nothing and keeps its
     `g_k`. One pass over clients; states as large as the trainable weights, on clients (`ClientStates`)
@@ -99,9 +99,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
     return add_sum(
         attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client)),
         of=lambda update: update.delta,
-        start=lambda layers: OrderedDict(
-            drift=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs)
-        ),
+        start=lambda layers: OrderedDict(drift=layers.zeros()),
         end=end,
         hparams=OrderedDict(alpha=number),
     )

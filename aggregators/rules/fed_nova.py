@@ -25,13 +25,13 @@ def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None) -> Rule:
 
     with `d_k` the update, `t_k` the number of optimizer steps and `n_k` the client's weight. A
     client without steps counts for nothing. `score_*` of the measurements is `a_k`. One pass.
-    `momentum` is a hyperparameter. `a_k` is at least 1, so divided updates are never longer than the
-    updates were. A client that claims many steps lengthens the step of all, up to `max_steps`.
+    `momentum` is a hyperparameter. `a_k` is at least 1, so the division lengthens no update. A client
+    that claims many steps lengthens the common step, up to `max_steps`.
 
     Args:
       momentum: Momentum of the clients' SGD, at least 0 and below 1.
-      max_steps: The most that a client can have done, at least 1: who claims more, or fewer than 0,
-        counts for nothing, and is counted in `bad_score_clients`. None for no limit.
+      max_steps: The most steps that a client can have taken, at least 1. A client that claims more, or
+        fewer than 0, counts for nothing, and among `bad_score_clients`. None for no limit.
 
     Returns:
       A `Rule` for `build_fed_avg` or `federated_rule`.

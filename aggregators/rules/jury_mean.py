@@ -39,7 +39,7 @@ class _CandidateMean:
     """One adaptive mean among those that are voted on, and its part of the rule's state.
 
     Attributes:
-      name: What its part of the state, its numbers and its measurements are called after.
+      name: The prefix of its part of the state, of its hyperparameters and measurements.
       by_score: Its weights.
     """
 
@@ -169,13 +169,11 @@ def jury_mean(
         `exp(vote_rate / 2)` in a round.
       stride_step: From 0 to 1: by how much the stride may grow in a round. None: steps are those of the
         mix. It needs votes by models.
-      cutoff: Above 0: how many typical norms an update may have before it is shrunk.
-      power: From 0 to 1000. 0 shrinks nothing; 1 clips to `cutoff` typical norms; above 1 the pull of an
-        update falls again the longer it is.
-      initial_norm: The typical norm before the first round, above 0; None to find it in that round, as
-        `redescending_mean` does.
-      norm_quantile: Which quantile of the clients' norms is typical, from 0 to 1.
-      norm_rate: How fast the typical norm moves, from 0 (never) to 100.
+      cutoff: As for `redescending_mean`.
+      power: As for `redescending_mean`.
+      initial_norm: As for `redescending_mean`.
+      norm_quantile: As for `redescending_mean`.
+      norm_rate: As for `redescending_mean`.
 
     Returns:
       A `Rule` for `build_fed_avg`; with `votes="direction"`, for `RuleFactory` and `federated_rule` too.
@@ -284,14 +282,8 @@ def jury_mean(
         first, *others = [reduced[name] for name in _numbered([None] * (1 + len(means)))]
         mix, apart = list(first.tensors), []
         for part, other in zip(tf.unstack(shares), others, strict=True):
-            apart.append(
-                [
-                    tf.where(has_weight, b - a, 0)
-                    for a, b, has_weight in zip(
-                        first.tensors, other.tensors, other.has_weight, strict=True
-                    )
-                ]
-            )
+            both = zip(first.tensors, other.tensors, other.has_weight, strict=True)
+            apart.append([tf.where(has_weight, b - a, 0) for a, b, has_weight in both])
             mix = _along(mix, part, apart[-1])
         update, kept = shrink.shortened(mix, state, sums)
         if strides:
@@ -299,10 +291,8 @@ def jury_mean(
             stride = tf.sigmoid(state["sharpness"] * (trust[-1] - _STRIDE_MARGIN))
             stride = tf.minimum(stride, state["stride"] + state["stride_step"])
             update, kept = _along(update, stride, update), kept * (1.0 + stride)
-        gaps = tuple(
-            tuple(_along(d, state["gap_decay"], g))
-            for g, d in zip(state["gap"], apart, strict=True)
-        )
+        kept_gaps = zip(state["gap"], apart, strict=True)
+        gaps = tuple(tuple(_along(d, state["gap_decay"], gap)) for gap, d in kept_gaps)
         # What a client's normalised weight in each mean is multiplied by in the update.
         parts = [1.0 - tf.reduce_sum(shares), *tf.unstack(shares)]
         used = [kept * part * one.kept for part, one in zip(parts, [first, *others], strict=True)]
@@ -319,18 +309,16 @@ def jury_mean(
         )
         if strides:
             moved["stride"] = stride
-        some = measured["clients"] > 0
-        before = OrderedDict((name, _as_tuples(state[name])) for name in moved)
         own = shrink.next_state(state, measured["clients"], sums)
-        own.update(tf.nest.map_structure(lambda new, old: tf.where(some, new, old), moved, before))
+        own.update(weighted_mean.unless(result.unchanged, moved, state))
         mean_scores = sums["scores"] / sums["scored"][:, tf.newaxis]  # NaN, if nobody had a part
         for mean, mean_score in zip(means, tf.unstack(mean_scores), strict=True):
             own.update(mean.next_state(state, mean_score))
         measured.update(shrink.measurements(state, sums))
         counted = tf.cast(measured["clients"], tf.float64)
         shown = OrderedDict(share=shares, votes=voted[0], vote_size=size, trust=trust)
-        for name, numbers in shown.items():
-            measured[name] = _by_name(voted_on, tf.cast(numbers, tf.float32))
+        for name, values in shown.items():
+            measured[name] = _by_name(voted_on, tf.cast(values, tf.float32))
         without_score = tf.cast(counted - sums["scored"], tf.int32)
         measured["clients_without_score"] = _by_name(voted_on, without_score)
         if strides:
@@ -352,7 +340,7 @@ def jury_mean(
         none = tf.zeros([len(voted_on)], tf.float64)
         sharpness = hparams["sharpness"].at(start)
         shares = _shares(sharpness, hparams["margin"].at(start), none[: len(means)])
-        gap = tuple(tuple(tf.zeros(s.shape, s.dtype) for s in layers.specs) for _ in voted_on)
+        gap = tuple(layers.zeros() for _ in voted_on)
         own = shrink.initial_state()
         typical = none + hparams["vote_floor"].at(start)
         own.update(gap=gap, share=shares, agreement=none, vote_size=none, vote_scale=typical)
@@ -427,14 +415,9 @@ def _numbered(means: Sequence[Structure]) -> OrderedDict[str, Structure]:
     return OrderedDict((f"mean_{number}", mean) for number, mean in enumerate(means))
 
 
-def _as_tuples(value: Structure) -> Structure:
-    """A state's tensors in the containers they were made in, of which TFF hands back its own."""
-    return value if tf.is_tensor(value) else tuple(tuple(part) for part in value)
-
-
-def _by_name(names: Sequence[str], numbers: tf.Tensor) -> tf.Tensor | OrderedDict[str, tf.Tensor]:
-    """The numbers by the first of these names; one alone as it is."""
-    named = OrderedDict(zip(names, tf.unstack(numbers), strict=False))
+def _by_name(names: Sequence[str], values: tf.Tensor) -> tf.Tensor | OrderedDict[str, tf.Tensor]:
+    """The values by the first of these names; one alone as it is."""
+    named = OrderedDict(zip(names, tf.unstack(values), strict=False))
     return named if len(named) > 1 else next(iter(named.values()))
 
 

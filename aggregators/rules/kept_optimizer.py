@@ -16,9 +16,9 @@ from aggregators.rules.plain_mean import plain_mean
 def kept_optimizer(rule: Rule | None = None) -> Rule:
     """Any rule, with clients that keep their optimizer's state (momentum, moments, steps).
 
-    TFF makes that state anew for every round. Hyperparameters among it are not kept: they stay those
-    of the process. A client whose update or state is not finite, or that trained on nothing,
-    keeps what it had.
+    In TFF a client's optimizer starts afresh in every round. Hyperparameters in the state are not kept:
+    they stay those of the process. A client whose update or state is not finite, or that trained on
+    nothing, keeps what it had.
 
     Args:
       rule: What is made of the deltas; `plain_mean()` if None.

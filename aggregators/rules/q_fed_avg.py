@@ -27,10 +27,10 @@ def q_fed_avg(q: Number, learning_rate: Number) -> Rule:
     one over the client's learning rate. Computed as `mean(d) / mean(1 + q L |d|^2 / F)`, both means
     with log-weight `q log F`, which no loss over- or underflows. `q = 0` is the unweighted mean.
 
-    The client's weight only tells whether it counts (0: no). `score_*` of the measurements is the
-    loss; `step` the factor `1 / mean(1 + q L |d|^2 / F)`; `largest_term` the largest of the terms in
-    that mean: a single client with a huge update or a tiny loss can shrink the step of all to
-    nothing, and shows there. One pass. `q` and `learning_rate` are hyperparameters.
+    A client's weight says only whether it counts: 0 means no. Of the measurements, `score_*` is the
+    loss, `step` the factor `1 / mean(1 + q L |d|^2 / F)`, and `largest_term` the largest term of that
+    mean. It shows a client with a huge update or a tiny loss, which can shrink the common step to
+    nothing. One pass. `q` and `learning_rate` are hyperparameters.
 
     Args:
       q: At least 0; 0 is plain averaging, large values even out clients' losses.

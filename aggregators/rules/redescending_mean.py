@@ -1,4 +1,4 @@
-"""The mean by examples in which much too long an update counts less than one of the right length."""
+"""The mean by examples, with updates that are much too long shrunk below the right length."""
 
 import math
 from collections import OrderedDict
@@ -9,6 +9,7 @@ import attrs
 import tensorflow as tf
 
 from aggregators import weighted_mean
+from aggregators.core import checks
 from aggregators.core.hyperparameters import Hparam, Number, hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.needs import Needs
@@ -56,7 +57,7 @@ class Shrinking:
     def counts(
         self, norm: tf.Tensor, counts: tf.Tensor, state: State
     ) -> OrderedDict[str, tf.Tensor]:
-        """Whether a client's update is no longer than is typical, and whether it is shrunk.
+        """Whether a client's update is no longer than typical, and whether it is shrunk.
 
         And if it has a length, whether that counts, and its logarithm.
         """
@@ -94,7 +95,7 @@ class Shrinking:
     def shortened(
         self, tensors: Tensors, state: State, sums: Mapping[str, tf.Tensor]
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """A round's mean, and by what it was multiplied, float64: 1 once a typical norm is known."""
+        """A round's mean, shortened in the first round; and the factor, float64, of 1 afterwards."""
         if self.initial_norm is not None:
             return list(tensors), tf.constant(1.0, tf.float64)
         most = tf.math.divide_no_nan(self._first(sums), tf.cast(length(tensors), tf.float64))
@@ -116,12 +117,8 @@ def shrinking(
 ) -> Shrinking:
     """Checks the arguments that rules with `Shrinking` share; see `redescending_mean`."""
     if initial_norm is not None:
-        start = hparam("initial_norm", initial_norm, _LEAST_NORM, 1.0 / _LEAST_NORM)
-        if start.is_scheduled:
-            raise ValueError(
-                f"`initial_norm` must be a number or None, not a schedule; found {initial_norm!r}."
-            )
-        initial_norm = start.value
+        within = checks.Range(_LEAST_NORM, 1.0 / _LEAST_NORM)
+        initial_norm = checks.number("initial_norm", initial_norm, within, more=", or None")
     return Shrinking(
         initial_norm,
         OrderedDict(
@@ -158,7 +155,7 @@ class ShrunkMean(NamedTuple):
 def shrunk_reduction(layers: ModelLayers) -> Reduction:
     """Reduces what `shrunk_mean` gives to a `ShrunkMean`.
 
-    The mean is taken by the shrunk weights, and multiplied at the end by what is kept of them: no
+    The mean is taken by the shrunk weights, and multiplied at the end by the share that they keep: no
     client's tensors are written once more.
     """
     none, size = [-math.inf] * len(layers.groups), len(layers.groups)
@@ -203,7 +200,7 @@ def redescending_mean(
     norm_quantile: Number = 0.5,
     norm_rate: Number = 0.2,
 ) -> Rule:
-    """The mean by clients' weights, updates that are much too long shrunk below the right length.
+    """The mean by clients' weights, with updates that are much too long shrunk below the right length.
 
     ```
     f_k    = min(1, cutoff C / |d_k|)^power
@@ -213,22 +210,22 @@ def redescending_mean(
 
     with `d_k` the update, `|d_k|` its norm over all tensors, `n_k` its weight, and `C` the typical
     norm, float64 in the state as `typical_norm`: a running quantile over clients that counted, each
-    counting once. With the default power a client ten times too long pulls less than one of the right
-    length, and with any above 1 there is a longest pull: `cutoff C`, a client's share of examples aside.
-    Shorter updates are averaged as they are. It needs the update alone, one pass.
+    counting once. Shorter updates are averaged as they are. With the default power an update ten times
+    too long pulls less than one of the right length. With any power above 1 no update pulls further
+    than `cutoff C`, its client's share of examples aside. The rule needs the update alone, in one pass.
 
-    The typical norm moves by a factor of at most `exp(norm_rate)` a round: where updates are much
-    longer than `cutoff initial_norm`, the first rounds learn next to nothing. `typical_norm` beside
-    `score_mean` and `shrunk_clients` show that. With `initial_norm=None` the first round finds it:
+    The typical norm moves by a factor of at most `exp(norm_rate)` a round. If updates are much longer
+    than `cutoff initial_norm`, the first rounds therefore learn next to nothing, which `typical_norm`,
+    `score_mean` and `shrunk_clients` show. With `initial_norm=None` the first round finds the norm:
 
     ```
     C      = exp(mean of log |d_k| over clients with |d_k| > 0)
     update = m min(1, C / |m|),   m = sum_k n_k d_k / sum_k n_k
     ```
 
-    Nobody is shrunk in that round, so one client with a huge update then gives the first step its
-    direction, and makes `C` too long for a while: by the k-th root of how much longer it is, of k
-    clients. Where clients may be hostile, give a number.
+    No update is shrunk in that round. So a client with a huge update decides the direction of the first
+    step, and makes `C` too long for a while (by the k-th root of the excess, of k clients). If clients
+    may be hostile, give a number.
 
     Measurements: norms in place of scores; weights after shrinking; `typical_norm` (float32, the one
     that was used), and `shrunk_clients` (int32, clients with a factor below 1). All numbers but

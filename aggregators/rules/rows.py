@@ -1,4 +1,4 @@
-"""What rules over all updates have in common: a function of the rows between client and server."""
+"""Rules that see all updates at once, as rows on the server."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -43,9 +43,9 @@ def rule_of_rows(
     """A rule that makes the update of all clients' updates at once.
 
     Args:
-      combine: `(rows, weights, state, cohort) -> Combined`: rows of at least single precision, at least
-        one (of zeros, if no client counts), their weights, and how many clients there were in all.
-      hparams: The rule's numbers.
+      combine: `(rows, weights, state, cohort) -> Combined`. There is at least one row (of zeros, if no
+        client counts), of at least single precision; `cohort` is how many clients there were in all.
+      hparams: The rule's hyperparameters.
 
     Returns:
       A `Rule`.

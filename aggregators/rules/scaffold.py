@@ -28,14 +28,14 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     ```
 
     `c_k` belongs to client `k` and `c` to the server, both in the shapes of the trainable weights and
-    zero at first; `N` is the number of all clients ever. With SGD, option II is the paper's
-    `c_k - c + (w - w_k)/(steps * rate)`, number for number; as a mean of gradients it holds for any
-    client optimizer (momentum, Adam, schedules), which is given the corrected gradient. Option I
+    zero at first. `N` is the number of all clients there are. With SGD, option II is the paper's
+    `c_k - c + (w - w_k)/(steps * rate)`, number for number. As a mean of gradients it also holds for
+    other client optimizers (momentum, Adam, schedules), which are given the corrected gradient. Option I
     costs one more pass over the client's data.
 
-    The update is what `rule` makes of the clients' deltas. The process settles at a zero of `c`, the
-    plain mean over all clients' gradients, whatever the weights of the rule: for the optimum of the
-    mean over clients, not over examples.
+    The update is what `rule` makes of the clients' deltas. The process settles where `c`, the plain mean
+    over all clients' gradients, is zero: at the optimum of the mean over clients, not over examples,
+    whatever the weights of the rule.
 
     A client whose update or variate is not finite, or that trained on nothing, counts for nothing and
     keeps its variate. One pass over clients. Server: one more tensor per weight, sent with the model;
@@ -99,8 +99,6 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     return add_sum(
         attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client)),
         of=lambda update: update.sent,
-        start=lambda layers: OrderedDict(
-            control=tuple(tf.zeros(spec.shape, spec.dtype) for spec in layers.specs)
-        ),
+        start=lambda layers: OrderedDict(control=layers.zeros()),
         end=end,
     )

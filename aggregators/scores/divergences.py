@@ -119,9 +119,9 @@ def of_layers(
             tf.cast(flat([tensor for i in small for tensor in layers[i]]), tf.float64)
             for layers in (servers, clients)
         )
-        numbers = _of_small(divergence, s, c, [sizes[i] for i in small])
-        for i, number in zip(small, tf.unstack(numbers, len(small)), strict=True):
-            found[i] = number
+        values = _of_small(divergence, s, c, [sizes[i] for i in small])
+        for i, value in zip(small, tf.unstack(values, len(small)), strict=True):
+            found[i] = value
     return found
 
 

@@ -46,7 +46,7 @@ def rule(
         layer of `needs`; -inf for a client that must not count. Or what `weigh` gives, to show scores,
         or to average something else than the delta.
       needs: What clients measure; nothing if not given, and all tensors are one layer.
-      hparams: The rule's numbers, by name; see `hparam`. They are float64 in the state.
+      hparams: The rule's hyperparameters, by name; see `hparam`. They are float64 in the state.
       initial_state: `layers -> OrderedDict` of what the server keeps; nothing if None.
       finish: `(state, result) -> result`, at the server: what becomes of the `RuleResult` of the mean,
         such as its state, which stays as it was if no client counted. None to take the mean as it is.
@@ -94,7 +94,7 @@ def rule(
             return result
         found = call("`finish`", finish, state, result)
         checks.returned("finish", found, RuleResult)
-        return found._replace(state=_unless(result.unchanged, found.state, state))
+        return found._replace(state=unless(result.unchanged, found.state, state))
 
     return Rule(
         client,
@@ -107,13 +107,15 @@ def rule(
     )
 
 
-def _unless(unchanged: tf.Tensor, new: State, old: State) -> State:
+def unless(unchanged: tf.Tensor, new: State, old: State) -> State:
     """The new state, or the old one where the model is left alone."""
 
     def choose(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
         if x.dtype != y.dtype or not x.shape.is_compatible_with(y.shape):
             return x  # which `BoundRule` refuses, as it does other names and structures
+        if x.shape.is_fully_defined():
+            return tf.where(unchanged, y, x)
         return tf.cond(unchanged, lambda: y, lambda: x)
 
     kept = OrderedDict(new)

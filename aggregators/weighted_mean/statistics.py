@@ -34,9 +34,8 @@ class ClientStatistics(NamedTuple):
 class Totals(NamedTuple):
     """The measurements of any set of clients, in a form that merges with a handful of operations.
 
-    What is added, what takes the larger and what adds up as logarithms lies in one tensor each:
-    TensorFlow traces, optimizes and loads these functions anew for every process that is built, for
-    the better part of a millisecond per operation.
+    Sums, maxima and sums of logarithms lie in one tensor each, since each operation costs the better
+    part of a millisecond wherever a process is built.
 
     Attributes:
       sums: float64 of shape `[4 + num_layers]`: clients that counted, clients that were not finite,
@@ -125,8 +124,8 @@ def measure(
         `log_weights` first, then the others.
 
     Returns:
-      An `OrderedDict`. What is said to be per layer is a mapping from the layers' names to numbers;
-      of a single layer, one number.
+      An `OrderedDict`. Per layer means a mapping from the layers' names to numbers, or one number for
+      a single layer.
 
       * `clients` int32: clients that counted.
       * `non_finite_clients` int32: clients left out for an update, weight or loss that was not
@@ -153,7 +152,7 @@ def measure(
     log_sum, log_square_sum, *log_other_sums = tf.unstack(totals.log_sums)
     clients, non_finite, bad_score, zero_weight = tf.unstack(tf.cast(counts, tf.int32))
     some = clients > 0
-    numbers = OrderedDict(
+    per_layer = OrderedDict(
         score_mean=scores / tf.unstack(counts)[0],
         score_min=tf.where(some, -minus_min, math.nan),
         score_max=tf.where(some, score_max, math.nan),
@@ -161,13 +160,13 @@ def measure(
         largest_weight=share(log_max, log_sum),
         scale=tf.cast(scale, tf.float64),
     )
-    narrow = tf.unstack(tf.cast(tf.stack(list(numbers.values())), tf.float32))
+    narrow = tf.unstack(tf.cast(tf.stack(list(per_layer.values())), tf.float32))
     found = OrderedDict(
         clients=clients,
         non_finite_clients=non_finite,
         bad_score_clients=bad_score,
         zero_weight_clients=zero_weight,
-        **{name: PerLayer(values) for name, values in zip(numbers, narrow, strict=True)},
+        **{name: PerLayer(values) for name, values in zip(per_layer, narrow, strict=True)},
     )
     if totals.sample:
         filled, rows = totals.sample

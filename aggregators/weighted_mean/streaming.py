@@ -94,16 +94,16 @@ def mean_reduction(specs: Specs, groups: Groups) -> Reduction:
     return Reduction(zero, merge, lift, report)
 
 
-def by_layer(argument: str, numbers: tf.Tensor, num_layers: int) -> tf.Tensor:
+def by_layer(argument: str, values: tf.Tensor, num_layers: int) -> tf.Tensor:
     """One number for all layers, or one for each, as a tensor of shape `[num_layers]`."""
-    if numbers.shape == []:
-        return tf.fill([num_layers], numbers)
-    if numbers.shape != [num_layers]:
+    if values.shape == []:
+        return tf.fill([num_layers], values)
+    if values.shape != [num_layers]:
         raise ValueError(
             f"`{argument}` must be one number, or one for each of the model's layers, {num_layers}; "
-            f"found a tensor of shape {numbers.shape}. `needs` says what a layer is."
+            f"found a tensor of shape {values.shape}. `needs` says what a layer is."
         )
-    return numbers
+    return values
 
 
 def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
