@@ -32,7 +32,8 @@ def test_examples(name, monkeypatch):
     # What an example registers is forgotten with it.
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     module = importlib.import_module(name)
-    given = fed_avg_example() if name.startswith("aggregators.builders.") else {}
+    shared = name.startswith("aggregators.builders.") or name == "aggregators.client.states"
+    given = fed_avg_example() if shared else {}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.testmod(module, extraglobs=given, optionflags=flags).failed == 0
 

@@ -134,17 +134,14 @@ def _check_needs(bound: BoundRule, measured: tff.Type | None) -> None:
             f"{', '.join(types) or 'nothing'}. Build the client work with "
             "`build_client_work(model_fn, optimizer, rule.needs)`."
         )
+    lengths = {}
     if needs.score is not None:
-        found = tuple(types[needs.score.name].shape)
-        if found != (len(bound.layers.names),):
-            raise ValueError(
-                f"`value_type` must hold scores of {len(bound.layers.names)} layers; found scores of "
-                f"shape {found}. Use the rule's `needs` for the client work."
-            )
+        lengths[needs.score.name] = len(bound.layers.names)
     if needs.candidates is not None:
-        found = tuple(types["candidate_errors"].shape)
-        if found != (needs.candidates.number,):
+        lengths["candidate_errors"] = needs.candidates.number
+    for name, length in lengths.items():
+        if tuple(types[name].shape) != (length,):
             raise ValueError(
-                f"`value_type` must hold errors of {needs.candidates.number} candidates; found "
-                f"`candidate_errors` of shape {found}."
+                f"`value_type` must hold {length} numbers in `{name}`, one for each layer or candidate; "
+                f"found shape {types[name].shape}. Use the rule's `needs` for the client work."
             )

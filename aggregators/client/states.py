@@ -38,16 +38,10 @@ class ClientStates:
     replaced. SCAFFOLD and FedDyn have states as large as the trainable weights. A store in memory is
     gone with the process, however that ends.
 
-    Example: clients that keep their optimizer's momentum
+    Example: clients that keep their optimizer's momentum, with the `model` of `build_fed_avg`
 
       >>> import tensorflow_federated as tff
       >>> from aggregators import build_fed_avg, rules
-      >>> keras_model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
-      >>> model = tff.learning.models.functional_model_from_keras(
-      ...     keras_model,
-      ...     tf.keras.losses.MeanSquaredError(),
-      ...     (tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      ... )
       >>> sgdm = tff.learning.optimizers.build_sgdm(0.1, momentum=0.9)
       >>> process = build_fed_avg(model, sgdm, rule=rules.kept_optimizer())
       >>> data = tf.data.Dataset.from_tensors(([[1.0, 2.0]], [[3.0]]))

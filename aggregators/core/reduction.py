@@ -148,14 +148,6 @@ def federated_reduce(
       ...     return federated_reduce(x, np.float32(-np.inf), tf.maximum, merge=tf.maximum)
       >>> str(largest.type_signature)
       '({float32}@CLIENTS -> float32@SERVER)'
-      >>> collected = Reduction(
-      ...     lambda: tf.zeros([0]), lambda a, b: tf.concat([a, b], 0), lambda x: x[tf.newaxis]
-      ... )
-      >>> @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
-      ... def all_of(x):
-      ...     return federated_reduce(x, collected)
-      >>> str(all_of.type_signature)
-      '({float32}@CLIENTS -> float32[?]@SERVER)'
     """
     value, member = checks.placed("value", value, tff.CLIENTS)
     if isinstance(zero, Reduction):
