@@ -329,3 +329,21 @@ def test_pipelines_are_read_at_once_where_they_fit(resident, monkeypatch):
             assert seen == [at_once, False], name
         if name != "shuffled":  # each reading draws another order
             assert_equal(*found)
+
+
+def test_the_rules_of_aggregators_add_up_arrays_as_they_add_up_data_sets():
+    """Their sums have constants, which the loop over clients cannot hold."""
+    process = aggregators.build_fed_avg(
+        resident_cases.model_fn,
+        tff.learning.optimizers.build_sgdm(0.05),
+        rule=aggregators.rules.redescending_mean(),
+    )
+    clients = ClientArrays(arrays(), batch_size=4)
+    with ResidentProcess(process, device="CPU:0") as resident:
+        states = [resident.initialize()] * 2
+        for number in range(3):
+            cohort = clients.cohort(clients.ids, number)
+            given = (cohort, list(cohort))
+            states = [resident.next(s, data).state for s, data in zip(states, given, strict=True)]
+        one, two = map(resident.materialize, states)
+    assert_equal(one, two)
