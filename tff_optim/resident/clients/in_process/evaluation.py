@@ -68,6 +68,8 @@ def _while(
     one: Operation, inputs: list[tf.Tensor], found: Tensors, forms: Forms
 ) -> list[tf.Tensor]:
     condition, body = one.programs
+    # To vectorise it, shapes have to be known; in a `loop` they are not.
+    shapes = [value.shape if forms else tf.TensorShape(None) for value in body.inputs]
     # So that its constants are in a loop around it.
     with tf.control_dependencies(inputs[:1]):
         return list(
@@ -75,7 +77,7 @@ def _while(
                 lambda *state: evaluate(condition, state, found, forms)[0],
                 lambda *state: evaluate(body, state, found, forms),
                 inputs,
-                shape_invariants=[value.shape for value in body.inputs],
+                shape_invariants=shapes,
             )
         )
 

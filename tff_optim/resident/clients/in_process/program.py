@@ -14,6 +14,7 @@ IF, WHILE, SCAN = "If", "While", "Scan"
 RANDOM = frozenset(
     [
         "Multinomial",
+        "NonDeterministicInts",
         "RandomGamma",
         "RandomPoissonV2",
         "RandomShuffle",
