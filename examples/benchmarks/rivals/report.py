@@ -78,6 +78,9 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--tasks", nargs="*", default=["A", "B", "C", "L", "K"])
     parser.add_argument("--places", nargs="*", default=PLACES, help="of ours")
+    parser.add_argument(
+        "--once", action="store_true", help="ours are not run again after the others"
+    )
     parser.add_argument("--rivals", nargs="*", default=[script[0] for _, script in RIVALS])
     parser.add_argument("--rounds", default="7", help="after the first")
     options = parser.parse_args()
@@ -89,7 +92,7 @@ def main():
         compare([answer for run in runs for answer in answers(*run)])
         return
     cells = collections.defaultdict(dict)
-    for position, part in enumerate([ours, rivals, ours]):
+    for position, part in enumerate([ours, rivals, [] if options.once else ours]):
         again = ", again" if position == 2 else ""
         for environment, script in part:
             for a in answers(environment, script, arguments):
