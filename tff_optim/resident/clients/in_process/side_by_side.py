@@ -11,6 +11,7 @@ from tff_optim.resident.clients.in_process.batches import Batches
 from tff_optim.resident.clients.in_process.evaluation import Tensors, add, evaluate
 from tff_optim.resident.clients.in_process.program import (
     SCAN,
+    WHILE,
     NoProgramError,
     Operation,
     Program,
@@ -261,29 +262,32 @@ def _vectorised(program: Program, found: Mapping[Value, Any]) -> Callable[..., l
         before = set(graph.get_operations())
         client = tf.compat.v1.placeholder_with_default(0, [])
         inputs = [tf.compat.v1.placeholder(x.dtype, x.shape[1:]) for x in stacked]
-        results = [tf.identity(x) for x in evaluate(program, inputs, found, _OTHER_FORMS)]
-        operations = set(graph.get_operations()) - before
-        # What `tf.vectorized_map` is made of. That would gather its arguments, one copy for each step.
-        converter = PFor(client, number, operations, fallback_to_while_loop=False)
-        for one, all_of_them in zip(inputs, stacked, strict=True):
-            converter._add_conversion(one, wrap(all_of_them, True))
         try:
+            results = [tf.identity(x) for x in evaluate(program, inputs, found, _OTHER_FORMS)]
+            operations = set(graph.get_operations()) - before
+            # What `tf.vectorized_map` is made of. That would gather its arguments, one copy for each
+            # step.
+            converter = PFor(client, number, operations, fallback_to_while_loop=False)
+            for one, all_of_them in zip(inputs, stacked, strict=True):
+                converter._add_conversion(one, wrap(all_of_them, True))
             return [converter.convert(result) for result in results]
         except NoProgramError:
             raise
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            raise NoProgramError(_found(error)) from error
+            raise NoProgramError(_found(error, program)) from error
 
     return call
 
 
-def _found(error: Exception) -> str:
-    """What TensorFlow cannot vectorise, by its message."""
+def _found(error: Exception, program: Program) -> str:
+    """What TensorFlow cannot vectorise in a program, by its message."""
     text = str(error)
     for pattern in (r"No pfor vectorization defined for (\w+)", r"of op '(\w+)' expected"):
         if match := re.search(pattern, text):
             return f"{match[1]} of each client's own values"
-    return f"an operation that it cannot: {text.splitlines()[0] if text else repr(error)}"
+    loops = [f"{one.kind} ({one.name})" for one in program.operations if one.kind == WHILE]
+    told = text.splitlines()[0] if text else repr(error)
+    return f"{' or '.join(loops) or 'an operation'} that it cannot: {told}"
 
 
 def _repeated(tensor: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
