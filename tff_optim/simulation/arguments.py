@@ -3,14 +3,14 @@
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import tensorflow_federated as tff
 
 from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Function, Json, Number, Process, Value
 from tff_optim.resident import ResidentProcess
 from tff_optim.resident.client_data import data_of_client
 from tff_optim.simulation import calls
@@ -25,12 +25,12 @@ _NAME = "process"  # of a process that is given without one
 
 def _function(
     *given: str, offered: Sequence[str] = ()
-) -> Callable[[Any, attrs.Attribute, Any], None]:
+) -> Callable[[Value, attrs.Attribute, Value], None]:
     """Checks that an argument is None or a function of these."""
     return lambda plan, attribute, value: calls.check(attribute.name, value, given, offered)
 
 
-def _size(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _size(plan: Value, attribute: attrs.Attribute, value: Value) -> None:
     if callable(value):
         calls.check(attribute.name, value, ["round"], ())
     elif value is not None:
@@ -42,7 +42,7 @@ def _size(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
         )
 
 
-def _per_client(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _per_client(plan: Value, attribute: attrs.Attribute, value: Value) -> None:
     del plan, attribute
     if value is not None and not isinstance(value, PerClient):
         raise TypeError(
@@ -50,11 +50,11 @@ def _per_client(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
         )
 
 
-def _goal(text: Any) -> Goal | None:
+def _goal(text: Value) -> Goal | None:
     return None if text is None else goal("keep_best", text)
 
 
-def _is_evaluated(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _is_evaluated(plan: Value, attribute: attrs.Attribute, value: Value) -> None:
     """Checks that the metric of `keep_best`, or of a `stop` that names one, can be shown."""
     wanted = value if isinstance(value, Goal) else getattr(value, "goal", None)
     if wanted is None or plan.evaluate is not None or plan.per_client is not None:
@@ -66,7 +66,7 @@ def _is_evaluated(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
         )
 
 
-def _managers(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _managers(plan: Value, attribute: attrs.Attribute, value: Value) -> None:
     del plan
     if callable(value):
         calls.check(attribute.name, value, ["process", "seed"], ())
@@ -74,7 +74,7 @@ def _managers(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
         check_managers(value)
 
 
-def check_managers(value: Any) -> None:
+def check_managers(value: Value) -> None:
     """Raises `TypeError` unless these are release managers, which several runs may go through."""
     are_managers = isinstance(value, Iterable) and not isinstance(value, Iterator)
     if not are_managers or not all(isinstance(m, tff.program.ReleaseManager) for m in value):
@@ -84,13 +84,13 @@ def check_managers(value: Any) -> None:
         )
 
 
-def _resume(plan: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _resume(plan: Value, attribute: attrs.Attribute, value: Value) -> None:
     del plan, attribute
     if not (isinstance(value, bool) or value == "changed"):
         raise ValueError(f"`resume` must be True, False or 'changed'; found {shown(value)}.")
 
 
-def _at_least(least: int) -> Callable[[Any, attrs.Attribute, Any], None]:
+def _at_least(least: int) -> Callable[[Value, attrs.Attribute, Value], None]:
     return lambda plan, attribute, value: check_whole(attribute.name, value, least)
 
 
@@ -100,11 +100,11 @@ class Plan:
 
     rounds: int = attrs.field(converter=whole, validator=_at_least(0))
     draw: Draw | None = attrs.field(validator=_function("round", "ids", "rng"))
-    clients_per_round: Any = attrs.field(converter=whole, validator=_size)
-    hparams: Callable[..., Mapping[str, Any]] | None = attrs.field(
+    clients_per_round: Value = attrs.field(converter=whole, validator=_size)
+    hparams: Callable[..., Mapping[str, Number]] | None = attrs.field(
         validator=_function("round", offered=("process", "seed"))
     )
-    evaluate: Callable[..., Mapping[str, Any]] | None = attrs.field(
+    evaluate: Callable[..., Mapping[str, Json]] | None = attrs.field(
         validator=_function("weights", offered=("round", "process", "seed"))
     )
     per_client: PerClient | None = attrs.field(validator=_per_client)
@@ -117,8 +117,8 @@ class Plan:
         validator=attrs.validators.and_(_function("rounds"), _is_evaluated)
     )
     keep_best: Goal | None = attrs.field(converter=_goal, validator=_is_evaluated)
-    managers: Any = attrs.field(validator=_managers)
-    client_states: Callable[..., Any] | None = attrs.field(
+    managers: Value = attrs.field(validator=_managers)
+    client_states: Function | None = attrs.field(
         validator=_function("ids", "path", offered=("keep",))
     )
     starts: Starts
@@ -126,7 +126,7 @@ class Plan:
     lock: threading.RLock = attrs.field(factory=threading.RLock)
 
 
-def as_processes(process: Any) -> dict[str, Any]:
+def as_processes(process: Process) -> dict[str, Process]:
     """Processes by name.
 
     Raises:
@@ -150,7 +150,7 @@ def as_processes(process: Any) -> dict[str, Any]:
     return named
 
 
-def as_path(directory: Any) -> str | None:
+def as_path(directory: Value) -> str | None:
     """The folder as a text."""
     path = directory.__fspath__() if isinstance(directory, os.PathLike) else directory
     try:
@@ -164,7 +164,7 @@ def as_path(directory: Any) -> str | None:
     )
 
 
-def _is_file_name(name: Any) -> bool:
+def _is_file_name(name: Value) -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
         return False
     try:
@@ -179,7 +179,7 @@ def as_seeds(seed: int | Sequence[int]) -> list[int]:
     Raises:
       ValueError: One is out of range or repeated, or there is none.
     """
-    given: Iterable[Any] = seed if isinstance(seed, Iterable) else [seed]
+    given: Iterable[Value] = seed if isinstance(seed, Iterable) else [seed]
     seeds = [whole(one) for one in given]
     in_range = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
     if not seeds or not in_range or len(set(seeds)) < len(seeds):
@@ -190,9 +190,9 @@ def as_seeds(seed: int | Sequence[int]) -> list[int]:
     return seeds
 
 
-def lanes(processes: dict[str, Any], seeds: list[int]) -> list[list[tuple[str, int]]]:
+def lanes(processes: dict[str, Process], seeds: list[int]) -> list[list[tuple[str, int]]]:
     """Runs by name and seed, those together that must go one after the other."""
-    lanes: dict[Any, list[tuple[str, int]]] = {}
+    lanes: dict[Hashable, list[tuple[str, int]]] = {}
     for name, seed in itertools.product(processes, seeds):
         one = processes[name]
         key = id(one) if isinstance(one, ResidentProcess) else (name, seed)
@@ -200,7 +200,7 @@ def lanes(processes: dict[str, Any], seeds: list[int]) -> list[list[tuple[str, i
     return list(lanes.values())
 
 
-def check_states_are_kept(client_states: Any, processes: dict[str, Any]) -> None:
+def check_states_are_kept(client_states: Value, processes: dict[str, Process]) -> None:
     """Raises `ValueError` if it can be told that no process has a use for clients' states."""
     made = [one for one in processes.values() if hasattr(one, "next")]
     if client_states is None or len(made) < len(processes):
@@ -212,6 +212,6 @@ def check_states_are_kept(client_states: Any, processes: dict[str, Any]) -> None
         )
 
 
-def data_type(process: Any) -> tff.Type:
+def data_type(process: Process) -> tff.Type:
     """What a process takes of one client; that of the process it wraps, if it wraps one."""
     return getattr(process, "process", process).next.type_signature.parameter[1].member

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from tff_optim.core.types import Json, State
 from tff_optim.simulation.checkpoints import Checkpoints
 from tff_optim.simulation.goals import Goal
 from tff_optim.simulation.history import Kept
@@ -47,7 +47,7 @@ class Best:
                 self.round = self._saved = saved
                 self._value = self._goal.value(record)
 
-    def see(self, number: int, record: Mapping[str, Any], state: Any) -> None:
+    def see(self, number: int, record: Mapping[str, Json], state: State) -> None:
         """Looks at a round; the first of several that are equally good is the best.
 
         Raises:
@@ -60,7 +60,7 @@ class Best:
         if value > self._value:
             self.round, self._value, self._state = number, value, state
 
-    async def save(self) -> dict[str, Any]:
+    async def save(self) -> Record:
         """Saves the best state, unless it is saved; returns what tells its files, or nothing."""
         if self._checkpoints is None or self.round is None or self.round == self._saved:
             return {}
@@ -68,7 +68,7 @@ class Best:
         self._saved, self._state = self.round, None  # it is loaded in the end
         return {"best": self.round, "files": digest}
 
-    def kept(self, structure: Any) -> Kept | None:
+    def kept(self, structure: State) -> Kept | None:
         """The best round with its state; None if no round has shown a finite number.
 
         Args:

@@ -4,13 +4,14 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+from tff_optim.core.types import Json, Value
 
 _PREFIX, _SUFFIX = "events.out.tfevents.", ".rounds"
 
@@ -34,7 +35,7 @@ class Board:
         # A TensorBoard that is open already drops what it has read of the file before.
         self._write(step=0, session_log=SessionLog(status=SessionLog.START))
 
-    def add(self, number: int, record: Mapping[str, Any], written: float) -> None:
+    def add(self, number: int, record: Mapping[str, Json], written: float) -> None:
         """Adds a point to each curve.
 
         Args:
@@ -66,7 +67,7 @@ class Board:
         """Ends writing."""
         self._writer.close()
 
-    def _write(self, **fields: Any) -> None:
+    def _write(self, **fields: Value) -> None:
         self._writer.write(Event(**fields).SerializeToString())
 
 

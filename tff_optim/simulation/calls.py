@@ -1,13 +1,13 @@
 """Functions of the caller: given what they ask for by name, and checked before the first round."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Function, Value
 
 
-def call(function: Callable[..., Any], *given: Any, **offered: Any) -> Any:
+def call(function: Function, *given: Value, **offered: Value) -> Value:
     """Calls a function, with those of the offered values that it has parameters for.
 
     That is a parameter of the same name without a default: one with a default may have got another
@@ -21,7 +21,12 @@ def call(function: Callable[..., Any], *given: Any, **offered: Any) -> Any:
 
 
 def check(
-    name: str, function: Any, given: Sequence[str], offered: Sequence[str], *, optional: bool = True
+    name: str,
+    function: Value,
+    given: Sequence[str],
+    offered: Sequence[str],
+    *,
+    optional: bool = True,
 ) -> None:
     """Raises `TypeError` unless this is a function that `call` can call.
 
@@ -51,7 +56,7 @@ def check(
         ) from None
 
 
-def _asked(function: Callable[..., Any], offered: Sequence[str]) -> list[str]:
+def _asked(function: Function, offered: Sequence[str]) -> list[str]:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of a built-in function

@@ -7,10 +7,10 @@ import shutil
 import stat
 import uuid
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import tensorflow_federated as tff
 
+from tff_optim.core.types import Process, State
 from tff_optim.resident import ResidentCheckpoints, ResidentProcess
 
 _KEPT = 2
@@ -31,7 +31,7 @@ class Checkpoints:
       OSError: It cannot be made.
     """
 
-    def __init__(self, process: Any, path: str, *, accept_changes: bool):
+    def __init__(self, process: Process, path: str, *, accept_changes: bool):
         os.makedirs(path, exist_ok=True)
         self._path = path
         self._manager: tff.program.ProgramStateManager
@@ -46,12 +46,12 @@ class Checkpoints:
                 path, self._prefix, keep_total=_KEPT, keep_first=False
             )
 
-    async def save(self, state: Any, number: int) -> str:
+    async def save(self, state: State, number: int) -> str:
         """Saves the state after a round; returns the digest of its files."""
         await self._manager.save(state, number)
         return _digest(self._path_of(number))
 
-    async def load(self, number: int, structure: Any) -> Any:
+    async def load(self, number: int, structure: State) -> State:
         """Loads the state after a round."""
         return await self._manager.load(number, structure)
 

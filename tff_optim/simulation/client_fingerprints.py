@@ -1,11 +1,11 @@
 """What tells a client's data from others, by its beginning: read without a trace in the data set."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tff_optim.core.types import ClientDataset, ClientId, Value
 from tff_optim.resident.graphs.fingerprints import of_parts
 from tff_optim.resident.graphs.nodes import node_of
 
@@ -17,13 +17,13 @@ _PYTHON = ("PyFunc", "EagerPyFunc", "Generator")
 _NO_GLOBAL_SEED = (0, 87654321)  # the first of a shuffle's two seeds, unless a program has set one
 
 
-def chosen(ids: list[Any]) -> list[Any]:
+def chosen(ids: list[ClientId]) -> list[ClientId]:
     """The clients that are looked at: all, or 100 of them spread over the list."""
     step = max(len(ids) / _LARGEST, 1.0)
     return [ids[int(i * step)] for i in range(min(len(ids), _LARGEST))]
 
 
-def of_data(data: Any) -> str:
+def of_data(data: ClientDataset) -> str:
     """The specification, the number and the first of the elements of a client's data, in short.
 
     The order in which a data set is shuffled does not count, but how it is shuffled does. What a
@@ -64,13 +64,13 @@ def _first(data: tf.data.Dataset) -> str:
     return of_parts(*found, *passed)[:8] if len(found) == 1 else "another each time"
 
 
-def _read(graph: bytes, spec: Any) -> str:
+def _read(graph: bytes, spec: Value) -> str:
     copy = tf.data.experimental.from_variant(tf.raw_ops.DatasetFromGraph(graph_def=graph), spec)
     leaves = [leaf for one in copy.take(1) for leaf in tf.nest.flatten(one, expand_composites=True)]
     return of_parts(*(tf.io.serialize_tensor(leaf).numpy() for leaf in leaves))
 
 
-def _without_order(graph: Any) -> tuple[bytes, list[int]]:
+def _without_order(graph: Value) -> tuple[bytes, list[int]]:
     """The graph of a data set without shuffles and caches, and the numbers that shuffles were given.
 
     Raises:
@@ -85,7 +85,7 @@ def _without_order(graph: Any) -> tuple[bytes, list[int]]:
     return graph.SerializeToString(), numbers
 
 
-def _pass(nodes: Any, numbers: list[int]) -> dict[str, str]:
+def _pass(nodes: Value, numbers: list[int]) -> dict[str, str]:
     """Takes from each node that is passed what it takes; returns that by the node's name."""
     by_name = {node.name: node for node in nodes}
     instead = {node.name: node.input[0] for node in nodes if node.op.startswith(_PASSED)}

@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -10,6 +10,7 @@ import tensorflow_federated as tff
 
 from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
+from tff_optim.core.types import ClientDataset, ClientId, Value
 from tff_optim.resident.client_data import ClientData, data_of_client
 from tff_optim.simulation import client_fingerprints
 from tff_optim.simulation.client_arrays import ClientArrays
@@ -17,14 +18,14 @@ from tff_optim.simulation.client_arrays import ClientArrays
 Draw: TypeAlias = Callable[[int, Sequence[Hashable], np.random.Generator], Sequence[Hashable]]
 
 
-def clients_by_id(clients: Any) -> tuple[list[Hashable], Callable[[Hashable], Any]]:
+def clients_by_id(clients: Value) -> tuple[list[Hashable], Callable[[ClientId], ClientDataset]]:
     """The ids of clients, and the data of one of them.
 
     Raises:
       TypeError: `clients` is not one of the four forms.
       ValueError: There is no client.
     """
-    get: Any
+    get: Value
     if isinstance(clients, ClientArrays):
         ids, get = clients.ids, clients.data_set
     elif isinstance(clients, tff.simulation.datasets.ClientData):
@@ -60,7 +61,9 @@ class Cohorts:
       keeps_states: Whether clients keep a state, whose place is handed over with their data.
     """
 
-    def __init__(self, clients: Any, size: Any, draw: Draw | None, seed: int, data_type: tff.Type):
+    def __init__(
+        self, clients: Value, size: Value, draw: Draw | None, seed: int, data_type: tff.Type
+    ):
         self.ids, self._get = clients_by_id(clients)
         self._size, self._draw, self._seed = size, draw, seed
         self.varies = draw is not None or callable(size)
@@ -85,7 +88,7 @@ class Cohorts:
             check_size(size, len(self.ids))
         return [self.ids[i] for i in self._sample(round_number, size)]
 
-    def of_client(self, client: Hashable) -> Any:
+    def of_client(self, client: Hashable) -> ClientDataset:
         """The data of a client, as they were given."""
         return self._get(client)
 
@@ -96,7 +99,7 @@ class Cohorts:
             return {str(client): self._arrays.fingerprint(client) for client in some}
         return {str(client): client_fingerprints.of_data(self._get(client)) for client in some}
 
-    def data(self, drawn: Sequence[Hashable], round_number: int) -> list[Any]:
+    def data(self, drawn: Sequence[Hashable], round_number: int) -> list[ClientDataset]:
         """The data of some clients in a round, as the process takes them."""
         if self._arrays is not None:
             return self._arrays.cohort(drawn, round_number)
@@ -110,7 +113,7 @@ class _Poisson:
     rate: float = attrs.field()
 
     @rate.validator
-    def _check(self, attribute: attrs.Attribute, value: Any) -> None:
+    def _check(self, attribute: attrs.Attribute, value: Value) -> None:
         del attribute
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not (is_number and 0 < value <= 1):
@@ -149,7 +152,7 @@ def poisson(rate: float) -> Draw:
     return _Poisson(rate)
 
 
-def _as_drawn(found: Any, ids: Sequence[Hashable], number: int) -> list[Hashable]:
+def _as_drawn(found: Value, ids: Sequence[Hashable], number: int) -> list[Hashable]:
     """What `draw` has returned, as ids of the run."""
     if isinstance(found, str) or not isinstance(found, Sequence | np.ndarray):
         raise TypeError(f"`draw` must return a list of ids of clients; found {shown(found)}.")
@@ -163,7 +166,7 @@ def _as_drawn(found: Any, ids: Sequence[Hashable], number: int) -> list[Hashable
     return [known[one] for one in found]
 
 
-def check_size(clients_per_round: Any, clients: int) -> None:
+def check_size(clients_per_round: Value, clients: int) -> None:
     """Raises `ValueError` unless so many clients can be drawn."""
     check_whole("clients_per_round", clients_per_round, 1)
     if clients_per_round > clients:

@@ -1,11 +1,11 @@
 """Evaluation: the model after a round, on data of the caller and on single clients."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
 
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import ClientDataset, ClientId, Record, Weights
 from tff_optim.simulation import calls, metrics, per_client, same_run
 from tff_optim.simulation.arguments import Plan
 from tff_optim.simulation.cohorts import Cohorts, clients_by_id
@@ -29,7 +29,7 @@ class Evaluation:
 
     def __init__(self, plan: Plan, cohorts: Cohorts, process: str, seed: int):
         self._plan, self._run = plan, {"process": process, "seed": seed}
-        self._of_client: Callable[[Hashable], Any] = cohorts.of_client
+        self._of_client: Callable[[ClientId], ClientDataset] = cohorts.of_client
         self.ids: list[Hashable] = []
         given = plan.per_client
         if given is not None:
@@ -42,10 +42,10 @@ class Evaluation:
     def __bool__(self) -> bool:
         return self._plan.evaluate is not None or self._plan.per_client is not None
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Record:
         """What of it makes a run the same run; see `same_run`."""
         plan, given = self._plan, self._plan.per_client
-        found: dict[str, Any] = {
+        found: Record = {
             "evaluate": same_run.of_function(plan.evaluate),
             "rounds_per_evaluation": plan.rounds_per_evaluation if self else None,
         }
@@ -56,8 +56,8 @@ class Evaluation:
         return found
 
     def __call__(
-        self, weights: Any, number: int, cohort: Sequence[Hashable]
-    ) -> tuple[dict[str, Any], dict[Hashable, dict[str, Any]]]:
+        self, weights: Weights, number: int, cohort: Sequence[Hashable]
+    ) -> tuple[Record, dict[Hashable, Record]]:
         """Evaluates a model.
 
         Args:
@@ -80,7 +80,7 @@ class Evaluation:
             one: {COLUMN + name: value for name, value in row.items()} for one, row in rows.items()
         }
 
-    def _central(self, weights: Any, number: int) -> dict[str, Any]:
+    def _central(self, weights: Weights, number: int) -> Record:
         if self._plan.evaluate is None:
             return {}
         found = calls.call(self._plan.evaluate, weights, round=number, **self._run)
@@ -98,7 +98,7 @@ class Evaluation:
                 )
         return flat
 
-    def _on(self, client: Hashable, weights: Any, number: int) -> dict[str, Any]:
+    def _on(self, client: Hashable, weights: Weights, number: int) -> Record:
         found = calls.call(
             self._per_client,
             *(weights, self._of_client(client)),

@@ -5,11 +5,11 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import ClientId, Json, Process, State
 from tff_optim.resident import locks
 from tff_optim.simulation import best, same_run, stores
 from tff_optim.simulation.board import Board
@@ -65,7 +65,7 @@ class Folder(tff.program.ProgramStateManager):
         self.changed: list[str] = []
         self.rounds: list[Record] = []
         self.clients: list[Record] = []
-        self._state: Any = None
+        self._state: State = None
         self._left_out: list[str] = []
         self._board: Board | None = None
         self._close = contextlib.ExitStack()
@@ -75,10 +75,10 @@ class Folder(tff.program.ProgramStateManager):
 
     def find(
         self,
-        run: Mapping[str, Any],
-        process: Any,
-        state: Any,
-        ids: Sequence[Any],
+        run: Mapping[str, Json],
+        process: Process,
+        state: State,
+        ids: Sequence[ClientId],
         *,
         resume: bool | str,
     ) -> None:
@@ -235,7 +235,7 @@ class Folder(tff.program.ProgramStateManager):
         self._board.publish()
 
     def add(
-        self, number: int, record: Mapping[str, Any], of_clients: Sequence[Mapping[str, Any]]
+        self, number: int, record: Mapping[str, Json], of_clients: Sequence[Mapping[str, Json]]
     ) -> None:
         """Keeps what a round has shown."""
         rounds = [{"round": number, **record}]
@@ -254,7 +254,7 @@ class Folder(tff.program.ProgramStateManager):
         self.rounds += rounds
         self.clients += clients
 
-    async def save(self, program_state: Any, version: int) -> None:
+    async def save(self, program_state: State, version: int) -> None:
         """Saves the state after a round, unless it is saved; drops the records of later rounds."""
         if self.path is None or version in self._counts:
             return
@@ -273,7 +273,7 @@ class Folder(tff.program.ProgramStateManager):
         """The round to go on from, or None."""
         return None if self.saved is None else [self.saved]
 
-    async def load(self, version: int, structure: Any) -> Any:
+    async def load(self, version: int, structure: State) -> State:
         """Gives the state that was found, once."""
         del structure
         if version != self.saved:
@@ -329,9 +329,9 @@ def _check_kind(path: str, is_kind: Callable[[str], bool]) -> None:
         )
 
 
-def _by_text(ids: Sequence[Any]) -> dict[str, Any]:
+def _by_text(ids: Sequence[ClientId]) -> Record:
     """The ids of clients by the texts that files hold."""
-    found: dict[str, Any] = {}
+    found: Record = {}
     for client in ids:
         other = found.setdefault(str(client), client)
         if other is not client:

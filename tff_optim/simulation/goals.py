@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Json, Value
 
 _SIGNS = {"max": 1.0, "min": -1.0}
 _KNOWN = {"accuracy": 1.0, "loss": -1.0}  # words in a name that say which way is better
@@ -24,14 +24,14 @@ class Goal:
     name: str
     sign: float
 
-    def value(self, record: Mapping[str, Any]) -> float:
+    def value(self, record: Mapping[str, Json]) -> float:
         """The signed value in a record, larger where it is better; minus infinity without one."""
         value = record.get(self.name)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return -math.inf
         return self.sign * value
 
-    def check(self, argument: str, record: Mapping[str, Any]) -> None:
+    def check(self, argument: str, record: Mapping[str, Json]) -> None:
         """Raises `ValueError` if a round that must show the metric does not: it is misspelt.
 
         That is the first round of training that has clients, or is evaluated if the metric is of an
@@ -48,7 +48,7 @@ class Goal:
             )
 
 
-def goal(argument: str, text: Any) -> Goal:
+def goal(argument: str, text: Value) -> Goal:
     """Reads `"max NAME"`, `"min NAME"`, or a name that says it by `accuracy` or `loss`.
 
     Example:

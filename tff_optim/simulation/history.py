@@ -5,12 +5,12 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
 
 from tff_optim.core.checks import check_finite, check_whole, whole
+from tff_optim.core.types import Function, Json, Process, Record, State, Value
 from tff_optim.simulation.goals import goal
 from tff_optim.simulation.progress import main_metrics
 
@@ -44,15 +44,15 @@ class Table(Sequence):
       records: Mappings from names to values.
     """
 
-    def __init__(self, records: Sequence[Mapping[str, Any]] = ()):
+    def __init__(self, records: Sequence[Mapping[str, Json]] = ()):
         self._records = [dict(record) for record in records]
-        self._folded: dict[Any, tuple[int, Any]] = {}
+        self._folded: dict[Function, tuple[int, Value]] = {}
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Json]) -> None:
         """Adds a record, as the loop does after each round to the table that `stop` is given."""
         self._records.append(dict(record))
 
-    def running(self, step: Callable[[Any, Mapping[str, Any]], Any], initial: Any) -> Any:
+    def running(self, step: Callable[[Value, Mapping[str, Json]], Value], initial: Value) -> Value:
         """What folding a function over all records gives, each of which is looked at once.
 
         A table that has grown goes on from the value before: a `stop` that is asked after each round
@@ -81,7 +81,7 @@ class Table(Sequence):
         """Every name, in the order of appearance."""
         return list(dict.fromkeys(name for record in self._records for name in record))
 
-    def where(self, **values: Any) -> "Table":
+    def where(self, **values: Value) -> "Table":
         """The records that have these values."""
         missing = set(values) - set(self.columns)
         if missing and self._records:
@@ -91,7 +91,7 @@ class Table(Sequence):
             )
         return Table([r for r in self if all(r.get(name) == v for name, v in values.items())])
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> Value:
         """A pandas `DataFrame`; pandas is not among this package's requirements."""
         try:
             import pandas
@@ -116,7 +116,7 @@ class Table(Sequence):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Value) -> Value:
         """A record by position, records by a slice, a column as an array by its name, or several.
 
         Several columns, by a list of names, are a table.
@@ -135,7 +135,7 @@ class Table(Sequence):
             )
         return np.array([record.get(key, math.nan) for record in self._records])
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Record]:
         return iter(self._records)
 
     def __eq__(self, other: object) -> bool:
@@ -170,7 +170,7 @@ class Table(Sequence):
         first, last = self._records[:_ENDS], self._records[-_ENDS:]
         return [*self._rows(first), left_out, *self._rows(last)]
 
-    def _rows(self, records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    def _rows(self, records: Sequence[Mapping[str, Json]]) -> list[list[str]]:
         columns = self.columns
         return [[_text(record.get(name, "")) for name in columns] for record in records]
 
@@ -187,7 +187,7 @@ def _blocks(columns: list[str], widths: list[int]) -> list[list[int]]:
     return blocks
 
 
-def _text(value: Any) -> str:
+def _text(value: Value) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
@@ -229,7 +229,7 @@ class Kept:
 
     round: int
     value: float
-    state: Any = attrs.field(repr=False)
+    state: State = attrs.field(repr=False)
 
 
 @attrs.frozen(repr=False)
@@ -254,7 +254,7 @@ class History:
 
     rounds: Table
     clients: Table
-    states: dict[tuple[str, int], Any]
+    states: dict[tuple[str, int], State]
     ended: dict[tuple[str, int], str]
     kept: dict[tuple[str, int], Kept] = attrs.field(factory=dict)
 
@@ -340,7 +340,7 @@ class History:
             rows.append(row)
         return Table(rows)
 
-    def best(self, metric: str, *, last: int = 1) -> dict[str, Any]:
+    def best(self, metric: str, *, last: int = 1) -> Record:
         """The row of `summary` with the best mean: the rate, or the rule, that did best in a grid.
 
         A process whose mean is not a number is never the best.
@@ -349,7 +349,7 @@ class History:
         return max(rows, key=lambda row: wanted.value({wanted.name: row["mean"]}))
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Value:
         """The last state of a single run."""
         if len(self.states) != 1:
             raise ValueError(
@@ -359,7 +359,7 @@ class History:
         (state,) = self.states.values()
         return state
 
-    def materialized(self, process: Any) -> "History":
+    def materialized(self, process: Process) -> "History":
         """The same with plain states in the place of those of a `ResidentProcess`."""
         states = {run: process.materialize(state) for run, state in self.states.items()}
         kept = {

@@ -2,17 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Number, Process, Record, State, Value
 from tff_optim.simulation import metrics
 
 COLUMN = "hparams/"
 
 
-def named(given: Any) -> dict[str, Any]:
+def named(given: Value) -> Record:
     """The numbers that `hparams` has returned, by paths as in `flatten`.
 
     Raises:
@@ -30,7 +30,7 @@ def named(given: Any) -> dict[str, Any]:
     return flat
 
 
-def with_numbers(process: Any, state: Any, numbers: Mapping[str, Any]) -> Any:
+def with_numbers(process: Process, state: State, numbers: Mapping[str, Number]) -> State:
     """The state with some of its hyperparameters set, by their paths.
 
     Args:
@@ -54,7 +54,7 @@ def with_numbers(process: Any, state: Any, numbers: Mapping[str, Any]) -> Any:
     return process.set_hparams(state, _replaced(there, numbers, ()))
 
 
-def _replaced(value: Any, numbers: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+def _replaced(value: Value, numbers: Mapping[str, Number], path: tuple[str, ...]) -> State:
     if isinstance(value, Mapping):
         members = {key: _replaced(one, numbers, (*path, str(key))) for key, one in value.items()}
         return OrderedDict(members)

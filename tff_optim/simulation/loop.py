@@ -4,12 +4,12 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import tensorflow_federated as tff
 
 from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Function, Json, Number, Process, Value, Weights
 from tff_optim.interrupts import end_worker_at_exit, let_rounds_end
 from tff_optim.simulation import arguments, cohorts, starts
 from tff_optim.simulation.history import History, Table, join
@@ -19,15 +19,15 @@ from tff_optim.simulation.training import train
 
 
 def run(
-    process: Any,
-    clients: Any,
+    process: Process | Function | Mapping[str, Process | Function],
+    clients: Value,
     *,
     rounds: int,
     clients_per_round: int | Callable[[int], int] | None = None,
     draw: cohorts.Draw | None = None,
-    hparams: Callable[..., Mapping[str, Any]] | None = None,
+    hparams: Callable[..., Mapping[str, Number]] | None = None,
     seed: int | Sequence[int] = 0,
-    evaluate: Callable[..., Mapping[str, Any]] | None = None,
+    evaluate: Callable[..., Mapping[str, Json]] | None = None,
     per_client: PerClient | None = None,
     rounds_per_evaluation: int = 1,
     directory: str | os.PathLike[str] | None = None,
@@ -37,9 +37,9 @@ def run(
     progress: bool = True,
     stop: Callable[[Table], bool] | None = None,
     keep_best: str | None = None,
-    managers: Sequence[tff.program.ReleaseManager] | Callable[..., Any] = (),
-    client_states: Callable[..., Any] | None = None,
-    initial_weights: Any = None,
+    managers: Sequence[tff.program.ReleaseManager] | Function = (),
+    client_states: Function | None = None,
+    initial_weights: Weights = None,
     runs_at_once: int | None = None,
 ) -> History:
     """Trains one or several processes, with one or several seeds, some of them side by side.
@@ -214,7 +214,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _built(made: Any, seed: int, name: str, plan: arguments.Plan) -> Iterator[Any]:
+def _built(made: Value, seed: int, name: str, plan: arguments.Plan) -> Iterator[Process]:
     """The process as given, or made for this seed and closed in the end."""
     if hasattr(made, "next"):
         yield made

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import ClientId, Json, Metrics, Record, Value
 
 _LARGEST = 256  # numbers of one metric that are shown one by one
 _SAMPLE = "sample_"
@@ -15,7 +15,7 @@ _FILLED = "sample_clients"
 _UNCHANGED = ("update_non_finite", "unchanged")  # of TFF's finalizers, of `aggregators`
 
 
-def flatten(metrics: Any) -> dict[str, Any]:
+def flatten(metrics: Metrics) -> Record:
     r"""Names every number of a structure of metrics.
 
     Names are paths, joined by slashes. A vector or matrix becomes a number for each element, and
@@ -36,7 +36,7 @@ def flatten(metrics: Any) -> dict[str, Any]:
       ValueError: Two numbers have the same name.
       TypeError: A value is none of these, such as a complex number.
     """
-    found: dict[str, Any] = {}
+    found: Record = {}
     for name, value in _named(metrics):
         if name in found:
             raise ValueError(f"`metrics` must have a name for each number; found {name!r} twice.")
@@ -44,7 +44,7 @@ def flatten(metrics: Any) -> dict[str, Any]:
     return found
 
 
-def check_names(flat: Mapping[str, Any], argument: str, taken: Sequence[str]) -> None:
+def check_names(flat: Mapping[str, Json], argument: str, taken: Sequence[str]) -> None:
     """Raises `ValueError` if a metric has a name that is taken; "NAME/" takes all that start so."""
     for name in flat:
         if any(name == one or (one.endswith("/") and name.startswith(one)) for one in taken):
@@ -54,12 +54,12 @@ def check_names(flat: Mapping[str, Any], argument: str, taken: Sequence[str]) ->
             )
 
 
-def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def alike(one: Mapping[str, Json], other: Mapping[str, Json]) -> bool:
     """Whether flat metrics have the same names, texts and, up to rounding, numbers."""
     return set(one) == set(other) and all(_alike(value, other[name]) for name, value in one.items())
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: Value, other: Value) -> bool:
     if one == other or isinstance(one, str) or isinstance(other, str):
         return bool(one == other)
     if math.isnan(one) or math.isnan(other):
@@ -70,7 +70,7 @@ def _alike(one: Any, other: Any) -> bool:
         return False
 
 
-def why_unchanged(record: Mapping[str, Any]) -> dict[str, Any]:
+def why_unchanged(record: Mapping[str, Json]) -> Record:
     """What says that a round has left the model alone, and of how many clients why; else empty.
 
     Example:
@@ -84,7 +84,7 @@ def why_unchanged(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in record if name in signs | counts} if signs else {}
 
 
-def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
+def client_records(metrics: Metrics, cohort: Sequence[ClientId]) -> list[Record]:
     """Assigns to clients, by id, what a round shows of single ones.
 
     That is what `sample_size` of the builders of `aggregators` asks for, one row for each client in
@@ -103,7 +103,7 @@ def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
     Returns:
       One record for each client of the cohort.
     """
-    records: list[dict[str, Any]] = [{"client": client} for client in cohort]
+    records: list[Record] = [{"client": client} for client in cohort]
     filled = {p[:-1]: int(v) for p, v in _leaves(metrics, clients=True) if p[-1] == _FILLED}
     for path, value in _leaves(metrics, clients=True):
         level = next(i for i, name in enumerate(path) if name.startswith(_SAMPLE))
@@ -115,7 +115,7 @@ def client_records(metrics: Any, cohort: Sequence[Any]) -> list[dict[str, Any]]:
     return records
 
 
-def _named(metrics: Any) -> Iterator[tuple[str, Any]]:
+def _named(metrics: Metrics) -> Iterator[tuple[str, Json]]:
     """Single numbers by name."""
     for path, value in _leaves(metrics, clients=False):
         name = "/".join(path)
@@ -133,7 +133,7 @@ def _named(metrics: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(
-    value: Any, *, clients: bool, path: tuple[str, ...] = ()
+    value: Value, *, clients: bool, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
     """Arrays by path: those that belong to single clients, or the others."""
     if attrs.has(type(value)):
@@ -156,7 +156,7 @@ def _leaves(
             yield from _leaves(member, clients=False, path=inner)
 
 
-def _plain(value: Any, name: str) -> Any:
+def _plain(value: Value, name: str) -> Json:
     """A Python value: bool, int, float or text, or None."""
     value = np.asarray(value).item()
     if isinstance(value, bytes):

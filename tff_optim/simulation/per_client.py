@@ -2,25 +2,35 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import (
+    ClientDataset,
+    ClientId,
+    Function,
+    Json,
+    Metrics,
+    Process,
+    Record,
+    Value,
+    Weights,
+)
 from tff_optim.resident.client_data import ClientData
 from tff_optim.simulation import calls, cohorts, metrics
 
 OFFERED = ("client", "round", "process", "seed")
 
 
-def _evaluate(per_client: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _evaluate(per_client: Value, attribute: attrs.Attribute, value: Value) -> None:
     del per_client
     if not _is_process(value):
         calls.check(attribute.name, value, ["weights", "data"], OFFERED, optional=False)
 
 
-def _clients(per_client: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _clients(per_client: Value, attribute: attrs.Attribute, value: Value) -> None:
     del per_client, attribute
     if value is not None and not callable(value):
         cohorts.clients_by_id(value)  # raises
@@ -56,25 +66,25 @@ class PerClient:
       ValueError: There is no client.
     """
 
-    evaluate: Any = attrs.field(validator=_evaluate)
-    clients: Any = attrs.field(default=None, validator=_clients)
+    evaluate: Value = attrs.field(validator=_evaluate)
+    clients: Value = attrs.field(default=None, validator=_clients)
 
-    def function(self) -> Callable[..., Any]:
+    def function(self) -> Function:
         """What `calls.call` calls with weights and data."""
         return _by_process(self.evaluate) if _is_process(self.evaluate) else self.evaluate
 
 
-def _is_process(value: Any) -> bool:
+def _is_process(value: Value) -> bool:
     return hasattr(value, "next") and hasattr(value, "set_model_weights")
 
 
-def _by_process(process: Any) -> Callable[[Any, Any, Any], Any]:
+def _by_process(process: Process) -> Callable[[Weights, ClientDataset, ClientId], Metrics]:
     """An evaluation process of TFF as a function."""
     initial = process.initialize()
     wrapped = getattr(process, "process", process)
     taken = ClientData(wrapped.next.type_signature.parameter[1].member)
 
-    def evaluate(weights: Any, data: Any, client: Any) -> Any:
+    def evaluate(weights: Weights, data: ClientDataset, client: ClientId) -> Metrics:
         state = process.set_model_weights(initial, weights)
         found = process.next(state, [taken(data, client)]).metrics
         try:
@@ -88,7 +98,7 @@ def _by_process(process: Any) -> Callable[[Any, Any, Any], Any]:
     return evaluate
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def summary(rows: Sequence[Mapping[str, Json]]) -> dict[str, float]:
     """Mean, deciles and spread over clients of each number.
 
     Example:
@@ -107,7 +117,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def numbers_of(found: Any, client: Any) -> dict[str, Any]:
+def numbers_of(found: Value, client: ClientId) -> Record:
     """What an evaluation has found on a client, checked."""
     if not isinstance(found, Mapping):
         raise TypeError(

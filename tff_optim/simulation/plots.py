@@ -3,12 +3,17 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from tff_optim.core.checks import check_finite
+from tff_optim.core.types import ClientId, Record, Value
 from tff_optim.simulation.history import History, Table
+
+# Of matplotlib, which is imported where something is drawn.
+Axes: TypeAlias = Value
+Figure: TypeAlias = Value
 
 # Four dashes and seven colours: 28 lines that all differ.
 _STYLES = ["-", "--", ":", "-."]
@@ -26,7 +31,7 @@ _OVER_CLIENTS = {
 }
 
 
-def line_style(number: int, lines: int) -> dict[str, Any]:
+def line_style(number: int, lines: int) -> Record:
     """How to draw one of several lines, for `axes.plot`: they differ without colours too.
 
     The first ones are wider, and later ones dashed, so that lines that coincide are all seen.
@@ -63,7 +68,7 @@ def words(metric: str) -> str:
     return (f"{text} ({', '.join(where)})" if where else text).replace("_", " ")
 
 
-def panel_letters(axes: Iterable[Any], titles: Sequence[str] = ()) -> None:
+def panel_letters(axes: Iterable[Axes], titles: Sequence[str] = ()) -> None:
     """Writes a, b, c, ... at the top left of panels, for a caption to refer to, and titles beside them.
 
     Example:
@@ -91,7 +96,7 @@ def panel_letters(axes: Iterable[Any], titles: Sequence[str] = ()) -> None:
             one.set_title(titles[number])
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a picture twice: `PATH.png` to look at, and `PATH.pdf` for a paper, of lines and letters.
 
     Folders on the way are made. An ending `.png` or `.pdf` of the path is left out.
@@ -112,8 +117,8 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 
 
 def learning_curves(
-    history: History, metric: str, *, target: float | None = None, axes: Any = None
-) -> Any:
+    history: History, metric: str, *, target: float | None = None, axes: Axes | None = None
+) -> Axes:
     """Draws a metric over the rounds: for each process the mean of its seeds, and their range.
 
     Example:
@@ -174,8 +179,8 @@ def _band(seeds: int) -> str:
 
 
 def score_heatmap(
-    history: History, metric: str = "aggregator/score_mean", *, axes: Any = None
-) -> Any:
+    history: History, metric: str = "aggregator/score_mean", *, axes: Axes | None = None
+) -> Axes:
     """Draws a number per layer as a map of layers and rounds, dark where it is large.
 
     Args:
@@ -215,8 +220,8 @@ def score_heatmap(
 
 
 def client_weights(
-    history: History, metric: str = "aggregator/weights", *, axes: Any = None
-) -> Any:
+    history: History, metric: str = "aggregator/weights", *, axes: Axes | None = None
+) -> Axes:
     """Draws the share of each client, by id, in the result of each round, dark where it is large.
 
     Args:
@@ -254,7 +259,7 @@ def client_weights(
     return axes
 
 
-def _axes(axes: Any) -> Any:
+def _axes(axes: Axes) -> Axes:
     if axes is not None:
         return axes
     try:
@@ -264,13 +269,13 @@ def _axes(axes: Any) -> Any:
     return plt.subplots(figsize=(6, 4), layout="constrained")[1]
 
 
-def _by_numbers(client: Any) -> list[tuple[bool, int, str]]:
+def _by_numbers(client: ClientId) -> list[tuple[bool, int, str]]:
     """Sorts 'client 2' before 'client 10'."""
     parts = re.findall(r"\d+|\D+", str(client))
     return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts]
 
 
-def _with(table: Table, name: str, argument: str) -> list[dict[str, Any]]:
+def _with(table: Table, name: str, argument: str) -> list[Record]:
     records = [record for record in table if isinstance(record.get(name), int | float)]
     if not records:
         raise ValueError(

@@ -4,9 +4,10 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import tensorflow_federated as tff
+
+from tff_optim.core.types import Json, Record, Value
 
 _SHOWN = 3
 _SECONDS = 10.0  # between two lines of a log file
@@ -25,8 +26,8 @@ class ProgressBar(tff.program.ReleaseManager):
     """
 
     def __init__(self, name: str, rounds: int, done: int, visible: bool):
-        self._bar: Any = None
-        self._evaluation: dict[str, Any] = {}
+        self._bar: Value = None
+        self._evaluation: Record = {}
         self._name, self._rounds, self._done = name, rounds, done
         self._began = self._told = time.monotonic()
         self._in_lines = visible and not (sys.stderr.isatty() or _in_notebook())
@@ -43,7 +44,7 @@ class ProgressBar(tff.program.ReleaseManager):
             import tqdm.auto
         self._bar = tqdm.auto.tqdm(total=rounds, initial=done, desc=name, unit="round")
 
-    async def release(self, value: Mapping[str, Any], key: int) -> None:
+    async def release(self, value: Mapping[str, Json], key: int) -> None:
         """Shows round `key`: the last evaluation, or what training gave."""
         if self._bar is None and not self._in_lines:
             return
@@ -80,7 +81,7 @@ def _time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+def main_metrics(metrics: Mapping[str, Json]) -> dict[str, float]:
     """The numbers that say how training goes: of the evaluation and of the clients' training."""
     return {
         name: value

@@ -5,20 +5,19 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
+
+from tff_optim.core.types import Record, Value
 
 _FORMAT = {"format": 1}
 _CHECK = b', "check": "'
 _DIGITS = 16
 
-Record = dict[str, Any]
-
 
 @attrs.frozen
 class _Line:
-    value: dict[str, Any]
+    value: Record
     check: str  # a digest of this line and of all before it
     end: int  # in bytes from the file's beginning
 
@@ -38,7 +37,7 @@ class RecordFile:
         self._lines: list[_Line] = []
 
     @property
-    def values(self) -> list[dict[str, Any]]:
+    def values(self) -> list[Record]:
         """What the lines hold, without the first one, which names the format."""
         return [line.value for line in self._lines[1:]]
 
@@ -70,7 +69,7 @@ class RecordFile:
         os.replace(self._path + ".unfinished", self._path)
         self._lines = [line]
 
-    def append(self, value: dict[str, Any]) -> None:
+    def append(self, value: Record) -> None:
         """Adds a line."""
         text, line = _written(value, self._lines[-1:])
         with open(self._path, "r+b") as file:
@@ -85,7 +84,7 @@ class RecordFile:
         del self._lines[count + 1 :]
 
 
-def _written(value: dict[str, Any], before: Sequence[_Line]) -> tuple[bytes, _Line]:
+def _written(value: Record, before: Sequence[_Line]) -> tuple[bytes, _Line]:
     """A line as bytes, and as it will be read."""
     body = json.dumps(value).encode()
     check = _digest(body, before)
@@ -142,11 +141,11 @@ class CsvView:
         os.replace(self._path + ".unfinished", self._path)
 
 
-def _opened(path: str, mode: str) -> Any:
+def _opened(path: str, mode: str) -> Value:
     # Half a surrogate cannot be encoded: it is written as `\udc80`.
     return open(path, mode, newline="", encoding="utf-8", errors="backslashreplace")
 
 
-def _writer(file: Any, columns: list[str]) -> csv.DictWriter:
+def _writer(file: Value, columns: list[str]) -> csv.DictWriter:
     # Quoted texts keep carriage returns, and "007" apart from 7.
     return csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)

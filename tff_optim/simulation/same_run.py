@@ -5,13 +5,13 @@ import json
 import os
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import attrs
 import numpy as np
 import tensorflow as tf
 
+from tff_optim.core.types import ClientId, Function, Json, Process, Record, State, Value, Weights
 from tff_optim.resident import ResidentProcess, maker
 from tff_optim.resident.graphs import fingerprints
 from tff_optim.simulation import metrics
@@ -34,7 +34,7 @@ _NEVER = ("state_type", "checkpoints")  # a state of another kind cannot be gone
 _SHOWN = 3  # clients whose data differ
 
 
-def describe(process: Any, state: Any, *, given: Any, **arguments: Any) -> dict[str, Any]:
+def describe(process: Process, state: State, *, given: Value, **arguments: Value) -> Record:
     """What is compared, in short texts and numbers by name.
 
     Args:
@@ -64,7 +64,7 @@ def describe(process: Any, state: Any, *, given: Any, **arguments: Any) -> dict[
     return found
 
 
-def of_function(function: Callable[..., Any] | None) -> str | None:
+def of_function(function: Function | None) -> str | None:
     """The name of a function and a fingerprint of its code; what the code refers to does not count.
 
     A function that is frozen data, as `poisson(0.1)`, is what it prints.
@@ -78,7 +78,7 @@ def of_function(function: Callable[..., Any] | None) -> str | None:
         return None
     if attrs.has(type(function)):
         return repr(function)
-    inner: Any = function
+    inner: Value = function
     while isinstance(inner, functools.partial):
         inner = inner.func
     inner = getattr(inner, "__func__", inner)
@@ -88,12 +88,12 @@ def of_function(function: Callable[..., Any] | None) -> str | None:
     return inner.__qualname__ if code is None else f"{inner.__qualname__} {_short(*_code(code))}"
 
 
-def of_ids(ids: Sequence[Any]) -> str:
+def of_ids(ids: Sequence[ClientId]) -> str:
     """The number of clients, and a fingerprint of their ids in this order."""
     return f"{len(ids)} from {ids[0]!r} to {ids[-1]!r}, {_short(*map(repr, ids))}"
 
 
-def check(folder: str, run: dict[str, Any], *, resume: bool | str, files: Sequence[str]) -> None:
+def check(folder: str, run: Record, *, resume: bool | str, files: Sequence[str]) -> None:
     """Writes down what makes a run the same run, or compares it with what is there.
 
     Args:
@@ -154,7 +154,7 @@ def last_change(folder: str) -> int:
     return int(changes[-1]["after_round"]) if changes else 0
 
 
-def take_over(folder: str, run: dict[str, Any], number: int, others: Sequence[str]) -> None:
+def take_over(folder: str, run: Record, number: int, others: Sequence[str]) -> None:
     """Writes down that a run goes on after a round with what differs, if something does.
 
     Args:
@@ -178,7 +178,7 @@ def take_over(folder: str, run: dict[str, Any], number: int, others: Sequence[st
         _write(path, {**run, **kept})
 
 
-def _differences(run: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _differences(run: Mapping[str, Json], found: Mapping[str, Json]) -> list[str]:
     """Names of what is not the same; of data, one name for each client."""
     same_versions = run[_VERSIONS] == found.get(_VERSIONS)
     names = []
@@ -204,7 +204,7 @@ def _stable(text: str, other: str) -> str:
     return text.rpartition(", first ")[0] if is_unknown else text
 
 
-def _shown(run: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _shown(run: Mapping[str, Json], names: Sequence[str]) -> Record:
     """The values of some names, of a few clients if the data of many differ."""
     prefix = f"{_DATA} of "
     of_clients = [name for name in names if name.startswith(prefix)]
@@ -216,7 +216,7 @@ def _shown(run: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return shown
 
 
-def _warn_of_versions(folder: str, run: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _warn_of_versions(folder: str, run: Mapping[str, Json], found: Mapping[str, Json]) -> None:
     mine, theirs = run[_VERSIONS], found.get(_VERSIONS) or {}
     others = [f"{name} {theirs.get(name, 'of an unknown version')}" for name in mine]
     changed = [text for name, text in zip(mine, others) if mine[name] != theirs.get(name)]
@@ -229,7 +229,7 @@ def _warn_of_versions(folder: str, run: Mapping[str, Any], found: Mapping[str, A
         )
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> Record:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -246,24 +246,24 @@ def _read(path: str) -> dict[str, Any]:
     return found
 
 
-def _write(path: str, run: Mapping[str, Any]) -> None:
+def _write(path: str, run: Mapping[str, Json]) -> None:
     with open(path + ".unfinished", "w", encoding="utf-8") as file:
         json.dump(run, file, indent=1)
     os.replace(path + ".unfinished", path)
 
 
-def _short(*parts: Any) -> str:
+def _short(*parts: Value) -> str:
     return fingerprints.of_parts(*parts)[:8]
 
 
-def _of_arrays(weights: Any) -> str:
+def _of_arrays(weights: Weights) -> str:
     arrays = [np.asarray(leaf) for leaf in tf.nest.flatten(weights)]
     return _short(*(part for a in arrays for part in (a.dtype, a.shape, a.tobytes())))
 
 
-def _code(code: types.CodeType) -> list[Any]:
+def _code(code: types.CodeType) -> list[Value]:
     """What a function's code does, wherever it stands in a file."""
-    parts: list[Any] = [code.co_code, code.co_names]
+    parts: list[Value] = [code.co_code, code.co_names]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             parts += _code(constant)

@@ -3,7 +3,6 @@
 import collections
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import attrs
 import numpy as np
@@ -12,6 +11,7 @@ import tensorflow as tf
 from tff_optim.core.checks import check_whole, whole
 from tff_optim.core.leaves import named_leaves
 from tff_optim.core.messages import at, refusal, shown
+from tff_optim.core.types import Value
 
 __all__ = ["Split", "by_label", "by_size", "dirichlet"]
 
@@ -40,7 +40,7 @@ class Split:
     indices: tuple[np.ndarray, ...]
     drawn: np.ndarray
 
-    def counts(self, labels: Any) -> np.ndarray:
+    def counts(self, labels: Value) -> np.ndarray:
         """How many examples of each label (0, 1, ...) each client has, `[clients, labels]`."""
         labels = _labels(labels)
         self._check_length("labels", labels)
@@ -70,7 +70,7 @@ class Split:
         held = tuple(its[:count] for its, count in zip(self.indices, counts, strict=True))
         return Split(kept, self.drawn), Split(held, self.drawn)
 
-    def datasets(self, columns: Any, batch_size: int) -> dict[str, tf.data.Dataset]:
+    def datasets(self, columns: Value, batch_size: int) -> dict[str, tf.data.Dataset]:
         """The data of each client in batches, by ids `client 0`, `client 1`, ...: for `run`.
 
         Args:
@@ -103,7 +103,7 @@ class Split:
 
 
 def dirichlet(
-    labels: Any, clients: int, concentration: float, *, seed: int, least: int = 1
+    labels: Value, clients: int, concentration: float, *, seed: int, least: int = 1
 ) -> Split:
     """Splits the examples of each label by shares of a symmetric Dirichlet distribution.
 
@@ -152,7 +152,7 @@ def dirichlet(
     return _enough(draw, least, "concentration", concentration)
 
 
-def by_label(labels: Any, clients: int, labels_per_client: int, *, seed: int) -> Split:
+def by_label(labels: Value, clients: int, labels_per_client: int, *, seed: int) -> Split:
     """Gives each client the same number of labels, and each label's examples to its clients evenly.
 
     Labels are dealt so that each is held by as many clients as another, give or take one. `drawn`
@@ -254,7 +254,7 @@ def _cut(its: np.ndarray, share: np.ndarray) -> list[np.ndarray]:
 
 
 def _enough(
-    draw: Callable[[], tuple[list[np.ndarray], np.ndarray]], least: int, name: str, value: Any
+    draw: Callable[[], tuple[list[np.ndarray], np.ndarray]], least: int, name: str, value: Value
 ) -> Split:
     for _ in range(_TRIES):
         parts, drawn = draw()
@@ -266,7 +266,7 @@ def _enough(
     )
 
 
-def _labels(labels: Any) -> np.ndarray:
+def _labels(labels: Value) -> np.ndarray:
     found = np.asarray(labels)
     if found.ndim == 2 and found.shape[1] == 1:
         found = found[:, 0]
@@ -278,7 +278,7 @@ def _labels(labels: Any) -> np.ndarray:
     return found
 
 
-def _clients(clients: Any, examples: int) -> int:
+def _clients(clients: Value, examples: int) -> int:
     found = whole(clients)
     check_whole("clients", found, 1)
     if found > examples:
@@ -288,12 +288,12 @@ def _clients(clients: Any, examples: int) -> int:
     return int(found)
 
 
-def _positive(name: str, value: Any) -> None:
+def _positive(name: str, value: Value) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (is_number and 0 < value < float("inf")):
         raise ValueError(f"`{name}` must be a finite number above 0; found {shown(value)}.")
 
 
-def _rng(seed: Any) -> np.random.Generator:
+def _rng(seed: Value) -> np.random.Generator:
     check_whole("seed", whole(seed), 0)
     return np.random.default_rng(whole(seed))

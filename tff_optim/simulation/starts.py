@@ -3,8 +3,7 @@
 import hashlib
 import threading
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -12,11 +11,12 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import Function, Process, State, Value, Weights
 
 ModelWeights: TypeAlias = tff.learning.models.ModelWeights
 
 
-def initial_weights(given: Any, seed: int) -> ModelWeights | None:
+def initial_weights(given: Value, seed: int) -> ModelWeights | None:
     """The weights that all runs of a seed start from, as arrays; None if each process has its own.
 
     Args:
@@ -52,17 +52,17 @@ class Starts:
 
     weights: dict[int, ModelWeights | None]
     compared: bool
-    _seen: dict[Any, Any] = attrs.field(factory=dict, init=False)
-    _lock: Any = attrs.field(factory=threading.Lock, init=False)
+    _seen: dict[Value, Value] = attrs.field(factory=dict, init=False)
+    _lock: Value = attrs.field(factory=threading.Lock, init=False)
 
-    def begin(self, process: Any, name: str, seed: int) -> Any:
+    def begin(self, process: Process, name: str, seed: int) -> State:
         """The initial state of a process, with the weights that all runs of the seed start from.
 
         Raises:
           ValueError: The weights do not fit the process.
         """
         state, given = process.initialize(), self.weights[seed]
-        read: Callable[[Any], Any] | None = getattr(process, "get_model_weights", None)
+        read: Function | None = getattr(process, "get_model_weights", None)
         if read is None and given is None:
             return state
         if read is None:
@@ -83,7 +83,7 @@ class Starts:
             self._compare(read(state), name, seed)
         return state
 
-    def _compare(self, weights: Any, name: str, seed: int) -> None:
+    def _compare(self, weights: Weights, name: str, seed: int) -> None:
         """Warns once where two processes of one model start from different weights."""
         digest = hashlib.sha256(b"".join(a.tobytes() for a in _arrays(weights))).hexdigest()
         key = (seed, str(_kinds(weights)))
@@ -102,9 +102,9 @@ class Starts:
         )
 
 
-def _arrays(weights: Any) -> list[np.ndarray]:
+def _arrays(weights: Weights) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in tf.nest.flatten(weights)]
 
 
-def _kinds(weights: Any) -> list[str]:
+def _kinds(weights: Weights) -> list[str]:
     return [f"{array.dtype}{list(array.shape)}" for array in _arrays(weights)]

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import attrs
 
 from tff_optim.core.checks import check_finite, check_whole, whole
+from tff_optim.core.types import Json
 from tff_optim.simulation.goals import Goal, goal
 from tff_optim.simulation.history import Table
 
@@ -50,7 +50,7 @@ def no_better(metric: str, rounds: int) -> Callable[[Table], bool]:
         return bool(table[-1]["round"] - best >= rounds)
 
     def newer(
-        so_far: tuple[int, bool, float], record: Mapping[str, Any]
+        so_far: tuple[int, bool, float], record: Mapping[str, Json]
     ) -> tuple[int, bool, float]:
         best, seen, value = so_far
         if not seen:
@@ -83,7 +83,7 @@ def reached(metric: str, value: float) -> Callable[[Table], bool]:
         table.running(seen, False)
         return len(table) > 0 and wanted.value(table[-1]) >= wanted.sign * value
 
-    def seen(so_far: bool, record: Mapping[str, Any]) -> bool:
+    def seen(so_far: bool, record: Mapping[str, Json]) -> bool:
         if not so_far:
             wanted.check("metric", record)
         return so_far or wanted.name in record

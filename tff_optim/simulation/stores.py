@@ -2,16 +2,17 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+
+from tff_optim.core.types import ClientId, Function, Value
 
 FOLDER = "client_states"
 
 
 @contextlib.contextmanager
 def opened(
-    factory: Callable[..., Any], ids: Sequence[Any], folder: str | None, keep: int, done: int
-) -> Iterator[Any]:
+    factory: Function, ids: Sequence[ClientId], folder: str | None, keep: int, done: int
+) -> Iterator[Value]:
     """A run's store, brought to the round of the server's state.
 
     Args:

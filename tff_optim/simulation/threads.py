@@ -3,16 +3,17 @@
 import asyncio
 import concurrent.futures
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tensorflow_federated as tff
 
+from tff_optim.core.types import Value
 from tff_optim.interrupts import Interrupt
 
 _T = TypeVar("_T")
 
 
-def wait(coroutine: Any) -> Any:
+def wait(coroutine: Value) -> Value:
     """Runs a coroutine to its end on this thread's loop."""
     return asyncio.get_event_loop().run_until_complete(coroutine)
 

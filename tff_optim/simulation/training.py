@@ -4,14 +4,14 @@ import collections
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import attrs
 import numpy as np
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
+from tff_optim.core.types import ClientId, Cohort, Function, Json, Process, Record, State, Value
 from tff_optim.interrupts import Interrupt
 from tff_optim.resident import client_data
 from tff_optim.simulation import calls, hparams, metrics, same_run, stores, workers
@@ -36,7 +36,7 @@ class _StopTraining(Exception):  # noqa: N818
 
 
 def train(
-    process: Any,
+    process: Process,
     cohorts: Cohorts,
     plan: Plan,
     folder: str | None,
@@ -58,7 +58,7 @@ class _Run:
 
     def __init__(
         self,
-        process: Any,
+        process: Process,
         cohorts: Cohorts,
         plan: Plan,
         folder: Folder,
@@ -76,14 +76,14 @@ class _Run:
             self._managers = list(managers)
         if folder.path is not None:
             self._find(seed)
-        self._store: Any = None  # of the states of clients
-        self._state: Any = None  # after the last round of this call, whose number is `_done`
+        self._store: Value = None  # of the states of clients
+        self._state: State = None  # after the last round of this call, whose number is `_done`
         self._done = folder.saved or 0
         self._in_round = False
         self._told = False  # that the model does not change
-        self._cohort: list[Any] = []
-        self._of_clients: list[dict[str, Any]] = []
-        self._of_evaluation: dict[Any, dict[str, Any]] = {}  # by client
+        self._cohort: list[ClientId] = []
+        self._of_clients: list[Record] = []
+        self._of_evaluation: dict[ClientId, Record] = {}  # by client
         self._bar: ProgressBar | None = None
 
     def _find(self, seed: int) -> None:
@@ -118,7 +118,7 @@ class _Run:
 
     def _check_rounds(self, last_change: int) -> None:
         """Raises `ValueError` if rounds since a change had other clients or numbers set."""
-        drawn: dict[int, list[Any]] = {}
+        drawn: dict[int, list[ClientId]] = {}
         for row in self._folder.clients:
             if row.get(_IS_DRAWN, True):
                 drawn.setdefault(row["round"], []).append(row["client"])
@@ -134,7 +134,7 @@ class _Run:
             self._check_same(drawn_by, number, now, drawn.get(number, []))
             self._check_same("hparams", number, self._numbers(number), before)
 
-    def _check_same(self, name: str, number: int, now: Any, before: Any) -> None:
+    def _check_same(self, name: str, number: int, now: Value, before: Value) -> None:
         """Raises `ValueError` if a function returns something else for a round, or notes that."""
         if now == before:
             return
@@ -147,7 +147,7 @@ class _Run:
         if name not in self._folder.changed:
             self._folder.changed.append(name)
 
-    def _numbers(self, number: int) -> dict[str, Any]:
+    def _numbers(self, number: int) -> Record:
         """The hyperparameters that are set before a round, by name."""
         if self._plan.hparams is None:
             return {}
@@ -163,7 +163,7 @@ class _Run:
             self._folder.begin()
             return self._train()
 
-    def _open_store(self) -> contextlib.AbstractContextManager[Any]:
+    def _open_store(self) -> contextlib.AbstractContextManager[Value]:
         factory, folder = self._plan.client_states, self._folder
         if factory is None:
             raise ValueError(
@@ -228,14 +228,14 @@ class _Run:
         except Exception as another:  # the first one is the reason
             error.add_note(f"Round {self._done} could not be saved: {shown(another)}")
 
-    def initialize(self) -> Any:
+    def initialize(self) -> State:
         """The initial state, made once."""
         if self._initial is None:
             self._initial = self._plan.starts.begin(self._process, *self._run)
             workers.watch()
         return self._initial
 
-    def next(self, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
+    def next(self, state: State, data: Cohort) -> tuple[State, Record]:
         """A round, with flat metrics; clients' states count once it has ended."""
         if self._state is None and self._folder.saved is not None:
             self._check_evaluate(state)
@@ -263,7 +263,7 @@ class _Run:
             flat[_DRAWN] = len(ids)
         return state, collections.OrderedDict(flat)
 
-    def _draw(self, number: int) -> list[Any]:
+    def _draw(self, number: int) -> list[ClientId]:
         if self._state is not None:
             if self._interrupt.requested:
                 raise _StopTraining("interrupted")
@@ -282,7 +282,7 @@ class _Run:
             raise TypeError(f"`stop` must return True or False; found {shown(found)}.")
         return bool(found)
 
-    def _check_evaluate(self, state: Any) -> None:
+    def _check_evaluate(self, state: State) -> None:
         """Raises `ValueError` if the same weights are evaluated to other numbers than the run's."""
         found = {
             name.removeprefix(_EVALUATION): value
@@ -308,15 +308,17 @@ class _Run:
                 "directory, or go on all the same with `resume='changed'`."
             )
 
-    def _evaluate(self, state: Any, number: int) -> dict[str, Any]:
+    def _evaluate(self, state: State, number: int) -> Record:
         found, self._of_evaluation = self._evaluated(state, number, self._cohort)
         return found
 
-    def _evaluated(self, state: Any, number: int, cohort: Sequence[Any]) -> tuple[Any, Any]:
+    def _evaluated(
+        self, state: State, number: int, cohort: Sequence[ClientId]
+    ) -> tuple[Value, Value]:
         read = getattr(self._process, "get_model_weights", lambda state: state)
         return self._evaluation(read(state), number, cohort)
 
-    async def _release(self, value: Mapping[str, Any], number: int) -> None:
+    async def _release(self, value: Mapping[str, Json], number: int) -> None:
         record = {k: v for k, v in value.items() if k != tff.simulation.ROUND_NUMBER_KEY}
         self._folder.add(number, record, self._rows(number))
         self._so_far.append(self._named(self._folder.rounds[-1]))
@@ -332,7 +334,7 @@ class _Run:
         assert self._bar is not None
         await self._bar.release(record, number)
 
-    def _rows(self, number: int) -> list[dict[str, Any]]:
+    def _rows(self, number: int) -> list[Record]:
         """A row for each client that was drawn or evaluated."""
         rows, evaluated = self._of_clients if number else [], self._of_evaluation
         self._of_evaluation = {}
@@ -357,10 +359,10 @@ class _Run:
             stacklevel=2,
         )
 
-    def _table(self, records: list[dict[str, Any]]) -> Table:
+    def _table(self, records: list[Record]) -> Table:
         return Table([self._named(record) for record in records])
 
-    def _named(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _named(self, record: Mapping[str, Json]) -> Record:
         process, seed = self._run
         return {"process": process, "seed": seed, **record}
 
@@ -369,13 +371,13 @@ class _Run:
 class _Release(tff.program.ReleaseManager):
     """A release manager made of a function."""
 
-    function: Callable[[Any, int], Any]
+    function: Function
 
-    async def release(self, value: Any, key: int) -> None:
+    async def release(self, value: Value, key: int) -> None:
         await self.function(value, key)
 
 
-def _pair(output: Any) -> tuple[Any, Any]:
+def _pair(output: Value) -> tuple[Value, Value]:
     """State and metrics, of a `LearningProcessOutput` or of what an `IterativeProcess` returns."""
     if hasattr(output, "metrics"):
         return output.state, output.metrics
@@ -383,6 +385,6 @@ def _pair(output: Any) -> tuple[Any, Any]:
     return state, found if isinstance(found, Mapping) else {"result": found}
 
 
-def _written(size: Any) -> Any:
+def _written(size: Value) -> Value:
     """A number as it is, and a function in short."""
     return same_run.of_function(size) if callable(size) else size
