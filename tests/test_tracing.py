@@ -44,7 +44,7 @@ def test_one_function_traced_often_is(warnings):
 def test_many_computations_and_compiled_optimizers_warn_of_nothing(warnings):
     for number in range(7):
         add = tff.tensorflow.computation(lambda x: x + number, np.float32)  # noqa: B023
-        function = imported.as_function(imported.ImportedComputation(add, "/CPU:0"))
+        function = imported.ImportedComputation(add, "/CPU:0")
         assert function([tf.constant(1.0)])[0] == 1 + number
         optimizer = tff_optim.build_optimizer(0.1 + number, jit_compile=True)
         state = optimizer.initialize([tf.TensorSpec([2])])

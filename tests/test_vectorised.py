@@ -13,7 +13,7 @@ from tff_optim.resident.clients.in_process import side_by_side, vectorised
 from tff_optim.resident.clients.in_process.batches import Reader
 from tff_optim.resident.clients.in_process.recording import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
-from tff_optim.resident.graphs.imported import ImportedComputation, as_function
+from tff_optim.resident.graphs.imported import ImportedComputation
 from tff_optim.simulation import ClientArrays
 
 NUMBERS = tff.SequenceType(tff.TensorType(np.float32, [None, 2]))
@@ -37,7 +37,7 @@ CLIENTS = [
 
 
 def one_by_one(computation, clients, context):
-    function = as_function(ImportedComputation(computation, "/CPU:0"))
+    function = ImportedComputation(computation, "/CPU:0")
     return [[x.numpy() for x in function([variant(data), *context])] for data in clients]
 
 

@@ -11,7 +11,7 @@ from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves
 from tff_optim.resident import parts as parts_lib
-from tff_optim.resident.graphs.imported import ImportedComputation, as_function
+from tff_optim.resident.graphs.imported import ImportedComputation
 from tff_optim.resident.state.variables import (
     CLOSED,
     OnDevice,
@@ -50,10 +50,11 @@ class Server:
         self._exact = exact
         self._initialize = process.initialize
         self._sets = VariableSets(state_type, device)
-        apart = exact and not compile_step
-        report, update = (self._imported(part, apart) for part in (parts.report, parts.update))
+        if compile_step is None and exact:
+            compile_step = False
+        report, update = map(self._imported, (parts.report, parts.update))
         self._step: Any = ServerStep(report, update, self._sets, device, compile_step)
-        self._prepare: Any = as_function(self._imported(parts.prepare, exact))
+        self._prepare: Any = self._imported(parts.prepare)
         self.leaves = self._sets.leaves
         self._functions: dict[Any, Any] = {}
         self._building = threading.RLock()
@@ -93,7 +94,7 @@ class Server:
 
     def merging(self, merge: Any) -> Any:
         """Returns `<A, A> -> A` as a function of the leaves of two aggregates."""
-        return as_function(self._imported(merge, self._exact))
+        return self._imported(merge)
 
     def write(self, state: OnDevice | list[Any], prefix: str) -> None:
         """Writes a state as the TensorFlow checkpoint `prefix`."""
@@ -110,10 +111,10 @@ class Server:
         self._functions.clear()
         self._prepare = self._step = _gone
 
-    def _imported(self, computation: Any, apart: bool) -> ImportedComputation:
+    def _imported(self, computation: Any) -> ImportedComputation:
         if self._exact:
             computation = parts_lib.compile_native(computation)
-        return ImportedComputation(computation, self._device, apart)
+        return ImportedComputation(computation, self._device)
 
     def _function(self, computation: Any) -> Any:
         with self._building:
@@ -123,7 +124,7 @@ class Server:
                     unplaced = tff.backends.mapreduce.get_state_initialization_computation(
                         computation, grappler_config=parts_lib.no_grappler()
                     )
-                self._functions[computation] = as_function(self._imported(unplaced, self._exact))
+                self._functions[computation] = self._imported(unplaced)
             return self._functions[computation]
 
 
@@ -139,8 +140,8 @@ class ServerStep:
       update: `<S, R> -> <S, M>`.
       sets: Where states are.
       device: Where the operations go.
-      compiled: Whether XLA compiles the step; None where the state is large, in few tensors, XLA
-        can, and the computations may be optimised here.
+      compiled: Whether XLA compiles the step; None where the state is large, in few tensors, and
+        XLA can.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class ServerStep:
         self._leaves = sets.leaves
         self._device = device
         self._must = compiled is True
-        self.compiled = not update.apart and _is_large(sets) if compiled is None else compiled
+        self.compiled = _is_large(sets) if compiled is None else compiled
         self._parts = (report, update)
         num_state = len(sets.leaves)
 
@@ -167,7 +168,7 @@ class ServerStep:
                 variable.assign(value)
             return output[num_state:]
 
-        self._plain = step if update.apart else tracing.function(step, autograph=False)
+        self._plain = step
         self._xla = tracing.function(step, autograph=False, jit_compile=True)
 
     def __call__(self, old: Variables, new: Variables, total: list[Any]) -> list[Any]:

@@ -6,6 +6,8 @@ costs milliseconds. So a client's whole data are read as one element where that 
 every element is cut out of it: the same tensors in the same order.
 """
 
+import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
@@ -77,7 +79,7 @@ class Stacked:
             return [*(tf.shape(element[i]) for i in self._of_rows), *element]
 
         specs = [tf.TensorSpec(*spec) for spec in zip(self.shapes, self.dtypes, strict=True)]
-        counted = tf.function(with_rows, autograph=False).get_concrete_function(*specs)
+        counted = _of_data_set(with_rows).get_concrete_function(*specs)
         shapes = [*(tf.TensorShape([self.shapes[i].rank]) for i in self._of_rows), *self.shapes]
         number = tf.raw_ops.DatasetCardinality(input_dataset=data)
         mapped = tf.raw_ops.MapDataset(
@@ -101,8 +103,24 @@ class Stacked:
             drop_remainder=False,
             output_shapes=stacked_shapes,
         )
-        return tf.raw_ops.DatasetToSingleElement(
-            dataset=batched, output_types=self.types, output_shapes=stacked_shapes
+        return _in_some_thread(
+            lambda: tf.raw_ops.DatasetToSingleElement(
+                dataset=batched, output_types=self.types, output_shapes=stacked_shapes
+            )
+        )
+
+    def nothing(self) -> list[Any]:
+        """What is held of no element."""
+        shapes = [*([self.shapes[i].rank] for i in self._of_rows), *self.shapes]
+        return [
+            tf.zeros([0, *(size or 0 for size in shape)], dtype)
+            for shape, dtype in zip(shapes, self.types, strict=True)
+        ]
+
+    def following(self, iterator: Any) -> Any:
+        """The next element of an iterator, as an optional."""
+        return tf.raw_ops.IteratorGetNextAsOptional(
+            iterator=iterator, output_types=self.dtypes, output_shapes=self.shapes
         )
 
     def number(self, held: list[Any]) -> Any:
@@ -164,7 +182,7 @@ class Gathered:
         def batch(begin: Any, size: Any, order: Any, *arrays: Any) -> list[Any]:
             return self._rows(tf.slice(order, begin, size), list(arrays))
 
-        of_batch = tf.function(batch, autograph=False).get_concrete_function(
+        of_batch = _of_data_set(batch).get_concrete_function(
             cut,
             cut,
             tf.TensorSpec([None], tf.int64),
@@ -182,6 +200,25 @@ class Gathered:
             use_inter_op_parallelism=False,
             preserve_cardinality=True,
         )
+
+
+def _of_data_set(function: Callable[..., Any]) -> Any:
+    """Has a data set run a function as it is; else it is optimised anew for each data set."""
+    return tf.function(
+        function, autograph=False, experimental_attributes={"experimental_ints_on_device": True}
+    )
+
+
+def _in_some_thread(read: Callable[[], Any]) -> Any:
+    """Adds an operation that reads once for each core, of which a call runs one.
+
+    All calls of such an operation are run in one thread, one after the other.
+    """
+    threads = len(os.sched_getaffinity(0))
+    number = tf.raw_ops.RandomUniformInt(
+        shape=tf.constant([], tf.int32), minval=0, maxval=threads, seed=1, seed2=1
+    )
+    return tf.switch_case(number, [read] * threads)
 
 
 def pack(held: list[Any]) -> Any:

@@ -30,15 +30,15 @@ _UNCHANGED = parts.no_grappler().SerializeToString()
 
 
 class ImportedComputation:
-    """`T -> U` as a function of flat lists of tensors, to be called inside a `tf.function`.
+    """`T -> U` as a function of flat lists of tensors, for Python and for other functions.
 
-    Sequences are passed as the variants of their data sets.
+    Sequences are passed as the variants of their data sets. Called from Python, it is run as it is:
+    TensorFlow's optimiser, which takes longer than one call gains, does not see it.
 
     Args:
       computation: A computation without placements.
       device: Where operations go that the computation itself does not place.
-      apart: Whether it is kept out of the functions that call it. Called by none, it is run as it
-        is: TensorFlow's optimiser does not see it.
+      apart: Whether it is kept out of the functions that call it, and optimised by itself.
       arrays: Whether sequences are passed as batches of arrays, packed, in place of data sets.
 
     Raises:
@@ -85,8 +85,8 @@ class ImportedComputation:
 
         self._function = tf.compat.v1.wrap_function(body, [*parameter, *handles])
         if apart:
-            self._function = _apart(self._function, self.make_variables, parameter)
-        self.apart = apart
+            self._function = _kept_out(self._function, self.make_variables, parameter)
+        self._apart = apart
 
     @property
     def specs_of_arrays(self) -> list[tf.TensorSpec]:
@@ -121,23 +121,32 @@ class ImportedComputation:
         if not self.result:
             return []
         with device_scope(self.device):
-            if not self.apart:
-                made = self.make_variables() if variables is None else variables
-                return self._function(*arguments, *made)
-            specs = [spec_of(leaf) for leaf in self.result]
-            # A `StatefulPartitionedCall` would wait for the one before it; calls share nothing.
-            results = tf.raw_ops.PartitionedCall(
-                args=arguments,
-                Tout=[spec.dtype for spec in specs],
-                f=self._function,
-                config_proto=_UNCHANGED,
-            )
-        for result, spec in zip(results, specs, strict=True):
-            result.set_shape(spec.shape)
-        return list(results)
+            given = [tf.convert_to_tensor(x) for x in arguments]
+            if not self._apart:
+                given += self.make_variables() if variables is None else variables
+            if not (self._apart or tf.executing_eagerly()):
+                return self._function(*given)
+            return call_as_it_is(self._function, given, [spec_of(leaf) for leaf in self.result])
 
 
-def _apart(function: Any, make_variables: Callable[[], Any], parameter: Any) -> Any:
+def call_as_it_is(function: Any, arguments: Sequence[Any], specs: Sequence[Any]) -> list[Any]:
+    """Calls a concrete function that TensorFlow is not to optimise at the call.
+
+    Args:
+      function: The function.
+      arguments: Its arguments, flat.
+      specs: Of its results.
+    """
+    # A `StatefulPartitionedCall` would wait for the one before it; calls share nothing.
+    results = tf.raw_ops.PartitionedCall(
+        args=arguments, Tout=[spec.dtype for spec in specs], f=function, config_proto=_UNCHANGED
+    )
+    for result, spec in zip(results, specs, strict=True):
+        result.set_shape(spec.shape)
+    return list(results)
+
+
+def _kept_out(function: Any, make_variables: Callable[[], Any], parameter: Any) -> Any:
     """Keeps a function out of those that call it.
 
     There Grappler would go through it again.
@@ -152,21 +161,6 @@ def _apart(function: Any, make_variables: Callable[[], Any], parameter: Any) -> 
         autograph=False,
         experimental_attributes={"_noinline": True},
     ).get_concrete_function()
-
-
-def as_function(computation: ImportedComputation) -> Callable[[Sequence[Any]], list[Any]]:
-    """Makes a function of a computation, to be called from Python."""
-
-    def body(arguments: Sequence[Any]) -> list[Any]:
-        return computation([tf.convert_to_tensor(x) for x in arguments])
-
-    function = body if computation.apart else tracing.function(body, autograph=False)
-
-    def call(arguments: Sequence[Any]) -> list[Any]:
-        with device_scope(computation.device):
-            return function(list(arguments))
-
-    return call
 
 
 def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:

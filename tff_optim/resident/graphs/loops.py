@@ -7,8 +7,8 @@ the same order, and its function is instantiated once. `elements` says where the
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -204,69 +204,97 @@ def _reduction(
 
     def loop(data: Any, *arguments: Any) -> Any:
         begin, rest = arguments[: len(state)], arguments[len(state) :]
+        elements = _of_arrays(arrays, data) if arrays is not None else _of_data_set(stacked, data)
 
-        def step(element: Sequence[Any], current: Sequence[Any]) -> Any:
-            return tf.raw_ops.StatefulPartitionedCall(
-                args=[*current, *element, *rest], Tout=state, f=called
+        # One loop, however the elements come: the graph of the step is in it once.
+        def body(i: Any, following: Any, *current: Any) -> Any:
+            new = tf.raw_ops.StatefulPartitionedCall(
+                args=[*current, *elements.element(i, following), *rest], Tout=state, f=called
             )
+            with tf.control_dependencies(new):
+                return i + 1, elements.following(), *new
 
-        if arrays is not None:
-            return _over(arrays, arrays.unpack(data), begin, step)
-        if not stacked.are_possible:
-            return _one_by_one(stacked.dtypes, data, begin, step)
-        return tf.cond(
-            stacked.fit(data),
-            lambda: _over(stacked, stacked.read(data), begin, step),
-            lambda: _one_by_one(stacked.dtypes, data, begin, step),
-        )
+        return tf.while_loop(
+            lambda i, following, *unused: elements.is_there(i, following),
+            body,
+            [tf.constant(0), elements.first, *begin],
+            shape_invariants=[tf.TensorShape([])] * 2 + [tf.TensorShape(None)] * len(begin),
+        )[2:]
 
     return called.function_def.signature.name, _traced(loop, tf.variant, *state, *others)
 
 
-_Step = Callable[[Sequence[Any], Sequence[Any]], Any]
+class _InTurn(NamedTuple):
+    """The elements of a loop, one after the other.
+
+    Attributes:
+      first: What the loop begins with besides the number 0.
+      is_there: `number, what it has -> whether there is an element`.
+      element: `number, what it has -> the tensors of the element`.
+      following: What the loop has in its next turn besides the number.
+    """
+
+    first: Any
+    is_there: Callable[[Any, Any], Any]
+    element: Callable[[Any, Any], list[Any]]
+    following: Callable[[], Any]
 
 
-def _over(elements: Elements, held: list[Any], begin: Sequence[Any], step: _Step) -> Any:
-    """Calls a step on each of the elements that are held."""
-    number = elements.number(held)
-
-    def body(i: Any, *current: Any) -> Any:
-        new = step(elements.element(held, i), current)
-        with tf.control_dependencies(new):
-            return i + 1, *new
-
-    return tf.while_loop(
-        lambda i, *unused: i < number,
-        body,
-        [tf.constant(0), *begin],
-        shape_invariants=[tf.TensorShape([])] + [tf.TensorShape(None)] * len(begin),
-    )[1:]
+def _of_arrays(arrays: Gathered, data: Any) -> _InTurn:
+    held = arrays.unpack(data)
+    number = arrays.number(held)
+    return _InTurn(
+        tf.constant(0),
+        lambda i, unused: i < number,
+        lambda i, unused: arrays.element(held, i),
+        lambda: tf.constant(0),
+    )
 
 
-def _one_by_one(dtypes: list[tf.DType], data: Any, begin: Sequence[Any], step: _Step) -> Any:
-    """Calls a step on each element of a data set, got from an iterator."""
-    shapes = [tf.TensorShape(None)] * len(dtypes)
-    iterator = tf.raw_ops.AnonymousIteratorV3(output_types=dtypes, output_shapes=shapes)
-    made = tf.raw_ops.MakeIterator(dataset=data, iterator=iterator)
+def _of_data_set(stacked: Stacked, data: Any) -> _InTurn:
+    """Elements that are read in one go, or one by one by an iterator, each as an optional."""
+    iterator = tf.raw_ops.AnonymousIteratorV3(
+        output_types=stacked.dtypes, output_shapes=stacked.shapes
+    )
 
     def following() -> Any:
-        return tf.raw_ops.IteratorGetNextAsOptional(
-            iterator=iterator, output_types=dtypes, output_shapes=shapes
-        )
+        return stacked.following(iterator)
 
-    def body(element: Any, *current: Any) -> Any:
-        new = step(unpack(element, dtypes), current)
-        with tf.control_dependencies(new):
-            return following(), *new
+    def first() -> Any:
+        made = tf.raw_ops.MakeIterator(dataset=data, iterator=iterator)
+        with tf.control_dependencies([made]):
+            return following()
 
-    with tf.control_dependencies([made]):
-        first = following()
-    return tf.while_loop(
-        lambda element, *unused: tf.raw_ops.OptionalHasValue(optional=element),
-        body,
-        [first, *begin],
-        shape_invariants=[tf.TensorShape([])] + [tf.TensorShape(None)] * len(begin),
-    )[1:]
+    def is_there(unused: Any, optional: Any) -> Any:
+        return tf.raw_ops.OptionalHasValue(optional=optional)
+
+    def element(unused: Any, optional: Any) -> list[Any]:
+        return unpack(optional, stacked.dtypes)
+
+    if not stacked.are_possible:
+        return _InTurn(first(), is_there, element, following)
+    fit = stacked.fit(data)
+    begin, *held = tf.cond(
+        fit,
+        lambda: [tf.raw_ops.OptionalNone(), *stacked.read(data)],
+        lambda: [first(), *stacked.nothing()],
+    )
+    number = stacked.number(held)
+    return _InTurn(
+        begin,
+        lambda i, optional: (i < number) | is_there(i, optional),
+        lambda i, optional: tf.nest.flatten(
+            tf.cond(fit, lambda: stacked.element(held, i), lambda: element(i, optional))
+        ),
+        lambda: tf.cond(fit, tf.raw_ops.OptionalNone, following),
+    )
+
+
+def _following_in(elements: Elements, held: list[Any], i: Any) -> Any:
+    """The element of a number among those that are held, as an optional."""
+    return tf.cond(
+        i < elements.number(held), lambda: pack(elements.element(held, i)), tf.raw_ops.OptionalNone
+    )
 
 
 def _make_table(node: Any) -> None:
@@ -326,19 +354,13 @@ def _following(stacked: Stacked) -> Any:
 
     def of_elements(table: Any, key: int, elements: Elements) -> Any:
         i, *held = unpack(_find(table, key), [tf.int32, *elements.types])
-
-        def one() -> Any:
-            element = pack(elements.element(held, i))
-            with tf.control_dependencies([_insert(table, key, pack([i + 1, *held]))]):
-                return tf.identity(element)
-
-        return tf.cond(i < elements.number(held), one, tf.raw_ops.OptionalNone)
+        element = _following_in(elements, held, i)
+        with tf.control_dependencies([_insert(table, key, pack([i + 1, *held]))]):
+            return tf.identity(element)
 
     def of_iterator(table: Any) -> Any:
         _, iterator = unpack(_find(table, _ITERATOR), [tf.int32, tf.resource])
-        return tf.raw_ops.IteratorGetNextAsOptional(
-            iterator=iterator, output_types=stacked.dtypes, output_shapes=stacked.shapes
-        )
+        return stacked.following(iterator)
 
     def following(table: Any) -> Any:
         def has(key: int) -> Any:

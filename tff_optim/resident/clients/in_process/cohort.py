@@ -14,7 +14,7 @@ from tff_optim.resident.clients.arrays import ArrayClients
 from tff_optim.resident.clients.in_process.data import ClientTensors
 from tff_optim.resident.clients.in_process.one_by_one import OneByOne
 from tff_optim.resident.clients.in_process.program import NoProgramError
-from tff_optim.resident.graphs.imported import ImportedComputation, as_function, spec_of
+from tff_optim.resident.graphs.imported import ImportedComputation, call_as_it_is, spec_of
 from tff_optim.resident.parts import RoundParts
 
 
@@ -30,7 +30,7 @@ class InProcess:
 
     def __init__(self, parts: RoundParts, device: str, at_once: int | None):
         self._parts, self._device = parts, device
-        self._zero = as_function(ImportedComputation(parts.zero, device))
+        self._zero = ImportedComputation(parts.zero, device)
         self._data = ClientTensors(parts.work.type_signature.parameter[0])
         self._most = at_once or sizes.at_once(parts.context_type, per_core=2, small=32)
         self._places = min(self._most, sizes.cores())
@@ -95,9 +95,7 @@ class InProcess:
                         output_shapes=[spec.shape for spec in specs],
                     )
                 with device_scope(self._device):
-                    # TensorFlow reads in one thread for each place in a graph: one for each core.
-                    places = [lambda: work([*data, *context])[:num_updates]] * self._places
-                    update = tf.switch_case(number % self._places, places)
+                    update = work([*data, *context])[:num_updates]
                     return number + 1, accumulate([*total, *update])
 
             with device_scope(self._device):
@@ -109,10 +107,15 @@ class InProcess:
                     parallel_iterations=self._most,
                 )[1]
 
-        # The concrete function, since a call of the other takes 1.5 ms to find it.
-        return tracing.function(add, autograph=False).get_concrete_function(
+        function = tracing.function(add, autograph=False).get_concrete_function(
             zero, context, tf.TensorSpec([None], tf.variant)
         )
+
+        def call(total: list[Any], context: list[Any], clients: tf.Tensor) -> list[tf.Tensor]:
+            # The call of a concrete function takes longer, and optimises the loop.
+            return call_as_it_is(function, [*total, *context, clients], zero)
+
+        return call
 
 
 def _packed(clients: Sequence[list[Any]]) -> tf.Tensor:

@@ -17,7 +17,7 @@ from tff_optim.resident.clients.in_process.data import ClientTensors
 from tff_optim.resident.clients.in_process.program import NoProgramError
 from tff_optim.resident.clients.in_process.recording import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
-from tff_optim.resident.graphs.imported import ImportedComputation, as_function, spec_of
+from tff_optim.resident.graphs.imported import ImportedComputation, spec_of
 from tff_optim.resident.parts import RoundParts
 
 _MOST_NUMBERS = 100_000  # from about here on nothing is gained, and later lost, on a CPU
@@ -41,7 +41,7 @@ class Vectorised:
     def __init__(self, parts: RoundParts, device: str, at_once: int | None):
         self._device = device
         _warn_if_large(parts.context_type)
-        self._zero = as_function(ImportedComputation(parts.zero, device))
+        self._zero = ImportedComputation(parts.zero, device)
         data_type, context_type = parts.work.type_signature.parameter
         self._data = ClientTensors(data_type)
         self._leaves = leaves.leaves_of(data_type)
