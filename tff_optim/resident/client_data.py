@@ -11,7 +11,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
-from tff_optim.resident import data_cures
+from tff_optim.resident import data_cures, leaves
 from tff_optim.resident.clients.arrays import ArrayClients
 
 
@@ -49,8 +49,8 @@ class ClientData:
       2. Give `dataset.batch(32)`.
 
     Args:
-      data_type: What the process takes of one client. Members of it that are no `tff.SequenceType`
-        are left to TFF.
+      data_type: What the process takes of one client. Parts of it that are no `tff.SequenceType` are
+        left to TFF.
     """
 
     def __init__(self, data_type: tff.Type):
@@ -111,6 +111,14 @@ class ClientData:
             raise TypeError(f"{told} Give `ClientArrays` such arrays.") from None
 
     def _taken(self, data: Any, data_type: tff.Type, client: Any) -> Any:
+        if isinstance(data_type, tff.StructType):
+            parts = leaves.flatten(data, data_type, "client_data")
+            types = (leaf.type for leaf in leaves.leaves_of(data_type))
+            taken = [
+                self._taken(part, of_part, client)
+                for part, of_part in zip(parts, types, strict=True)
+            ]
+            return leaves.pack(taken, data_type)
         if not isinstance(data_type, tff.SequenceType):
             return data
         wanted = data_type.element

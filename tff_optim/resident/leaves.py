@@ -99,6 +99,7 @@ def _walk_value(value: Any, type_spec: tff.Type, path: str, argument: str) -> It
 
 _SOURCES = {
     "state": "Take a state from `initialize`, `next`, `restore` or the plain process.",
+    "client_data": "Give each client's data as the type of the process's `next` says.",
 }
 _OTHER_SOURCE = "Take what `get_{0}` returns and change values in it."
 

@@ -1,12 +1,11 @@
 """What clients have, as tensors of the Python process."""
 
 import math
-from typing import Any
-
 import tensorflow as tf
 import tensorflow_federated as tff
 from tensorflow.core.framework import dataset_options_pb2
 
+from tff_optim.core.types import ClientDataset, Leaf
 from tff_optim.resident import leaves
 from tff_optim.resident.graphs.elements import MOST_BYTES
 from tff_optim.resident.graphs.imported import spec_of
@@ -22,18 +21,17 @@ class ClientTensors:
     def __init__(self, data_type: tff.Type):
         self._type = data_type
         self._leaves = leaves.leaves_of(data_type)
-        self._accepted: dict[str, Any] = {}
         self.specs = [spec_of(leaf) for leaf in self._leaves]
 
-    def of(self, data: Any, kept: list[tf.data.Dataset]) -> list[Any]:
+    def of(self, data: ClientDataset, kept: list[tf.data.Dataset]) -> list[tf.Tensor]:
         """Lists the tensors of one client.
 
         Args:
-          data: A data set, list of batches, or structure of them.
+          data: What `ClientData` has made of them: a data set, or a structure of data sets and tensors.
           kept: Takes up the data sets: a variant does not keep Python's functions in its pipeline.
 
         Raises:
-          TypeError: It is not what the process takes.
+          TypeError: A tensor is not what the process takes.
         """
         values = leaves.flatten(data, self._type, "client_data")
         return [
@@ -41,40 +39,14 @@ class ClientTensors:
             for value, leaf in zip(values, self._leaves, strict=True)
         ]
 
-    def _tensor(self, value: Any, leaf: leaves.Leaf, kept: list[tf.data.Dataset]) -> tf.Tensor:
+    def _tensor(
+        self, value: Leaf, leaf: leaves.Leaf, kept: list[tf.data.Dataset]
+    ) -> tf.Tensor:
         if leaf.is_tensor:
             (array,) = leaves.as_arrays(value, leaf.type, "client_data")
             return tf.convert_to_tensor(array, leaf.dtype)
-        if isinstance(value, tf.data.Dataset):
-            self._check_elements(value.element_spec, leaf)
-            kept.append(value)
-            return _as_it_is(value)
-        if not isinstance(value, list | tuple):
-            raise TypeError(
-                f"`client_data` must hold a `tf.data.Dataset` or a list of batches at {leaf.name}; "
-                f"found {type(value).__name__}."
-            )
-        element_type = leaf.type.element
-        batches = [leaves.as_arrays(batch, element_type, "client_data") for batch in value]
-        specs = [tf.TensorSpec(x.shape, x.dtype) for x in leaves.leaves_of(element_type)]
-        # A data set's variant has no structure: a tuple is as good as the batches' own.
-        kept.append(
-            tf.data.Dataset.from_generator(
-                lambda: map(tuple, batches), output_signature=tuple(specs)
-            )
-        )
-        return tf.data.experimental.to_variant(kept[-1])
-
-    def _check_elements(self, element_spec: Any, leaf: leaves.Leaf) -> None:
-        if self._accepted.get(leaf.name) == element_spec:
-            return  # as that of the client before
-        found = tff.types.tensorflow_to_type(element_spec)
-        if not leaf.type.element.is_assignable_from(found):
-            raise TypeError(
-                f"`client_data` must hold data sets of {leaf.type.element} at {leaf.name}; found "
-                f"one of {found}. Batch and map it as the model's `input_spec` says."
-            )
-        self._accepted[leaf.name] = element_spec
+        kept.append(value)
+        return _as_it_is(value)
 
 
 def _as_it_is(dataset: tf.data.Dataset) -> tf.Tensor:
@@ -111,7 +83,7 @@ def _as_it_is(dataset: tf.data.Dataset) -> tf.Tensor:
     )
 
 
-def _bytes_of_element(dataset: tf.data.Dataset, specs: list[Any]) -> float:
+def _bytes_of_element(dataset: tf.data.Dataset, specs: list[tf.TensorSpec]) -> float:
     """The size of an element, with as many rows as the last batching of the pipeline gives."""
     size = 0.0
     for spec in specs:
