@@ -7,28 +7,14 @@ every element is cut out of it: the same tensors in the same order.
 """
 
 import os
-from collections.abc import Callable
-from typing import Any, Protocol
 
 import attrs
 import tensorflow as tf
 
+from tff_optim.core.types import Function, GraphFunction, Tensors
+
 # Bytes of a client's data that are read in one go; 32 clients are trained side by side.
 MOST_BYTES = 8 << 20
-
-
-class Elements(Protocol):
-    """Elements that can be had by their number."""
-
-    @property
-    def types(self) -> list[tf.DType]:
-        """Of the tensors that hold them all."""
-
-    def number(self, held: list[Any]) -> Any:
-        """How many there are: int32."""
-
-    def element(self, held: list[Any], i: Any) -> list[Any]:
-        """The tensors of one."""
 
 
 @attrs.frozen
@@ -63,7 +49,7 @@ class Stacked:
         """The shapes of elements whose rows are not known, and the stacks."""
         return [*(tf.int32 for _ in self._of_rows), *self.dtypes]
 
-    def fit(self, data: Any) -> Any:
+    def fit(self, data: tf.Tensor) -> tf.Tensor:
         """Whether a data set's elements are known to be some, and not too many."""
         row = sum(
             dtype.size * (shape[1:].num_elements() if shape.rank else 1)
@@ -72,10 +58,10 @@ class Stacked:
         number = tf.raw_ops.DatasetCardinality(input_dataset=data)  # negative if endless or unknown
         return (number > 0) & (number <= MOST_BYTES // max(row, 1))
 
-    def read(self, data: Any) -> list[Any]:
+    def read(self, data: tf.Tensor) -> list[tf.Tensor]:
         """Reads a data set that fits."""
 
-        def with_rows(*element: Any) -> list[Any]:
+        def with_rows(*element: tf.Tensor) -> list[tf.Tensor]:
             return [*(tf.shape(element[i]) for i in self._of_rows), *element]
 
         specs = [tf.TensorSpec(*spec) for spec in zip(self.shapes, self.dtypes, strict=True)]
@@ -109,7 +95,7 @@ class Stacked:
             )
         )
 
-    def nothing(self) -> list[Any]:
+    def nothing(self) -> list[tf.Tensor]:
         """What is held of no element."""
         shapes = [*([self.shapes[i].rank] for i in self._of_rows), *self.shapes]
         return [
@@ -117,17 +103,17 @@ class Stacked:
             for shape, dtype in zip(shapes, self.types, strict=True)
         ]
 
-    def following(self, iterator: Any) -> Any:
+    def following(self, iterator: tf.Tensor) -> tf.Tensor:
         """The next element of an iterator, as an optional."""
         return tf.raw_ops.IteratorGetNextAsOptional(
             iterator=iterator, output_types=self.dtypes, output_shapes=self.shapes
         )
 
-    def number(self, held: list[Any]) -> Any:
+    def number(self, held: Tensors) -> tf.Tensor:
         """How many there are: int32."""
         return tf.shape(held[-1])[0]
 
-    def element(self, held: list[Any], i: Any) -> list[Any]:
+    def element(self, held: Tensors, i: tf.Tensor) -> list[tf.Tensor]:
         """The tensors of one."""
         counted = self._of_rows
         sizes, stacks = held[: len(counted)], held[len(counted) :]
@@ -138,78 +124,14 @@ class Stacked:
         return tensors
 
 
-@attrs.frozen
-class Gathered:
-    """Batches of rows of arrays that many clients share.
-
-    They are held as `[order, begins, sizes, *arrays]`. `order` has rows of the arrays, int64. Batch `i`
-    begins at `begins[i]` in it and has `sizes[i]` rows; both are int64 of shape `[batches, 1]`.
-
-    Attributes:
-      dtypes: Of a batch's tensors, as data sets have them.
-      shapes: Of the same.
-    """
-
-    dtypes: list[tf.DType]
-    shapes: list[tf.TensorShape]
-
-    @property
-    def types(self) -> list[tf.DType]:
-        """Of the order, the begins and sizes of batches in it, and the arrays."""
-        return [tf.int64, tf.int64, tf.int64, *self.dtypes]
-
-    def number(self, held: list[Any]) -> Any:
-        """How many there are: int32."""
-        return tf.shape(held[1])[0]
-
-    def element(self, held: list[Any], i: Any) -> list[Any]:
-        """The tensors of one."""
-        order, begins, sizes, *arrays = held
-        return self._rows(tf.slice(order, tf.gather(begins, i), tf.gather(sizes, i)), arrays)
-
-    def _rows(self, rows: Any, arrays: list[Any]) -> list[Any]:
-        return [tf.gather(array, rows) for array in arrays]
-
-    def unpack(self, packed: Any) -> list[Any]:
-        """What is held, from the one variant that stands for it."""
-        return unpack(packed, self.types)
-
-    def dataset(self, packed: Any) -> Any:
-        """A data set of the batches."""
-        order, begins, sizes, *arrays = self.unpack(packed)
-        cut = tf.TensorSpec([1], tf.int64)
-
-        def batch(begin: Any, size: Any, order: Any, *arrays: Any) -> list[Any]:
-            return self._rows(tf.slice(order, begin, size), list(arrays))
-
-        of_batch = _of_data_set(batch).get_concrete_function(
-            cut,
-            cut,
-            tf.TensorSpec([None], tf.int64),
-            *(tf.TensorSpec(None, dtype) for dtype in self.dtypes),
-        )
-        pairs = tf.raw_ops.TensorSliceDataset(
-            components=[begins, sizes], output_shapes=[cut.shape] * 2
-        )
-        return tf.raw_ops.MapDataset(
-            input_dataset=pairs,
-            other_arguments=[order, *arrays],
-            f=of_batch,
-            output_types=self.dtypes,
-            output_shapes=self.shapes,
-            use_inter_op_parallelism=False,
-            preserve_cardinality=True,
-        )
-
-
-def _of_data_set(function: Callable[..., Any]) -> Any:
+def _of_data_set(function: Function) -> GraphFunction:
     """Has a data set run a function as it is; else it is optimised anew for each data set."""
     return tf.function(
         function, autograph=False, experimental_attributes={"experimental_ints_on_device": True}
     )
 
 
-def _in_some_thread(read: Callable[[], Any]) -> Any:
+def _in_some_thread(read: Function) -> list[tf.Tensor]:
     """Adds an operation that reads once for each core, of which a call runs one.
 
     All calls of such an operation are run in one thread, one after the other.
@@ -221,12 +143,12 @@ def _in_some_thread(read: Callable[[], Any]) -> Any:
     return tf.switch_case(number, [read] * threads)
 
 
-def pack(held: list[Any]) -> Any:
+def pack(held: Tensors) -> tf.Tensor:
     """One variant that stands for several tensors."""
     return tf.raw_ops.OptionalFromValue(components=held)
 
 
-def unpack(packed: Any, types: list[tf.DType]) -> list[Any]:
+def unpack(packed: tf.Tensor, types: list[tf.DType]) -> list[tf.Tensor]:
     """The tensors for which a variant stands."""
     return tf.raw_ops.OptionalGetValue(
         optional=packed, output_types=types, output_shapes=[tf.TensorShape(None)] * len(types)

@@ -8,7 +8,7 @@ calls may run beside each other.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -18,7 +18,6 @@ from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves, parts
 from tff_optim.resident.graphs import loops
-from tff_optim.resident.graphs.elements import Gathered
 from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, unpack
 from tff_optim.resident.graphs.resources import own_in_every_call
 
@@ -39,14 +38,13 @@ class ImportedComputation:
       computation: A computation without placements.
       device: Where operations go that the computation itself does not place.
       apart: Whether it is kept out of the functions that call it, and optimised by itself.
-      arrays: Whether sequences are passed as batches of arrays, packed, in place of data sets.
 
     Raises:
       ValueError: The computation keeps something between its operations that no call can have for
         itself.
     """
 
-    def __init__(self, computation: Any, device: str, apart: bool = False, arrays: bool = False):
+    def __init__(self, computation: Any, device: str, apart: bool = False):
         parameter_type = computation.type_signature.parameter
         self.parameter = [] if parameter_type is None else leaves.leaves_of(parameter_type)
         self.result = leaves.leaves_of(computation.type_signature.result)
@@ -55,14 +53,8 @@ class ImportedComputation:
         graph = unpack(proto)
         inputs = list(tensor_names(proto.parameter)) if parameter_type is not None else []
         outputs = list(tensor_names(proto.result))
-        batches = {
-            name: _batches_of(leaf)
-            for name, leaf in zip(inputs, self.parameter, strict=True)
-            if arrays and not leaf.is_tensor
-        }
-        self._batches = list(batches.values())
         self._variables, function_graph = _as_function_body(
-            graph, inputs, outputs, proto.initialize_op, batches
+            graph, inputs, outputs, proto.initialize_op
         )
         parameter = [spec_of(leaf) for leaf in self.parameter]
         handles = [tf.TensorSpec([], tf.resource)] * len(self._variables)
@@ -87,15 +79,6 @@ class ImportedComputation:
         if apart:
             self._function = _kept_out(self._function, self.make_variables, parameter)
         self._apart = apart
-
-    @property
-    def specs_of_arrays(self) -> list[tf.TensorSpec]:
-        """The arrays of which it is passed batches."""
-        (batches,) = self._batches
-        return [
-            tf.TensorSpec([None, *shape[1:]], dtype)
-            for shape, dtype in zip(batches.shapes, batches.dtypes, strict=True)
-        ]
 
     def make_variables(self) -> list[tf.Tensor]:
         """Makes the variables of one call, as handles; they have no name, and go with the call."""
@@ -170,14 +153,6 @@ def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:
     return tf.TensorSpec([], tf.variant)
 
 
-def _batches_of(leaf: leaves.Leaf) -> Gathered:
-    """The batches of a sequence's type."""
-    element = leaf.type.element
-    given = [spec_of(part) for part in leaves.leaves_of(element)]
-    specs = tf.nest.flatten(leaves.pack(given, element))  # in the order of a data set
-    return Gathered([spec.dtype for spec in specs], [spec.shape for spec in specs])
-
-
 def tensorflow_proto(computation: Any) -> Any:
     """The `tensorflow` part of a serialized computation, which is made one graph if it is several."""
     proto = tff.framework.serialize_computation(computation)
@@ -202,7 +177,6 @@ def _as_function_body(
     inputs: Sequence[str],
     outputs: Sequence[str],
     initializer: str,
-    arrays: Mapping[str, Gathered],
 ) -> tuple[list[Any], tf.compat.v1.GraphDef]:
     """Turns a session's graph into the body of a function.
 
@@ -228,7 +202,7 @@ def _as_function_body(
             kept.append(f"^{initializer}")
         del node.input[:]
         node.input.extend(kept)
-    loops.read_in_one_go(result, {node_of(name): batches for name, batches in arrays.items()})
+    loops.read_in_one_go(result)
     _rename_functions(result)
     return variables, result
 

@@ -1,6 +1,7 @@
 """What clients have, as tensors of the Python process."""
 
 import math
+
 import tensorflow as tf
 import tensorflow_federated as tff
 from tensorflow.core.framework import dataset_options_pb2
@@ -39,9 +40,7 @@ class ClientTensors:
             for value, leaf in zip(values, self._leaves, strict=True)
         ]
 
-    def _tensor(
-        self, value: Leaf, leaf: leaves.Leaf, kept: list[tf.data.Dataset]
-    ) -> tf.Tensor:
+    def _tensor(self, value: Leaf, leaf: leaves.Leaf, kept: list[tf.data.Dataset]) -> tf.Tensor:
         if leaf.is_tensor:
             (array,) = leaves.as_arrays(value, leaf.type, "client_data")
             return tf.convert_to_tensor(array, leaf.dtype)
