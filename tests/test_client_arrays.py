@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 import resident_cases
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 from resident_cases import assert_equal
@@ -12,6 +13,7 @@ from resident_cases import assert_equal
 import aggregators
 from tff_optim import ResidentProcess, simulation
 from tff_optim.resident.clients.in_process import data as data_lib
+from tff_optim.resident.clients.in_process import one_by_one
 from tff_optim.simulation import ClientArrays
 
 OD = collections.OrderedDict
@@ -97,6 +99,36 @@ def test_cohorts_of_many_sizes(resident):
         assert_equal(one.metrics, two.metrics)
 
 
+def test_groups_are_bounded_by_bytes(resident, monkeypatch):
+    clients = ClientArrays(arrays(), batch_size=4, shuffle=True)
+    state, cohort = resident.initialize(), clients.cohort(clients.ids, 1)
+    expected = resident.next(state, list(cohort))
+    monkeypatch.setattr(one_by_one, "_MOST_BYTES", 200)  # of rows of 16
+    found = resident.next(state, cohort)
+    assert_equal(resident.materialize(found.state), resident.materialize(expected.state))
+
+
+def test_a_graph_that_does_more_than_compute_is_given_data_sets(capfd):
+    def model_fn():
+        model = resident_cases.model_fn()
+        plain = model.forward_pass
+
+        def forward_pass(*arguments, **named):
+            tf.print("a step")
+            return plain(*arguments, **named)
+
+        model.forward_pass = forward_pass
+        return model
+
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        model_fn, tff.learning.optimizers.build_sgdm(0.05)
+    )
+    clients = ClientArrays(arrays((4, 3)), batch_size=2)
+    with ResidentProcess(process, device="CPU:0") as resident:
+        resident.next(resident.initialize(), clients.cohort(clients.ids, 1))
+    assert capfd.readouterr().err.count("a step") == 4
+
+
 def test_plain_tff_and_a_worker_take_the_same_batches():
     clients = ClientArrays(arrays(), batch_size=4, epochs=2, shuffle=True, seed=3)
     process = resident_cases.process()
@@ -111,10 +143,15 @@ def test_plain_tff_and_a_worker_take_the_same_batches():
             assert_equal(their_metrics, metrics)
 
 
-PLACES = {"plain": None, "worker": {"workers": 1}, "device": {"device": "CPU:1"}}
+PLACES = {
+    "plain": None,
+    "worker": {"workers": 1},
+    "device": {"device": "CPU:1"},
+    "side by side": {"device": "CPU:1", "vectorize": True},
+}
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", selection.params(list(PLACES), ["plain", "worker", "device"]))
 def test_a_run_that_stops_and_goes_on_draws_the_same_batches(name, tmp_path):
     def run(rounds, directory):
         clients = ClientArrays(arrays(), batch_size=4, shuffle=True)

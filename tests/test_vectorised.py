@@ -4,10 +4,12 @@ import collections
 
 import numpy as np
 import pytest
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_near, cohorts, plain_run, process
+from resident_cases import assert_equal, assert_near, cohorts, plain_run, process
 
+import aggregators
 from tff_optim import ResidentProcess
 from tff_optim.resident.clients.in_process import side_by_side, vectorised
 from tff_optim.resident.clients.in_process.batches import Reader
@@ -16,6 +18,7 @@ from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_o
 from tff_optim.resident.graphs.imported import ImportedComputation
 from tff_optim.simulation import ClientArrays
 
+SGD = tff.learning.optimizers.build_sgdm(0.1)
 NUMBERS = tff.SequenceType(tff.TensorType(np.float32, [None, 2]))
 
 
@@ -353,6 +356,90 @@ def test_any_cohort_by_one_trace_gives_the_numbers_of_clients_one_by_one(monkeyp
                 for place, o in zip((alone, together), outputs, strict=True)
             ]
             assert_near(states[1], states[0])
+
+
+LAYERS = tf.keras.layers
+INPUTS = {
+    "numbers": lambda rng, n: rng.normal(size=(n, 6)).astype(np.float32),
+    "images": lambda rng, n: rng.normal(size=(n, 6, 6, 1)).astype(np.float32),
+    "tokens": lambda rng, n: rng.integers(0, 9, (n, 5)),
+}
+MODELS = {
+    "dense": ("numbers", lambda: []),
+    "clipped by example": ("numbers", lambda: []),
+    "batch normalisation": ("numbers", lambda: [LAYERS.Dense(4), LAYERS.BatchNormalization()]),
+    "an embedding": ("tokens", lambda: [LAYERS.Embedding(9, 4), LAYERS.Flatten()]),
+    "dropout": ("numbers", lambda: [LAYERS.Dense(16), LAYERS.Dropout(0.5)]),
+    "a convolution": ("images", lambda: [LAYERS.Conv2D(2, 3), LAYERS.Flatten()]),
+    "a recurrent layer": ("tokens", lambda: [LAYERS.Embedding(9, 4), LAYERS.LSTM(3)]),
+}
+REFUSED = {"clipped by example": "Where", "a convolution": "Conv2D", "a recurrent layer": "While"}
+
+
+def model_process(name, first, layers):
+    """A process with a model that begins with some layers, and one client of a few short batches."""
+    example = INPUTS[first](np.random.default_rng(0), 1)
+    tf.keras.utils.set_random_seed(1)
+    keras_model = tf.keras.Sequential(
+        [
+            LAYERS.InputLayer(input_shape=example.shape[1:], dtype=example.dtype),
+            *layers(),
+            LAYERS.Dense(3, "relu"),
+            LAYERS.Dense(2),
+        ]
+    )
+    weights = keras_model.get_weights()
+
+    def model_fn():
+        model = tf.keras.models.clone_model(keras_model)
+        model.set_weights(weights)
+        spec = (
+            tf.TensorSpec([None, *example.shape[1:]], example.dtype),
+            tf.TensorSpec([None, 2], tf.float32),
+        )
+        loss = tf.keras.losses.MeanSquaredError()
+        return tff.learning.models.from_keras_model(model, loss, spec)
+
+    if name == "clipped by example":
+        clipping = aggregators.ExampleClipping(0.5)
+        return aggregators.build_fed_avg(model_fn, SGD, example_clipping=clipping)
+    return tff.learning.algorithms.build_weighted_fed_avg(model_fn, SGD)
+
+
+@pytest.mark.parametrize("name", selection.params(list(MODELS), ["an embedding", "a convolution"]))
+def test_models_give_the_numbers_of_clients_one_by_one_or_are_refused_by_name(name):
+    first, layers = MODELS[name]
+    process = model_process(name, first, layers)
+    together = None
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f"`vectorize` needs .* found .*{REFUSED[name]}"):
+            ResidentProcess(process, device="CPU:0", vectorize=True)
+    else:
+        together = ResidentProcess(process, device="CPU:0", vectorize=True)
+    rng = np.random.default_rng(2)
+    clients = ClientArrays(
+        [
+            (INPUTS[first](rng, n), rng.normal(size=(n, 2)).astype(np.float32))
+            for n in (9, 4, 0, 11, 1)
+        ],
+        batch_size=4,
+    )
+    cohort = clients.cohort(clients.ids, 1)
+    with ResidentProcess(process, device="CPU:0") as alone:
+        state = alone.materialize(alone.initialize())
+        for _ in range(2):
+            expected = alone.next(state, list(cohort))
+            after = alone.materialize(expected.state)
+            if name != "dropout":  # which draws anew in every round
+                found = alone.next(state, cohort)
+                assert_equal(alone.materialize(found.state), after)
+                assert_equal(found.metrics, expected.metrics)
+            if together is not None:
+                found = together.next(state, cohort)
+                rounding = 2e-6 if name != "dropout" else np.inf
+                assert_near(together.materialize(found.state), after, rounding)
+                assert_near(found.metrics, expected.metrics, rounding)
+            state = after
 
 
 def test_a_large_model_is_warned_of():

@@ -99,7 +99,7 @@ def main():
                 row = f"{a['name']} {a['version']}{again}"
                 cells[row][a["task"]] = a
     heads = {
-        "seconds of a round (building and the first)": "{later:.3g} ({first:.2g})",
+        "seconds of a round": "{later:.3g} ({first:.2g})",
         "processor seconds of a round, without other programs": "{processor:.3g}",
         "peak memory of the program after the task, GB": "{peak:.2f}",
     }
