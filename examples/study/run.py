@@ -30,6 +30,7 @@ import tensorflow_federated as tff
 import aggregators
 import tff_optim
 from aggregators import rules, scores, weighting
+from tff_optim.interrupts import end_worker_at_exit
 from tff_optim.simulation import ClientArrays
 
 HERE = pathlib.Path(__file__).parent
@@ -329,6 +330,7 @@ def main() -> None:
     parser.add_argument("--only", help="the blocks of this part of the plan alone")
     parser.add_argument("--list", action="store_true", help="the parts of the plan, and no more")
     options = parser.parse_args()
+    end_worker_at_exit()
     if options.list:
         for part, number in Counter(blocks().values()).items():
             print(f"{number:4} blocks  {part}")
