@@ -325,7 +325,7 @@ def processor_seconds() -> float:
 def main() -> None:
     """Runs what is not in the CSV yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, default=HERE / "runs.csv", help="the CSV")
+    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results.csv", help="the CSV")
     parser.add_argument("--minutes", type=float, default=np.inf, help="no block starts after these")
     parser.add_argument("--only", help="the blocks of this part of the plan alone")
     parser.add_argument("--list", action="store_true", help="the parts of the plan, and no more")
