@@ -13,6 +13,7 @@ import aggregators
 from tff_optim import ResidentProcess
 from tff_optim.resident.clients.in_process import side_by_side, vectorised
 from tff_optim.resident.clients.in_process.batches import Reader
+from tff_optim.resident.clients.in_process.evaluation import loop
 from tff_optim.resident.clients.in_process.recording import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
 from tff_optim.resident.graphs.imported import ImportedComputation
@@ -216,6 +217,22 @@ def test_updates_are_added_up_as_one_after_the_other(is_a_sum):
     assert traced()[1] == total[1]
 
 
+def test_a_loop_may_end_with_what_does_not_change_in_it():
+    def run(number, x):
+        return loop(
+            lambda state, others: state[0] < others[0],
+            lambda state, others: [state[0] + others[1], others[2], state[1]],
+            [tf.constant(0), tf.constant(1.0), tf.constant(2.0)],
+            [number, tf.constant(1), x],
+            2,
+        )
+
+    specs = [tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.float32)]
+    function = tf.compat.v1.wrap_function(run, specs)
+    for number, expected in ((0, [0, 1, 2]), (1, [1, 5, 1]), (3, [3, 5, 5])):
+        assert [float(x) for x in function(tf.constant(number), tf.constant(5.0))] == expected
+
+
 def printing(data):
     def step(total, batch):
         tf.print("a step")
@@ -367,7 +384,10 @@ INPUTS = {
 MODELS = {
     "dense": ("numbers", lambda: []),
     "clipped by example": ("numbers", lambda: []),
-    "batch normalisation": ("numbers", lambda: [LAYERS.Dense(4), LAYERS.BatchNormalization()]),
+    "batch normalisation": (
+        "numbers",
+        lambda: [LAYERS.Dense(4, use_bias=False), LAYERS.BatchNormalization()],
+    ),
     "an embedding": ("tokens", lambda: [LAYERS.Embedding(9, 4), LAYERS.Flatten()]),
     "dropout": ("numbers", lambda: [LAYERS.Dense(16), LAYERS.Dropout(0.5)]),
     "a convolution": ("images", lambda: [LAYERS.Conv2D(2, 3), LAYERS.Flatten()]),

@@ -70,8 +70,8 @@ def _while(
     condition, body = one.programs
     # To vectorise it, shapes have to be known; in a `loop` they are not.
     shapes = [value.shape if forms else tf.TensorShape(None) for value in body.inputs]
-    # So that its constants are in a loop around it.
-    with tf.control_dependencies(inputs[:1]):
+    # So that its constants are in a loop around it, and end with that.
+    with tf.control_dependencies([found[value] for value in one.uses]):
         return list(
             tf.while_loop(
                 lambda *state: evaluate(condition, state, found, forms)[0],
@@ -101,7 +101,8 @@ def loop(
       condition: Takes the state and `others`; returns whether there is another turn.
       body: Takes the same; returns the new state. As `condition` it may use nothing from outside, and
         add no operation without inputs.
-      state: The state before the first turn.
+      state: The state before the first turn. Its first part must be computed anew of itself in every
+        turn, as a counter is.
       others: What both use besides: a structure of tensors.
       parallel_iterations: How many turns may be running at a time.
 
@@ -125,6 +126,9 @@ def loop(
     goes_on = tf.raw_ops.LoopCond(input=condition(merged, inside))
     parted = [tf.raw_ops.Switch(data=one, pred=goes_on) for one in merged]
     new = body([one.output_true for one in parted], inside)
-    for before, after in zip(merged, new, strict=True):
-        before.op._update_input(1, tf.raw_ops.NextIteration(data=after))
+    merged[0].op._update_input(1, tf.raw_ops.NextIteration(data=new[0]))
+    # What does not depend on the state is there after the last turn, too, and would begin another.
+    with tf.control_dependencies(new[:1]):
+        for before, after in zip(merged[1:], new[1:], strict=True):
+            before.op._update_input(1, tf.raw_ops.NextIteration(data=after))
     return [tf.raw_ops.Exit(data=one.output_false) for one in parted]

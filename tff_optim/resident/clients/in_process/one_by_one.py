@@ -20,7 +20,7 @@ from tff_optim.resident.clients.in_process.program import (
     simplified_across_loops,
 )
 from tff_optim.resident.clients.in_process.recording import record
-from tff_optim.resident.graphs.imported import spec_of
+from tff_optim.resident.graphs.imported import call_as_it_is, spec_of
 from tff_optim.resident.parts import RoundParts
 
 _MOST_BYTES = 64 << 20  # of rows that are gathered at a time
@@ -48,7 +48,7 @@ class OneByOne:
         if work.checks or accumulate.checks:
             raise NoProgramError("checks, whose messages a program does not have")
         self._device, self._at_once = device, at_once
-        total = [spec_of(leaf) for leaf in leaves.leaves_of(parts.aggregate_type)]
+        self._total = total = [spec_of(leaf) for leaf in leaves.leaves_of(parts.aggregate_type)]
         context = [spec_of(leaf) for leaf in leaves.leaves_of(context_type)]
         self._accumulate = accumulate.program
         num_updates = len(self._accumulate.inputs) - len(total)
@@ -85,7 +85,8 @@ class OneByOne:
             with tf.device("/CPU:0"):
                 ends = tf.constant([0, *counts.cumsum()], tf.int32)
                 given = [ends, tf.constant(edges[:, None]), tf.constant(order)]
-            total = self._add(*total, *context, *given, *arrays)
+            # Optimised, it would round in another way.
+            total = call_as_it_is(self._add, [*total, *context, *given, *arrays], self._total)
             first += len(counts)
         return total
 
