@@ -270,7 +270,7 @@ def test_a_zero_of_no_rows_takes_any_number_of_them(place):
         ),
         (
             lambda x: federated_reduce(x, tff.federated_value(0.0, tff.SERVER), tf.add),
-            "`zero` must not be placed, .*; found float32@SERVER",
+            "`zero` must be known everywhere, so not placed; found float32@SERVER",
         ),
         (
             lambda x: federated_reduce(

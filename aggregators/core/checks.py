@@ -111,7 +111,8 @@ def function(argument: str, value: object, form: str, advice: str = "") -> None:
 def instance(argument: str, value: object, kind: type) -> None:
     """Raises `TypeError` for a value of another class."""
     if not isinstance(value, kind):
-        raise TypeError(f"`{argument}` must be a `{kind.__name__}`; found {value!r}.")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"`{argument}` must be {article} `{kind.__name__}`; found {value!r}.")
 
 
 def returned(argument: str, value: object, kind: type) -> None:
