@@ -385,7 +385,7 @@ def test_a_rate_of_a_function_is_given_apart():
 
     @tf.function(autograph=False)
     def step(rate):
-        with pytest.raises(ValueError, match="TFF computation, give the rate by itself: .*learning_rate=r"):
+        with pytest.raises(ValueError, match=r"give the rate by itself: .*learning_rate=r"):
             build_optax_optimizer(optax.sgd(rate)).initialize([tf.TensorSpec([2])])
         optimizer = build_optax_optimizer(optax.sgd, learning_rate=rate)
         state = optimizer.initialize([tf.TensorSpec([2])])

@@ -148,6 +148,12 @@ def check(folder: str, run: Record, *, resume: bool | str, files: Sequence[str])
         )
 
 
+def has_versions(folder: str) -> bool:
+    """Whether a folder says which versions its run was begun with, as it has since there are records."""
+    path = os.path.join(folder, FILE)
+    return not os.path.exists(path) or _VERSIONS in _read(path)
+
+
 def last_change(folder: str) -> int:
     """The round after which the run of a folder has gone on as another one; 0 if it never has."""
     changes = _read(os.path.join(folder, FILE)).get(_CHANGES, [])
