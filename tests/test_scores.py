@@ -448,7 +448,11 @@ def test_one_round_cannot_blow_the_running_score_up():
     [
         (lambda: weighting.softmax(0.0), ValueError, "`temperature` .* at least 0.0001; found 0.0"),
         (lambda: weighting.softmax(1e-7), ValueError, "`temperature` .* at least 0.0001; found"),
-        (lambda: weighting.softmax(scale=1e-13), ValueError, "`scale` must be .* 1e-12 to 1e"),
+        (
+            lambda: weighting.softmax(scale=1e-13),
+            ValueError,
+            "`scale` must be .* 1e-12 and of at most 1e",
+        ),
         (
             lambda: weighting.power(-1e4),
             ValueError,

@@ -98,7 +98,7 @@ class Folder(tff.program.ProgramStateManager):
         self._run, self._by_text = dict(run), _by_text(ids)
         for name, is_kind in _KINDS.items():
             _check_kind(self._path_of(name), is_kind)
-        self._check_age()
+        self._check_age(self.path)
         files = [name for name in _KINDS if name != same_run.FILE]
         same_run.check(self.path, self._run, resume=resume, files=files)
         with _in_words():
@@ -120,13 +120,13 @@ class Folder(tff.program.ProgramStateManager):
         if self.best is not None:
             self.best.take_up(max(self._best_counts, default=None), self.rounds)
 
-    def _check_age(self) -> None:
+    def _check_age(self, path: str) -> None:
         """Refuses what was written before there were records: rows of a CSV decide nothing."""
         if os.path.exists(self._path_of(_ROUNDS)) and not (
-            os.path.exists(self._path_of(_RECORDS)) or same_run.has_versions(self.path)
+            os.path.exists(self._path_of(_RECORDS)) or same_run.has_versions(path)
         ):
             raise ValueError(
-                f"`directory` must hold {_RECORDS}; found a run in {self.path} that an older version "
+                f"`directory` must hold {_RECORDS}; found a run in {path} that an older version "
                 f"of this package wrote, without it. Its checkpoints can be read: load the last one "
                 "with a program state manager, and go on in another directory with its weights as "
                 "`initial_weights`."
