@@ -108,7 +108,7 @@ study: .venv/installed
 
 docs docs-serve: .venv-docs/installed
 	PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs \
-	  $(if $(filter docs-serve,$@),serve,build --quiet) --config-file docs/mkdocs.yml
+	  $(if $(filter docs-serve,$@),serve,build) --config-file docs/mkdocs.yml
 
 # TFF 0.87.0 pins jaxlib==0.4.14, which is gone; 0.4.13 is the nearest that is there.
 lock:
