@@ -5,11 +5,11 @@ import hashlib
 import json
 import os
 import warnings
-from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.core.types import Record, State, Structure
 from tff_optim.resident import leaves, maker
 from tff_optim.resident.errors import CheckpointError
 from tff_optim.resident.process import ResidentProcess
@@ -99,13 +99,13 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         self._process, self._accept_changes = process, accept_changes
         self._directory = VersionDirectory(os.path.abspath(directory), keep)
         self._damaged: set[int] = set()
-        self._made_by: dict[str, Any] | None = None
+        self._made_by: Record | None = None
 
     def versions(self) -> list[int]:
         """Lists the versions, the oldest first."""
         return self._directory.versions()
 
-    def save_now(self, state: Any, version: int) -> None:
+    def save_now(self, state: State, version: int) -> None:
         """Saves a state, and removes versions that are too old.
 
         Args:
@@ -136,7 +136,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             ) from error
         self._damaged.clear()
 
-    def load_now(self, version: int) -> Any:
+    def load_now(self, version: int) -> State:
         """Loads a version to where the process runs.
 
         Returns:
@@ -163,7 +163,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
                 raise
             raise _DamagedError(f"{what} cannot be read: {_reason(error)}") from error
 
-    def resume(self, go_back: bool = True) -> tuple[Any, int]:
+    def resume(self, go_back: bool = True) -> tuple[State, int]:
         """Loads the newest version that is whole, or starts anew where nothing was saved.
 
         Args:
@@ -207,16 +207,16 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         """Lists the versions, or returns None."""
         return self.versions() or None
 
-    async def save(self, program_state: Any, version: int) -> None:
+    async def save(self, program_state: State, version: int) -> None:
         """Does what `save_now` does, for TFF's loops."""
         await asyncio.to_thread(self.save_now, program_state, version)
 
-    async def load(self, version: int, structure: Any) -> Any:
+    async def load(self, version: int, structure: Structure) -> State:
         """Does what `load_now` does, for TFF's loops; the process knows the structure."""
         del structure
         return await asyncio.to_thread(self.load_now, version)
 
-    async def load_latest(self, structure: Any) -> tuple[Any, int]:
+    async def load_latest(self, structure: Structure) -> tuple[State, int]:
         """Does what `resume` does, for TFF's loops, which start anew by themselves."""
         del structure
         if not self.versions():
@@ -234,7 +234,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
                 f"Left out in {self._directory.path}, {then}: {' '.join(reasons)}", stacklevel=3
             )
 
-    def _maker(self) -> dict[str, Any]:
+    def _maker(self) -> Record:
         if self._made_by is None:
             self._made_by = {
                 "format": _FORMAT,
@@ -296,7 +296,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             )
         self._check_maker(what, made_by)
 
-    def _check_maker(self, what: str, found: dict[str, Any]) -> None:
+    def _check_maker(self, what: str, found: Record) -> None:
         wanted = self._maker()
         if found.get(_STEP) == wanted[_STEP]:
             return
@@ -328,7 +328,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         )
 
 
-def _checksum(made_by: dict[str, Any]) -> str:
+def _checksum(made_by: Record) -> str:
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
 

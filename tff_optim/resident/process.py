@@ -4,13 +4,22 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
 from tff_optim.core.devices import DevicePolicy, select_device
+from tff_optim.core.types import (
+    Cohort,
+    Computation,
+    Hparams,
+    Leaves,
+    State,
+    Structure,
+    Value,
+    Weights,
+)
 from tff_optim.resident import forks, leaves, parts
 from tff_optim.resident.client_data import ClientData, explain
 from tff_optim.resident.clients import Clients
@@ -133,7 +142,7 @@ class ResidentProcess:
         self._server = Server(process, cut, self._device, compile_step, exact=targets is not None)
         self._clients: Clients
         if targets is None:
-            place: Any = Vectorised if vectorize else InProcess
+            place: Value = Vectorised if vectorize else InProcess
             self._clients = place(cut, self._device, clients_at_once)
         else:
             self._clients = InWorkers(
@@ -163,7 +172,7 @@ class ResidentProcess:
         """The type of the server state, unplaced."""
         return self._state_type
 
-    def initialize(self) -> Any:
+    def initialize(self) -> State:
         """Computes the initial state.
 
         Returns:
@@ -172,7 +181,7 @@ class ResidentProcess:
         self._check_open()
         return references_to(self._server.initialize())
 
-    def next(self, state: Any, client_data: Sequence[Any]) -> Any:
+    def next(self, state: State, client_data: Cohort) -> Structure:
         """Runs one round.
 
         Args:
@@ -211,19 +220,19 @@ class ResidentProcess:
             references_to(new), leaves.pack(metrics, self._metrics_type)
         )
 
-    def get_model_weights(self, state: Any) -> Any:
+    def get_model_weights(self, state: State) -> Weights:
         """Brings the model weights of a state to Python."""
         return self._get(self._process.get_model_weights, state)
 
-    def get_hparams(self, state: Any) -> Any:
+    def get_hparams(self, state: State) -> Hparams:
         """Brings the hyperparameters of a state to Python."""
         return self._get(self._process.get_hparams, state)
 
-    def set_model_weights(self, state: Any, model_weights: Any) -> Any:
+    def set_model_weights(self, state: State, model_weights: Weights) -> State:
         """Returns a state with other model weights."""
         return self._set("model_weights", self._process.set_model_weights, state, model_weights)
 
-    def set_hparams(self, state: Any, hparams: Any) -> Any:
+    def set_hparams(self, state: State, hparams: Hparams) -> State:
         """Returns a state with other hyperparameters.
 
         Args:
@@ -238,13 +247,13 @@ class ResidentProcess:
         hparams = hyperparameters.complete(self.get_hparams(state), hparams)
         return self._set("hparams", self._process.set_hparams, state, hparams)
 
-    def materialize(self, state: Any) -> Any:
+    def materialize(self, state: State) -> State:
         """Brings a state to Python: the state of the wrapped process."""
         found = self._source(state)
         plain = found.fetch() if isinstance(found, OnDevice) else found
         return leaves.pack(plain, self._state_type)
 
-    def restore(self, plain_state: Any) -> Any:
+    def restore(self, plain_state: State) -> State:
         """Takes a plain state of the wrapped process to where this one runs.
 
         Raises:
@@ -279,10 +288,10 @@ class ResidentProcess:
             "move between the two."
         )
 
-    def __deepcopy__(self, memo: Any) -> "ResidentProcess":
+    def __deepcopy__(self, memo: Value) -> "ResidentProcess":
         return self.__copy__()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Value:
         return self.__copy__()
 
     def _check_open(self) -> None:
@@ -293,7 +302,7 @@ class ResidentProcess:
                 "another one and go on from a checkpoint or a plain state."
             )
 
-    def _source(self, state: Any) -> OnDevice | list[Any]:
+    def _source(self, state: State) -> OnDevice | Leaves:
         """Finds what a state's references stand for; checks a plain or mixed state."""
         self._check_open()
         found = held_by(state, self._state_type)
@@ -302,14 +311,14 @@ class ResidentProcess:
             return found
         return leaves.as_arrays(leaves.pack(found, self._state_type), self._state_type)
 
-    def _taken_in(self, state: Any) -> OnDevice:
+    def _taken_in(self, state: State) -> OnDevice:
         return self._server.take_in(self._source(state))
 
-    def _get(self, computation: Any, state: Any) -> Any:
+    def _get(self, computation: Computation, state: State) -> Structure:
         result = self._server.get(computation, self._taken_in(state))
         return leaves.pack(result, computation.type_signature.result)
 
-    def _set(self, name: str, computation: Any, state: Any, part: Any) -> Any:
+    def _set(self, name: str, computation: Computation, state: State, part: Structure) -> State:
         part_type = computation.type_signature.parameter[1]
         arrays = leaves.as_arrays(part, part_type, name)
         return references_to(self._server.set(computation, self._taken_in(state), arrays))

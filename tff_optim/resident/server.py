@@ -2,13 +2,13 @@
 
 import logging
 import threading
-from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
+from tff_optim.core.types import Computation, Leaves, Value
 from tff_optim.resident import leaves
 from tff_optim.resident import parts as parts_lib
 from tff_optim.resident.graphs.imported import ImportedComputation
@@ -53,37 +53,37 @@ class Server:
         if compile_step is None and exact:
             compile_step = False
         report, update = map(self._imported, (parts.report, parts.update))
-        self._step: Any = ServerStep(report, update, self._sets, device, compile_step)
-        self._prepare: Any = self._imported(parts.prepare)
+        self._step: Value = ServerStep(report, update, self._sets, device, compile_step)
+        self._prepare: Value = self._imported(parts.prepare)
         self.leaves = self._sets.leaves
-        self._functions: dict[Any, Any] = {}
+        self._functions: dict[Computation, ImportedComputation] = {}
         self._building = threading.RLock()
 
     def initialize(self) -> OnDevice:
         """Computes the initial state."""
         return self._sets.hold(self._function(self._initialize)([]))
 
-    def take_in(self, state: OnDevice | list[Any]) -> OnDevice:
+    def take_in(self, state: OnDevice | Leaves) -> OnDevice:
         """Brings a state, of another process or plain, into variables of this one."""
         if isinstance(state, OnDevice):
             return state if state.sets is self._sets else self._sets.hold(state.variables)
         return self._sets.hold(state)
 
-    def prepare(self, held: OnDevice) -> list[Any]:
+    def prepare(self, held: OnDevice) -> Leaves:
         """Computes what the clients are sent."""
         return self._prepare(held.variables)
 
-    def step(self, held: OnDevice, total: list[Any]) -> tuple[OnDevice, list[Any]]:
+    def step(self, held: OnDevice, total: Leaves) -> tuple[OnDevice, Leaves]:
         """Computes the new state and the metrics from a cohort's aggregate."""
         new = self._sets.take()
         metrics = self._step(held.variables, new, total)
         return self._sets.state(new), [plain(x) for x in metrics]
 
-    def get(self, computation: Any, held: OnDevice) -> list[Any]:
+    def get(self, computation: Computation, held: OnDevice) -> Leaves:
         """Calls an unplaced `S -> T` and brings the result to Python."""
         return [plain(x) for x in self._function(computation)(held.variables)]
 
-    def set(self, computation: Any, held: OnDevice, part: list[Any]) -> OnDevice:
+    def set(self, computation: Computation, held: OnDevice, part: Leaves) -> OnDevice:
         """Calls an unplaced `<S, T> -> S` with a `T` from Python."""
         part_type = computation.type_signature.parameter[1]
         tensors = [
@@ -92,11 +92,11 @@ class Server:
         ]
         return self._sets.hold(self._function(computation)([*held.variables, *tensors]))
 
-    def merging(self, merge: Any) -> Any:
+    def merging(self, merge: Computation) -> ImportedComputation:
         """Returns `<A, A> -> A` as a function of the leaves of two aggregates."""
         return self._imported(merge)
 
-    def write(self, state: OnDevice | list[Any], prefix: str) -> None:
+    def write(self, state: OnDevice | Leaves, prefix: str) -> None:
         """Writes a state as the TensorFlow checkpoint `prefix`."""
         values = state.variables if isinstance(state, OnDevice) else state
         leaves.write_checkpoint(prefix, self._sets.leaves, values)
@@ -111,12 +111,12 @@ class Server:
         self._functions.clear()
         self._prepare = self._step = _gone
 
-    def _imported(self, computation: Any) -> ImportedComputation:
+    def _imported(self, computation: Computation) -> ImportedComputation:
         if self._exact:
             computation = parts_lib.compile_native(computation)
         return ImportedComputation(computation, self._device)
 
-    def _function(self, computation: Any) -> Any:
+    def _function(self, computation: Computation) -> ImportedComputation:
         with self._building:
             if computation not in self._functions:
                 unplaced = computation
@@ -128,7 +128,7 @@ class Server:
             return self._functions[computation]
 
 
-def _gone(*unused: Any) -> Any:
+def _gone(*unused: Value) -> Value:
     raise RuntimeError(CLOSED)
 
 
@@ -160,8 +160,8 @@ class ServerStep:
         num_state = len(sets.leaves)
 
         def step(
-            old: list[tf.Variable], new: list[tf.Variable], total: list[Any], inner: Any
-        ) -> list[Any]:
+            old: list[tf.Variable], new: list[tf.Variable], total: Leaves, inner: Value
+        ) -> Leaves:
             result = report(total, inner[0])
             output = update([*[v.read_value() for v in old], *result], inner[1])
             for variable, value in zip(new, output[:num_state], strict=True):
@@ -171,7 +171,7 @@ class ServerStep:
         self._plain = step
         self._xla = tracing.function(step, autograph=False, jit_compile=True)
 
-    def __call__(self, old: Variables, new: Variables, total: list[Any]) -> list[Any]:
+    def __call__(self, old: Variables, new: Variables, total: Leaves) -> Leaves:
         """Takes a step from one set of variables into another; returns the metrics."""
         # XLA makes no variables itself.
         made = [part.make_variables() if self.compiled else None for part in self._parts]
@@ -179,7 +179,7 @@ class ServerStep:
         _check_devices(self._leaves, new, self._device)
         return metrics
 
-    def _run(self, *arguments: Any) -> list[Any]:
+    def _run(self, *arguments: Value) -> Leaves:
         with device_scope(self._device):
             if self.compiled:
                 try:
