@@ -111,16 +111,19 @@ def function(argument: str, value: object, form: str, advice: str = "") -> None:
 def instance(argument: str, value: object, kind: type) -> None:
     """Raises `TypeError` for a value of another class."""
     if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise TypeError(f"`{argument}` must be {article} `{kind.__name__}`; found {value!r}.")
+        raise TypeError(f"`{argument}` must be {_one(kind)}; found {value!r}.")
 
 
 def returned(argument: str, value: object, kind: type) -> None:
     """Raises `TypeError` if a function has returned a value of another class."""
     if not isinstance(value, kind):
         raise TypeError(
-            f"`{argument}` must be a function that returns a `{kind.__name__}`; found {value!r}."
+            f"`{argument}` must be a function that returns {_one(kind)}; found {value!r}."
         )
+
+
+def _one(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} `{kind.__name__}`"
 
 
 def called(

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
+from tff_optim.core.checks import check_flag
 from tff_optim.core.devices import DevicePolicy, select_device
 from tff_optim.core.types import (
     Cohort,
@@ -122,10 +123,8 @@ class ResidentProcess:
             raise ValueError(
                 f"`clients_at_once` must be a positive integer or None; found {clients_at_once!r}."
             )
-        if not isinstance(compile_step, bool | None):
-            raise ValueError(f"`compile_step` must be True, False or None; found {compile_step!r}.")
-        if not isinstance(vectorize, bool):
-            raise ValueError(f"`vectorize` must be True or False; found {vectorize!r}.")
+        check_flag("compile_step", compile_step, optional=True)
+        check_flag("vectorize", vectorize)
         targets = _targets(workers)
         if vectorize and targets is not None:
             raise ValueError(

@@ -1,5 +1,6 @@
 """The clients of a round in the Python process, in one loop of TensorFlow."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -68,8 +69,9 @@ class InProcess:
         if of_arrays not in functions:
             try:
                 functions[of_arrays] = OneByOne(self._parts, self._device, self._places)
-            except NoProgramError:
+            except NoProgramError as error:
                 functions[of_arrays] = None
+                logging.getLogger(__name__).info("Clients in arrays train as data sets: %s", error)
         return functions[of_arrays]
 
     def close(self) -> None:
