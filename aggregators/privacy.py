@@ -1,8 +1,8 @@
-"""What noise is worth, by `dp_accounting`: for examples clipped on clients, and for clipped clients.
+"""Privacy guarantees of noise, by `dp_accounting`: for clipped examples, and for clipped clients.
 
-A thin layer: one event, one accountant, checked arguments. It counts what the noise hides, and knows
-nothing of what else leaves a client: exact metrics, weights by number of examples, and a trained
-hyperparameter are outside of every number here.
+A thin layer: one event, one accountant, checked arguments. The guarantees cover noisy sums only, and
+nothing else that leaves a client: not exact metrics, weights by number of examples, or hyperparameters
+that were tuned on the data.
 """
 
 import math
@@ -22,43 +22,43 @@ def epsilon(
     delta: float,
     accountant: str = "rdp",
 ) -> float:
-    """The epsilon of repeated, noised and Poisson-sampled sums.
+    """The epsilon of repeated, noisy, Poisson-sampled sums.
 
     ```
     (epsilon, delta)-DP of `steps` Gaussian mechanisms, each on a Poisson sample
     ```
 
-    Neighbours differ by adding or removing one record (`ADD_OR_REMOVE_ONE`), and a record enters each
-    sum with `sampling_probability`, independently of all others. TFF does not sample so: it cuts batches
-    from a dataset in its order, and cohorts have a fixed size. As is usual, epsilon then describes the
-    intended mechanism and not the one that runs. With `sampling_probability=1`, where a record takes
-    part in each of `steps` sums, it holds without any assumption about sampling.
+    Neighbouring data differ by adding or removing one record (`ADD_OR_REMOVE_ONE`). A record enters each
+    sum with `sampling_probability`, independently of all others. TFF samples differently: batches follow
+    the order of the dataset, and cohorts have a fixed size. As usual in practice, epsilon then describes
+    the intended mechanism rather than the one that runs. With `sampling_probability=1`, where a record
+    enters each of `steps` sums, it holds without any assumption about sampling.
 
-    Where a record is an example of one client (`ExampleClipping`): a step is one batch,
-    `sampling_probability` is expected batch size / examples of that client, and `steps` the batches that
-    the client trains on over all rounds in which it takes part. The guarantee holds towards anyone who
-    sees the client's updates, and for the client with the largest figure. `noise_multiplier` is that of
-    `ExampleClipping`.
+    If a record is an example of one client (`ExampleClipping`), a step is one batch,
+    `sampling_probability` is expected batch size / examples of that client, and `steps` counts the
+    batches that the client trains on in all rounds. `noise_multiplier` is that of `ExampleClipping`. The
+    guarantee holds against anyone who sees the client's updates. The client with the largest epsilon has
+    the weakest guarantee.
 
-    Where a record is a client (`tff.learning.dp_aggregator`): a step is one round,
-    `sampling_probability` is clients per round / clients, and `noise_multiplier` that of
-    `dp_aggregator`, whose default adaptive clipping spends some of it on the norm already. The guarantee
-    holds towards anyone who sees the server's models.
+    If a record is a client (`tff.learning.dp_aggregator`), a step is one round, `sampling_probability`
+    is clients per round / clients, and `noise_multiplier` is that of `dp_aggregator`, whose default
+    adaptive clipping already spends some of it on the norm. The guarantee holds against anyone who sees
+    the server's models.
 
     Args:
-      noise_multiplier: Standard deviation of the noise over what one record can change; at least 0.
+      noise_multiplier: Standard deviation of the noise over the sensitivity to one record; at least 0.
       sampling_probability: Above 0, at most 1.
       steps: A whole number, at least 0.
-      delta: Above 0, below 1; less than one over the number of records.
-      accountant: `"rdp"`, Renyi DP, or `"pld"`, privacy loss distributions: tighter, and slower.
+      delta: Above 0, below 1; choose less than one over the number of records.
+      accountant: `"rdp"`, Renyi DP, or `"pld"`, privacy loss distributions: tighter but slower.
 
     Returns:
       Epsilon; infinity without noise.
 
     Raises:
-      ValueError: If an argument is out of its range.
+      ValueError: If an argument is out of range.
 
-    Example: an MNIST classifier of TensorFlow Privacy's tutorial: 15 epochs of batches of 150
+    Example: the MNIST classifier of TensorFlow Privacy's tutorial, 15 epochs of batches of 150
 
       >>> round(epsilon(1.3, sampling_probability=150 / 60000, steps=6000, delta=1e-5), 2)
       0.72
@@ -84,9 +84,9 @@ def noise_multiplier_for(
     delta: float,
     accountant: str = "rdp",
 ) -> float:
-    """The least noise multiplier whose `epsilon` is at most this.
+    """The smallest noise multiplier whose `epsilon` is at most `target_epsilon`.
 
-    Same neighbours and sampling as for `epsilon`, by `dp_accounting.calibrate_dp_mechanism`.
+    Neighbours and sampling are those of `epsilon`; `dp_accounting.calibrate_dp_mechanism` finds it.
 
     Args:
       target_epsilon: Above 0.
@@ -99,7 +99,7 @@ def noise_multiplier_for(
       The multiplier, to 1e-6.
 
     Raises:
-      ValueError: If an argument is out of its range.
+      ValueError: If an argument is out of range.
 
     Example:
       >>> z = noise_multiplier_for(2.0, sampling_probability=0.01, steps=1000, delta=1e-5)

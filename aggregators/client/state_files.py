@@ -1,4 +1,4 @@
-"""Where the states of clients lie: a directory that one store has to itself."""
+"""The directory of client states, which belongs to one store alone."""
 
 import contextlib
 import fcntl
@@ -15,9 +15,9 @@ from aggregators.client.state_table import UNFINISHED, few
 _TABLE = "states.sqlite"
 _SHARED = "/dev/shm"
 _OWN = {"lock", _TABLE, _TABLE + UNFINISHED, f"{_TABLE}{UNFINISHED}-journal"}
-_PARTS = (".index", ".data-00000-of-00001")  # of a checkpoint that is written at once
+_PARTS = (".index", ".data-00000-of-00001")  # the files of a checkpoint written in one go
 
-# What a forked child must not keep: it would hold the lock, or the memory, of a parent that has ended.
+# A forked child closes these: it would hold the lock, or the memory, of a parent that has ended.
 _held: set[int] = set()
 
 
@@ -32,18 +32,18 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 class Folder:
-    """Checkpoints of TensorFlow in a directory that is locked; in memory where no path is given.
+    """TensorFlow checkpoints in a locked directory, in memory if no path is given.
 
     Args:
-      path: The directory, made if it is not there; None for one in memory, which is removed at the end
-        of this process, however it ends.
+      path: The directory, created if missing. None for one in memory, which is removed when this
+        process ends, in whatever way.
 
     Attributes:
       table: The path of the table.
 
     Raises:
       OSError: If the directory cannot be used.
-      ValueError: If it has other files and no store.
+      ValueError: If the directory has other files and no store.
       RuntimeError: If another store has it open.
     """
 
@@ -71,11 +71,11 @@ class Folder:
         return os.path.join(self._path, name)
 
     def has(self, name: str) -> bool:
-        """Whether a state is there."""
+        """Whether a state has been written."""
         return all(os.path.isfile(self.at(name + part)) for part in _PARTS)
 
     def without(self, names: Iterable[str]) -> set[str]:
-        """Those of these states that have not been written; once all are, they are on the disk."""
+        """The states that have not been written; those that have are flushed to the disk."""
         missing = set()
         for name in names:
             for part in _PARTS:
@@ -87,7 +87,7 @@ class Folder:
         return missing
 
     def keep_only(self, names: Collection[str], token: str) -> None:
-        """Deletes the store's other states, of rounds that failed or that were replaced."""
+        """Deletes all other states of the store."""
         parts = "|".join(map(re.escape, _PARTS))
         made = re.compile(rf"(\d+-\d+-{token}-[0-9a-f]{{8}})({parts})(\.tempstate\d+)?")
         for file in os.listdir(self._path):
@@ -97,8 +97,8 @@ class Folder:
                     os.remove(self.at(file))
 
     def close(self) -> None:
-        """Gives the lock back."""
-        with contextlib.suppress(OSError):  # a child just forked may have it still
+        """Releases the lock."""
+        with contextlib.suppress(OSError):  # a child just forked may still hold it
             fcntl.flock(self._lock, fcntl.LOCK_UN)
         _held.discard(self._lock)
         os.close(self._lock)
@@ -115,10 +115,10 @@ class Folder:
 
 
 class _Remover:
-    """A directory in memory, and a small process that removes it as soon as this one has ended.
+    """A directory in memory, and a small process that removes it when this one ends.
 
-    States lie one level below: a client at work in a worker then cannot make the directory anew, since
-    TensorFlow makes one level.
+    States lie one level below. A client still at work in a worker then cannot recreate the directory,
+    since TensorFlow creates one level only.
     """
 
     def __init__(self) -> None:
@@ -128,8 +128,8 @@ class _Remover:
         _held.add(self._pipe)
         try:
             self._process = subprocess.Popen(
-                # It waits until the other end of the pipe is closed, and is met by no signal to this
-                # process's group. A client at work may write while it removes: so it does that twice.
+                # It waits until the other end of the pipe is closed, and gets no signal sent to this
+                # process's group. It removes twice, since a client at work may write in between.
                 ["/bin/sh", "-c", 'cat; rm -rf -- "$0"; rm -rf -- "$0"', self.path],
                 stdin=reads,
                 stdout=subprocess.DEVNULL,
@@ -151,7 +151,7 @@ class _Remover:
 
 
 def _locked(path: str) -> int:
-    """The descriptor of a lock that nobody else has."""
+    """Locks the directory and returns the lock's descriptor."""
     descriptor = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Reads and writes a client's state in the graph that trains it, by the paths of `ClientStates`."""
+"""Reads and writes a client's state within its training graph, at the paths of `ClientStates`."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from aggregators.core.types import State
 
 
 def input_type(data_type: tff.Type) -> tff.Type:
-    """TFF type of what a client that keeps a state takes: its data, and where its state is."""
+    """TFF type of the input of a client with a state: its data, and the paths of its state."""
     files = [("load", np.str_), ("save", np.str_)]
     positions = [(name, np.int32) for name in ("round", "number", "clients")]
     client = tff.to_type(OrderedDict([*files, *positions]))
@@ -21,13 +21,13 @@ def input_type(data_type: tff.Type) -> tff.Type:
 
 
 class ClientStateFiles(NamedTuple):
-    """The files of one client's state, in the graph that trains it.
+    """The files of one client's state, within its training graph.
 
     Attributes:
-      client: `load` and `save`, paths (`load` empty for a client without a state), `round`, how many
-        rounds the states have seen, `number`, the client's own, and `clients`, how many there are.
+      client: The paths `load` (empty for a client without a state) and `save`, `round` (how many rounds
+        the states have seen), `number` (the client's own) and `clients` (how many there are).
       round: How many rounds the server has seen.
-      num_clients: How many clients the rule was told that there are; None if it need not know.
+      num_clients: The number of clients that the rule was built for; None if it does not matter.
     """
 
     client: Mapping[str, tf.Tensor]
@@ -35,7 +35,7 @@ class ClientStateFiles(NamedTuple):
     num_clients: int | None
 
     def load(self, fresh: State) -> State:
-        """The client's state, or this one if it has none."""
+        """The client's state, or the fresh one if it has none."""
         ours, theirs = tf.cast(self.round, tf.int32), self.client["round"]
         message = [
             "`cohort` must come from client states of the server's round,",
@@ -62,7 +62,7 @@ class ClientStateFiles(NamedTuple):
 
 
 def signature(state: State) -> str:
-    """A state's names, dtypes and shapes as one line, by which a file of another kind is known."""
+    """A state's names, dtypes and shapes as one line, which tells its files from others."""
     parts = [f"{name}:{x.dtype.name}{list(x.shape)}" for name, x in _named(state)]
     return " ".join(["client-state-1", *parts])
 
@@ -107,7 +107,7 @@ def load(path: tf.Tensor, fresh: State) -> State:
 
 
 def save(path: tf.Tensor, state: State) -> tf.Operation:
-    """Writes a state as one checkpoint of TensorFlow, which knows its own name."""
+    """Writes a state as one TensorFlow checkpoint that contains its own name."""
     names, tensors = zip(*_named(state), strict=True)
     return tf.raw_ops.SaveV2(
         prefix=path,

@@ -1,4 +1,4 @@
-"""The table of client states that count, by client and round; it changes by whole rounds."""
+"""The table of committed client states, by client and round; each change is a whole round."""
 
 import contextlib
 import hashlib
@@ -18,12 +18,12 @@ CREATE TABLE store (format INT, token TEXT, round INT, oldest INT, checksum TEXT
 CREATE TABLE clients (number INT PRIMARY KEY, id TEXT) WITHOUT ROWID;
 CREATE TABLE states (number INT, round INT, cohort TEXT, PRIMARY KEY (number, round)) WITHOUT ROWID;
 """
-# What SQLite says of a file that is none of its own, or that no longer is as it was written.
+# SQLite's error codes for a file that is not its own, or was damaged since.
 _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class Entry(NamedTuple):
-    """One state: of which client, after which round, and written by which cohort."""
+    """The client of a state, the round after which it holds, and the cohort that wrote it."""
 
     number: int
     round: int
@@ -31,19 +31,19 @@ class Entry(NamedTuple):
 
     @property
     def file(self) -> str:
-        """What its file is called."""
+        """The name of its file."""
         return f"{self.number}-{self.round}-{self.cohort}"
 
 
 @attrs.frozen
 class Contents:
-    """What counts between two rounds.
+    """The committed states between two rounds.
 
     Attributes:
       round: How many rounds the states have seen.
-      oldest: The earliest round that they can go back to.
-      states: Of each client that has some, by number, the oldest first: the last is its state, and those
-        before it were its state in a round that can be gone back to.
+      oldest: The earliest round that can be restored.
+      states: The states of each client that has any, by number, oldest first. The last one is current;
+        those before it belong to rounds that can be restored.
     """
 
     round: int = 0
@@ -52,16 +52,16 @@ class Contents:
 
     @property
     def entries(self) -> set[Entry]:
-        """All states."""
+        """All entries."""
         return {entry for kept in self.states.values() for entry in kept}
 
     def latest(self, number: int) -> Entry | None:
-        """A client's state."""
+        """A client's current state."""
         kept = self.states.get(number)
         return kept[-1] if kept else None
 
     def after(self, clients: Iterable[int], cohort: str, keep: int) -> "Contents":
-        """With new states of these clients, and without what no round of the last `keep` needs."""
+        """The contents with new states of these clients, without those older than `keep` rounds."""
         following = self.round + 1
         oldest = max(self.oldest, following - keep)
         states = dict(self.states)
@@ -70,35 +70,35 @@ class Contents:
         return Contents(following, oldest, {n: _since(oldest, kept) for n, kept in states.items()})
 
     def back_to(self, round_number: int) -> "Contents":
-        """As they were after an earlier round."""
+        """The contents after an earlier round."""
         kept = {n: tuple(e for e in s if e.round <= round_number) for n, s in self.states.items()}
         return Contents(round_number, self.oldest, {n: some for n, some in kept.items() if some})
 
 
 def _since(oldest: int, kept: tuple[Entry, ...]) -> tuple[Entry, ...]:
-    """Without what was replaced up to this round."""
+    """Drops the states that were replaced up to this round."""
     while len(kept) > 1 and kept[1].round <= oldest:
         kept = kept[1:]
     return kept
 
 
 class Table:
-    """Contents in a file of SQLite: each change is one transaction.
+    """`Contents` in an SQLite file; each change is one transaction.
 
-    A checksum goes over all there is, since SQLite has none of its own.
+    A checksum covers everything, since SQLite has none of its own.
 
     Args:
-      path: The file, made if it is not there.
+      path: The file, created if missing.
       ids: All clients, sorted.
 
     Attributes:
-      token: Tells the files of this store from all others.
-      contents: What counts now.
-      certain: Whether that is so: not if a change has failed and the file cannot be read since.
+      token: Marks the files of this store.
+      contents: The committed contents.
+      certain: False after a failed change if the file could not be read since.
 
     Raises:
       ValueError: If the file is damaged, of other clients, or of another format.
-      RuntimeError: If it cannot be read, or only by others.
+      RuntimeError: If the file cannot be read, or another program has locked it.
     """
 
     token: str
@@ -112,12 +112,12 @@ class Table:
         with self._in_words("opened"):
             if not os.path.lexists(path):
                 _make(path, self._ids)
-            if not os.path.isfile(path):  # SQLite would make one where a link leads to
+            if not os.path.isfile(path):  # SQLite would create the target of a dangling link
                 raise _DamagedError("it is no file")
             self._connection = _connect(path)
         try:
             self._read()
-            with self._in_words("opened"):  # is it ours to write?
+            with self._in_words("opened"):  # fails unless this process may write
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.execute("ROLLBACK")
         except BaseException:
@@ -125,7 +125,7 @@ class Table:
             raise
 
     def write(self, contents: Contents) -> None:
-        """Has other contents count: all of them or, where an error is raised, none."""
+        """Commits new contents: all of them or, if an error is raised, none."""
         before, after = self.contents.entries, contents.entries
         added, dropped = after - before, before - after
         total = self._sum + sum(map(_hash, added)) - sum(map(_hash, dropped))
@@ -146,16 +146,16 @@ class Table:
             except BaseException:
                 if self._connection.in_transaction:
                     execute("ROLLBACK")
-                if not self.certain:  # an interrupt may have come after the end: the file knows
+                if not self.certain:  # an interrupt may have come after the commit: the file knows
                     self._read()
                 raise
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._connection.close()
 
     def _read(self) -> None:
-        """Looks at all that there is."""
+        """Reads and checks the whole file."""
         with self._in_words("read"):
             number = self._row("SELECT format FROM store")[0]
             if number != _FORMAT:
@@ -216,14 +216,14 @@ class _DamagedError(Exception):
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    # Threads may share it, one at a time; what does not read as text fails the checksum.
+    # Threads take turns with it. Bytes that are no text fail the checksum.
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda text: text.decode(errors="replace")
     return connection
 
 
 def _make(path: str, ids: Sequence[str]) -> None:
-    """Makes a store of which nobody has seen anything; it is there as a whole or not at all."""
+    """Creates an empty store atomically."""
     unfinished = path + UNFINISHED
     for name in (unfinished, f"{unfinished}-journal"):
         with contextlib.suppress(FileNotFoundError):
@@ -239,7 +239,7 @@ def _make(path: str, ids: Sequence[str]) -> None:
 
 
 def _hash(value: Iterable[object]) -> int:
-    """Of values that are written as they are read; their sum is the hash of a set of them."""
+    """A hash of one row; the sum of rows' hashes is the hash of their set."""
     text = repr(tuple(value)).encode("ascii", "backslashreplace")
     return int.from_bytes(hashlib.sha256(text).digest()[:16])
 
@@ -249,6 +249,6 @@ def _checksum(*values: object) -> str:
 
 
 def few(ids: Iterable[str]) -> str:
-    """The first of them, for a message."""
+    """The first five of them, for a message."""
     listed = sorted(ids)
     return f"{', '.join(map(repr, listed[:5])) or 'none'}{', ...' if len(listed) > 5 else ''}"

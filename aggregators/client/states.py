@@ -1,4 +1,4 @@
-"""States that belong to clients: kept by id, handed to the right client, taken back after a round."""
+"""Client states, stored by client id: each client gets its own, and a new one replaces it each round."""
 
 import contextlib
 import numbers
@@ -17,28 +17,28 @@ from aggregators.core import checks
 
 
 class ClientStates:
-    """The states of all clients, by id, for processes whose clients keep one.
+    """The states of all clients by id, for processes whose clients keep a state.
 
-    Clients read and write their states where they train, as TensorFlow checkpoints: states never pass
-    through Python, and memory is that of the clients at work. Two paths and three numbers travel with
-    a client's data, so a cohort is client data of any `LearningProcess`, in TFF's runtimes, in
-    sub-rounds, and on several workers that see the same files.
+    Clients read and write their states where they train, as TensorFlow checkpoints. States never pass
+    through Python, and only those of the clients at work are in memory. Two paths and three numbers
+    travel with a client's data. A cohort is therefore client data for any `LearningProcess`: in TFF's
+    runtimes, in sub-rounds, and on several workers that see the same files.
 
-    A round is all or nothing: at the end of the `with` block, one transaction makes the cohort's new
-    states count, if nothing was raised and each client has written its own. Before that, and after a
-    crash, all clients have their earlier states. One process at a time can open a store, and a fork of
-    it cannot use it.
+    A round is all or nothing. At the end of the `with` block, one transaction commits the cohort's new
+    states if nothing was raised and each client has written its own. Before that, and after a crash,
+    all clients have their earlier states. Only one process at a time can open a store, and its forks
+    cannot use it.
 
-    States have one version a round: the states after round `r` go with the server's state after round
-    `r`, and clients refuse to train on any other. After a crash between the two, or from an older
-    checkpoint, go back with `restore`. A file names its client and round and has a checksum, so a file
-    that is damaged or was exchanged for another is refused.
+    Each round makes one version. The states after round `r` belong to the server's state after round
+    `r`, and clients refuse to train with any other. After a crash between the two, or from an older
+    checkpoint, go back with `restore`. Each file names its client and round and has a checksum, so
+    damaged and exchanged files are refused.
 
-    Disk (or memory): one state per client that ever took part, and for `keep` rounds those it
-    replaced. SCAFFOLD and FedDyn have states as large as the trainable weights. A store in memory is
-    gone with the process, however that ends.
+    Disk (or memory) holds one state for each client that ever took part, and for `keep` rounds the
+    states that were replaced. States of SCAFFOLD and FedDyn are as large as the trainable weights. A
+    store in memory is gone when the process ends, in whatever way.
 
-    Example: clients that keep their optimizer's momentum, with the `model` of `build_fed_avg`
+    Example: clients keep their optimizer's momentum, with the `model` of `build_fed_avg`
 
       >>> import tensorflow_federated as tff
       >>> from aggregators import build_fed_avg, rules
@@ -60,22 +60,22 @@ class ClientStates:
         *,
         keep: int = 1,
     ):
-        """Opens a store, or makes one.
+        """Opens a store, or creates one.
 
         Args:
-          client_ids: All clients there ever are: strings, none repeated. A store that exists must have
-            the same.
-          path: A directory of its own, made if there is none; None for memory (`/dev/shm` if that is
-            there), dropped by `close`.
-          keep: For how many rounds a state that was replaced is kept, so that `restore` can go back to
-            it; at least as many as lie between two checkpoints of the server's state.
+          client_ids: All clients that will ever take part, as strings without duplicates. An existing
+            store must have the same clients.
+          path: A directory for the store alone, created if missing. None keeps the store in memory
+            (in `/dev/shm` where that exists) until `close`.
+          keep: How many rounds a replaced state is kept, so that `restore` can go back to it. Use at
+            least the number of rounds between two checkpoints of the server's state.
 
         Raises:
-          TypeError: If an argument is of the wrong type.
-          ValueError: If an argument is out of its range, or the store is of other clients, was written
-            by another version, or is damaged, or the directory has other files and no store.
-          RuntimeError: If another process, or another `ClientStates`, has it open, or it cannot be read
-            and written.
+          TypeError: If an argument has the wrong type.
+          ValueError: If an argument is out of range, the store belongs to other clients, comes from
+            another version or is damaged, or the directory has other files and no store.
+          RuntimeError: If another process or another `ClientStates` has the store open, or it cannot be
+            read and written.
         """
         ids = _checked_ids(client_ids)
         self._keep = checks.whole("keep", keep, 1)
@@ -94,12 +94,12 @@ class ClientStates:
 
     @property
     def client_ids(self) -> tuple[str, ...]:
-        """All clients there are, sorted."""
+        """All clients, sorted."""
         return tuple(self._numbers)
 
     @property
     def keep(self) -> int:
-        """For how many rounds a state that was replaced is kept."""
+        """How many rounds a replaced state is kept."""
         return self._keep
 
     @property
@@ -118,11 +118,11 @@ class ClientStates:
         return tuple(one for one, number in self._numbers.items() if number in states)
 
     def get(self, client_id: str) -> OrderedDict[str, np.ndarray] | None:
-        """A client's state, its tensors by name, such as `control/0`; None if it has none.
+        """The tensors of a client's state by name, such as `control/0`; None for a client without one.
 
         Raises:
           ValueError: If the id is unknown.
-          RuntimeError: If its file is damaged.
+          RuntimeError: If the file of the state is damaged.
         """
         contents = self._contents()
         self._check_ids([client_id])
@@ -133,21 +133,22 @@ class ClientStates:
     def cohort(
         self, client_ids: Sequence[str], client_data: Sequence[object]
     ) -> Iterator[list[OrderedDict[str, object]]]:
-        """The client data of one round; at the end of the block the states that it made are kept.
+        """The client data of one round; the end of the block commits the new states.
 
-        Call `process.next` once inside.
+        Call `process.next` once inside the block.
 
         Args:
-          client_ids: The round's clients, none repeated.
-          client_data: The data of each, as the process would take it if clients kept nothing.
+          client_ids: The round's clients, without duplicates.
+          client_data: The data of each client, as for a process whose clients keep nothing.
 
         Yields:
-          What `process.next` takes.
+          The client data for `process.next`.
 
         Raises:
-          ValueError: If an id is unknown or repeated, or there are more or fewer data than ids.
-          RuntimeError: If another cohort is still open, or a state is gone; at the end of the block, if
-            a client has not written its state, or it cannot be kept: then all states are as before.
+          ValueError: If an id is unknown or repeated, or the numbers of data and ids differ.
+          RuntimeError: If another cohort is still open, or a state is missing. At the end of the block,
+            if a client has not written its state, or the states cannot be stored: all states are then
+            as before.
         """
         ids, data = list(client_ids), list(client_data)
         self._contents()
@@ -183,7 +184,7 @@ class ClientStates:
                 except Exception as error:
                     self._explain(error, earlier)
                     raise
-                self._contents()  # raises if it was closed
+                self._contents()  # raises if the store was closed
                 with _in_words(f"The states of this round could not be kept in {self._files}"):
                     missing = self._files.without(files)
                 if missing:
@@ -197,15 +198,15 @@ class ClientStates:
                 self._clean()
 
     def restore(self, round_number: int) -> None:
-        """Goes back to the states after an earlier round, for good.
+        """Goes back to the states after an earlier round; this cannot be undone.
 
         Args:
-          round_number: From `oldest_round` to the present one.
+          round_number: A round from `oldest_round` to the present one.
 
         Raises:
-          ValueError: If it is none of these.
-          RuntimeError: If a cohort is open, or a state that it would go back to is damaged. All states
-            are as before, whichever error it is.
+          ValueError: If it is not one of these rounds.
+          RuntimeError: If a cohort is open, or a state of that round is damaged. After either error all
+            states are as before.
         """
         with self._alone("`restore` must come between two rounds"):
             now = self._contents()
@@ -227,7 +228,7 @@ class ClientStates:
             self._clean()
 
     def close(self) -> None:
-        """Lets go of the store; one in memory is dropped."""
+        """Closes the store; one in memory is deleted."""
         if self._owner == os.getpid():
             self._table.close()
             self._files.close()
@@ -241,7 +242,7 @@ class ClientStates:
         self.close()
 
     def _contents(self) -> Contents:
-        """What counts, if the store can be used."""
+        """The committed contents; raises `RuntimeError` if the store cannot be used."""
         if self._owner is None:
             raise RuntimeError(f"This `ClientStates` of {self._files} is closed. Open it again.")
         if self._owner != os.getpid():
@@ -267,7 +268,7 @@ class ClientStates:
             self._changing.release()
 
     def _load(self, entry: Entry | None) -> str:
-        """Where a client finds its state."""
+        """The path from which a client loads its state; empty for a client without one."""
         if entry is None:
             return ""
         if not self._files.has(entry.file):
@@ -289,7 +290,7 @@ class ClientStates:
         return state
 
     def _explain(self, error: Exception, earlier: Sequence[Entry | None]) -> None:
-        """Says of a round that failed which client's state is damaged: TensorFlow does not."""
+        """Names the client whose damaged state made a round fail, which TensorFlow does not."""
         for entry in filter(None, earlier if self._owner == os.getpid() else ()):
             try:
                 self._read(entry)
@@ -314,10 +315,10 @@ class ClientStates:
             raise ValueError(f"`client_ids` must not repeat a client; found {_repeated(ids)}.")
 
     def _clean(self) -> None:
-        """Deletes what no client's state is in: of failed rounds, and what was replaced."""
+        """Deletes the files of failed rounds and of replaced states."""
         if self._owner == os.getpid() and self._table.certain:
             used = {entry.file for entry in self._table.contents.entries}
-            with contextlib.suppress(OSError):  # they are deleted after a later round then
+            with contextlib.suppress(OSError):  # a later round deletes them then
                 self._files.keep_only(used, self._table.token)
 
 

@@ -1,4 +1,4 @@
-"""AutoGraph for functions that users wrote, which may have control flow of tensors in Python."""
+"""AutoGraph for users' functions, which may branch and loop on tensors in Python."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,20 +6,14 @@ from typing import Any
 import tensorflow as tf
 
 _autograph = tf.__internal__.autograph
-# Where this module is imported nothing forbids the conversion; in what surrounds the code it is off.
+# The context at import allows conversion; the context in which users' code is called may forbid it.
 _CONTEXT = _autograph.control_status_ctx()
 
 
 def with_autograph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Converts the control flow of a function, and of all that it calls.
+    """Converts the control flow of a function, and of all that it calls, to operations.
 
-    The code around it stays as it is: converting that takes seconds when a process is first built.
-
-    Args:
-      function: A function of a model, an optimizer or a rule.
-
-    Returns:
-      A function of the same arguments, in which `if tensor:` is an operation.
+    The calling code stays unconverted: converting it takes seconds when a process is first built.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

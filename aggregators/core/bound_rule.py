@@ -1,4 +1,4 @@
-"""A rule for updates of one type: what factories, steps of a round and whole processes call."""
+"""A rule for updates of one type, as factories, federated computations and processes call it."""
 
 import math
 from collections import OrderedDict
@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class BoundRule:
-    """A rule and what depends on the type of the updates."""
+    """A rule, and its parts that depend on the type of the updates."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class BoundRule:
         names: Sequence[str] | None = None,
         sample_size: int = 0,
     ) -> None:
-        """Builds what depends on the type; see `Rule` for the parts.
+        """Builds the layers, the reduction and the initial state.
 
         Args:
           rule: The rule.
@@ -65,7 +65,7 @@ class BoundRule:
         return checks.joined("initial_state", first, self.rule.initial_state(self.layers))
 
     def scores(self, server: Structure, client: Structure) -> tf.Tensor:
-        """The scores that the rule needs, of a model that a client trained."""
+        """The rule's scores of a model that a client trained."""
         return score_layers(self.rule.needs.score, server, client, self.layers.groups)  # type: ignore[arg-type]
 
     def client(self, update: ClientUpdate, state: State) -> Part:
@@ -74,7 +74,7 @@ class BoundRule:
         return self._call("lift", self.reduction.lift, part)
 
     def server(self, state: State, reduced: Reduced) -> RuleResult:
-        """The rule's result, checked: its whole state, a flat update and named measurements."""
+        """The checked result of the rule: its whole state, a flat update and named measurements."""
         state = hyperparameters.check_schedules(self.rule.hparams, state)
         found = self._call("server", self.rule.server, state, reduced)
         checks.returned("server", found, RuleResult)
@@ -101,7 +101,7 @@ class BoundRule:
         return call(f"`{argument}` of {self.rule}", function, *given)
 
     def _own_state(self, own: State, num_hparams: int) -> OrderedDict[str, Structure]:
-        """The rule's own part of its new state, in the order and of the types that it started with."""
+        """The rule's own part of its new state, checked to have the initial one's names and types."""
         kinds = OrderedDict(list(self.state_type._asdict().items())[1 + num_hparams :])
         if set(own) != set(kinds):
             raise ValueError(
@@ -125,18 +125,18 @@ class BoundRule:
         model: tff.Value | None = None,
         finish: Finish | None = None,
     ) -> tff.Value:
-        """Reduces and ends a round: `<S@SERVER, {A}@CLIENTS> -> <S, R, M>@SERVER`.
+        """Reduces the parts and ends the round: `<S@SERVER, {A}@CLIENTS> -> <S, R, M>@SERVER`.
 
         Args:
           state: The rule's state.
           parts: The clients' lifted parts.
           model: The server's model, if `finish` needs it.
-          finish: `(flat update, unchanged, flat model) -> flat result`; the update, or NaN if the
-            model is to be left alone, if None: TFF's finalizers take NaN for a rejected round, and
-            zeros for a step of momentum, Adam or weight decay.
+          finish: `(flat update, unchanged, flat model) -> flat result`. None gives the update, or NaN
+            if the model is to stay unchanged: TFF's finalizers reject a round of NaN, but take a step
+            of momentum, Adam or weight decay with zeros.
 
         Returns:
-          The new state, the result in its structure, and the measurements.
+          The new state, the structured result, and the measurements.
         """
         reduced = federated_reduce(parts, self.reduction.of_lifted)
         inputs = [state, reduced, *([] if model is None else [model])]
@@ -168,6 +168,6 @@ def _check_tensors(what: str, given: Tensors, specs: Specs) -> None:
 
 
 def _nan_if_unchanged(update: Tensors, unchanged: tf.Tensor, model: Weights | None) -> Tensors:
-    del model  # an update stands for itself
+    del model  # the update is the result
     nothing = tf.where(unchanged, math.nan, 0.0)
     return [x + tf.cast(nothing, x.dtype) for x in update]

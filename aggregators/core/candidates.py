@@ -16,25 +16,25 @@ Error = Callable[[Predictions, Labels], tf.Tensor | tuple[tf.Tensor, tf.Tensor]]
 
 @attrs.frozen
 class Candidates:
-    """Models that clients score, and by what.
+    """Models that clients score, and the error that scores them.
 
-    Each client scores every model on all of its data, with one forward pass each, not in training
-    mode. It does so after training, which so sees the same batches as under plain averaging.
+    Each client scores every model on all of its data, with one forward pass per model, not in training
+    mode. Scoring comes after training, so training sees the same batches as under plain averaging.
 
     Attributes:
-      models: `(weights, state) -> models`: from the flat trainable weights of the server's model and
-        the rule's state to `number` sequences of tensors of the same shapes and dtypes.
-      number: How many there are.
-      error: `(predictions, labels) -> errors`, one number per example, or their mean over a batch; or
-        `(predictions, labels) -> (errors, weights)`, where a weight of 0, or False, leaves an error
+      models: `(weights, state) -> models`: maps the flat trainable weights of the server's model and
+        the rule's state to `number` sequences of tensors with the same shapes and dtypes.
+      number: How many models there are.
+      error: `(predictions, labels) -> errors`: one number per example, or their mean over a batch. Or
+        `(predictions, labels) -> (errors, weights)`, where a weight of 0 or False leaves an error
         out. None takes `1 - p(true label)` of a classifier, and the loss of any other model.
 
-    A classifier is a model with whole numbers for labels, of shape `[..., 1]` or `[...]`, and floating
-    predictions `[..., classes]`. Predictions are probabilities if they lie in 0 to 1 and add up to 1,
-    in all of a client's data and for all candidates; they are logits if some lie outside of 0 to 1. A
-    client with neither falls back to the loss, and `errors_are_losses` says so. Labels outside of the
-    classes, such as -1 or 255 of ten, count for nothing. If the loss ignores one of the classes, give
-    `class_error(from_logits=..., ignore_class=...)`, which also reads labels of one row per example.
+    A classifier has integer labels of shape `[..., 1]` or `[...]`, and floating predictions of shape
+    `[..., classes]`. Predictions are logits if some lie outside of 0 to 1. They are probabilities if
+    they lie in 0 to 1 and add up to 1, in all of a client's data and for all candidates. A client with
+    neither falls back to the loss, and `errors_are_losses` says so. Labels that are no class, such as
+    -1 or 255 of ten classes, do not count. If the loss ignores one of the classes, give
+    `class_error(from_logits=..., ignore_class=...)`, which also reads one-hot labels.
 
     `1 - p` is a symmetric loss: its mean over labels drawn at random is the same for every model.
 
@@ -55,7 +55,7 @@ class Candidates:
     )
 
     def of(self, weights: Weights, state: State) -> Models:
-        """The models of this round, checked."""
+        """The checked models of this round."""
         models = tuple(tuple(model) for model in self.models(weights, state))
         specs = [[(w.shape, w.dtype) for w in model] for model in (weights, *models)]
         if len(models) != self.number or any(found != specs[0] for found in specs[1:]):
@@ -67,14 +67,14 @@ class Candidates:
 
 
 class ErrorSums(NamedTuple):
-    """Errors of one model over batches of one client, as sums: what merges by addition.
+    """Sums of one model's errors over the batches of one client; they merge by addition.
 
     Attributes:
-      errors: float64 of shape `[3]`: errors times weights, of predictions read as logits, as
-        probabilities, and not at all (the loss). All alike where there is one way only.
-      weights: float64 of shape `[3]`: the weights behind them.
-      rows: float64 of shape `[3]`: rows of predictions that can be nothing but logits; rows that are
-        probabilities; rows that may be either, or neither.
+      errors: float64 of shape `[3]`: errors times weights, with predictions read as logits, as
+        probabilities, and not at all (the loss). All are equal if there is one reading only.
+      weights: float64 of shape `[3]`: the summed weights.
+      rows: float64 of shape `[3]`: rows of predictions that can only be logits, rows that are
+        probabilities, and rows that are undecided.
     """
 
     errors: tf.Tensor
@@ -91,7 +91,7 @@ _IS_LOSS: Tensors = (0.0, 0.0, 1.0)
 
 
 def no_errors() -> ErrorSums:
-    """Of no batch."""
+    """The sums over no batch."""
     return ErrorSums(*(tf.zeros([3], tf.float64),) * 3)
 
 
@@ -102,17 +102,17 @@ def errors_of_batch(
     labels: Labels,
     examples: tf.Tensor,
 ) -> ErrorSums:
-    """A batch's errors by a function of the user's, or by default; see `Candidates`.
+    """The errors of a batch by the user's function, or by default; see `Candidates`.
 
     Args:
       error: The function, or None.
       loss: The batch's loss, of any shape.
-      predictions: The model's predictions, or any structure of them.
-      labels: The batch's labels; None if not known.
-      examples: How many examples it has.
+      predictions: The model's predictions, in any structure.
+      labels: The batch's labels; None if unknown.
+      examples: How many examples the batch has.
 
     Raises:
-      TypeError: If the function has no labels to look at, or returns something else.
+      TypeError: If there are no labels for the function, or it returns anything but errors.
     """
     if error is not None:
         ways, rows = [_by_function(error, predictions, labels, examples)] * 3, _NOT_READ
@@ -129,7 +129,7 @@ def errors_of_batch(
     sums = []
     for errors, weights in ways:
         errors, weights = tf.cast(errors, tf.float64), tf.cast(weights, tf.float64)
-        # What does not count leaves no trace, and a batch of no example has no mean.
+        # An error of weight 0 may be NaN, as is the mean of a batch without examples.
         sums.append(
             (tf.reduce_sum(tf.math.multiply_no_nan(errors, weights)), tf.reduce_sum(weights))
         )
@@ -138,10 +138,10 @@ def errors_of_batch(
 
 
 def mean_errors(sums: Sequence[ErrorSums]) -> tuple[tf.Tensor, tf.Tensor]:
-    """The mean error of each model, all of them read in one way, and whether it is their loss.
+    """The mean error of each model, and whether it is the loss. All models are read in one way.
 
     Returns:
-      float32 of shape `[models]`, 0 where nothing counted; and a bool.
+      float32 of shape `[models]`, 0 where nothing counted, and a bool.
     """
     as_logits, as_probabilities, unclear = tf.unstack(tf.add_n([one.rows for one in sums]))
     within = tf.equal(as_logits, 0.0)
@@ -160,14 +160,14 @@ def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
 
     with `p` the probabilities and `y` the labels. For `Candidates(error=...)` and
     `rules.jury_mean(votes=...)`. Predictions are `[..., classes]`, or `[..., 1]` for the second of two
-    classes. Labels are positions of classes, `[...]` or `[..., 1]`, or rows `[..., classes]` such as
-    those of `tf.keras.losses.CategoricalCrossentropy`.
+    classes. Labels are class indices, `[...]` or `[..., 1]`, or rows `[..., classes]` as for
+    `tf.keras.losses.CategoricalCrossentropy`.
 
-    Left out are labels that are no position of a class, as -1 or 255 of ten, and rows of zeros.
+    Indices that are no class, such as -1 or 255 of ten classes, and rows of zeros do not count.
 
     Args:
-      from_logits: As in Keras: whether predictions are logits, or else probabilities.
-      ignore_class: As in Keras: a position that does not count either; None for none.
+      from_logits: As in Keras: whether predictions are logits rather than probabilities.
+      ignore_class: As in Keras: a class index that does not count either; None for none.
 
     Returns:
       A function `(predictions, labels) -> (errors, counts)`.
@@ -221,7 +221,7 @@ def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
 def _by_function(
     error: Error, predictions: Predictions, labels: Labels, examples: tf.Tensor
 ) -> _Weighted:
-    """Errors and their weights, by a function of the user's."""
+    """Errors and their weights by the user's function."""
     if labels is None:
         raise TypeError(
             "`error` must be given labels, so a batch must be a mapping with `x` and `y`, or a pair; "
@@ -245,7 +245,7 @@ def _by_function(
 
 
 def _of_shape(rule: str, shape: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor as it is. One of another shape, which would be broadcast, ends the computation."""
+    """The tensor itself; one of another shape, which would be broadcast, ends the computation."""
     found = tf.shape(tensor)
     same = tf.equal(tf.size(found), tf.size(shape)) & tf.reduce_all(
         tf.raw_ops.Equal(x=found, y=shape, incompatible_shape_error=False)
@@ -254,12 +254,12 @@ def _of_shape(rule: str, shape: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _mean(values: tf.Tensor, examples: tf.Tensor) -> _Weighted:
-    """A mean over a batch, and its examples for its weight."""
+    """A mean over a batch, weighted by its examples."""
     return tf.reduce_mean(tf.cast(values, tf.float32)), examples
 
 
 def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None) -> _Weighted:
-    """`1 - p(label)`, of shape `[...]`, and which of the labels count: those that are a class."""
+    """`1 - p(label)` of shape `[...]`, and whether the label counts because it is a class."""
     rank = shares.shape.rank
     labels = tf.cast(labels[..., 0] if labels.shape.rank == rank else labels, tf.int64)
     labels = _of_shape(_AS_MANY, tf.shape(shares)[:-1], labels)
@@ -272,18 +272,18 @@ def _of_labels(shares: tf.Tensor, labels: tf.Tensor, ignored: int | None = None)
 
 
 def _rows(outputs: tf.Tensor, dtype: tf.DType) -> Tensors:
-    """How many rows of predictions, computed in `dtype`, are which; see `ErrorSums`."""
+    """The `rows` of `ErrorSums`, for predictions computed in `dtype`."""
     # A softmax in bfloat16 adds up to 1 within 0.011, one in half precision within 0.002.
     room = 2.0**-5 if dtype == tf.bfloat16 else 2.0**-8
     within = tf.reduce_all((outputs >= -room) & (outputs <= 1.0 + room), -1)
     whole = within & (tf.abs(tf.reduce_sum(outputs, -1) - 1.0) <= room)
-    blank = tf.reduce_all(tf.equal(outputs, 0.0), -1)  # of either kind, and alike as both
+    blank = tf.reduce_all(tf.equal(outputs, 0.0), -1)  # both readings give the same
     kinds = (~within, whole, within & ~whole & ~blank)
     return [tf.math.count_nonzero(kind, dtype=tf.float64) for kind in kinds]
 
 
 def labels_of(batch: Batch) -> Labels:
-    """What a batch holds as its labels; None if it is of no form that tells."""
+    """The labels of a batch; None if its form does not tell."""
     if isinstance(batch, Mapping):
         return batch.get("y")
     return batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None

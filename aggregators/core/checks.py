@@ -1,4 +1,4 @@
-"""Checks of arguments, and of values that are known only where a graph is run."""
+"""Checks of arguments, and of values that are known only when a graph runs."""
 
 import inspect
 import math
@@ -20,13 +20,13 @@ _Validator: TypeAlias = Callable[[object, attrs.Attribute, object], None]
 
 @attrs.frozen
 class Range:
-    """The finite numbers between two ends.
+    """An interval of finite numbers.
 
     Attributes:
-      least: The least; minus infinity for none.
-      most: The largest; infinity for none.
-      above: Whether the least itself is left out.
-      below: Whether the largest is.
+      least: The lower end; minus infinity for none.
+      most: The upper end; infinity for none.
+      above: Whether the lower end itself is excluded.
+      below: Whether the upper end itself is excluded.
     """
 
     least: float = -math.inf
@@ -56,11 +56,11 @@ def number(argument: str, value: object, within: Range, *, more: str = "", hint:
       argument: Its name.
       value: The value.
       within: The range that it must lie in.
-      more: What else the caller takes, for the message.
-      hint: What to do, for the message.
+      more: Other values that the caller accepts, for the message.
+      hint: Advice for the message.
 
     Raises:
-      ValueError: If it is no real number of the range; a bool is none.
+      ValueError: If the value is no real number in the range; a bool is none.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and within.holds(value):
         return float(value)
@@ -71,7 +71,7 @@ def whole(argument: str, value: object, least: int) -> int:
     """The value, of Python or NumPy, as an `int`.
 
     Raises:
-      ValueError: If it is no whole number of at least `least`; a bool is none.
+      ValueError: If the value is no whole number of at least `least`; a bool is none.
     """
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least:
         return int(value)
@@ -79,7 +79,7 @@ def whole(argument: str, value: object, least: int) -> int:
 
 
 def flag(argument: str, value: object) -> None:
-    """Raises `TypeError` for anything but True and False."""
+    """Raises `TypeError` for anything but True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{argument}` must be True or False; found {value!r}.")
 
@@ -92,7 +92,7 @@ def word(argument: str, value: object, *words: str) -> None:
 
 
 def function(argument: str, value: object, form: str, advice: str = "") -> None:
-    """Raises `TypeError` unless this can be called with the arguments in `form`, as `(a, b)`."""
+    """Raises `TypeError` unless the value can be called with arguments as in `form`, e.g. `(a, b)`."""
     advice = advice and f" {advice}"
     if not callable(value):
         raise TypeError(f"`{argument}` must be a function of {form}; found {value!r}.{advice}")
@@ -105,7 +105,7 @@ def function(argument: str, value: object, form: str, advice: str = "") -> None:
             f"({error}).{advice}"
         ) from error
     except ValueError:
-        pass  # a builtin that does not tell
+        pass  # a builtin without a signature
 
 
 def instance(argument: str, value: object, kind: type) -> None:
@@ -129,20 +129,20 @@ def _one(kind: type) -> str:
 def called(
     must: str, given: Callable[..., _T], *args: Structure, found: str = "", advice: str
 ) -> _T:
-    """What a user's function returns; where it raises, a `TypeError` with our words and the error's.
+    """Calls a user's function; an error of its own becomes a `TypeError` that explains it.
 
     Args:
-      must: What the function must be, for the message.
+      must: The rule for the function, as the message begins.
       given: The function.
-      *args: What it is called with.
-      found: Of the function, for the message; its representation if not given.
-      advice: What to do.
+      *args: Its arguments.
+      found: The function in the message; its representation if empty.
+      advice: Advice for the message.
 
     Returns:
-      Its result.
+      The function's result.
 
     Raises:
-      TypeError: If it raises what does not name an argument by itself.
+      TypeError: If the function raises an error whose message does not name an argument.
     """
     try:
         return given(*args)
@@ -158,10 +158,10 @@ def called(
 def placed(
     argument: str, value: tff.Value, *placements: tff.framework.PlacementLiteral
 ) -> tuple[tff.Value, tff.Type]:
-    """The value as TFF's, and the type of a member.
+    """The value as a `tff.Value`, and its member type.
 
     Raises:
-      TypeError: If it is not placed at one of the placements.
+      TypeError: If the value is not placed at one of the placements.
     """
     value = tff.to_value(value, None)
     kind = value.type_signature
@@ -175,11 +175,11 @@ def placed(
 
 
 def validated(check: Callable[..., object], *more: object, optional: bool = False) -> _Validator:
-    """An attrs validator of one of the checks above, which is told the field's name.
+    """Makes an attrs validator of one of the checks above.
 
     Args:
       check: The check.
-      *more: What it takes besides name and value.
+      *more: Its arguments after the field's name and value.
       optional: Whether None passes.
     """
 
@@ -192,10 +192,10 @@ def validated(check: Callable[..., object], *more: object, optional: bool = Fals
 
 
 def joined(argument: str, taken: Mapping[str, _T], more: Mapping[str, _T]) -> OrderedDict[str, _T]:
-    """The entries of two mappings, in their order.
+    """The entries of both mappings, in order.
 
     Raises:
-      ValueError: If a name is in both; `argument` is what brought it.
+      ValueError: If a name is in both; the message names `argument` as the source of `more`.
     """
     both = [name for name in more if name in taken]
     if both:
@@ -207,15 +207,15 @@ def joined(argument: str, taken: Mapping[str, _T], more: Mapping[str, _T]) -> Or
 
 
 def asserted(condition: tf.Tensor, message: Sequence[str | int | tf.Tensor], value: _T) -> _T:
-    """A structure of tensors as it is; where the condition is false, the computation ends.
+    """Passes a structure of tensors on; an error ends the computation if the condition is false.
 
     Args:
       condition: A bool.
-      message: Texts and tensors, which the error shows.
-      value: What must not be used otherwise. Operations made of anything else do not wait.
+      message: Texts and tensors for the error.
+      value: The structure. Only operations on the returned tensors wait for the check.
 
     Returns:
-      The structure, of tensors that depend on the check.
+      The structure, whose tensors depend on the check.
 
     Example:
       >>> int(asserted(tf.constant(True), ["`n` must be 1; found", 1], tf.constant(1)))

@@ -1,4 +1,4 @@
-"""The reduction that keeps each client's update, for rules that must see all of them at once."""
+"""The reduction that keeps each client's update, for rules that need all of them at once."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from aggregators.core.types import Tensors
 
 
 class Collected(NamedTuple):
-    """The updates of a cohort's clients, one row for each that counts.
+    """The updates of a cohort, one row for each client that counts.
 
     Attributes:
-      tensors: A tuple of tensors of shape `[clients, ...]`, of the dtypes of the model.
-      weights: Their weights, float64 of shape `[clients]`, all above 0.
+      tensors: A tuple of tensors of shape `[clients, ...]`, with the dtypes of the model.
+      weights: The clients' weights, float64 of shape `[clients]`, all above 0.
 
     Example:
       >>> Collected((tf.zeros([3, 2]),), tf.ones([3], tf.float64)).tensors[0].shape
@@ -26,15 +26,15 @@ class Collected(NamedTuple):
 
 
 def collected(layers: ModelLayers) -> Reduction:
-    """Keeps each client's update as a row: `(flat update, weight)` of each client to a `Collected`.
+    """Keeps each client's update as a row: reduces `(flat update, weight)` pairs to a `Collected`.
 
     A client of weight 0, such as one whose update is not finite, is left out and takes no memory. Rows
-    are in the order of the cohort; in sub-rounds and on several workers, in the order in which TFF
-    merges the pieces.
+    have the order of the cohort; in sub-rounds and on several workers, the order in which TFF merges
+    the pieces.
 
-    Memory: the server holds `clients x model` bytes, and two to three times that while a row is added.
-    Rows are added one client at a time, which copies `clients^2 / 2 x model` bytes in all: a cohort of
-    100 clients of a million float32 parameters holds 400 MB and copies 20 GB. Not for a secure sum.
+    The server holds `clients x model` bytes, and two to three times that while a row is added. Rows are
+    added one by one, which copies `clients^2 / 2 x model` bytes in all: a cohort of 100 clients with a
+    million float32 parameters holds 400 MB and copies 20 GB. A secure sum cannot compute it.
 
     Args:
       layers: The layers.

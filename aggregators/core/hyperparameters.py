@@ -1,4 +1,4 @@
-"""Numbers of a rule that may change from round to round: checked when given, and when set."""
+"""Hyperparameters of a rule: numbers that may change between rounds, checked whenever they are set."""
 
 import json
 import math
@@ -17,7 +17,7 @@ Number: TypeAlias = float | Schedule
 
 
 def comparable(value: object) -> object:
-    """Something equal for equal values: Keras schedules, which compare as objects, by their config."""
+    """A stand-in that compares by value: Keras schedules, which compare by identity, by their config."""
     if isinstance(value, tf.keras.optimizers.schedules.LearningRateSchedule):
         return type(value), json.dumps(value.get_config(), sort_keys=True, default=repr)
     if isinstance(value, Mapping):
@@ -27,12 +27,12 @@ def comparable(value: object) -> object:
 
 @attrs.frozen
 class Hparam:
-    """A number in a rule's state, or a schedule of it over rounds, and the range it must lie in.
+    """A number in a rule's state, or its schedule over rounds, and the range that it must stay in.
 
     Attributes:
-      value: A number: a hyperparameter of the process, under its name. Or a Keras schedule, which
-        is called with the number of rounds done, and is then no hyperparameter.
-      range: Where it must lie, in every round.
+      value: A number, which becomes a hyperparameter of the process. Or a Keras schedule, which is
+        called with the number of finished rounds and is no hyperparameter.
+      range: The range in every round.
     """
 
     value: float | Schedule = attrs.field(eq=comparable)
@@ -40,14 +40,14 @@ class Hparam:
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether it follows a schedule."""
+        """Whether the value is a schedule."""
         return isinstance(self.value, tf.keras.optimizers.schedules.LearningRateSchedule)
 
     def at(self, round_number: tf.Tensor) -> tf.Tensor:
-        """The value in a round: a float64 scalar; `check_schedules` tells where one leaves the range."""
+        """The value in a round, a float64 scalar; `check_schedules` checks that it is in range."""
         if not self.is_scheduled:
             return tf.constant(self.value, tf.float64)
-        # In a function, since schedules branch in Python, and compare tensors with `==`.
+        # In a `tf.function`, since schedules branch in Python and compare tensors with `==`.
         return tf.cast(tf.function(self.value)(round_number), tf.float64)
 
 
@@ -64,22 +64,22 @@ def hparam(
     below: bool = False,
     hint: str = "",
 ) -> Hparam:
-    """Checks a number and makes an `Hparam` of it.
+    """Checks a number or schedule, and makes it an `Hparam`.
 
     Args:
       argument: Its name in messages.
       value: A finite number, or a Keras schedule over rounds.
-      least: The least value; minus infinity for no limit.
-      most: The largest; infinity for no limit.
-      above: Whether the least value itself is left out.
-      below: Whether the largest is.
-      hint: What to do instead, after the message.
+      least: The lower end of its range; minus infinity for none.
+      most: The upper end of its range; infinity for none.
+      above: Whether the lower end itself is excluded.
+      below: Whether the upper end itself is excluded.
+      hint: Advice at the end of the message.
 
     Returns:
       An `Hparam`.
 
     Raises:
-      ValueError: If the value is neither, or out of its range.
+      ValueError: If the value is neither, or out of range.
 
     Example:
       >>> hparam("q", 0.5, 0.0).value
@@ -90,7 +90,7 @@ def hparam(
         return Hparam(checks.number(argument, value, within, hint=hint), within)
     found = Hparam(value, within)
     with tf.init_scope():
-        first = float(found.at(tf.constant(0)))  # as a rule's state asks it
+        first = float(found.at(tf.constant(0)))
     if not within.holds(first):
         raise ValueError(
             f"`{argument}` must be {within}; found a schedule that starts at {first:g}."
@@ -99,12 +99,12 @@ def hparam(
 
 
 def values(hparams: Hparams, round_number: tf.Tensor) -> OrderedDict[str, tf.Tensor]:
-    """The hyperparameters of a round, as a rule's state holds them."""
+    """The values of a round, as in a rule's state."""
     return OrderedDict((name, one.at(round_number)) for name, one in hparams.items())
 
 
 def settable(hparams: Hparams) -> OrderedDict[str, Hparam]:
-    """Those that no schedule decides: a process's hyperparameters."""
+    """Those without a schedule, which are the hyperparameters of the process."""
     return OrderedDict((name, one) for name, one in hparams.items() if not one.is_scheduled)
 
 
@@ -114,7 +114,7 @@ def read(hparams: Hparams, state: Structure) -> OrderedDict[str, Structure]:
 
 
 def write(hparams: Hparams, state: Structure, new: State) -> OrderedDict[str, Structure]:
-    """The state with these hyperparameters; ends the computation where one is out of its range."""
+    """The state with new hyperparameters; an error ends the computation if one is out of range."""
     found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
     checked = settable(hparams)
     found.update((name, new[name]) for name in checked)
@@ -122,7 +122,7 @@ def write(hparams: Hparams, state: Structure, new: State) -> OrderedDict[str, St
 
 
 def check_schedules(hparams: Hparams, state: Structure) -> OrderedDict[str, Structure]:
-    """The state as it is; ends the round where a schedule has left the range of its number."""
+    """The state itself; an error ends the round if a schedule has left its range."""
     found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
     scheduled = OrderedDict((name, one) for name, one in hparams.items() if one.is_scheduled)
     return _checked(scheduled, found, "its schedule gives")

@@ -1,4 +1,4 @@
-"""Layers: which tensors of a model are weighed together, and what they are called."""
+"""Layers: groups of a model's tensors that are weighed together, and their names."""
 
 import numbers
 from collections import OrderedDict
@@ -27,7 +27,7 @@ class ModelLayers:
     Attributes:
       structure: The update's structure, of `tf.TensorSpec`s.
       by_name: The positions of each layer's tensors, by the layer's name, in the layers' order.
-      sample_size: How many clients the measurements list one by one, as whoever runs the rule asks.
+      sample_size: How many clients the measurements list one by one.
     """
 
     structure: Structure
@@ -50,7 +50,7 @@ class ModelLayers:
         return tuple(self.by_name)
 
     def zeros(self) -> tuple[tf.Tensor, ...]:
-        """Zeros of the shape and dtype of every tensor, such as a state starts from."""
+        """Zeros with the shape and dtype of every tensor."""
         return tuple(tf.zeros(spec.shape, spec.dtype) for spec in self.specs)
 
     def pack(self, tensors: Tensors) -> Structure:
@@ -58,7 +58,7 @@ class ModelLayers:
         return tf.nest.pack_sequence_as(self.structure, list(tensors))
 
     def named(self, by_layer: tf.Tensor) -> tf.Tensor | OrderedDict[str, tf.Tensor]:
-        """A number (or a row of them) per layer by name; of a single layer, that alone."""
+        """The number (or row of numbers) of each layer by name; of a single layer, the number itself."""
         values = tf.unstack(by_layer, len(self.by_name), axis=-1)
         return OrderedDict(zip(self.by_name, values)) if len(values) > 1 else values[0]
 
@@ -66,15 +66,9 @@ class ModelLayers:
 def layers_of_type(
     layers: Layers, value_type: tff.Type, names: Sequence[str] | None = None
 ) -> ModelLayers:
-    """The layers of an update of this TFF type.
+    """The layers of an update of this TFF type; see `resolve_layers`.
 
-    Args:
-      layers: See `resolve_layers`.
-      value_type: TFF type of tensors.
-      names: The tensors' names; their paths in the type if None.
-
-    Returns:
-      A `ModelLayers`.
+    Names of tensors are their paths in the type if `names` is None.
     """
     structure = tff.types.type_to_tf_tensor_specs(value_type)
     if names is None:
@@ -83,16 +77,16 @@ def layers_of_type(
 
 
 def names_in_type(value_type: tff.Type) -> list[str]:
-    """The paths of the tensors in a TFF type, such as `a/0`; an empty one for a tensor alone."""
+    """The paths of the tensors in a TFF type, such as `a/0`; the path of a lone tensor is empty."""
     structure = tff.types.type_to_tf_tensor_specs(value_type)
     return ["/".join(map(str, path)) for path, _ in tree.flatten_with_path(structure)]
 
 
 def names_of_variables(variables: Sequence[tf.Variable]) -> list[str]:
-    """The variables' names without `:0`; those that occur twice get their position."""
+    """The variables' names without `:0`; duplicates get their position as a suffix."""
     names = [variable.name.split(":")[0] for variable in variables]
     found = [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
-    # Beside two of `a`, another may be called `a_1` itself.
+    # Besides two variables `a`, a third may itself be called `a_1`.
     return found if len(set(found)) == len(found) else [f"{n}_{i}" for i, n in enumerate(names)]
 
 
@@ -103,9 +97,9 @@ def resolve_layers(layers: Layers, names: Sequence[str]) -> OrderedDict[str, tup
     dictionaries.
 
     Args:
-      layers: `"tensor"` (every tensor is a layer of its own), `"layer"` (tensors whose names share
-        all but the part after the last `/`: kernel and bias of a Keras layer), `"model"` (one layer
-        of all tensors), or groups of positions, with names for the layers or without.
+      layers: `"tensor"` (every tensor is its own layer), `"layer"` (tensors whose names agree up to the
+        last `/`, such as kernel and bias of a Keras layer), `"model"` (all tensors are one layer), or
+        groups of positions, with or without names.
       names: The tensors' names.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a rule has its clients measure."""
+"""The measurements that a rule asks of its clients."""
 
 from collections import OrderedDict
 from typing import Literal, TypeAlias
@@ -16,22 +16,23 @@ LossAt: TypeAlias = Literal["training", "initial"]
 
 @attrs.frozen
 class Needs:
-    """What clients measure for a rule, besides their updates.
+    """The measurements that a rule needs from clients besides their updates.
 
-    A client's rule finds it in its `ClientUpdate`.
+    They are fields of the `ClientUpdate` that the rule gets.
 
     Attributes:
-      score: How far each layer moved, found under `scores`; None if not needed.
-      layers: What is scored, and weighed, at a time; see `aggregators.core.layers.resolve_layers`.
-      loss: `"training"`: mean over examples of the loss before each batch's own step. `"initial"`:
-        the loss of the weights that training starts from, one forward pass over the data more. Found
-        under `loss`.
-      steps: Whether the number of optimizer steps is needed, found under `steps`.
-      candidates: Models that clients score on their data, one forward pass for each, found under
-        `candidate_errors` and `errors_are_losses`. None if there are none. They are made of the rule's
-        state, so only `build_fed_avg` has them.
-      stateful_client: The state that clients keep from round to round, and what they do with it in
-        training; what they send of it is found under `sent`. Only `build_fed_avg` has such clients.
+      score: How far each layer moved, in `scores`; None if not needed.
+      layers: The groups of tensors that are scored and weighed together; see
+        `aggregators.core.layers.resolve_layers`.
+      loss: `"training"`: the loss before each batch's own step, as a mean over examples. `"initial"`:
+        the loss of the weights that training starts from, which takes one more forward pass over the
+        data. In `loss`.
+      steps: Whether the number of optimizer steps is needed, in `steps`.
+      candidates: Models that clients score on their data, with one forward pass each, in
+        `candidate_errors` and `errors_are_losses`; None for none. They depend on the rule's state, so
+        only `build_fed_avg` supports them.
+      stateful_client: The state that clients keep between rounds and use in training; the part that
+        they send is in `sent`. Only `build_fed_avg` supports such clients.
 
     Example:
       >>> from aggregators import scores
@@ -63,7 +64,7 @@ class Needs:
 
     @property
     def fields(self) -> OrderedDict[str, str]:
-        """The fields of `ClientUpdate` that are measured, and their names in `MeasuredUpdate`."""
+        """The measured fields of `ClientUpdate`, and their names in `MeasuredUpdate`."""
         found = OrderedDict()
         if self.score is not None:
             found["scores"] = self.score.name
@@ -79,12 +80,12 @@ class Needs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names in `MeasuredUpdate.measured`, which tell one score, or loss, from another."""
+        """The names in `MeasuredUpdate.measured`, which say which score or loss it is."""
         return tuple(self.fields.values())
 
 
 def check_no_process(argument: str, needs: Needs) -> None:
-    """Raises `ValueError` for needs that only a process of `build_fed_avg` meets."""
+    """Raises `ValueError` for needs that only `build_fed_avg` supports."""
     for what, found, hint in (
         ("candidates", needs.candidates, ' `jury_mean(votes="direction")` has none.'),
         ("a stateful client", needs.stateful_client, ""),

@@ -1,7 +1,7 @@
 """Reductions: how clients' values become one, in pieces and in any order.
 
-`federated_reduce` is the primitive of the same name that TFF dropped; `Reduction` is the form of it
-that a rule takes: a value that can be tested, combined and handed around.
+`federated_reduce` is the operator of that name that TFF dropped. A `Reduction` is its form in a rule: a
+value that can be tested, combined and passed around.
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from aggregators.core import checks
 from aggregators.core.types import Part, Reduced, Structure
 
 Accumulator: TypeAlias = Structure
-# Of two arguments, of TensorFlow operations; or a computation of TFF.
+# A function of two arguments in TensorFlow operations, or a computation of TFF.
 Function: TypeAlias = Callable[[Structure, Structure], Structure] | tff.Computation
 
 _NO_MERGE = (
@@ -38,15 +38,15 @@ class Reduction:
     ```
 
     `merge` must be associative, and `zero` its neutral element. Workers and sub-rounds merge their own
-    clients, and their totals are merged after that.
+    clients first, and then their totals are merged.
 
     Attributes:
-      zero: Function of nothing that returns the accumulator of no clients: constant tensors. A
-        dimension of 0 may grow: `tf.zeros([0, 3])` starts an accumulator of any number of rows.
+      zero: `() -> accumulator` of no clients: constant tensors. A dimension of 0 may grow:
+        `tf.zeros([0, 3])` starts an accumulator with any number of rows.
       merge: `(accumulator, accumulator) -> accumulator`.
-      lift: `value -> accumulator` of one client alone, which runs on that client; the value itself if
-        not given.
-      report: `accumulator -> result`; the accumulator itself if not given.
+      lift: `value -> accumulator` of one client, which runs on that client; by default the value
+        itself.
+      report: `accumulator -> result`; by default the accumulator itself.
 
     All are functions of TensorFlow operations.
 
@@ -69,7 +69,7 @@ class Reduction:
 
     @property
     def of_lifted(self) -> "Reduction":
-        """The same reduction of values that the clients have lifted."""
+        """The same reduction for values that clients have lifted."""
         return attrs.evolve(self, lift=_unchanged)
 
 
@@ -80,12 +80,12 @@ def zip_reductions(**reductions: Reduction) -> Reduction:
       **reductions: The reductions, by name.
 
     Returns:
-      A reduction over dictionaries: each value is a mapping from the names to what each takes, and
-      the result one from the names to what each gives.
+      A reduction of dictionaries: a value maps each name to that reduction's value, and the result maps
+      it to that reduction's result.
 
     Raises:
-      ValueError: If there is none.
-      TypeError: If one is no `Reduction`.
+      ValueError: If no reduction is given.
+      TypeError: If one of them is no `Reduction`.
 
     Example:
       >>> add = Reduction(lambda: 0.0, tf.add)
@@ -121,25 +121,25 @@ def federated_reduce(
     result = op(... op(op(zero, x_1), x_2) ..., x_n)
     ```
 
-    For use inside a `tff.federated_computation`. With a `Reduction` in place of `zero`, which brings
-    all that follows, the result is what that reports.
+    For use inside a `tff.federated_computation`. A `Reduction` in place of `zero` replaces all further
+    arguments; the result is then what it reports.
 
     Args:
       value: Value placed at `tff.CLIENTS`.
-      zero: What to start from: a structure of constants; a computation of no arguments that
-        returns one, or what calling it gives. Its type is `U`, but for dimensions of 0 that `op`
-        makes grow: these may be of any length in `U`. Or a `Reduction`.
+      zero: The start of the fold: a structure of constants, a computation of no arguments that returns
+        one, or the result of calling it. Its type is `U`, except that dimensions of 0 that `op` makes
+        grow have any length in `U`. Or a `Reduction`.
       op: Function of TensorFlow operations or `tff.Computation`, `(U, T) -> U`.
       merge: Function or computation `(U, U) -> U` that joins two folds, each started from `zero`.
-        Without one, the reduction works on one worker, and a second worker or sub-round raises an
+        Without one, the reduction works on one worker only: a second worker or sub-round raises an
         error that says so.
 
     Returns:
-      The fold (of a `Reduction`, what it reports), placed at `tff.SERVER`.
+      The fold, or the report of a `Reduction`, placed at `tff.SERVER`.
 
     Raises:
-      TypeError: If `value` is not placed at clients, a type does not fit, or `op` is missing, or
-        given beside a `Reduction`.
+      TypeError: If `value` is not placed at clients, a type does not match, or `op` is missing or given
+        together with a `Reduction`.
 
     Example:
       >>> import numpy as np
@@ -195,7 +195,7 @@ def _reduce(value: tff.Value, member: tff.Type, reduction: Reduction) -> tff.Val
 
 
 def _start(zero: Structure | tff.Computation) -> tff.Value:
-    """A value of TFF that is not placed, of what was given for one."""
+    """The start as an unplaced `tff.Value`."""
     if isinstance(zero, tff.framework.ConcreteComputation):
         if zero.type_signature.parameter is not None:
             raise TypeError(
@@ -216,7 +216,7 @@ def _start(zero: Structure | tff.Computation) -> tff.Value:
 
 
 def _grown(start: tff.Value, found: tff.Type) -> tff.Value:
-    """The start, with any length for its dimensions of 0 that are of another in what was found."""
+    """The start, whose dimensions of 0 get any length where the type that was found has another."""
     empty = [spec for spec in _specs(start.type_signature) if 0 in (spec.shape.dims or ())]
     if not empty:
         return start
@@ -244,17 +244,17 @@ def _specs(kind: tff.Type) -> list[tf.TensorSpec]:
 def _bare_computation(
     argument: str, function: Function, a: tff.Type, b: tff.Type
 ) -> tff.Computation:
-    """No `tf.function`: a `Reduction` is TensorFlow operations, and half the graph without it."""
+    """A computation of two arguments without a `tf.function`, which would double the graph."""
     must = f"`{argument}` must be a function of two arguments in TensorFlow operations"
     advice = f"It is called with {a} and {b}."
-    # Of one argument, since names of two would make TFF wrap every call once more.
+    # It takes one pair: for two named arguments TFF would wrap every call once more.
     return tff.tensorflow.computation(
         lambda pair: checks.called(must, function, pair[0], pair[1], advice=advice), (a, b)
     )
 
 
 def _computation(argument: str, function: Function | None, *parameter: tff.Type) -> tff.Computation:
-    """Makes a computation of a function of two, and checks that it takes these types."""
+    """A computation of a user's function or computation, checked to take these types."""
     if not callable(function):
         raise TypeError(
             f"`{argument}` must be a function of TensorFlow operations or a tff.Computation; "
@@ -268,12 +268,12 @@ def _computation(argument: str, function: Function | None, *parameter: tff.Type)
                 "Its first argument is the type of `zero`."
             )
         return function
-    # `tf.function` is for the control flow that people write in Python.
+    # `tf.function` converts control flow that users write in Python.
     return _bare_computation(argument, tf.function(function), *parameter)
 
 
 def _check_result(argument: str, computation: tff.Computation, result: tff.Type) -> tff.Computation:
-    """The computation, which must return this type."""
+    """The computation, checked to return this type."""
     returns = computation.type_signature.result
     if not result.is_assignable_from(returns):
         raise TypeError(

@@ -1,14 +1,14 @@
-"""A rule of aggregation as one value.
+"""An aggregation rule as one value.
 
 ```
-clients:  measure what `rule.needs` says, train, measure  ->  update
+clients:  train and measure `rule.needs`  ->  update
           part = rule.client(update, state)
           rule.reduction, in one pass
 server:   state, update, measurements, unchanged = rule.server(state, reduced)
 ```
 
-The same `Rule` is a factory for TFF's own builders (`RuleFactory`), a step of a round of your own
-(`federated_rule`), and a whole process (`build_fed_avg`).
+The same `Rule` is a factory for TFF's own builders (`RuleFactory`), a step in your own federated
+computation (`federated_rule`), and a whole process (`build_fed_avg`).
 """
 
 import functools
@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 
 class PerLayer(NamedTuple):
-    """A measurement with a number per layer, which is shown by the layers' names.
+    """A measurement with one number per layer, shown under the layers' names.
 
     Attributes:
       values: A tensor of shape `[..., num_layers]`.
@@ -49,14 +49,14 @@ class PerLayer(NamedTuple):
 
 
 class RuleResult(NamedTuple):
-    """What a rule's server part returns.
+    """The result of a rule's server part.
 
     Attributes:
-      state: The rule's own state, of the names and types of `initial_state`.
-      update: The tensors of the update, flat.
+      state: The rule's own state, with the names and types of `initial_state`.
+      update: The flat tensors of the update.
       measurements: Tensors by name; see `PerLayer` for those of shape `[num_layers]`.
-      unchanged: A bool: True if the model is to be left alone, whatever the update is, because no
-        client counted. A measurement of this name shows it.
+      unchanged: A bool: True if no client counted, so the model must stay as it is, whatever the update
+        says. A measurement of this name shows it.
 
     Example:
       >>> share = OrderedDict(share=tf.constant(0.5))
@@ -71,7 +71,7 @@ class RuleResult(NamedTuple):
 
 
 def _no_state(layers: ModelLayers) -> OrderedDict[str, Structure]:
-    del layers  # a rule that keeps nothing does not look at them
+    del layers  # there is nothing to keep
     return OrderedDict()
 
 
@@ -93,8 +93,8 @@ class _Call:
 
     Attributes:
       function: The function.
-      positional: What it was given, defaults among it, by position.
-      named: And by name.
+      positional: Its positional arguments, defaults included.
+      named: Its keyword arguments.
     """
 
     function: Callable[..., "Rule"]
@@ -118,21 +118,21 @@ def _shown(value: object) -> str:
 class Rule:
     """An aggregation rule: pure functions of TensorFlow operations.
 
-    The state that they see is a mapping: `round` (int32, rounds done), the rule's hyperparameters by
-    name (float64), and what `initial_state` names. Most rules are a mean by log-weights, which
-    `weighted_mean.rule` makes of one function.
+    The functions get the state as a mapping: `round` (int32, finished rounds), the rule's
+    hyperparameters by name (float64), and the entries of `initial_state`. Most rules are means by
+    log-weights, which `weighted_mean.rule` builds from one function.
 
     Attributes:
       client: `(update, state) -> part`, on each client. `update` is a `ClientUpdate`.
       reduction: `layers -> Reduction` of the parts; its `lift` runs on the clients too.
       server: `(state, reduced) -> RuleResult`.
-      needs: What clients measure.
+      needs: The measurements that clients take.
       initial_state: `layers -> OrderedDict` of the rule's own state.
       hparams: The rule's hyperparameters, by name; see `hparam`.
-      name: What it is called where it is printed.
+      name: The rule's name in its representation.
 
-    Two rules are equal if a function under `named_rule` made both of equal arguments, or if they have
-    equal parts.
+    Two rules are equal if one `named_rule` function made both from equal arguments, or if their parts
+    are equal.
 
     Example: the sum of the deltas
 
@@ -165,7 +165,7 @@ class Rule:
         factory=OrderedDict, validator=checks.validated(_check_hparams)
     )
     name: str = attrs.field(default="rule", validator=checks.validated(checks.instance, str))
-    # Not an argument, so that no changed copy takes itself for what the call made.
+    # Not an argument: a copy that `attrs.evolve` changes is no longer the result of the call.
     _call: _Call | None = attrs.field(default=None, init=False)
 
     def _parts(self) -> dict[str, object]:
@@ -188,15 +188,15 @@ class Rule:
         return f"{self.name}({shown})"
 
     def __reduce__(self) -> tuple[Callable[[], "Rule"], tuple[()]]:
-        """Copies and pickles the call, whose arguments may be pickled where functions may not."""
+        """Copies and pickles the call: its arguments can often be pickled where the parts cannot."""
         return self._call or functools.partial(Rule, **self._parts()), ()
 
 
 def named_rule(function: Callable[_Arguments, Rule]) -> Callable[_Arguments, Rule]:
-    """Gives the rules that a function makes its name and arguments.
+    """Names the rules that a function makes after the call.
 
-    They print as the call, are equal where the arguments are, and can be pickled if those can and the
-    function stands in a module.
+    The rules print as the call and are equal if the arguments are. They can be pickled if the arguments
+    can and the function is defined in a module.
 
     Args:
       function: A function that returns a `Rule`.
@@ -229,7 +229,7 @@ def named_rule(function: Callable[_Arguments, Rule]) -> Callable[_Arguments, Rul
 
 
 def call(what: str, function: Callable[..., _T], *given: Structure) -> _T:
-    """What a function of a rule's author returns; a `TypeError` in our words where it fails."""
+    """Calls a function of a rule's author; an error becomes a `TypeError` that explains it."""
     return checks.called(
         f"{what} must be a function of TensorFlow operations",
         function,

@@ -1,4 +1,4 @@
-"""A score: a function of two layers, and what it looks at."""
+"""A score: a function of two layers, and what it depends on."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ _WRITE = (
 
 
 def _check_function(argument: str, value: object) -> None:
-    del argument  # users give a score
+    del argument  # users know it as `score`
     if isinstance(value, tff.framework.ConcreteComputation):
         raise TypeError(
             f"`score` must be a function of (server, client); found {value!r}, a computation, which "
@@ -47,15 +47,15 @@ def _name_of(function: object) -> str:
 
 @attrs.frozen(slots=False, repr=False)
 class Score:
-    """A score and what it looks at.
+    """A score and what it depends on.
 
     Attributes:
       function: `(server_layer, client_layer) -> number`, of TensorFlow operations.
-      needs: `"model"` if it must see the server's model; `"update"` if it depends on the difference
-        of the two alone, and so can be taken where only an update is known.
-      name: Under which a client sends it.
-      over_layers: A faster form over all layers at once, `(server_layers, client_layers)` to a list
-        of numbers; None to call `function` for each.
+      needs: `"model"` if it needs the server's model. `"update"` if it depends on the difference of the
+        two layers only, so that an update is enough to compute it.
+      name: The name under which a client sends it.
+      over_layers: A faster form for all layers at once, `(server_layers, client_layers) -> list of
+        numbers`; None to call `function` for each layer.
 
     Example:
       >>> largest = Score(lambda s, c: tf.reduce_max(tf.abs(s[0] - c[0])), needs="update")
@@ -88,7 +88,7 @@ class Score:
         vars(self).update(found, __wrapped__=self.function)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
-        """Pickles a score that stands in a module, such as those below, by its name there."""
+        """Pickles a score that a module defines, such as those of `aggregators.scores`, by its name."""
         name = getattr(self.function, "__qualname__", "")
         at_home = getattr(sys.modules.get(self.function.__module__), name, None) is self
         return name if at_home else super().__reduce_ex__(protocol)
@@ -124,11 +124,7 @@ def score(
 
 
 def as_score(given: Score | Function) -> Score:
-    """A `Score` of what was given for one: a bare function is taken to need the server's model.
-
-    Raises:
-      TypeError: If it cannot be called as a score.
-    """
+    """Makes a `Score` of a bare function, which is assumed to need the server's model."""
     return given if isinstance(given, Score) else Score(given)
 
 

@@ -1,4 +1,4 @@
-"""Clients that keep a state from round to round, and use it in training."""
+"""Clients that keep a state between rounds and use it in training."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from aggregators.core.types import (
 
 
 class Context(NamedTuple):
-    """What a client has before it trains.
+    """The inputs of a client's training.
 
     Attributes:
-      state: Its own state.
+      state: The client's own state.
       shared: The rule's state, broadcast with the model.
-      weights: The trainable weights that it starts from, flat.
+      weights: The flat trainable weights that training starts from.
     """
 
     state: State
@@ -34,23 +34,23 @@ class Context(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a client has after it has trained.
+    """The results of a client's training.
 
     Attributes:
-      weights: The trained weights, flat.
+      weights: The flat trained weights.
       steps: int32: optimizer steps.
-      mean_gradient: Mean over steps of the gradients before any correction; empty unless asked for.
-      initial_gradient: Gradient of the mean loss over the client's examples at the weights that it
-        started from, not in training mode; empty unless asked for.
-      optimizer_state: Of the client's optimizer; empty where clients keep nothing.
-      examples: int64: examples seen while training; with clipping, those that counted.
-      loss: float32: mean loss per example; 0 without examples. None if not asked for. Of a loss that
-        is no scalar, the mean over its elements stands for the batch.
-      errors: Of candidates, float32 of shape `[number]`: their mean errors; and a bool, whether these
-        are losses. None if there are none.
+      mean_gradient: Mean over steps of the gradients before any correction; empty unless requested.
+      initial_gradient: Gradient of the mean loss over the client's examples at the initial weights, not
+        in training mode; empty unless requested.
+      optimizer_state: State of the client's optimizer; empty if clients keep nothing.
+      examples: int64: examples seen in training; with clipping, those that counted.
+      loss: float32: mean loss per example, 0 without examples; None unless requested. A loss that is
+        no scalar counts as the mean of its elements.
+      errors: Mean errors of the candidates, float32 of shape `[number]`, and a bool that says whether
+        they are losses. None without candidates.
       metrics: The model's unfinalized metrics.
-      fresh_metrics: The same, of no example at all.
-      counts: Of clipping, see `example_clipping.Clipped`; empty without.
+      fresh_metrics: The unfinalized metrics of no example.
+      counts: Counts of clipping, see `example_clipping.Clipped`; empty without.
     """
 
     weights: Weights
@@ -67,7 +67,7 @@ class Trained(NamedTuple):
 
 
 Correction = Callable[[Tensors, Weights], Tensors]
-# The same, of gradients among which there may be None.
+# The same, for gradients that may be None.
 GradientCorrection = Callable[[Gradients, Weights], Gradients]
 
 
@@ -83,23 +83,24 @@ def _fresh(optimizer_state: OptimizerState, context: Context) -> OptimizerState:
 
 @attrs.frozen
 class StatefulClient:
-    """How clients keep a state from round to round, as part of a rule's `Needs`.
+    """How clients keep a state between rounds, as part of a rule's `Needs`.
 
-    All are functions of TensorFlow operations. A client whose update is not finite, or that trained on
-    nothing, keeps the state that it had.
+    All are functions of TensorFlow operations. A client whose update is not finite, or that has no
+    data, keeps its old state.
 
     Attributes:
-      initial_state: `(weights, optimizer state) -> state`, an `OrderedDict` of tensors or of flat
-        sequences of them: what a client has that never took part.
-      finish: `(context, trained) -> (state, sent)`: its state for the next round, and flat tensors for
-        the rule, found under `sent` in `ClientUpdate`.
-      correction: `context -> (gradients, weights) -> gradients`: called once, before training; what it
-        returns is called in every step, before the optimizer.
+      initial_state: `(weights, optimizer state) -> state`: the state of a client that never took part,
+        an `OrderedDict` of tensors or of flat sequences of tensors.
+      finish: `(context, trained) -> (state, sent)`: the client's state for its next round, and flat
+        tensors for the rule, in `sent` of `ClientUpdate`.
+      correction: `context -> (gradients, weights) -> gradients`: called once, before training; the
+        function that it returns is called in every step, before the optimizer.
       start: `(optimizer state, context) -> optimizer state`. Hyperparameters stay those of the process.
-      mean_gradient: Whether `finish` looks at `mean_gradient`: an addition per step.
-      initial_gradient: Whether it looks at `initial_gradient`: one more pass over the client's data.
-      num_clients: How many clients the rule counts on; clients of a `ClientStates` for more or fewer
-        refuse to train. None if the rule need not know.
+      mean_gradient: Whether `finish` uses `mean_gradient`, which costs an addition per step.
+      initial_gradient: Whether `finish` uses `initial_gradient`, which costs one more pass over the
+        client's data.
+      num_clients: The number of clients that the rule assumes; clients of a `ClientStates` with more or
+        fewer refuse to train. None if it does not matter.
 
     Example: a client that counts its rounds
 
@@ -131,7 +132,7 @@ class StatefulClient:
 
 
 def correction(client: StatefulClient | None, context: Context | None) -> GradientCorrection:
-    """What corrects gradients; None stays None, for a weight that the loss does not see."""
+    """The function that corrects gradients; None stays None, for a weight that the loss ignores."""
     if client is None:
         return lambda gradients, weights: gradients
     given = with_autograph(with_autograph(client.correction)(context))

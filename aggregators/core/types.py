@@ -1,7 +1,7 @@
-"""Names for what travels between a server, its clients and a rule.
+"""Names for the values that travel between a server, its clients and a rule.
 
-TensorFlow and TFF have no type hints, so a type checker takes each of their classes for anything. The
-names say what a value is all the same. What nests as a user likes has the one name `Structure`.
+TensorFlow and TFF have no type hints, so a type checker takes their classes for `Any`. The names still
+tell readers what a value is. Arbitrarily nested values are all called `Structure`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ Structure: TypeAlias = Any
 # Flat tensors, in the order of `tf.nest.flatten`.
 Tensors: TypeAlias = Sequence[tf.Tensor]
 Weights: TypeAlias = Tensors
-# None for a weight that the loss does not depend on.
+# A gradient is None if the loss does not depend on the weight.
 Gradients: TypeAlias = Sequence[tf.Tensor | None]
 Specs: TypeAlias = Sequence[tf.TensorSpec]
 
-# Of a rule: what it keeps on the server, what a client sends, and what the reduction makes of that.
+# A rule's state on the server, the part that a client sends, and the reduction of the parts.
 State: TypeAlias = Mapping[str, Structure]
 Part: TypeAlias = Structure
 Reduced: TypeAlias = Structure

@@ -1,4 +1,4 @@
-"""A client's update and its measurements, as a rule sees them: checked once."""
+"""A client's update and measurements, checked once before a rule gets them."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -11,17 +11,17 @@ from aggregators.core.types import Measurements, Structure, Tensors
 
 
 class ClientUpdate(NamedTuple):
-    """A client's update and what its rule needs besides; None for what the rule does not ask for.
+    """A client's update and measurements; those that the rule's `needs` leave out are None.
 
     Attributes:
-      delta: The weights it started from minus those it trained, a flat tuple of tensors.
-      weight: The client's weight (number of examples), float64: 0 if the client must not count.
-      non_finite: bool: whether delta, weight, loss, an error or what is sent was not finite. All of
-        them are zeros then.
+      delta: The initial weights minus the trained ones, a flat tuple of tensors.
+      weight: The client's weight (number of examples), float64; 0 if the client must not count.
+      non_finite: bool: whether `delta`, `weight`, `loss`, `candidate_errors` or `sent` was not finite.
+        All tensors are zeros then.
       scores: How far each layer moved, float32 of shape `[num_layers]`.
-      loss: The client's mean loss, float32, where `Needs.loss` says.
-      steps: Its optimizer steps, int32.
-      candidate_errors: Of the candidate models, float32 of shape `[number]`.
+      loss: The client's mean loss, float32; see `Needs.loss`.
+      steps: The client's optimizer steps, int32.
+      candidate_errors: Errors of the candidate models, float32 of shape `[number]`.
       errors_are_losses: bool: whether the client fell back to the loss for these errors.
       sent: Flat tensors that a client with a state sends; see `StatefulClient`.
 
@@ -43,11 +43,11 @@ class ClientUpdate(NamedTuple):
 
 
 class MeasuredUpdate(NamedTuple):
-    """A client's update on its way from a client work to a `RuleFactory`, its weight beside it.
+    """A client's update on its way from a client work to a `RuleFactory`, apart from its weight.
 
     Attributes:
-      delta: The weights it started from minus those it trained, in their structure.
-      measured: Mapping from `rule.needs.names` to what was measured.
+      delta: The initial weights minus the trained ones, in their structure.
+      measured: The measurements, by the names in `rule.needs.names`.
       non_finite: As in `ClientUpdate`.
 
     Example:
@@ -70,17 +70,17 @@ def client_update(
 ) -> ClientUpdate:
     """Checks a client's update and measurements, once for all that follows.
 
-    A delta is finite if the sum of its squares is, in float32: up to a norm of 2.6e19.
+    A delta is finite if the sum of its squares is finite in float32, so up to a norm of 2.6e19.
 
     Args:
       delta: Flat floating tensors, initial weights minus trained ones.
       weight: The client's weight, a number.
       also: Further tensors that must be finite: the state that a client keeps.
-      **measured: What was measured, by its name in `ClientUpdate`. Scores may be anything, and are
-        judged by the rule; steps are whole numbers; all else must be finite.
+      **measured: The measurements, by their names in `ClientUpdate`. Scores may be anything, since the
+        rule judges them. Steps are whole numbers. All others must be finite.
 
     Returns:
-      The update, its weight at least 0: zeros all through if something is not finite.
+      The update, with a weight of at least 0. Everything is zeros if something is not finite.
     """
     delta = tuple(tf.convert_to_tensor(tensor) for tensor in delta)
     weight = tf.cast(weight, tf.float64)
@@ -94,7 +94,7 @@ def client_update(
         is_valid &= finite_tensors(more)
     given = OrderedDict((name, x) for name, x in measured.items() if x is not None)
     whole = OrderedDict(delta=delta, weight=tf.maximum(weight, 0.0), **given)
-    # A branch passes tensors on where a product with 0 or 1 would write them once more.
+    # A branch passes tensors on; a product with 0 or 1 would write them once more.
     found = tf.cond(
         is_valid,
         lambda: tf.nest.map_structure(tf.identity, whole),
@@ -104,15 +104,15 @@ def client_update(
 
 
 def finite_tensors(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
-    """Whether the sum of all squares is a number in float32, so the norm below 2.6e19: one bool."""
-    # One pass over memory, a third of what a look at each element takes.
+    """Whether the sum of all squares is finite in float32, that is, the norm is below 2.6e19."""
+    # One pass over memory takes a third of the time of a check of each element.
     return tf.math.is_finite(length(tensors))
 
 
 def length(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
-    """The norm of all tensors as one vector, taken in float32: infinite from 2.6e19 on."""
+    """The norm of all tensors as one vector, in float32; infinite above 2.6e19."""
     squares = [tf.nn.l2_loss(tf.cast(x, tf.float32) if x.dtype.size < 4 else x) for x in tensors]
-    # Half of a sum of squares each, which is finite up to a norm of the root of twice as much.
+    # Each is half a sum of squares, so the sum stays finite up to a norm of sqrt(2 * float32.max).
     return tf.sqrt(2.0) * tf.sqrt(tf.add_n([tf.cast(square, tf.float32) for square in squares]))
 
 

@@ -1,11 +1,11 @@
-"""How far a client's layer is from the server's.
+"""Scores: how far a client's layer is from the server's.
 
 A score is a function `score(server_layer, client_layer)` of two sequences of tensors (the tensors
-of one layer, in the model's order) that returns one non-negative number, in a `Score` that says
-what it looks at. Any such function of TensorFlow operations can stand where the ones below do.
+of one layer, in the model's order) that returns one non-negative number. A `Score` wraps it and says
+what it depends on. Your own function of TensorFlow operations can replace any of the scores below.
 
-The result is float32, or float64 for layers of float64; half precision is computed in float32. A
-layer of several tensors is read as one long vector, except by `spectral_distance`.
+The result is float64 for float64 layers, and else float32; half precision is computed in float32. All
+scores but `spectral_distance` read a layer of several tensors as one long vector.
 """
 
 import functools
@@ -35,25 +35,24 @@ def kl_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     d = sum_i p_i log(p_i / q_i),   p = softmax(server),   q = softmax(client)
     ```
 
-    over all `i` elements of the layer. Models that were trained a little apart have `d` of 1e-6
-    or less, where the textbook sum is lost in rounding, so it is taken as
+    over all `i` elements of the layer. After a little training `d` is 1e-6 or less, and rounding
+    swallows the textbook sum. The divergence is therefore computed as
 
     ```
     d = log(1 + E_p[exp(c) - 1 - c]),   c = (client - server) - E_p[client - server]
     ```
 
-    whose terms are all positive and small, in float64 for layers of up to 2^14 elements. Larger ones
-    of which none changed by more than 0.2 take
+    whose terms are all positive and small, in float64 for layers of up to 2^14 elements. Larger layers
+    in which no element changed by more than 0.2 use the first three terms of
 
     ```
     d = k2 / 2 + k3 / 6 + k4 / 24 + ...
     ```
 
-    up to there, `kj` the j-th cumulant of `client - server` under `p`, a few sums instead of an
-    exponential per element. What is left out is below 0.2 % of `d`, and below 1e-6 of it for
-    bell-shaped changes.
+    where `kj` is the j-th cumulant of `client - server` under `p`: a few sums instead of an exponential
+    per element. The omitted terms are below 0.2 % of `d`, and below 1e-6 of it for bell-shaped changes.
 
-    Blind to a constant added to the whole layer, and always 0 for a layer of one element.
+    Adding a constant to the whole layer does not change `d`. A layer of one element always has `d` = 0.
 
     Args:
       server: Tensors of the server's layer, floating.
@@ -79,8 +78,8 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
     d = KL(p || m) / 2 + KL(q || m) / 2,   m = (p + q) / 2
     ```
 
-    with `p = softmax(server)` and `q = softmax(client)`. Symmetric, and never above log 2. Large
-    layers that changed little take `k2 / 8 + k3 / 16 + (k4 - k2^2) / 64`; see `kl_divergence`.
+    with `p = softmax(server)` and `q = softmax(client)`. Symmetric, and at most log 2. Large layers
+    that changed little use `k2 / 8 + k3 / 16 + (k4 - k2^2) / 64`; see `kl_divergence`.
 
     Args:
       server: Tensors of the server's layer, floating.
@@ -102,7 +101,7 @@ def js_divergence(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> t
 def l2_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) -> tf.Tensor:
     """Euclidean (Frobenius) distance: `d = sqrt(sum_i (server_i - client_i)^2)`.
 
-    Depends on the difference only, so it also works where only the update is known.
+    Depends on the difference only, so the update is enough to compute it.
 
     Args:
       server: Tensors of the server's layer, floating.
@@ -129,13 +128,12 @@ def spectral_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) 
     d = max_t sigma_max(server_t - client_t)
     ```
 
-    over the tensors `t` of the layer. A tensor of rank 0 or 1 is a vector (its norm); of rank 3 or
-    more, a matrix whose columns are the last axis (a convolution's output channels). The maximum
-    is the spectral norm of the block-diagonal matrix of the tensors.
+    over the tensors `t` of the layer. A tensor of rank 0 or 1 counts as a vector, so its norm is taken.
+    A tensor of rank 3 or more counts as a matrix whose columns are the last axis (a convolution's
+    output channels). The maximum is the spectral norm of the block-diagonal matrix of the tensors.
 
-    Depends on the difference only. Costs a matrix product with the smaller side squared and an
-    eigenvalue decomposition of that side per tensor and client: dear for layers wider than about
-    1000.
+    Depends on the difference only. For each tensor and client it computes a Gram matrix of the smaller
+    side and its eigenvalues, which is slow for layers wider than about 1000.
 
     Args:
       server: Tensors of the server's layer, floating.
@@ -160,7 +158,7 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
     d = 1 - <server, client> / (|server| |client|)
     ```
 
-    The angle to an all-zero layer is not defined: `d` is 1 if one layer is zero and 0 if both are.
+    The angle to an all-zero layer is undefined: `d` is 1 if one layer is zero, and 0 if both are.
 
     Args:
       server: Tensors of the server's layer, floating.
@@ -173,9 +171,9 @@ def cosine_distance(server: Sequence[tf.Tensor], client: Sequence[tf.Tensor]) ->
       >>> cosine_distance([tf.constant([1.0, 0.0])], [tf.constant([0.0, 2.0])]).numpy()
       1.0
     """
-    # Divided by their largest elements first: squares of large or small ones leave float32.
+    # Divide by the largest elements first: squares of large or small ones leave float32.
     s, c = _unit_peak(_flat(server)), _unit_peak(_flat(client))
-    # 1 - cos is |s/|s| - c/|c||^2 / 2: exact near 0, where 1 minus a cosine is mostly rounding.
+    # 1 - cos is |s/|s| - c/|c||^2 / 2, which is exact near 0. There 1 minus a cosine is mostly rounding.
     unit_s = tf.math.divide_no_nan(s, tf.norm(s))
     unit_c = tf.math.divide_no_nan(c, tf.norm(c))
     half = 0.5 * tf.reduce_sum(tf.math.squared_difference(unit_s, unit_c))
@@ -192,7 +190,7 @@ def _wide(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _as_wide_as(tensors: Sequence[tf.Tensor], found: tf.Tensor) -> tf.Tensor:
-    """Gives a score the precision of its layer, float32 or float64, whatever it was computed in."""
+    """Casts a score to the precision of its layer, float32 or float64."""
     double = any(tf.convert_to_tensor(tensor).dtype == tf.float64 for tensor in tensors)
     return tf.cast(found, tf.float64 if double else tf.float32)
 
@@ -206,7 +204,7 @@ def _one_layer(
 
 
 def _flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The layer as one vector, in float64 if it is small."""
+    """The layer as one vector; a small one in float64."""
     vector = divergences.flat([tf.convert_to_tensor(tensor) for tensor in tensors])
     return tf.cast(vector, tf.float64) if vector.shape[0] <= divergences.SMALL else vector
 
@@ -222,7 +220,7 @@ def _spectral_norm(difference: tf.Tensor) -> tf.Tensor:
     matrix = tf.reshape(difference, [-1, difference.shape[-1]])
     rows, columns = matrix.shape
     gram = tf.matmul(matrix, matrix, transpose_a=columns <= rows, transpose_b=columns > rows)
-    # The decomposition raises on a non-finite input, which would end the round for all clients.
+    # Eigenvalues of a non-finite matrix raise, which would end the round for all clients.
     finite = tf.reduce_all(tf.math.is_finite(gram))
     largest = tf.reduce_max(tf.linalg.eigvalsh(tf.where(finite, gram, tf.zeros_like(gram))))
     return tf.where(finite, tf.sqrt(tf.maximum(largest, 0.0)), tf.cast(float("nan"), gram.dtype))

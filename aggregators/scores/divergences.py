@@ -1,17 +1,17 @@
-"""Divergences of softmaxed layers, without the rounding that swallows those of nearly equal ones.
+"""Divergences of softmaxed layers that keep their precision for nearly equal layers.
 
-Models that were trained a little apart have divergences of 1e-6 or less, where the textbook sums
-are differences of nearly equal numbers. So layers are scored
+After a little training divergences are 1e-6 or less, where the textbook sums are differences of nearly
+equal numbers. The size of a layer decides how it is scored:
 
-* of up to 2^14 elements: all of them together in float64, as segments of one vector, so that the
-  number of operations, each of which costs time wherever a process is built, does not grow with
-  the layers; by forms whose terms are small;
-* larger ones, if no element moved by more than 0.2: by a series in the cumulants `k` of
-  `client - server` under `p`, of which only `k2` and `4 k3 + k4` are needed;
-* the largest, of more than 2^19 elements, in blocks that stay in a core's cache: one pass over
-  memory instead of ten.
+* Layers of up to 2^14 elements use formulas whose terms are small, in float64. They are segments of one
+  vector, so the number of operations does not grow with the number of layers. Each operation costs time
+  when a process is built.
+* Larger layers in which no element moved by more than 0.2 use a series in the cumulants `k` of
+  `client - server` under `p`. Only `k2` and `4 k3 + k4` are needed.
+* Layers of more than 2^19 elements take that series in blocks that stay in a core's cache: one pass
+  over memory instead of ten.
 
-Where layers are so far apart that these forms end, the textbook in float64 is exact.
+For layers too far apart for these formulas, the textbook sum in float64 is exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Layer = Sequence[tf.Tensor]
 
 SMALL, _LARGE, _BLOCK = 2**14, 2**19, 2**15
 
-# Up to here what the series leaves out is below 0.2 % of the divergence.
+# Up to this change the terms that the series omits are below 0.2 % of the divergence.
 _FARTHEST = 0.2
 
 Over = Callable[[tf.Tensor], tf.Tensor]
@@ -34,10 +34,10 @@ class Divergence(NamedTuple):
     """A divergence of `q = softmax(client)` from `p = softmax(server)`, in three forms.
 
     Attributes:
-      near: `(p, change, total, spread)`, of `change = client - server`, centred under `p`; `total`
-        sums over a layer, and `spread` gives each of its elements the layer's number.
-      textbook: `(log p, log q, total)`.
-      series: `(k2, 4 k3 + k4)`, of the cumulants of `client - server` under `p`.
+      near: Function of `(p, change, total, spread)`, where `change = client - server`, centred under
+        `p`. `total` sums over a layer; `spread` repeats a layer's number for each of its elements.
+      textbook: Function of `(log p, log q, total)`.
+      series: Function of `(k2, 4 k3 + k4)`, the cumulants of `client - server` under `p`.
     """
 
     near: Callable[[tf.Tensor, tf.Tensor, Over, Over], tf.Tensor]
@@ -143,7 +143,7 @@ def _of_small(divergence: Divergence, s: tf.Tensor, c: tf.Tensor, sizes: list[in
     p, change = tf.exp(log_p), c - s
     change -= spread(total(p * change))
     near = divergence.near(p, change, total, spread)
-    # exp overflows: layers so far apart that the textbook is exact.
+    # exp overflows for layers far apart, for which the textbook is exact.
     return tf.where(tf.math.is_finite(near), near, divergence.textbook(log_p, log_q, total))
 
 
@@ -177,7 +177,7 @@ def _of_large(divergence: Divergence, s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
     k2 = m2 - square
     k3 = m3 - 3.0 * m1 * m2 + 2.0 * m1 * square
     k4 = m4 - 4.0 * m1 * m3 - 3.0 * m2 * m2 + 12.0 * square * m2 - 6.0 * square * square
-    # If nearly all of the change is one shift of all elements, the rest drowns in its rounding.
+    # If nearly all of the change is one shift of all elements, its rounding swallows the rest.
     holds = (largest <= _FARTHEST**2) & (m2 <= 100.0 * k2)
     return _or_textbook(holds, divergence.series(k2, 4.0 * k3 + k4), divergence, s, c)
 
@@ -185,7 +185,7 @@ def _of_large(divergence: Divergence, s: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
 def _or_textbook(
     holds: tf.Tensor, found: tf.Tensor, divergence: Divergence, s: tf.Tensor, c: tf.Tensor
 ) -> tf.Tensor:
-    """What was found, or in float64 the textbook, which layers so far apart do not drown in."""
+    """What was found if that holds, else the textbook in float64."""
 
     def textbook() -> tf.Tensor:
         log_p, log_q = (tf.nn.log_softmax(tf.cast(x, tf.float64)) for x in (s, c))
@@ -195,7 +195,7 @@ def _or_textbook(
 
 
 def flat(tensors: Layer) -> tf.Tensor:
-    """The tensors as one vector, of at least float32."""
+    """The tensors as one vector, float32 or wider."""
     double = any(tensor.dtype == tf.float64 for tensor in tensors)
     dtype = tf.float64 if double else tf.float32
     parts = [tensor if tensor.shape.rank == 1 else tf.reshape(tensor, [-1]) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""What most rules are: a mean by log-weights over clients, with the round's measurements."""
+"""Weighted means over clients by log-weights, with the round's measurements: the base of most rules."""
 
 import math
 from collections import OrderedDict
@@ -38,20 +38,20 @@ def rule(
     update[l] = sum_k exp(log_weight[k, l]) d[k, l] / sum_k exp(log_weight[k, l])
     ```
 
-    for every layer `l` and client `k`, with `d` the update. One pass over clients, and no weight over-
-    or underflows.
+    for every layer `l` and client `k`, with `d` the update. It takes one pass over clients, and no
+    weight over- or underflows.
 
     Args:
       log_weight: `(update, state) -> log-weight`, on each client: one floating number, or one for each
-        layer of `needs`; -inf for a client that must not count. Or what `weigh` gives, to show scores,
-        or to average something else than the delta.
-      needs: What clients measure; nothing if not given, and all tensors are one layer.
+        layer of `needs`; -inf for a client that must not count. Or the result of `weigh`, to show
+        scores or to average something other than the delta.
+      needs: The measurements that clients take; by default none, and all tensors are one layer.
       hparams: The rule's hyperparameters, by name; see `hparam`. They are float64 in the state.
-      initial_state: `layers -> OrderedDict` of what the server keeps; nothing if None.
-      finish: `(state, result) -> result`, at the server: what becomes of the `RuleResult` of the mean,
-        such as its state, which stays as it was if no client counted. None to take the mean as it is.
-      num_scalars: As for `reduction`. They come last in the update that `finish` is given.
-      name: What the rule is called where it is printed.
+      initial_state: `layers -> OrderedDict` of the server's state; None for no state.
+      finish: `(state, result) -> result`, at the server: changes the `RuleResult` of the mean, such as
+        its state. The state stays as it was if no client counted. None to keep the mean as it is.
+      num_scalars: As for `reduction`. They come last in the update that `finish` gets.
+      name: The rule's name in its representation.
 
     Returns:
       A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
@@ -108,12 +108,12 @@ def rule(
 
 
 def unless(unchanged: tf.Tensor, new: State, old: State) -> State:
-    """The new state, or the old one where the model is left alone."""
+    """The new state, or the old one if the model stays unchanged."""
 
     def choose(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
         if x.dtype != y.dtype or not x.shape.is_compatible_with(y.shape):
-            return x  # which `BoundRule` refuses, as it does other names and structures
+            return x  # `BoundRule` refuses it, as it does other names and structures
         if x.shape.is_fully_defined():
             return tf.where(unchanged, y, x)
         return tf.cond(unchanged, lambda: y, lambda: x)

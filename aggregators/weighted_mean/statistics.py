@@ -1,4 +1,4 @@
-"""What a round shows of its clients: scores, weights, and who did not count."""
+"""A round's measurements of its clients: scores, weights, and how many did not count."""
 
 import math
 from collections import OrderedDict
@@ -13,14 +13,14 @@ from aggregators.weighted_mean.streaming import by_layer, log_add, share
 
 
 class ClientStatistics(NamedTuple):
-    """What one client contributes to the measurements.
+    """A client's contribution to the measurements.
 
     Attributes:
       scores: float32 of shape `[num_layers]`, or one number for all layers.
       log_weights: float64 of the same shapes; -inf if the client does not count.
-      non_finite: bool; whether that is because its update, weight or loss is not finite.
-      bad_score: bool; whether it is because a score is not a finite number of at least 0, or the
-        rule has no number for it.
+      non_finite: bool: True if the reason is an update, weight or loss that is not finite.
+      bad_score: bool: True if the reason is a score that is not a finite number of at least 0, or for
+        which the rule has no number.
       others: Log-weights in further means of the same clients, each float64 of the same shapes.
     """
 
@@ -32,17 +32,17 @@ class ClientStatistics(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The measurements of any set of clients, in a form that merges with a handful of operations.
+    """The measurements of any set of clients, in a form that merges with few operations.
 
-    Sums, maxima and sums of logarithms lie in one tensor each, since each operation costs the better
-    part of a millisecond wherever a process is built.
+    Sums, maxima and sums of logarithms are one tensor each, since each operation adds nearly a
+    millisecond to the time that building a process takes.
 
     Attributes:
       sums: float64 of shape `[4 + num_layers]`: clients that counted, clients that were not finite,
         clients with a bad score, other clients of weight 0, and the scores of those that counted.
       largest: float64 of shape `[3, num_layers]`: score, minus score, and log-weight.
       log_sums: float64 of shape `[2 + others, num_layers]`: weights, their squares, other weights.
-      sample: `()`, or how many rows are filled (int32) and rows of scores and log-weights (float64
+      sample: `()`, or the number of filled rows (int32) and the rows of scores and log-weights (float64
         of shape `[sample_size, 2 + others, num_layers]`).
     """
 
@@ -57,8 +57,8 @@ def statistics_reduction(num_layers: int, sample_size: int = 0, *, others: int =
 
     Args:
       num_layers: How many layers there are.
-      sample_size: How many clients are kept one by one: the first of the cohort.
-      others: How many further log-weights come along.
+      sample_size: How many clients are listed one by one: the first ones of the cohort.
+      others: How many further log-weights each client has.
 
     Returns:
       A `Reduction` from `ClientStatistics` to `Totals`; see `measure`.
@@ -119,9 +119,9 @@ def measure(
 
     Args:
       totals: What `statistics_reduction` reports.
-      scale: What scores were divided by, shape `[num_layers]`; 0 while not known.
-      shares: Of each mean in the result, float64 scalars, where there are several: the one of
-        `log_weights` first, then the others.
+      scale: The divisor of the scores, shape `[num_layers]`; 0 while unknown.
+      shares: If there are several means, the share of each in the result, float64 scalars: that of
+        `log_weights` first, then those of the others.
 
     Returns:
       An `OrderedDict`. Per layer means a mapping from the layers' names to numbers, or one number for
@@ -133,19 +133,19 @@ def measure(
       * `bad_score_clients` int32: clients left out for a score that is not a finite number of at
         least 0, or for which the rule had no number.
       * `zero_weight_clients` int32: clients left out for a weight of 0 or less: those without data,
-        and those whose update TFF's own client work found not finite and sent as zeros.
+        and those whose non-finite update TFF's own client work sent as zeros.
       * `score_mean`, `score_min`, `score_max` float32 per layer: over the clients that counted, each
         counting once; NaN if none did.
       * `effective_clients` float32 per layer: `(sum w)^2 / sum w^2`. The number of clients if all
-        weights are equal, 1 if one client has it all, 0 without clients.
+        weights are equal, 1 if one client has all the weight, 0 without clients.
       * `largest_weight` float32 per layer: the largest `w / sum w`.
-      * `scale` float32 per layer: what scores were divided by; 0 if that was not known yet, and all
-        scores counted alike.
-      * with a sample of K clients: `sample_clients` int32, how many rows are filled, one for each
-        client of the cohort in its order, up to K (in sub-rounds and on several workers, the pieces
-        of the cohort in the order in which TFF merges them); `sample_counted` bool[K], whether the
-        client counted; `sample_scores` and `sample_weights` float32[K] per layer: its score, and its
-        share in the result, all means taken together.
+      * `scale` float32 per layer: the divisor of the scores; 0 if it was unknown, so that all scores
+        counted alike.
+      * With a sample of K clients, whose rows are the first K clients in the order of the cohort (in
+        sub-rounds and on several workers, in the order in which TFF merges the pieces):
+        `sample_clients` int32, the number of filled rows; `sample_counted` bool[K], whether the client
+        counted; `sample_scores` and `sample_weights` float32[K] per layer, the client's score and its
+        share in the result over all means.
     """
     counts, scores = tf.split(totals.sums, [4, -1])
     score_max, minus_min, log_max = tf.unstack(totals.largest)

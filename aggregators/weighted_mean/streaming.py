@@ -7,9 +7,9 @@ L' = log(exp(L_a) + exp(L_b))
 M' = M_a + (M_b - M_a) exp(L_b - L')
 ```
 
-The factor lies in [0, 1], so no weight, however large or small, over- or underflows, and neither
-does a sum of large values. A client alone is its value and its log-weight. A log-weight of -inf
-(weight 0) removes the value altogether, NaN included.
+The factor lies in [0, 1], so neither weights nor sums of values over- or underflow. The accumulator of
+a single client is its value and its log-weight. A log-weight of -inf (weight 0) removes the value
+altogether, even a NaN.
 """
 
 import math
@@ -21,12 +21,12 @@ from aggregators.core.layers import Groups
 from aggregators.core.reduction import Reduction
 from aggregators.core.types import Specs, Tensors
 
-# Below any logarithm of a weight, and finite: -inf minus -inf would be no number.
+# Below any logarithm of a weight, and finite, since -inf minus -inf is NaN.
 _LOWEST = -1e300
 
 
 class LogWeighted(NamedTuple):
-    """Tensors with log-weights: what a client sends, and what accumulates.
+    """Tensors with log-weights, as a client sends them and as they accumulate.
 
     Attributes:
       tensors: Tuple of floating tensors.
@@ -44,17 +44,17 @@ def mean_reduction(specs: Specs, groups: Groups) -> Reduction:
     Args:
       specs: Shapes (fully defined) and dtypes (floating) of the tensors. Half precision
         accumulates in float32.
-      groups: Which tensors share a log-weight, from `resolve_layers`.
+      groups: The tensors that share a log-weight, from `resolve_layers`.
 
     Returns:
       A `Reduction` that reports `LogWeighted`: the means in the dtypes of `specs`, and the
-      logarithms of the summed weights. With no weight at all these are zeros and -inf.
+      logarithms of the summed weights. If all weights are 0, these are zeros and -inf.
 
     Raises:
       TypeError: If a shape or a dtype is not of this kind.
 
     Source: the running log-sum-exp of Milakov and Gimelshein, Online normalizer calculation for
-    softmax, 2018, applied to means, so that they stay normalised.
+    softmax, 2018, applied to means, which so stay normalised.
     """
     for position, spec in enumerate(specs):
         if not spec.dtype.is_floating or not spec.shape.is_fully_defined():
@@ -83,7 +83,7 @@ def mean_reduction(specs: Specs, groups: Groups) -> Reduction:
         tensors = []
         for position, (x, y) in enumerate(zip(a.tensors, b.tensors, strict=True)):
             of_y = by_dtype[wide[position]][owner[position]]
-            # 0 times NaN is 0 here: a client of weight 0 leaves no trace.
+            # Here 0 times NaN is 0, so a client of weight 0 leaves no trace.
             tensors.append(x + tf.math.multiply_no_nan(y - x, of_y))
         return LogWeighted(tuple(tensors), total)
 
@@ -107,12 +107,12 @@ def by_layer(argument: str, values: tf.Tensor, num_layers: int) -> tf.Tensor:
 
 
 def log_add(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """log(exp(a) + exp(b)), element by element; -inf where both are. Float64."""
+    """`log(exp(a) + exp(b))` by element, float64; -inf where both are."""
     largest = tf.maximum(a, b)
     # softplus(x) is log(1 + exp(x)).
     return largest + tf.math.softplus(tf.minimum(a, b) - tf.maximum(largest, _LOWEST))
 
 
 def share(log_part: tf.Tensor, log_total: tf.Tensor) -> tf.Tensor:
-    """exp(part - total), and 0 where both are -inf; `[..., num_layers]` and `[num_layers]`. Float64."""
+    """`exp(part - total)`, float64 of `[..., num_layers]` and `[num_layers]`; 0 where both are -inf."""
     return tf.exp(log_part - tf.maximum(log_total, _LOWEST))
