@@ -1,7 +1,7 @@
-"""How a client's scores become its weight: as logarithms, so that nothing under- or overflows.
+"""Weightings turn a client's scores into its weight, as logarithms, so that nothing over- or underflows.
 
-A `Weighting` is made by `softmax`, `power` or `uniform` and given to anything in this package that
-weighs clients. For client `k` and layer `l`
+`softmax`, `power` and `uniform` make a `Weighting`, which anything in this package that weighs clients
+takes. For client `k` and layer `l`
 
 ```
 log w[k, l] = clip(rule(d[k, l] / scale[l]) - rule(typical[l] / scale[l])) + log n[k]
@@ -9,11 +9,11 @@ log w[k, l] = clip(rule(d[k, l] / scale[l]) - rule(typical[l] / scale[l])) + log
 
 with `d` the score, `typical` the mean score of earlier rounds, `n` the number of examples (or the
 weight that the client work gave), and `rule` the function that distinguishes the three. Only
-differences of log-weights between clients matter, so the typical client's is taken as 0: that
-keeps numbers small, as a weight that a client sends has to be. Nothing is subtracted until a typical
-score is known (the first round), and for your own rule if it uses the loss.
+differences of log-weights between clients matter, so a typical client gets a log-weight of 0. This
+keeps the weights that clients send small. Nothing is subtracted in the first round, when no typical
+score is known, nor for your own rule if it uses the loss.
 
-The numbers of a weighting (temperature, exponent, bound, ...) are hyperparameters. They lie in the
+The numbers of a weighting (temperature, exponent, bound, ...) are hyperparameters. They are part of the
 state of the rule that uses it, and may change between rounds.
 """
 
@@ -32,26 +32,26 @@ from aggregators.core.types import State
 
 __all__ = ["Seen", "Weighting", "power", "softmax", "uniform"]
 
-# Weights e^1000 apart are as good as any further, and float64 adds numbers of this size to ten
-# digits. Much larger ones would swallow the logarithm of 2 that adding an equal weight makes.
+# Weights e^1000 apart are far enough, and float64 adds numbers of this size to ten digits. Much larger
+# ones would swallow the log 2 that a second client of equal weight adds.
 _LARGEST_LOG = 1e6
 
-# Sharper rules would take the clients of one round past that, where all are alike again.
+# Sharper rules would take all clients of a round past that limit, where all are alike again.
 _LEAST_TEMPERATURE = 1e-4
 _LARGEST_EXPONENT = 1e3
 _LEAST_SCALE, _LARGEST_SCALE = 1e-12, 1e12
 
-# How much larger than the typical score a round's mean may seem when it is remembered.
+# The limit of a round's mean over the typical score in the running mean.
 _LARGEST_GROWTH = 10.0
 
 
 class Seen(NamedTuple):
-    """What a weighting's rule may look at besides relative scores.
+    """Inputs of a weighting's rule besides relative scores.
 
     Attributes:
       hparams: The weighting's hyperparameters by name, float64 scalars.
       layer: int32 of shape `[num_layers]`: the layers' positions.
-      round: int32 scalar: rounds done before this one.
+      round: int32 scalar: the number of earlier rounds.
       loss: float64 scalar: the client's mean loss; None unless `loss_at` says where it is taken.
 
     Example:
@@ -103,7 +103,7 @@ def looks(rule: object) -> bool:
     """Whether a rule takes `seen`."""
     try:
         return callable(rule) and "seen" in inspect.signature(rule).parameters
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return False
 
 
@@ -147,7 +147,7 @@ def _own(hparams: Mapping[str, object]) -> Mapping[str, Hparam]:
 
 @attrs.frozen
 class Weighting:
-    """A rule and what surrounds it; see `softmax` for the meaning of every field.
+    """A rule from relative scores to log-weights, and its settings; `softmax` explains the fields.
 
     Build your own with `Weighting(rule=f, ...)`: `f(relative)` or `f(relative, seen)` maps a float64
     tensor of relative scores, one per layer, to float64 log-weights of that shape. `seen` is a
@@ -182,12 +182,12 @@ class Weighting:
 
     @property
     def needs_typical_score(self) -> bool:
-        """Whether the weights depend on what scores earlier rounds saw."""
+        """Whether the weights depend on the scores of earlier rounds."""
         return self.scale == "running" or self.bound is not None
 
     @property
     def all_hparams(self) -> OrderedDict[str, Hparam]:
-        """What may change between rounds, by name."""
+        """The numbers that may change between rounds, by name."""
         around = OrderedDict(scale=self.scale, bound=self.bound, decay=self.decay)
         if not self.needs_typical_score:
             del around["decay"]  # it would change a measurement alone
@@ -218,19 +218,19 @@ def softmax(
       temperature: At least 1e-4. Small: the best client takes all. Large: all are alike.
       prefer: `"near"` gives more weight to clients near the server's model, which guards against
         bad clients and hurts when good clients differ much; `"far"` the reverse.
-      scale: What scores are divided by. Divergences of trained models are about 1e-6 to 1e-4, so
-        a softmax of the raw values is uniform to three digits. `"running"` divides by the mean
-        score of earlier rounds, which makes a typical relative score 1; until one is known (the
-        first round) all scores count alike. A number (1e-12 to 1e12) is used as it is; None means
-        1. So that one client cannot switch the rule off for many rounds with a huge score, a round's
-        mean counts as at most 10 times the running one. The first round has no such limit.
+      scale: The divisor of the scores. Divergences of trained models are about 1e-6 to 1e-4, so a
+        softmax of the raw values is uniform to three digits. `"running"` divides by the mean score of
+        earlier rounds, which makes a typical relative score 1. In the first round, when no mean is
+        known, all scores count alike. A number (1e-12 to 1e12) is used as it is; None means 1. A
+        round's mean counts as at most 10 times the running one, or one client with a huge score could
+        switch the rule off for many rounds. The first round has no such limit.
       times_examples: Whether weights are multiplied by the client's own weight (its number of
-        examples). If not, that weight only tells whether the client counts: 0 means no.
+        examples). If not, that weight only decides whether the client counts: 0 means no.
       bound: The largest ratio between two clients' weights, number of examples aside. Log-weights
-        are clipped to `log(bound) / 2` around that of the typical score. Until that score is known
+        are clipped to `log(bound) / 2` around that of the typical score. Until that score is known,
         all scores count alike.
-      decay: Share of the earlier rounds in the running mean score, in [0, 1). With 0, only the
-        round before counts.
+      decay: Share of the earlier rounds in the running mean score, in [0, 1). With 0, only the last
+        round counts.
 
     Returns:
       A `Weighting`.
@@ -275,8 +275,8 @@ def power(
     Args:
       exponent: From -1000 to 1000. -1 gives inverse weights (near counts more), positive values the
         reverse.
-      floor: Above 0. A relative score below it counts as it, or a client that hardly moved would
-        take all the weight of a negative power.
+      floor: Above 0. Relative scores are raised to it; otherwise a client that hardly moved would take
+        all the weight of a negative power.
       scale: As in `softmax`.
       times_examples: As in `softmax`.
       bound: As in `softmax`.
@@ -340,18 +340,17 @@ def log_weights(
       weighting: The rule.
       scores: The client's scores, floating of shape `[num_layers]`.
       weight: The client's own weight (number of examples), a finite number of at least 0.
-      state: `typical_score`, the mean score of earlier rounds, shape `[num_layers]`, 0 where not
-        known; `round`; and the weighting's hyperparameters.
-      loss: The client's loss, for a rule that looks at it.
+      state: `typical_score`, the mean score of earlier rounds, shape `[num_layers]`, 0 where
+        unknown; `round`; and the weighting's hyperparameters.
+      loss: The client's loss, for a rule that uses it.
 
     Returns:
-      The log-weights, float64 of shape `[num_layers]`, where a typical client with weight 1 has 0:
-      -inf in all places for a client that must not count. And a bool, False if that is because a
-      score is not a finite number of at least 0, or the rule gives NaN for it. If the weight is 0,
-      nothing is wrong.
+      The log-weights, float64 of shape `[num_layers]`: 0 for a typical client with weight 1, -inf for
+      all layers of a client that must not count. And a bool, False if a score is not a finite number
+      of at least 0, or the rule gives NaN for it. A client of weight 0 has valid scores.
 
     Raises:
-      TypeError: If the rule fails, or returns another shape or dtype than it was given.
+      TypeError: If the rule fails, or returns another shape or dtype than its argument's.
     """
     scores, weight = tf.cast(scores, tf.float64), tf.cast(weight, tf.float64)
     typical = tf.cast(state["typical_score"], tf.float64)
@@ -399,7 +398,7 @@ def _apply(rule: Rule, relative: tf.Tensor, seen: Seen) -> tf.Tensor:
 
 
 def relative_scale(weighting: Weighting, state: State) -> tf.Tensor:
-    """What scores are divided by, float64 `[num_layers]`; 0 while all scores count alike."""
+    """The divisor of the scores, float64 `[num_layers]`; 0 while all scores count alike."""
     typical = tf.cast(state["typical_score"], tf.float64)
     if weighting.scale == "running":
         return typical
@@ -414,11 +413,11 @@ def next_typical_score(weighting: Weighting, state: State, mean_score: tf.Tensor
     Args:
       weighting: The rule.
       state: As for `log_weights`.
-      mean_score: This round's mean over the clients that counted; NaN if there was none.
+      mean_score: This round's mean over the clients that counted; NaN if none did.
 
     Returns:
-      `decay * typical + (1 - decay) * min(mean, 10 * typical)`; the mean where nothing was known;
-      unchanged where there is no mean.
+      `decay * typical + (1 - decay) * min(mean, 10 * typical)`. The mean itself where no typical score
+      was known; the old score where there is no mean.
     """
     typical = state["typical_score"]
     decay = (

@@ -1,4 +1,4 @@
-"""Client work that trains as TFF's does, and measures what a rule needs."""
+"""Client work that trains as TFF's does, and takes the measurements that a rule needs."""
 
 from collections import OrderedDict
 
@@ -30,28 +30,28 @@ def build_client_work(
     metrics_aggregator: MetricsAggregator | None = None,
     loop_implementation: tff.learning.LoopImplementation = Loop.DATASET_ITERATOR,
 ) -> tff.learning.templates.ClientWorkProcess:
-    """Trains as TFF's client work does, and sends what a rule needs with the update.
+    """Trains as TFF's client work does, and sends a rule's measurements with the update.
 
-    Training, metrics and weights are those of `tff.learning.templates.build_model_delta_client_work`
-    (or of its functional twin), number for number, with one exception: a client without examples has
-    weight 0 under uniform weighting too, since its score and loss would be 0, the best of all.
+    Training, metrics and weights equal those of `tff.learning.templates.build_model_delta_client_work`
+    (or of its functional twin), with one exception: a client without examples has weight 0 under
+    uniform weighting too, since its score and loss of 0 would be the best of all.
 
     The update is a `MeasuredUpdate`, for `RuleFactory`. A client whose update or loss is not finite
     sends zeros with weight 0, and says so in `non_finite`. Updates are finite up to a norm of 2.6e19.
-    `build_fed_avg` does all of this by itself.
+    `build_fed_avg` includes all of this.
 
     Args:
-      model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
+      model_fn: A function of no arguments that makes a `tff.learning.models.VariableModel`, or a
         `tff.learning.models.FunctionalModel`.
-      optimizer: The client's optimizer.
-      needs: What to measure: `rule.needs`.
+      optimizer: The clients' optimizer.
+      needs: The measurements to take: `rule.needs`.
       client_weighting: By number of examples, or uniform.
       metrics_aggregator: As for `build_fed_avg`.
       loop_implementation: As for `build_fed_avg`.
 
     Returns:
-      A `tff.learning.templates.ClientWorkProcess`. Its state is the optimizer's hyperparameters,
-      for both kinds of model, and is what `get_hparams` gives; its measurements are `train`.
+      A `tff.learning.templates.ClientWorkProcess`. For both kinds of model its state is the optimizer's
+      hyperparameters, which `get_hparams` returns. Its measurements are `train`.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -111,7 +111,7 @@ def build_client_work(
 
     @tff.tensorflow.computation(state_type, state_type)
     def set_hparams(state: Hyperparameters, new: Hyperparameters) -> Hyperparameters:
-        del state  # it is nothing but the hyperparameters
+        del state  # the hyperparameters are the whole state
         return new
 
     return tff.learning.templates.ClientWorkProcess(

@@ -49,14 +49,14 @@ def build_fed_avg(
     w <- server optimizer(w, rule(w - w_k over clients k))
     ```
 
-    `<S@SERVER, {D*}@CLIENTS> -> <S@SERVER, M@SERVER>`. The arguments are those of
-    `tff.learning.algorithms.build_weighted_fed_avg`, with the rule in place of `model_aggregator`; so
-    is the layout of the process. Clients measure what the rule needs (scores, loss, steps) in the
-    computation that trains them. One pass over clients, so it spreads over workers and sub-rounds. Not
-    for a secure sum: for that see `build_self_weighting_client_work`.
+    `<S@SERVER, {D*}@CLIENTS> -> <S@SERVER, M@SERVER>`. Arguments and the layout of the process are
+    those of `tff.learning.algorithms.build_weighted_fed_avg`, with the rule in place of
+    `model_aggregator`. Clients measure what the rule needs (scores, loss, steps) in the computation
+    that trains them. It takes one pass over clients, so it spreads over workers and sub-rounds. A
+    secure sum cannot compute it: for that see `build_self_weighting_client_work`.
 
     Args:
-      model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
+      model_fn: A function of no arguments that makes a `tff.learning.models.VariableModel`, or a
         `tff.learning.models.FunctionalModel`.
       client_optimizer_fn: The clients' optimizer.
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
@@ -64,12 +64,12 @@ def build_fed_avg(
         `build_weighted_fed_avg`.
       client_weighting: The clients' weight: their number of examples, or 1. A client without
         examples has weight 0 either way.
-      model_distributor: How the model gets to clients; a broadcast if None.
-      metrics_aggregator: How the clients' metrics become one, as for `build_weighted_fed_avg`:
+      model_distributor: How the model is sent to clients; a broadcast if None.
+      metrics_aggregator: How the clients' metrics are aggregated, as for `build_weighted_fed_avg`:
         `tff.learning.metrics.sum_then_finalize` if None.
-      loop_implementation: How a client goes over its data: a loop over the dataset's iterator if not
-        given. TFF's default, `dataset.reduce`, prepares the step anew for every client.
-      example_clipping: Clips each example's gradient, with or without noise; None takes the
+      loop_implementation: How a client loops over its data: by default over the dataset's iterator.
+        TFF's default, `dataset.reduce`, prepares the step again for each client.
+      example_clipping: Clips each example's gradient, with or without noise; None uses the
         batch's gradient as it is. See `ExampleClipping`.
       sample_size: How many clients the measurements of the rule list one by one.
 
@@ -77,12 +77,12 @@ def build_fed_avg(
       A `LearningProcess`. If the rule has a stateful client, its data come from `ClientStates.cohort`.
       `state.aggregator` is the rule's state. Hyperparameters are `client_work` (the client
       optimizer's), `aggregator` (the rule's) and `finalizer`. `metrics` are `distributor`,
-      `client_work` (with `train`, and `clipping` if there is some), `aggregator` (see
+      `client_work` (`train`, and `clipping` with `example_clipping`), `aggregator` (see
       `aggregators.weighted_mean.statistics.measure`) and `finalizer`.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range.
+      ValueError: If an argument is out of range.
 
     Example:
       >>> from aggregators import scores, weighting
@@ -150,7 +150,7 @@ def build_fed_avg(
         files = state_io.ClientStateFiles(data["client"], round_number, stateful.num_clients)
         position = (round_number, data["client"]["number"])
         output = work(weights, data["data"], hparams, rule_state, files.load, position)
-        # The state is written where the client trains, and what it sends is there only after that.
+        # The client sends its weight only after its state has been written.
         with tf.control_dependencies([files.save(output.state)]):
             weight = tf.identity(output.update.weight)
         part = bound.client(output.update._replace(weight=weight), rule_state)
@@ -233,9 +233,9 @@ def compose_fed_avg(
     `tff.learning.algorithms.build_weighted_fed_avg`, with the client work as an argument.
 
     Args:
-      model_fn: The model that `client_work` trains: a function of nothing that makes a
+      model_fn: The model that `client_work` trains: a function of no arguments that makes a
         `tff.learning.models.VariableModel`, or a `tff.learning.models.FunctionalModel`.
-      client_work: For example from `build_self_weighting_client_work`.
+      client_work: A client work, such as that of `build_self_weighting_client_work`.
       model_aggregator: `tff.aggregators.MeanFactory()` if None. Its result must have the type of
         the trainable weights.
       server_optimizer_fn: The server's optimizer; SGD with learning rate 1 if None.
@@ -245,7 +245,7 @@ def compose_fed_avg(
       A `tff.learning.templates.LearningProcess`.
 
     Raises:
-      TypeError: If an argument is of the wrong kind or the parts do not fit each other.
+      TypeError: If an argument is of the wrong kind, or the parts do not match.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 
@@ -284,7 +284,7 @@ def compose_fed_avg(
 def _server_parts(
     model_fn: ModelFn, server_optimizer_fn: Optimizer | None, distributor: _Distributor | None
 ) -> tuple[tff.Computation, _Distributor, tff.learning.templates.FinalizerProcess]:
-    """Initial weights, distributor and finalizer, with TFF's own where none is given."""
+    """Initial weights, distributor and finalizer; TFF's defaults for those that are None."""
     if server_optimizer_fn is None:
         server_optimizer_fn = tff.learning.optimizers.build_sgdm(1.0)
     check_optimizer("server_optimizer_fn", server_optimizer_fn)

@@ -1,4 +1,4 @@
-"""Values inside a federated computation, shown where a person sees them."""
+"""Prints values inside a federated computation."""
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -9,26 +9,26 @@ from aggregators.core.types import Structure
 
 
 def federated_print(value: tff.Value, message: str, *, summarize: int = 3) -> tff.Value:
-    """Prints a value each time a federated computation passes it, and returns it unchanged.
+    """Prints a value each time a federated computation runs, and returns it unchanged.
 
     For use inside a `tff.federated_computation`. A value at clients prints one line per client, in
-    no particular order; one at the server one line. Lines look like `message: name=tensor ...`, the
-    tensors by their paths in the structure (a tensor alone without), and go to the standard error
-    of the TFF worker, which is the terminal that started Python.
+    no particular order; a value at the server prints one line. Lines look like
+    `message: name=tensor ...`, where names are the tensors' paths in the structure (a lone tensor has
+    none). They go to the standard error of the TFF worker, which is the terminal that started Python.
 
-    Only what is used runs: use the returned value in place of the one given, or nothing is printed.
+    TFF runs only what the result depends on, so go on with the returned value, or nothing is printed.
 
     Args:
       value: A value placed at `tff.CLIENTS` or `tff.SERVER`.
-      message: What to print before it.
+      message: The text before the value.
       summarize: How many elements of each axis to show at either end; -1 for all.
 
     Returns:
       `value`.
 
     Raises:
-      TypeError: If `value` is not placed, or `message` is no text.
-      ValueError: If `summarize` is out of its range.
+      TypeError: If `value` is not placed, or `message` is no string.
+      ValueError: If `summarize` is out of range.
 
     Example:
       >>> import numpy as np
@@ -43,7 +43,7 @@ def federated_print(value: tff.Value, message: str, *, summarize: int = 3) -> tf
     value, member = checks.placed("value", value, tff.CLIENTS, tff.SERVER)
     names = names_in_type(member)
 
-    # TFF runs a bare graph without its side effects; those of a `tf.function` it keeps.
+    # TFF drops the side effects of a bare graph, but keeps those of a `tf.function`.
     @tf.function
     def show(tensors: Structure) -> Structure:
         shown = []

@@ -1,4 +1,4 @@
-"""A rule inside a round of your own."""
+"""A rule inside your own federated computation."""
 
 import math
 from collections import OrderedDict
@@ -15,15 +15,15 @@ from aggregators.core.rule import Rule, check_rule
 from aggregators.core.types import Part, Structure, Tensors, Weights
 from aggregators.core.update import client_update
 
-# By which a mean of ones may exceed 1.
+# A mean of ones may exceed 1 by this much.
 _ROUNDING = 1e-6
 
 
 class FederatedRule(NamedTuple):
-    """What `federated_rule` returns, all at the server.
+    """The values that `federated_rule` returns, all at the server.
 
     Attributes:
-      result: The new model, or the update, as `value_is` says.
+      result: The new model for `value_is="model"`, the update for `"delta"`.
       state: The rule's state for the next round.
       measurements: The rule's measurements.
 
@@ -39,14 +39,14 @@ class FederatedRule(NamedTuple):
 
 
 def rule_state(rule: Rule, value_type: tff.Type) -> tff.Computation:
-    """The state that a rule starts from, for a round of your own.
+    """The initial state of a rule, for `federated_rule`.
 
     Args:
       rule: The rule.
       value_type: TFF type of the model, or of the update.
 
     Returns:
-      A computation of no arguments: call it, or hand it to `tff.federated_eval`.
+      A computation of no arguments: call it, or pass it to `tff.federated_eval`.
 
     Example:
       >>> import numpy as np
@@ -71,7 +71,7 @@ def federated_rule(
     value_is: Literal["model", "delta"] = "model",
     sample_size: int = 0,
 ) -> FederatedRule:
-    """Runs a rule inside a `tff.federated_computation`, where `tff.federated_mean` would stand.
+    """Runs a rule inside a `tff.federated_computation`, in place of `tff.federated_mean`.
 
     To run on several workers or in sub-rounds, the last argument of your computation must be placed
     at clients; otherwise TFF 0.87 silently gives the first clients to every sub-round. If no client
@@ -80,20 +80,20 @@ def federated_rule(
     Args:
       rule: The rule.
       value: Structure of floating tensors at `tff.CLIENTS`: trained models or deltas.
-      state: The rule's state at `tff.SERVER`: of `rule_state`, then the one returned before.
+      state: The rule's state at `tff.SERVER`: first that of `rule_state`, then the one returned before.
       server_model: The model that clients started from, same type, at `tff.SERVER`. Needed for
-        `value_is="model"` and for scores of the model.
+        `value_is="model"`, and if the score needs it.
       weight: A number per client at `tff.CLIENTS` (number of examples); None for 1 each.
       scores: Scores that clients computed themselves (validation loss, accuracy, ...), in place of the
-        rule's score: at `tff.CLIENTS`, a floating number, or one per layer.
-      scores_are: Required with `scores`. `"distances"`: 0 is best, as of a loss or an error.
-        `"accuracies"`: from 0 to 1, which is best; the rule sees, and measurements show, `1 - score`, so
-        a weighting that prefers near clients prefers good ones. A score outside of its range counts
-        among `bad_score_clients`.
-      loss: The clients' losses at `tff.CLIENTS`, where the rule needs them.
-      steps: The clients' steps at `tff.CLIENTS`, where the rule needs them.
+        rule's score: at `tff.CLIENTS`, one floating number, or one per layer.
+      scores_are: Required with `scores`. `"distances"`: 0 is best, as for a loss or an error.
+        `"accuracies"`: from 0 to 1, and 1 is best. The rule gets, and measurements show, `1 - score`, so
+        a weighting that prefers near clients prefers good ones. A client with a score out of range is
+        one of the `bad_score_clients`.
+      loss: The clients' losses at `tff.CLIENTS`, if the rule needs them.
+      steps: The clients' steps at `tff.CLIENTS`, if the rule needs them.
       value_is: `"model"` for trained models; `"delta"` for the server's model minus the trained
-        one, which is what TFF's client work sends.
+        one, as TFF's client work sends it.
       sample_size: How many clients the measurements list one by one.
 
     Returns:
@@ -101,7 +101,7 @@ def federated_rule(
 
     Raises:
       TypeError: If a value has the wrong placement or type.
-      ValueError: If something that the rule needs is missing, or something is given that it does not.
+      ValueError: If a value that the rule needs is missing, or one is given that it does not need.
 
     Example:
       >>> import numpy as np

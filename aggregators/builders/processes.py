@@ -1,6 +1,6 @@
-"""Named rules as whole learning processes: `build_fed_avg` with their arguments.
+"""Named rules as whole learning processes, by `build_fed_avg`.
 
-All raise `TypeError` for an argument of the wrong kind, and `ValueError` for one out of its range.
+All raise `TypeError` for an argument of the wrong kind, and `ValueError` for one out of range.
 """
 
 from typing import Any, Literal
@@ -35,12 +35,12 @@ def build_fed_kl(
     layers: Layers = "tensor",
     **options: Any,
 ) -> LearningProcess:
-    """Builds federated averaging weighed by the KL divergence of each layer.
+    """Builds federated averaging with weights by the KL divergence of each layer.
 
     `rules.adaptive_mean` with `scores.kl_divergence` and a `softmax` weighting over clients of
     `d / (temperature * running mean of d)`. The first round is plain averaging. Preferring near clients
-    protects against bad clients where clients are alike, and costs accuracy where they differ much:
-    `adaptive_mean` says how much, and how to have the gain without the loss.
+    protects against bad clients if clients are alike, and costs accuracy if they differ much:
+    `adaptive_mean` says how much, and how to get the gain without the loss.
 
     Args:
       model_fn: As for `build_fed_avg`.
@@ -50,7 +50,8 @@ def build_fed_kl(
       prefer: `"near"` gives more weight to clients near the server's model, `"far"` the reverse.
       bound: The largest ratio between two clients' weights, number of examples aside; None for none.
       times_examples: Whether weights are multiplied by the number of examples.
-      layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
+      layers: The tensors that are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
+        positions.
       **options: The further arguments of `build_fed_avg`.
 
     Returns:
@@ -82,8 +83,9 @@ def build_fed_att(
       model_fn: As for `build_fed_avg`.
       client_optimizer_fn: The clients' optimizer.
       step_size: Above 0; 1.2 in the authors' later version, 1.0 in the first.
-      norm: Of how far a tensor moved: `"spectral"` as in the authors' code, or `"frobenius"`.
-      layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
+      norm: The norm of a tensor's movement: `"spectral"` as in the authors' code, or `"frobenius"`.
+      layers: The tensors that are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
+        positions.
       **options: The further arguments of `build_fed_avg`.
 
     Returns:
@@ -112,9 +114,9 @@ def build_fed_med(
     loss_at: LossAt = "training",
     **options: Any,
 ) -> LearningProcess:
-    """Builds FedMed-style training: adaptive or plain averaging, as the clients' loss says.
+    """Builds FedMed-style training: adaptive or plain averaging, depending on the clients' loss.
 
-    See `rules.loss_gated`, which also says what is the source's and what is this package's choice.
+    See `rules.loss_gated`, which also tells the source's choices from this package's.
 
     Args:
       model_fn: As for `build_fed_avg`.
@@ -122,16 +124,17 @@ def build_fed_med(
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
       score: How far a client's model is from the server's: one of `aggregators.scores`, `"loss"`, or
         your own function.
-      weighting: Of the adaptive mean; a softmax that prefers near clients if None.
-      gate: `"not_fallen"` (the loss), `"fallen"`, or a function of a `Round` that
-        returns a share or a bool.
+      weighting: The weighting of the adaptive mean; a softmax that prefers near clients if None.
+      gate: When the mean is adaptive: if the loss has `"not_fallen"` or has `"fallen"`, or a function
+        of a `Round` that returns a share or a bool.
       min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1.
-      layers: What is weighed together: `"tensor"`, `"layer"`, `"model"` or groups of positions.
-      loss_at: Where the clients' loss is taken: `"training"`, or `"initial"`, at the server's model.
+      layers: The tensors that are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
+        positions.
+      loss_at: The loss that clients report: in `"training"`, or `"initial"`, at the server's model.
       **options: The further arguments of `build_fed_avg`.
 
     Returns:
-      A `LearningProcess`; `metrics["aggregator"]["adaptive"]` is the branch.
+      A `LearningProcess`; `metrics["aggregator"]["adaptive"]` says which branch was taken.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 
@@ -161,15 +164,15 @@ def build_q_fed_avg(
 ) -> LearningProcess:
     """Builds q-FedAvg: fairer losses across clients; see `rules.q_fed_avg`.
 
-    Clients measure their loss at the server's weights, which is one forward pass over their data
-    more than training. Numbers of examples do not enter.
+    Clients also measure their loss at the server's weights, which takes one more forward pass over
+    their data. Numbers of examples do not matter.
 
     Args:
       model_fn: As for `build_fed_avg`.
       client_optimizer_fn: The clients' optimizer.
-      server_optimizer_fn: The server's; the default gives the rule as published.
-      learning_rate: The learning rate of `client_optimizer_fn`, above 0. If you change it between
-        rounds, change this hyperparameter too.
+      server_optimizer_fn: The server's; SGD with learning rate 1, as published, if None.
+      learning_rate: The learning rate of `client_optimizer_fn`, above 0. If you change one between
+        rounds, change the other too.
       q: At least 0.
       **options: The further arguments of `build_fed_avg`.
 
@@ -178,7 +181,7 @@ def build_q_fed_avg(
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range, or the optimizer has another learning rate.
+      ValueError: If an argument is out of range, or the optimizer has another learning rate.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 
@@ -205,8 +208,8 @@ def build_fed_nova(
       model_fn: As for `build_fed_avg`.
       client_optimizer_fn: The clients' optimizer: SGD, with or without momentum.
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
-      momentum: The momentum of `client_optimizer_fn`, at least 0 and below 1. If you change it
-        between rounds, change this hyperparameter too.
+      momentum: The momentum of `client_optimizer_fn`, at least 0 and below 1. If you change one
+        between rounds, change the other too.
       **options: The further arguments of `build_fed_avg`.
 
     Returns:
@@ -214,8 +217,8 @@ def build_fed_nova(
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument is out of its range, or the optimizer has another momentum. An
-        optimizer with a state but no hyperparameter `momentum` cannot be checked.
+      ValueError: If an argument is out of range, or the optimizer has another momentum. An optimizer
+        with a state but no hyperparameter `momentum` cannot be checked.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 
@@ -243,11 +246,11 @@ def build_scaffold(
 
     Args:
       model_fn: As for `build_fed_avg`.
-      client_optimizer_fn: The clients' optimizer, any; it is given the corrected gradients.
+      client_optimizer_fn: Any optimizer for the clients; it gets the corrected gradients.
       server_optimizer_fn: The server's; SGD with learning rate 1 if None.
       num_clients: How many clients there are, in all rounds together.
       option: As for `rules.scaffold`.
-      rule: What is made of the clients' deltas; their mean if None.
+      rule: The rule that aggregates the clients' deltas; their mean if None.
       client_weighting: Uniform, as in the paper, if not given.
       **options: The further arguments of `build_fed_avg`.
 
@@ -278,7 +281,7 @@ def build_scaffold(
 
 
 def _check_hparam(optimizer: Optimizer, name: str, value: float) -> None:
-    """Raises `ValueError` if the optimizer is known to have another number of this name."""
+    """Raises `ValueError` if the optimizer is known to have another value."""
     check_optimizer("client_optimizer_fn", optimizer)
     state = optimizer.initialize(tf.TensorSpec((), tf.float32))
     hparams = optimizer.get_hparams(state)
@@ -287,7 +290,7 @@ def _check_hparam(optimizer: Optimizer, name: str, value: float) -> None:
     if name in hparams:
         found = np.asarray(hparams[name])
     elif name == "momentum" and len(tf.nest.flatten(state)) == len(tf.nest.flatten(hparams)):
-        found = np.asarray(0.0)  # it keeps nothing from step to step
+        found = np.asarray(0.0)  # an optimizer without a state has no momentum
     else:
         return
     if found.dtype.kind in "fiu" and not np.allclose(found, value, rtol=1e-5, atol=0.0):

@@ -14,19 +14,20 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
     """A rule as a factory for TFF's builders.
 
     The created process has type `<S@SERVER, {V}@CLIENTS, {W}@CLIENTS> -> <S@SERVER, R@SERVER,
-    M@SERVER>`: `W` is a number; `V` either a structure of floating tensors (`R` is `V`), for rules
-    that need no more than a score of the update alone, or a `MeasuredUpdate` with what the rule needs,
-    as `build_client_work(model_fn, optimizer, rule.needs)` sends it (`R` is the type of its `delta`).
+    M@SERVER>`. `W` is a number. For rules that need at most a score of the update alone, `V` is a
+    structure of floating tensors, and `R` is `V`. For others, `V` is the `MeasuredUpdate` that
+    `build_client_work(model_fn, optimizer, rule.needs)` sends, and `R` is the type of its `delta`.
 
-    One pass over clients, so it spreads over workers and sub-rounds. Not for a secure sum, since
-    weights are normalised while summing. Sensitivity: one client can move the mean as far as its weight
-    allows. Updates are not clipped: wrap the factory in `tff.aggregators.clipping_factory` for that.
+    It takes one pass over clients, so it spreads over workers and sub-rounds. A secure sum cannot
+    compute it, since weights are normalised while summing. Sensitivity: one client can move the mean as
+    far as its weight allows. Updates are not clipped: wrap the factory in
+    `tff.aggregators.clipping_factory` for that.
 
-    A client with an update, weight or loss that is not finite counts for nothing, and the measurements
-    count it; one of weight 0 counts for nothing. If no client counts, the result is NaN and `unchanged`
-    is 1. NaN makes TFF's finalizers leave model and optimizer as they were, where zeros would still be a
-    step of momentum, Adam or weight decay. TFF's own client work sends a non-finite update as zeros
-    with weight 0, so `build_weighted_fed_avg` shows such clients among `zero_weight_clients`.
+    A client of weight 0 does not count, nor does one whose update, weight or loss is not finite; the
+    measurements say how many these were. If no client counts, the result is NaN and `unchanged` is 1.
+    NaN makes TFF's finalizers keep model and optimizer, whereas zeros would be a step of momentum, Adam
+    or weight decay. TFF's own client work sends a non-finite update as zeros with weight 0, so
+    `build_weighted_fed_avg` shows such clients among `zero_weight_clients`.
 
     Example:
       >>> import numpy as np
@@ -39,14 +40,14 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
     """
 
     def __init__(self, rule: Rule, *, sample_size: int = 0) -> None:
-        """Keeps the rule.
+        """Makes the factory.
 
         Args:
           rule: The rule.
           sample_size: How many clients the measurements list one by one.
 
         Raises:
-          TypeError: If it is no rule.
+          TypeError: If `rule` is no `Rule`.
           ValueError: If `sample_size` is no whole number of at least 0.
         """
         check_rule(rule)
@@ -67,7 +68,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
 
         Raises:
           TypeError: If a type is not of this kind.
-          ValueError: If what the rule needs is not there.
+          ValueError: If a measurement that the rule needs is missing.
         """
         if not isinstance(weight_type, tff.types.TensorType) or weight_type.shape:
             raise TypeError(f"`weight_type` must be the type of one number; found {weight_type}.")
@@ -112,7 +113,7 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):
 
 
 def _check_needs(bound: BoundRule, measured: tff.Type | None) -> None:
-    """Raises `ValueError` unless what the rule needs comes with the update, or can be had from it."""
+    """Raises `ValueError` unless the update brings what the rule needs, or is enough to compute it."""
     needs = bound.rule.needs
     if measured is None:
         more = [name for name in needs.names if needs.score is None or name != needs.score.name]

@@ -52,43 +52,44 @@ def build_self_weighting_client_work(
     ```
 
     with `n` the weight that `client_work` gave (number of examples), or 1 where that is above 0 and
-    `weighting` does not count examples, and `typical` the mean score of earlier rounds: a client
-    with that score has weight `n` (nothing is subtracted while it is not known). What is sent is an
-    update and one positive number, so any weighted TFF aggregator takes it from here: mean,
+    `weighting` does not count examples. `typical` is the mean score of earlier rounds, and a client
+    with that score has weight `n`. Nothing is subtracted in the first round, when it is unknown.
+    Clients send an update and one positive number, which any weighted TFF aggregator takes: mean,
     clipping, zeroing, compression, and secure sum.
 
-    Weights must fit in float32, so the exponent is clipped to [-60, 60]. Two clients beyond the
-    same end weigh alike: with a temperature so low that many scores are more than 60 temperatures
-    from the typical one, this is no longer the softmax that `rules.adaptive_mean` computes.
+    Weights must fit in float32, so the exponent is clipped to [-60, 60]. Two clients beyond the same
+    end weigh alike. If the temperature is so low that many scores are more than 60 temperatures from
+    the typical one, this is therefore not the softmax that `rules.adaptive_mean` computes.
 
     Under a secure sum give `weighting` a `bound`: `tff.learning.secure_aggregator` silently clips
-    weights above `2**20 - 1` and rounds all to steps of about `2**-12`. With a bound `b` weights lie
-    from `n / sqrt(b)` to `n sqrt(b)`.
+    weights above `2**20 - 1` and rounds all to steps of about `2**-12`. With a bound `b`, weights lie
+    between `n / sqrt(b)` and `n sqrt(b)`.
 
     An update is sent as zeros with weight 0 if it, its score or its weight is not finite (a norm above
-    2.6e19 counts as infinite), or if it would overflow once multiplied by its weight (1e35). TFF's own
-    client work zeroes updates that are not finite too, and does not say so: a client of weight 0 that
+    2.6e19 counts as infinite), or if multiplying it by its weight would overflow (1e35). TFF's own
+    client work also zeroes updates that are not finite, without saying so. A client of weight 0 that
     has data is therefore counted as non-finite here. A client without data has weight 0 whatever
-    `client_work` gave; it did not move, and would pass for the nearest of all.
+    `client_work` gave: it did not move, and would pass for the nearest of all.
 
     Args:
       client_work: A client work whose update has the trainable weights' structure and is the
         initial weights minus the trained ones, and whose weight is one number.
       score: How far a layer is from the server's; one from `aggregators.scores` or your own.
       weighting: How scores become weights; from `aggregators.weighting`.
-      layers: What is scored at a time: `"model"`, `"tensor"` or groups of positions. A client has
+      layers: The groups of tensors to score: `"model"`, `"tensor"` or groups of positions. A client has
         one weight for all layers; for a weight per layer use `build_fed_avg`.
       sample_size: How many clients the measurements list one by one.
 
     Returns:
-      A `tff.learning.templates.ClientWorkProcess`. Its state is an `OrderedDict` of `client_work` (that
-      process' state), `typical_score` (float32 of shape `[1]`), `round` and the weighting's
-      hyperparameters. `client_work`'s hyperparameters and measurements get one more entry each,
-      `weighting`: the latter, and what `aggregators.weighted_mean.statistics.measure` describes.
+      A `tff.learning.templates.ClientWorkProcess`. Its state is an `OrderedDict` of `client_work` (the
+      inner state), `typical_score` (float32 of shape `[1]`), `round` and the weighting's
+      hyperparameters. The hyperparameters and measurements of `client_work` get one more entry,
+      `weighting`: the weighting's hyperparameters, and the measurements that
+      `aggregators.weighted_mean.statistics.measure` describes.
 
     Raises:
-      TypeError: If an argument is of the wrong kind or the client work does not fit.
-      ValueError: If `layers` does not fit the model, or `sample_size` is out of its range.
+      TypeError: If an argument is of the wrong kind, or the client work does not match it.
+      ValueError: If `layers` does not match the model, or `sample_size` is out of range.
 
     Example: with the `model` and `sgd` of `build_fed_avg`
 
@@ -168,8 +169,8 @@ def build_self_weighting_client_work(
         bad = ~finite_tensors(update) | ~tf.math.is_finite(own)
         largest = tf.reduce_max([tf.cast(_largest(tensor), tf.float64) for tensor in update])
         if (own <= 0.0) | (largest <= 0.0):
-            # TFF sends a non-finite update as zeros with weight 0; only its data tells it from a
-            # client that had none. The look is taken at clients that did not move only.
+            # TFF sends a non-finite update as zeros with weight 0, like that of a client without
+            # data. Data are looked up for clients that did not move only.
             has_data = _has_data(data)
             bad = bad | ((own <= 0.0) & has_data)
             own = tf.where(has_data, own, tf.zeros_like(own))
@@ -188,7 +189,7 @@ def build_self_weighting_client_work(
             update=tf.nest.pack_sequence_as(result.update, update),
             update_weight=tf.cast(new, tf.float32),
         )
-        # The logarithms of the weights that are sent, clipped as those are.
+        # Of the weights as they are sent, clipped.
         logs = tf.math.log(new)[tf.newaxis]
         return weighted, reduction.lift(ClientStatistics(mean, logs, bad, ~is_valid & ~bad))
 
@@ -246,7 +247,7 @@ def build_self_weighting_client_work(
 
 
 def _trainable(weights: Structure | tff.Type) -> Structure | tff.Type:
-    """The trainable part of model weights, of their type, or of anything else all of it."""
+    """The trainable part of model weights or of their type; anything else as it is."""
     if isinstance(weights, tff.types.StructWithPythonType):
         is_model = weights.python_container is tff.learning.models.ModelWeights
         return weights.trainable if is_model else weights
@@ -256,7 +257,7 @@ def _trainable(weights: Structure | tff.Type) -> Structure | tff.Type:
 
 
 def _largest(tensor: tf.Tensor) -> tf.Tensor:
-    """The largest absolute value; 0 of no elements."""
+    """The largest absolute value; 0 without elements."""
     if tensor.shape.num_elements() == 0:
         return tf.zeros([], tensor.dtype)
     return tf.reduce_max(tf.abs(tensor))
@@ -277,14 +278,14 @@ def _is_mapping(value_type: tff.Type) -> bool:
 def _with(
     inner: Structure, name: str, value: Structure, inner_type: tff.Type
 ) -> OrderedDict[str, Structure]:
-    """Adds an entry to what the inner work has; wraps that if it is not a dictionary."""
+    """Adds an entry to a value of the inner work, which is wrapped if it is no dictionary."""
     if _is_mapping(inner_type):
         return OrderedDict([*inner.items(), (name, value)])
     return OrderedDict([("client_work", inner), (name, value)])
 
 
 def _without(outer: State, name: str, inner_type: tff.Type) -> Structure:
-    """What `_with` added to."""
+    """The value that `_with` added an entry to."""
     if _is_mapping(inner_type):
         return OrderedDict((key, value) for key, value in outer.items() if key != name)
     return outer["client_work"]

@@ -1,4 +1,4 @@
-"""The parts of a batch: those with a row for each example, and those that all examples share."""
+"""The parts of a batch: some have a row for each example, others are shared by all examples."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,7 +16,7 @@ _CURE = (
 
 
 def _parts(batch: Batch, shared: Sequence[str]) -> list[tuple[str, tf.Tensor, bool]]:
-    """The name of each part, the part, and whether it has rows; in the order of `tf.nest.flatten`."""
+    """Each part's name, the part, and whether it has rows, in the order of `tf.nest.flatten`."""
     named = [("/".join(map(str, path)), part) for path, part in tree.flatten_with_path(batch)]
     return [(name, part, not any(_is_of(name, s) for s in shared)) for name, part in named]
 
@@ -26,10 +26,10 @@ def _is_of(name: str, whole: str) -> bool:
 
 
 def check_parts(spec: Batch, shared: Sequence[str]) -> None:
-    """Raises `ValueError` for a batch that can be seen to have parts without its rows.
+    """Raises `ValueError` for a batch whose static shapes show parts without a row for each example.
 
-    Such a part is a scalar, or its first dimension differs from that of others, or it is known where
-    that of others is not: a known dimension does not count examples, which differ from batch to batch.
+    Such a part is a scalar, or its first dimension differs from the others', or is known where theirs
+    is not: the number of examples differs between batches, so a known dimension does not count them.
 
     Args:
       spec: The batch: tensors, or their `tf.TensorSpec`s.
@@ -75,13 +75,13 @@ def count_rows(batch: Batch, shared: Sequence[str]) -> tuple[tf.Tensor, Batch]:
       shared: Names of the parts that examples share.
 
     Returns:
-      int32, and the batch: where its parts have other numbers of rows, both end the computation with
-      an error that names the parts.
+      int32, and the batch. If parts differ in their number of rows, using either ends the computation
+      with an error that names the parts.
     """
     check_parts(batch, shared)
     with_rows = [(name, part) for name, part, has_rows in _parts(batch, shared) if has_rows]
     if all(part.shape.rank and part.shape[0] is not None for _, part in with_rows):
-        return tf.shape(with_rows[0][1])[0], batch  # they have been compared
+        return tf.shape(with_rows[0][1])[0], batch  # `check_parts` has compared them
     rule = "`example_clipping` must be given batches whose parts have a row for each example"
     return common_rows(rule, with_rows, _CURE.format("NAME"), batch)
 
@@ -92,13 +92,13 @@ def common_rows(
     """The number of rows that all of these tensors have.
 
     Args:
-      rule: The beginning of the error's text.
+      rule: The beginning of the error message.
       named: The tensors, with their names.
-      cure: The end of it.
-      value: A structure of tensors that must not be used where the numbers differ.
+      cure: The end of the error message.
+      value: A structure of tensors that must not be used if the numbers differ.
 
     Returns:
-      int32, and the structure: both end the computation with an error where the numbers differ.
+      int32, and the structure. If the numbers differ, using either ends the computation with an error.
     """
     # A scalar of unknown rank has no first dimension to ask for.
     sizes = [tf.concat([tf.shape(part)[:1], [-1]], 0)[0] for _, part in named]
@@ -109,7 +109,7 @@ def common_rows(
 
 
 def take_rows(batch: Batch, shared: Sequence[str], take: Callable[[tf.Tensor], tf.Tensor]) -> Batch:
-    """The batch with `take` of each part that has rows; what examples share stays whole."""
+    """The batch with `take` applied to each part that has rows; shared parts stay whole."""
     parts = _parts(batch, shared)
     taken = [take(part) if has_rows else part for _, part, has_rows in parts]
     return tf.nest.pack_sequence_as(batch, taken)

@@ -1,4 +1,4 @@
-"""A client's training, with its loss and steps kept: TFF's own loops report neither per client."""
+"""A client's training loop, which reports loss and steps per client; TFF's own loops do not."""
 
 import functools
 from collections import OrderedDict
@@ -54,24 +54,24 @@ def build_loop(
 ) -> Callable[..., Trained]:
     """Builds the training of one client.
 
-    One optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work` takes. The
-    data set's first pass is the training's: a data set that shuffles gives each pass another order. A
-    second pass measures all that is not measured while the client trains: the loss and the gradient of
-    the weights that training started from, and the errors of candidates.
+    It takes one optimizer step per batch, as `tff.learning.templates.build_model_delta_client_work`
+    does. Training takes the first pass over the data set, since each pass over a shuffled data set has
+    another order. A second pass takes the measurements that training does not: the loss and gradient
+    at the initial weights, and the errors of candidates.
 
     Args:
-      model_fn: Function of nothing that makes a `tff.learning.models.VariableModel`, or a
+      model_fn: A function of no arguments that makes a `tff.learning.models.VariableModel`, or a
         `tff.learning.models.FunctionalModel`.
       optimizer: The client's optimizer.
-      needs: What is measured, and what the client does with a state of its own.
+      needs: The measurements, and how the client uses a state of its own.
       loop: `dataset.reduce` or a loop over the dataset's iterator.
-      clipping: How each example's gradient is clipped; None takes the batch's as it is.
+      clipping: How each example's gradient is clipped; None uses the batch's gradient as it is.
 
     Returns:
       A function `(weights, dataset, hparams, models, context, noise_position) -> Trained`, to be called
-      while a graph is built: the model's weights; its data; the optimizer's hyperparameters; flat
-      candidates for the trainable weights, to be scored; a `Context`, or None for a client that keeps
-      nothing; and whole numbers that tell where in a run it trains, for noise that a seed decides.
+      while a graph is built. Its arguments are the model's weights, the client's data, the optimizer's
+      hyperparameters, flat candidates to score, a `Context` (None for a client that keeps nothing), and
+      whole numbers that locate this training in a run, for seeded noise.
     """
     model = adapter_of(model_fn)
     stateful, candidates = needs.stateful_client, needs.candidates
@@ -88,7 +88,7 @@ def build_loop(
         return tape.gradient(output.loss, weights), output
 
     def gradient(held: Held, metrics: Metrics, batch: Batch, noise_position: Tensors) -> Structure:
-        """The gradient of a batch, its loss and examples, the metrics, and what clipping counted."""
+        """A batch's gradient, loss and number of examples, the metrics, and the counts of clipping."""
         if clipping is None:
             gradients, output = differentiate(held, batch, training=True)
             metrics = model.update_metrics(metrics, output)
@@ -108,7 +108,7 @@ def build_loop(
             output = model.forward(held, rows, training=True)
             return found.examples, model.update_metrics(metrics, output)
 
-        # A branch has to give something, also where the metrics are the model's own.
+        # A branch must return something, even if the model keeps its own metrics.
         examples, metrics = tf.cond(
             found.examples > 0, see_batch, lambda: (found.examples, metrics)
         )
@@ -140,7 +140,7 @@ def build_loop(
         judged = []
         examples: tf.Tensor | None = None
         if wants_gradient or wants_loss:
-            if models:  # else no other weights have been there
+            if models:  # scoring the candidates has assigned theirs
                 held = model.assign(held, initial)
             if wants_gradient:
                 gradients, output = differentiate(held, batch, training=False)
@@ -220,7 +220,7 @@ def build_loop(
 def initial_state(
     optimizer: Optimizer, trainable: Weights, hparams: Hyperparameters
 ) -> OptimizerState:
-    """The state of an optimizer that knows of no step."""
+    """The state of an optimizer before its first step."""
     specs = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in trainable)
     return optimizer.set_hparams(optimizer.initialize(specs), hparams)
 
@@ -231,12 +231,12 @@ def fold(
     """Folds a dataset's batches into a state: `step(state, batch) -> state`.
 
     Args:
-      loop: How.
+      loop: `dataset.reduce` or a loop over the dataset's iterator.
       dataset: The batches.
-      state: What is there before the first.
-      step: One batch.
-      after: Tensors of earlier folds of the dataset. A dataset that shuffles draws an order for each
-        iterator when it is made: made in no order of their own, they would get another in each run.
+      state: The state before the first batch.
+      step: The function of one batch.
+      after: Tensors of earlier folds of the dataset. A shuffled dataset draws an order whenever an
+        iterator is made, so iterators must be made in a fixed order for runs to be repeatable.
     """
     with tf.control_dependencies(tf.nest.flatten(after)):
         if loop is Loop.DATASET_REDUCE:

@@ -1,4 +1,4 @@
-"""The two kinds of model that TFF knows, with one interface for the training loop."""
+"""One interface for both of TFF's kinds of model, for the training loop."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -23,17 +23,17 @@ from aggregators.core.types import (
 )
 
 _T = TypeVar("_T")
-# What of a model goes through a loop.
+# The part of a model that is loop state.
 Held: TypeAlias = Structure
 
 
 class Output(NamedTuple):
-    """What a model makes of a batch.
+    """A model's output for a batch.
 
     Attributes:
-      loss: Of any shape that TFF trains.
+      loss: The loss, of any shape that TFF trains.
       predictions: A structure of tensors.
-      labels: The batch's labels; None if it is of no form that tells.
+      labels: The batch's labels; None if its form does not tell.
       examples: int64: the number of examples, as TFF counts them.
     """
 
@@ -44,7 +44,7 @@ class Output(NamedTuple):
 
 
 def _rows(predictions: Predictions) -> tf.Tensor:
-    """TFF's own count, the first dimension of the predictions; of several, that of them all."""
+    """The number of examples as TFF counts them: the first dimension that all predictions share."""
     several = tree.flatten_with_path(predictions)
     if len(several) == 1:
         return tf.shape(several[0][1], tf.int64)[0]
@@ -59,12 +59,12 @@ def _rows(predictions: Predictions) -> tf.Tensor:
 
 @attrs.frozen
 class _FunctionalAdapter:
-    """A functional model, whose weights and metrics are tensors that go through a loop."""
+    """A functional model, whose weights and metrics are loop state."""
 
     model: tff.learning.models.FunctionalModel
 
     def start(self, weights: ModelWeights) -> Held:
-        """What goes through the loop for these weights, trainable and other."""
+        """The loop state for these weights, trainable and others."""
         return tuple(weights.trainable), tuple(weights.non_trainable)
 
     def trainable(self, held: Held) -> Weights:
@@ -72,13 +72,13 @@ class _FunctionalAdapter:
         return held[0]
 
     def assign(self, held: Held, trainable: Weights) -> Held:
-        """What goes through the loop once these are the trainable weights."""
+        """The loop state with these trainable weights."""
         return tuple(trainable), held[1]
 
     def forward(self, held: Held, batch: Batch, *, training: bool) -> Output:
-        """One forward pass. That of a variable model updates its metrics as well."""
+        """One forward pass. That of a variable model also updates its metrics."""
         x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else tuple(batch)
-        # TFF takes nothing but a `tf.function` for these two, so AutoGraph has seen them.
+        # TFF accepts only `tf.function`s for these two, so AutoGraph has already converted them.
         predictions = self.model.predict_on_batch(held, x, training=training)
         loss = self.model.loss(output=predictions, label=y)
         return Output(loss, predictions, y, _rows(predictions))
@@ -88,7 +88,7 @@ class _FunctionalAdapter:
         return with_autograph(self.model.initialize_metrics_state)()
 
     def update_metrics(self, metrics: Metrics, output: Output) -> Metrics:
-        """The metrics with a batch's output, whose forward pass was the last one."""
+        """The metrics including a batch's output, which must be that of the last forward pass."""
         batch_output = tff.learning.models.BatchOutput(
             loss=output.loss,
             predictions=output.predictions,
@@ -98,7 +98,7 @@ class _FunctionalAdapter:
         return update(metrics, labels=output.labels, batch_output=batch_output)
 
     def without_metrics(self, compute: Callable[[], _T]) -> _T:
-        """The result of a computation whose forward passes leave the metrics as they were."""
+        """The result of a computation; its forward passes do not change the metrics."""
         return compute()
 
     def report_metrics(self, metrics: Metrics) -> Metrics:
@@ -108,7 +108,7 @@ class _FunctionalAdapter:
 
 @attrs.frozen
 class _VariableAdapter:
-    """A variable model, which keeps weights and metrics: empty tuples go through the loop for them."""
+    """A variable model, which keeps weights and metrics itself; their loop state is empty."""
 
     model: tff.learning.models.VariableModel
     weights: tff.learning.models.ModelWeights
@@ -150,12 +150,12 @@ class _VariableAdapter:
 
     def report_metrics(self, metrics: Metrics) -> Metrics:
         found = with_autograph(self.model.report_local_unfinalized_metrics)()
-        # A model may return its variables, which later passes change.
+        # A model may return its variables, which later forward passes change.
         return tf.nest.map_structure(tf.identity, found)
 
 
 def adapter_of(model_fn: ModelFn) -> _FunctionalAdapter | _VariableAdapter:
-    """Adapts a functional model, or the variable model that a function makes here, once."""
+    """Adapts a functional model, or the variable model that a function makes."""
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
         return _FunctionalAdapter(model_fn)
     model = model_fn()

@@ -1,4 +1,4 @@
-"""The clients' side of a round: how they train, what they measure and what they send."""
+"""The clients' part of a round: they train, measure and send."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -34,14 +34,13 @@ ClientWeighting: TypeAlias = tff.learning.ClientWeighting
 
 
 class ClientOutput(NamedTuple):
-    """What one client's work gives.
+    """The result of one client's work.
 
     Attributes:
       update: Its `ClientUpdate`.
-      metrics: The model's unfinalized metrics; those of no example at all if the update is not
-        finite.
-      counts: Of clipping; empty without.
-      state: What the client keeps for its next round; empty if the rule has it keep nothing.
+      metrics: The model's unfinalized metrics; those of no example if the update is not finite.
+      counts: Counts of clipping; empty without clipping.
+      state: The client's state for its next round; empty if it keeps none.
     """
 
     update: ClientUpdate
@@ -52,12 +51,12 @@ class ClientOutput(NamedTuple):
 
 @attrs.frozen
 class ClientTraining:
-    """The clients' side of a round for one model, optimizer and `Needs`, checked.
+    """The clients' part of a round for one model, optimizer and `Needs`, checked.
 
     Attributes:
       model_fn: A functional model, or a function that makes a variable model.
       optimizer: The clients' optimizer.
-      needs: What is measured.
+      needs: The measurements.
       client_weighting: By number of examples, or uniform.
       metrics_aggregator: From the model's metric finalizers to a computation over clients.
       loop_implementation: `dataset.reduce` or a loop over the dataset's iterator.
@@ -99,7 +98,7 @@ class ClientTraining:
             weights_type = tff.types.tensorflow_to_type(weights)
             finalizers = model.finalize_metrics
         else:
-            with tf.Graph().as_default():  # its variables must not outlive this look at it
+            with tf.Graph().as_default():  # the model's variables must not outlive this
                 model = model_fn()
                 if not isinstance(model, tff.learning.models.VariableModel):
                     raise TypeError(
@@ -117,10 +116,10 @@ class ClientTraining:
     def work(self, layers: ModelLayers) -> Callable[..., ClientOutput]:
         """The work of one client: `(weights, dataset, hparams, rule_state, load, noise_position)`.
 
-        `load` gives the client's state, from one that it would have had at its first round;
-        `noise_position` is whole numbers such as round and client, see `loop.build_loop`.
+        `load` returns the client's state, given that of a new client. `noise_position` is whole numbers
+        such as round and client; see `loop.build_loop`.
 
-        To be called where the graph is built that trains: the model is made there.
+        Call it while the training graph is built: it makes the model there.
         """
         needs = self.needs
         candidates = needs.candidates
@@ -158,7 +157,7 @@ class ClientTraining:
             if self.client_weighting is ClientWeighting.NUM_EXAMPLES:
                 weight = tf.cast(done.examples, tf.float64)
             else:
-                # Without examples there is neither score nor loss, and zeros look like the best.
+                # Without examples, score and loss are 0 and look like the best.
                 weight = tf.cast(done.examples > 0, tf.float64)
             delta = [old - new for old, new in zip(trainable, done.weights, strict=True)]
             kept: State = OrderedDict()
@@ -181,12 +180,12 @@ class ClientTraining:
 
 
 class ModelTypes(NamedTuple):
-    """What a process has to know of a model.
+    """A model's types and names.
 
     Attributes:
       weights: TFF type of the model's weights.
       data: TFF type of a client's dataset.
-      names: Names of the trainable weights; None for a functional model, which has none.
+      names: Names of the trainable weights; None for a functional model, which has no names.
       aggregate_metrics: Computation from the clients' unfinalized metrics to the server's metrics.
     """
 
@@ -197,7 +196,7 @@ class ModelTypes(NamedTuple):
 
 
 def check_model_fn(model_fn: object) -> None:
-    """Raises `TypeError` for what is neither a functional model nor may make a variable model."""
+    """Raises `TypeError` unless this is a functional model, or may make a variable model."""
     if isinstance(model_fn, tff.learning.models.FunctionalModel):
         return
     if not callable(model_fn) or isinstance(model_fn, tf.keras.Model):
@@ -209,7 +208,7 @@ def check_model_fn(model_fn: object) -> None:
         )
 
 
-# By the package that an optimizer, or what makes it, is from.
+# By the package that an optimizer, or its factory, is from.
 _ADVICE = {
     "keras": "Wrap it with `tff_optim.build_keras_optimizer`.",
     "optax": "Wrap it with `tff_optim.build_optax_optimizer`.",
@@ -219,7 +218,7 @@ _ADVICE = {
 
 
 def check_optimizer(argument: str, optimizer: object) -> None:
-    """Raises `TypeError` for anything that is not TFF's kind of optimizer."""
+    """Raises `TypeError` for anything but a TFF optimizer."""
     if isinstance(optimizer, tff.learning.optimizers.Optimizer):
         return
     made_by = getattr(optimizer, "func", optimizer)  # of a partial

@@ -139,16 +139,16 @@ def weigh(
 
     Args:
       update: The client's update.
-      log_weights: Logarithms of its weights, floating: one number, or a tensor of shape
+      log_weights: Logarithms of the client's weights, floating: one number, or a tensor of shape
         `[num_layers]`; -inf for weight 0. A client with NaN or infinity among them does not count.
-      tensors: What is averaged; the update's delta if None. Scalars beyond the delta's tensors come
-        last.
-      scores: What the measurements show as scores, of the same shapes; zeros if None.
-      is_valid: False if the client must not count for a score that is none.
-      others: Its log-weights in further means, for the listing of single clients.
+      tensors: The tensors to average; the update's delta if None. Scalars beyond the delta's tensors
+        come last.
+      scores: The scores that the measurements show, of the same shapes; zeros if None.
+      is_valid: False if the client must not count because of a bad score.
+      others: The client's log-weights in further means, for the listing of single clients.
 
     Returns:
-      A mapping of `mean` to a `LogWeighted` and `statistics` to `ClientStatistics`.
+      A mapping of `mean` to a `LogWeighted`, and of `statistics` to `ClientStatistics`.
 
     Raises:
       TypeError: If a log-weight is not floating.
@@ -164,7 +164,7 @@ def weigh(
             "`log_weight` must return a floating number, or one for each layer; found "
             f"{log_weights.dtype.name} of shape {log_weights.shape}."
         )
-    is_valid = is_valid & tf.reduce_all(log_weights < math.inf)  # which NaN is not either
+    is_valid = is_valid & tf.reduce_all(log_weights < math.inf)  # nor may any be NaN
     counts = is_valid & ~update.non_finite
     log_weights = tf.where(counts, tf.cast(log_weights, tf.float64), -math.inf)
     statistics = ClientStatistics(
@@ -212,16 +212,15 @@ def reduction(layers: ModelLayers, *, num_scalars: int = 0, others: int = 0) -> 
 
 
 def report(reduced: Reduced, scale: tf.Tensor | None = None, *, shares: Tensors = ()) -> RuleResult:
-    """The mean and its measurements, as the result of a rule that keeps nothing.
+    """The mean and its measurements, as the result of a rule without a state.
 
     Args:
-      reduced: What `reduction` gives.
-      scale: What scores were divided by, shape `[num_layers]`; ones if None.
-      shares: Of each mean in the result; see `aggregators.weighted_mean.statistics.measure`.
+      reduced: The result of `reduction`.
+      scale: The divisor of the scores, shape `[num_layers]`; ones if None.
+      shares: The share of each mean in the result; see `aggregators.weighted_mean.statistics.measure`.
 
     Returns:
-      A `RuleResult` without a state. If no client counted, its update is zeros and it says
-      `unchanged`.
+      A `RuleResult` without a state. If no client counted, its update is zeros and `unchanged` is True.
 
     Example: nobody counted
 
