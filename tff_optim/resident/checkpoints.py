@@ -120,13 +120,13 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             written, for example because the disk is full.
         """
         version = check_version(version)
-        source = self._process._source(state)
+        held = self._process._server.take_in(state)
         made_by = self._maker()
         try:
             with self._directory.new(version, self._damaged) as path:
                 with open(os.path.join(path, _MADE_BY), "w", encoding="ascii") as f:
                     json.dump(made_by | {"checksum": _checksum(made_by)}, f)
-                self._process._server.write(source, os.path.join(path, _STATE))
+                self._process._server.write(held, os.path.join(path, _STATE))
                 self._read_back(path)
         except (OSError, tf.errors.OpError) as error:
             raise CheckpointError(
@@ -147,7 +147,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
           CheckpointError: It is damaged, or belongs to another process.
         """
         version = check_version(version)
-        self._process._check_open()
+        self._process._server.check_open()
         path = self._directory.path_of(version)
         if not os.path.lexists(path):
             raise tff.program.ProgramStateNotFoundError(version)

@@ -57,68 +57,59 @@ def _walk_type(type_spec: tff.Type, path: tuple[str, ...]) -> Iterable[tuple[tup
         yield from _walk_type(element, (*path, name or str(i)))
 
 
-def flatten(value: object, type_spec: tff.Type, name: str = "state") -> list[Any]:
+def flatten(value: Any, type_spec: tff.Type, name: str = "state", path: str = "") -> list[Any]:
     """Lists what `value` holds at the leaves of `type_spec`.
 
     Args:
       value: A structure.
       type_spec: The type that it should have.
       name: The argument that it was given as, for messages.
+      path: Where in the argument it was found, for messages.
 
     Raises:
       TypeError: `value` has another structure than `type_spec`.
     """
-    return list(_walk_value(value, type_spec, "", name))
-
-
-def _walk_value(value: Any, type_spec: tff.Type, path: str, argument: str) -> Iterable[Any]:
     if not isinstance(type_spec, tff.StructType):
-        yield value
-        return
+        return [value]
     try:
         elements = tff.structure.to_elements(tff.structure.from_container(value))
     except TypeError:
         elements = None
-    if elements is None or len(elements) != len(type_spec):
-        raise TypeError(
-            f"`{argument}` must have the structure of the process's {argument} at "
-            f"{path or 'the top'}: {_expected(type_spec)}; found {_outline(value, elements)}. "
-            f"{_SOURCES.get(argument, _OTHER_SOURCE).format(argument)}"
+    wanted = list(tff.structure.iter_elements(type_spec))
+    fits = elements is not None and len(elements) == len(wanted)
+    if not fits or any(a[0] not in (b[0], None) for a, b in zip(elements, wanted, strict=True)):
+        found = type(value).__name__ if elements is None else _listed(elements)
+        rule = (
+            "name its elements as the process does"
+            if fits
+            else f"have the structure of the process's {name}"
         )
-    for i, ((found_name, element), (name, element_type)) in enumerate(
-        zip(elements, tff.structure.iter_elements(type_spec), strict=True)
-    ):
-        if found_name not in (name, None):
-            raise TypeError(
-                f"`{argument}` must name its elements as the process does at "
-                f"{path or 'the top'}: {_expected(type_spec)}; found {_outline(value, elements)}. "
-                f"{_SOURCES.get(argument, _OTHER_SOURCE).format(argument)}"
-            )
-        yield from _walk_value(element, element_type, f"{path}/{name or i}".lstrip("/"), argument)
+        raise TypeError(
+            f"`{name}` must {rule} at {path or 'the top'}: {_listed(wanted)}; found {found}. "
+            f"{_source(name)}"
+        )
+    return [
+        leaf
+        for i, ((_, element), (own, member)) in enumerate(zip(elements, wanted, strict=True))
+        for leaf in flatten(element, member, name, f"{path}/{own or i}".lstrip("/"))
+    ]
 
 
 _SOURCES = {
     "state": "Take a state from `initialize`, `next`, `restore` or the plain process.",
     "client_data": "Give each client's data as the type of the process's `next` says.",
 }
-_OTHER_SOURCE = "Take what `get_{0}` returns and change values in it."
 
 
-def _expected(type_spec: tff.StructType) -> str:
-    names = [name for name, _ in tff.structure.iter_elements(type_spec)]
-    return _listed(names)
+def _source(argument: str) -> str:
+    other = f"Take what `get_{argument}` returns and change values in it."
+    return _SOURCES.get(argument, other)
 
 
-def _outline(value: Any, elements: Any) -> str:
-    if elements is None:
-        return type(value).__name__
-    return _listed([name for name, _ in elements])
-
-
-def _listed(names: list[str | None]) -> str:
-    if all(name is None for name in names):
-        return f"{len(names)} elements"
-    return f"the elements {', '.join(str(name) for name in names)}"
+def _listed(elements: list[tuple[str | None, Any]]) -> str:
+    if all(name is None for name, _ in elements):
+        return f"{len(elements)} elements"
+    return f"the elements {', '.join(str(name) for name, _ in elements)}"
 
 
 def pack(values: Sequence[Any], type_spec: tff.Type) -> Any:
@@ -137,22 +128,19 @@ def _structured(values: Iterator[Any], type_spec: tff.Type) -> Any:
     )
 
 
-def as_arrays(value: object, type_spec: tff.Type, name: str = "state") -> list[Any]:
-    """Lists the leaves of a plain value as NumPy arrays, after checking them.
+def as_arrays(found: Sequence[Any], type_spec: tff.Type, name: str = "state") -> list[np.ndarray]:
+    """Makes NumPy arrays of the leaves of a value, after checking them.
 
     Args:
-      value: A structure.
-      type_spec: The type that it must have.
+      found: The leaves.
+      type_spec: The type that the value must have, of tensors alone.
       name: The argument that it was given as, for messages.
 
     Raises:
       TypeError: A leaf has another dtype or shape than its type says.
     """
     arrays = []
-    for leaf, item in zip(leaves_of(type_spec), flatten(value, type_spec, name), strict=True):
-        if not leaf.is_tensor:
-            arrays.append(item)
-            continue
+    for leaf, item in zip(leaves_of(type_spec), found, strict=True):
         if isinstance(item, tf.Tensor | tf.Variable):
             item = item.numpy()
         # A Python number has no dtype of its own.
@@ -162,26 +150,10 @@ def as_arrays(value: object, type_spec: tff.Type, name: str = "state") -> list[A
         if not same_dtype or not leaf.shape.is_compatible_with(array.shape):
             raise TypeError(
                 f"`{name}` must hold {leaf.type} at {leaf.name}; found {array.dtype}"
-                f"{list(array.shape)}. It comes from another model or optimizer: "
-                f"{_SOURCES.get(name, _OTHER_SOURCE).format(name)}"
+                f"{list(array.shape)}. It comes from another model or optimizer: {_source(name)}"
             )
         arrays.append(array)
     return arrays
-
-
-def check_same(found: Sequence[Leaf], wanted: Sequence[Leaf]) -> None:
-    """Checks that a state that lives somewhere has the tensors that a process's state has.
-
-    Raises:
-      TypeError: It has others.
-    """
-    for here, there in zip(found, wanted, strict=True):
-        if here.name != there.name or not there.type.is_assignable_from(here.type):
-            raise TypeError(
-                f"`state` must hold {there.type} at {there.name}; found {here.type} at "
-                f"{here.name}: a state of another `ResidentProcess`, of another model or "
-                f"optimizer. {_SOURCES['state']}"
-            )
 
 
 def num_bytes(type_spec: tff.Type) -> int:

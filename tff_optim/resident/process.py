@@ -15,13 +15,12 @@ from tff_optim.core.types import (
     Cohort,
     Computation,
     Hparams,
-    Leaves,
     State,
     Structure,
     Value,
     Weights,
 )
-from tff_optim.resident import forks, leaves, parts
+from tff_optim.resident import leaves, parts
 from tff_optim.resident.client_data import ClientData, explain
 from tff_optim.resident.clients import Clients
 from tff_optim.resident.clients.in_process.cohort import InProcess
@@ -29,8 +28,7 @@ from tff_optim.resident.clients.in_process.vectorised import Vectorised
 from tff_optim.resident.clients.in_workers.cohort import InWorkers
 from tff_optim.resident.clients.in_workers.workers import Workers
 from tff_optim.resident.server import Server
-from tff_optim.resident.state.references import held_by, references_to
-from tff_optim.resident.state.variables import OnDevice
+from tff_optim.resident.state.references import references_to
 
 
 class ResidentProcess:
@@ -150,8 +148,6 @@ class ResidentProcess:
                 clients_at_once,
                 self._server.merging(cut.merge),
             )
-        self._owner = os.getpid()
-        self._closed = False
         # The variables of the clients' functions are for one round at a time. What reads or makes
         # states needs no lock: a state's variables are its own.
         self._round = threading.RLock()
@@ -177,7 +173,6 @@ class ResidentProcess:
         Returns:
           A state with references as leaves.
         """
-        self._check_open()
         return references_to(self._server.initialize())
 
     def next(self, state: State, client_data: Cohort) -> Structure:
@@ -204,15 +199,15 @@ class ResidentProcess:
                 f"{type(client_data).__name__}."
             )
         data = self._taken.cohort(client_data)
-        held = self._taken_in(state)
+        held = self._server.take_in(state)
         try:
             with self._round:
-                self._check_open()
-                context = self._server.prepare(held)
+                self._server.check_open()
+                context = self._server.prepare(held.variables)
                 total = self._clients.add_up(context, data)
                 new, metrics = self._server.step(held, total)
         except Exception as error:
-            self._check_open()
+            self._server.check_open()
             explain(error, enumerate(data))
             raise
         return tff.learning.templates.LearningProcessOutput(
@@ -248,9 +243,7 @@ class ResidentProcess:
 
     def materialize(self, state: State) -> State:
         """Brings a state to Python: the state of the wrapped process."""
-        found = self._source(state)
-        plain = found.fetch() if isinstance(found, OnDevice) else found
-        return leaves.pack(plain, self._state_type)
+        return leaves.pack(self._server.take_in(state).fetch(), self._state_type)
 
     def restore(self, plain_state: State) -> State:
         """Takes a plain state of the wrapped process to where this one runs.
@@ -258,13 +251,13 @@ class ResidentProcess:
         Raises:
           TypeError: It is not a state of the wrapped process.
         """
-        return references_to(self._taken_in(plain_state))
+        return references_to(self._server.take_in(plain_state))
 
     def close(self) -> None:
         """Ends the local workers, and gives back the memory of all states of this process."""
-        if os.getpid() != self._owner:
+        if os.getpid() != self._server.owner:
             return  # all of it is the parent's
-        self._closed = True
+        self._server.closed = True
         self._clients.close()  # which ends a round that another thread is waiting for
         with self._round:
             self._server.close()
@@ -276,7 +269,7 @@ class ResidentProcess:
         self.close()
 
     def __repr__(self) -> str:
-        if self._closed:
+        if self._server.closed:
             return "<ResidentProcess on nothing: closed>"
         return f"<ResidentProcess on {self.device}, clients in {self._clients.name}>"
 
@@ -293,34 +286,14 @@ class ResidentProcess:
     def __reduce__(self) -> Value:
         return self.__copy__()
 
-    def _check_open(self) -> None:
-        forks.check_owner("This `ResidentProcess`", self._owner)
-        if self._closed:
-            raise RuntimeError(
-                "This `ResidentProcess` was closed. Use it inside of its `with` block, or build "
-                "another one and go on from a checkpoint or a plain state."
-            )
-
-    def _source(self, state: State) -> OnDevice | Leaves:
-        """Finds what a state's references stand for; checks a plain or mixed state."""
-        self._check_open()
-        found = held_by(state, self._state_type)
-        if isinstance(found, OnDevice):
-            leaves.check_same(found.leaves, self._server.leaves)
-            return found
-        return leaves.as_arrays(leaves.pack(found, self._state_type), self._state_type)
-
-    def _taken_in(self, state: State) -> OnDevice:
-        return self._server.take_in(self._source(state))
-
     def _get(self, computation: Computation, state: State) -> Structure:
-        result = self._server.get(computation, self._taken_in(state))
+        result = self._server.get(computation, state)
         return leaves.pack(result, computation.type_signature.result)
 
     def _set(self, name: str, computation: Computation, state: State, part: Structure) -> State:
         part_type = computation.type_signature.parameter[1]
-        arrays = leaves.as_arrays(part, part_type, name)
-        return references_to(self._server.set(computation, self._taken_in(state), arrays))
+        arrays = leaves.as_arrays(leaves.flatten(part, part_type, name), part_type, name)
+        return references_to(self._server.set(computation, state, arrays))
 
 
 def _chosen(device: str | DevicePolicy | None) -> str:

@@ -1,6 +1,7 @@
 """The server's half of a process: its state in variables on a device, and what is computed of it."""
 
 import logging
+import os
 import threading
 
 import tensorflow as tf
@@ -8,10 +9,11 @@ import tensorflow_federated as tff
 
 from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
-from tff_optim.core.types import Computation, Leaves, Value
-from tff_optim.resident import leaves
+from tff_optim.core.types import Computation, Leaves, State, Value
+from tff_optim.resident import forks, leaves
 from tff_optim.resident import parts as parts_lib
 from tff_optim.resident.graphs.imported import ImportedComputation
+from tff_optim.resident.state.references import Reference
 from tff_optim.resident.state.variables import (
     CLOSED,
     OnDevice,
@@ -28,6 +30,9 @@ _COMPILED_FROM_BYTES_A_TENSOR = 1 << 20
 class Server:
     """The server of a process.
 
+    A state goes from `ResidentProcess.next` to `take_in`, which brings it into variables (`flatten`,
+    and for a plain one `as_arrays` and `hold`), and from there to `prepare` and `step`.
+
     Args:
       process: The learning process.
       parts: Its round.
@@ -35,6 +40,12 @@ class Server:
       compile_step: Whether XLA compiles the server's step; None where it pays.
       exact: Whether computations are optimised as plain TFF's compiler does, and nowhere else, so
         that results are plain TFF's to the bit.
+
+    Attributes:
+      owner: The id of the Python process that it belongs to.
+      closed: Whether nothing more is computed.
+      prepare: From the variables of a state to the leaves of what the clients are sent.
+      step: See `ServerStep`.
     """
 
     def __init__(
@@ -45,46 +56,61 @@ class Server:
         compile_step: bool | None,
         exact: bool,
     ):
-        state_type = process.initialize.type_signature.result.member
+        self.owner, self.closed = os.getpid(), False
         self._device = device
         self._exact = exact
         self._initialize = process.initialize
-        self._sets = VariableSets(state_type, device)
+        self._sets = VariableSets(process.initialize.type_signature.result.member, device)
         if compile_step is None and exact:
             compile_step = False
         report, update = map(self._imported, (parts.report, parts.update))
-        self._step: Value = ServerStep(report, update, self._sets, device, compile_step)
-        self._prepare: Value = self._imported(parts.prepare)
-        self.leaves = self._sets.leaves
+        self.step: Value = ServerStep(report, update, self._sets, device, compile_step)
+        self.prepare: Value = self._imported(parts.prepare)
         self._functions: dict[Computation, ImportedComputation] = {}
         self._building = threading.RLock()
 
+    def check_open(self) -> None:
+        """Raises where the process was closed, or belongs to another Python process."""
+        forks.check_owner("This `ResidentProcess`", self.owner)
+        if self.closed:
+            raise RuntimeError(
+                "This `ResidentProcess` was closed. Use it inside of its `with` block, or build "
+                "another one and go on from a checkpoint or a plain state."
+            )
+
     def initialize(self) -> OnDevice:
         """Computes the initial state."""
+        self.check_open()
         return self._sets.hold(self._function(self._initialize)([]))
 
-    def take_in(self, state: OnDevice | Leaves) -> OnDevice:
-        """Brings a state, of another process or plain, into variables of this one."""
-        if isinstance(state, OnDevice):
-            return state if state.sets is self._sets else self._sets.hold(state.variables)
-        return self._sets.hold(state)
+    def take_in(self, state: State) -> OnDevice:
+        """Finds the variables of a state; brings one that is plain, or of elsewhere, into some.
 
-    def prepare(self, held: OnDevice) -> Leaves:
-        """Computes what the clients are sent."""
-        return self._prepare(held.variables)
+        Raises:
+          TypeError: It is not a state of the process.
+        """
+        self.check_open()
+        found = leaves.flatten(state, self._sets.type)
+        held = found[0].held if found and isinstance(found[0], Reference) else None
+        if (
+            held is not None
+            and held.sets is self._sets
+            and all(
+                isinstance(x, Reference) and x.held is held and x.index == i
+                for i, x in enumerate(found)
+            )
+        ):
+            return held
+        return self._sets.hold(leaves.as_arrays(found, self._sets.type))
 
-    def step(self, held: OnDevice, total: Leaves) -> tuple[OnDevice, Leaves]:
-        """Computes the new state and the metrics from a cohort's aggregate."""
-        new = self._sets.take()
-        metrics = self._step(held.variables, new, total)
-        return self._sets.state(new), [plain(x) for x in metrics]
-
-    def get(self, computation: Computation, held: OnDevice) -> Leaves:
+    def get(self, computation: Computation, state: State) -> Leaves:
         """Calls an unplaced `S -> T` and brings the result to Python."""
+        held = self.take_in(state)  # or its variables might be given back before they are read
         return [plain(x) for x in self._function(computation)(held.variables)]
 
-    def set(self, computation: Computation, held: OnDevice, part: Leaves) -> OnDevice:
+    def set(self, computation: Computation, state: State, part: Leaves) -> OnDevice:
         """Calls an unplaced `<S, T> -> S` with a `T` from Python."""
+        held = self.take_in(state)
         part_type = computation.type_signature.parameter[1]
         tensors = [
             tf.convert_to_tensor(x, leaf.dtype)
@@ -96,10 +122,9 @@ class Server:
         """Returns `<A, A> -> A` as a function of the leaves of two aggregates."""
         return self._imported(merge)
 
-    def write(self, state: OnDevice | Leaves, prefix: str) -> None:
+    def write(self, held: OnDevice, prefix: str) -> None:
         """Writes a state as the TensorFlow checkpoint `prefix`."""
-        values = state.variables if isinstance(state, OnDevice) else state
-        leaves.write_checkpoint(prefix, self._sets.leaves, values)
+        leaves.write_checkpoint(prefix, self._sets.leaves, held.variables)
 
     def read(self, prefix: str) -> OnDevice:
         """Reads a state from the checkpoint `prefix`."""
@@ -109,7 +134,7 @@ class Server:
         """Lets go of the states and of the functions."""
         self._sets.close()
         self._functions.clear()
-        self._prepare = self._step = _gone
+        self.prepare = self.step = _gone
 
     def _imported(self, computation: Computation) -> ImportedComputation:
         if self._exact:
@@ -133,7 +158,7 @@ def _gone(*unused: Value) -> Value:
 
 
 class ServerStep:
-    """`<S, A> -> <S, M>`, the aggregation's report and the update of the state.
+    """`<S, A> -> <S, M>`: the aggregation's report and the update of the state.
 
     Args:
       report: `A -> R`.
@@ -152,8 +177,7 @@ class ServerStep:
         device: str,
         compiled: bool | None,
     ):
-        self._leaves = sets.leaves
-        self._device = device
+        self._sets, self._device = sets, device
         self._must = compiled is True
         self.compiled = _is_large(sets) if compiled is None else compiled
         self._parts = (report, update)
@@ -171,25 +195,23 @@ class ServerStep:
         self._plain = step
         self._xla = tracing.function(step, autograph=False, jit_compile=True)
 
-    def __call__(self, old: Variables, new: Variables, total: Leaves) -> Leaves:
-        """Takes a step from one set of variables into another; returns the metrics."""
+    def __call__(self, held: OnDevice, total: Leaves) -> tuple[OnDevice, Leaves]:
+        """Computes the new state and the metrics from a cohort's aggregate."""
+        new = self._sets.take()
         # XLA makes no variables itself.
         made = [part.make_variables() if self.compiled else None for part in self._parts]
-        metrics = self._run(list(old), list(new), total, made)
-        _check_devices(self._leaves, new, self._device)
-        return metrics
-
-    def _run(self, *arguments: Value) -> Leaves:
+        arguments = list(held.variables), list(new), total, made
         with device_scope(self._device):
-            if self.compiled:
-                try:
-                    return self._xla(*arguments)
-                except tf.errors.OpError as error:
-                    if self._must:
-                        raise
-                    self.compiled = False
-                    logging.getLogger(__name__).info("XLA cannot compile this step: %s", error)
-            return self._plain(*arguments)
+            try:
+                metrics = (self._xla if self.compiled else self._plain)(*arguments)
+            except tf.errors.OpError as error:
+                if self._must or not self.compiled:
+                    raise
+                self.compiled = False
+                logging.getLogger(__name__).info("XLA cannot compile this step: %s", error)
+                metrics = self._plain(*arguments)
+        _check_devices(self._sets.leaves, new, self._device)
+        return self._sets.state(new), [plain(x) for x in metrics]
 
 
 def _is_large(sets: VariableSets) -> bool:

@@ -90,23 +90,3 @@ def references_to(held: OnDevice) -> Any:
     """The structure of a state with a reference at each leaf."""
     found = [Reference(held, i) for i in range(len(held.leaves))]
     return leaves.pack(found, held.sets.type)
-
-
-def held_by(state: object, type_spec: tff.Type) -> OnDevice | list[Any]:
-    """Returns the state whose references `state` is made of, all of them and in order.
-
-    Of a state that holds plain values, or references to more than one state, it lists the leaves,
-    which are plain values then.
-    """
-    found = leaves.flatten(state, type_spec)
-    held = found[0].held if found and isinstance(found[0], Reference) else None
-    if (
-        held is not None
-        and len(held.leaves) == len(found)
-        and all(
-            isinstance(x, Reference) and x.held is held and x.index == i
-            for i, x in enumerate(found)
-        )
-    ):
-        return held
-    return [x.held.fetch_leaf(x.index) if isinstance(x, Reference) else x for x in found]
