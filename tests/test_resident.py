@@ -358,8 +358,16 @@ def test_a_state_that_holds_a_data_set_is_refused():
         ({"workers": []}, ValueError, "`workers` must be None"),
         ({"workers": ["localhost"]}, ValueError, "`workers` must name each worker 'host:port'"),
         ({"workers": ["a:1", "a:1"]}, ValueError, "`workers` must name each worker once"),
-        ({"clients_at_once": 0}, ValueError, "`clients_at_once` must be a positive integer"),
-        ({"clients_at_once": 1.5}, ValueError, "`clients_at_once` must be a positive integer"),
+        (
+            {"clients_at_once": 0},
+            ValueError,
+            "`clients_at_once` must be a whole number of at least 1",
+        ),
+        (
+            {"clients_at_once": 1.5},
+            ValueError,
+            "`clients_at_once` must be a whole number of at least 1",
+        ),
         ({"heartbeat": 0}, ValueError, "`heartbeat` must be a positive number"),
         ({"start_timeout": "1"}, ValueError, "`start_timeout` must be a positive number"),
     ],

@@ -396,7 +396,7 @@ def test_states_are_for_their_owner_alone(resident, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"keep": 0}, ValueError, "`keep` must be a positive integer"),
+        ({"keep": 0}, ValueError, "`keep` must be a whole number of at least 1"),
         ({"directory": ""}, ValueError, "`directory` must be a path"),
         ({"process": 1}, TypeError, "`process` must be a `ResidentProcess`; found int"),
     ],

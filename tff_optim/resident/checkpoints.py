@@ -9,6 +9,7 @@ import warnings
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_optim.core.checks import check_whole
 from tff_optim.core.types import Record, State, Structure
 from tff_optim.resident import leaves, maker
 from tff_optim.resident.errors import CheckpointError
@@ -74,8 +75,8 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         with a warning.
 
     Raises:
-      TypeError: `process` is not a `ResidentProcess`.
-      ValueError: `keep` is not a positive integer or None, or `directory` is empty.
+      TypeError: If `process` is not a `ResidentProcess`.
+      ValueError: If `keep` is out of range, or `directory` is empty.
     """
 
     def __init__(
@@ -91,8 +92,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
                 f"`process` must be a `ResidentProcess`; found {type(process).__name__}. For other "
                 "processes there is `tff.program.FileProgramStateManager`."
             )
-        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise ValueError(f"`keep` must be a positive integer or None; found {keep!r}.")
+        check_whole("keep", keep, 1, optional=True)
         if not os.fspath(directory):
             raise ValueError("`directory` must be a path; found an empty string.")
         self._leaves = leaves.leaves_of(process.state_type)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.core.checks import check_flag
+from tff_optim.core.checks import check_flag, check_whole
 from tff_optim.core.devices import DevicePolicy, select_device
 from tff_optim.core.types import (
     Cohort,
@@ -113,14 +113,7 @@ class ResidentProcess:
             )
         _check_positive("heartbeat", heartbeat)
         _check_positive("start_timeout", start_timeout)
-        if clients_at_once is not None and (
-            not isinstance(clients_at_once, int)
-            or isinstance(clients_at_once, bool)
-            or clients_at_once < 1
-        ):
-            raise ValueError(
-                f"`clients_at_once` must be a positive integer or None; found {clients_at_once!r}."
-            )
+        check_whole("clients_at_once", clients_at_once, 1, optional=True)
         check_flag("compile_step", compile_step, optional=True)
         check_flag("vectorize", vectorize)
         targets = _targets(workers)
