@@ -25,7 +25,7 @@ from tff_optim.core.types import (
 )
 from tff_optim.keras_objects import as_json as keras_objects
 from tff_optim.transforms.interface import GradientTransform
-from tff_optim.transforms.probe import probe
+from tff_optim.transforms.from_optimizer import probe
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 _WEIGHT_DECAY = "weight_decay"

@@ -17,7 +17,7 @@ from tff_optim.core.types import (
     Weights,
 )
 from tff_optim.transforms.interface import GradientTransform
-from tff_optim.transforms.probe import probe
+from tff_optim.transforms.from_optimizer import probe
 
 
 def _of_gradients(given: Value) -> OptaxOptimizer:
