@@ -75,11 +75,8 @@ class Entry:
 
     def check_trusted(self, package: str) -> None:
         """Refuses the entry if it names something of a package that is not trusted."""
-        if package not in {"keras", _PACKAGE, *self.trusted}:
-            self.refuse(
-                f"be of Keras or of a package in `trusted_packages` {sorted(self.trusted)}, not of "
-                f"{package!r}"
-            )
+        if package not in ("keras", _PACKAGE):
+            check_trusted(self.label, self.value, package, self.trusted, "Keras")
 
     def strings(self, most: int = _MOST) -> list[str]:
         """The value, a list of strings."""
@@ -151,6 +148,15 @@ def check_packages(trusted_packages: Collection[str]) -> frozenset[str]:
             "trusted_packages", "be a collection of names", shown(trusted_packages), error=TypeError
         )
     return frozenset(trusted_packages)
+
+
+def check_trusted(
+    name: str, value: Value, package: str, trusted: Collection[str], library: str
+) -> None:
+    """Raises `ValueError` unless a value's package is one of those that are trusted."""
+    if package not in trusted:
+        rule = f"be of {library} or of a package in `trusted_packages` {sorted(trusted)}"
+        raise refusal(name, f"{rule}, not of {package!r}", shown(value))
 
 
 def suggestion(name: str, known: Collection[str]) -> str:

@@ -1,6 +1,7 @@
-"""What an optimizer does with weights and gradients, found out by trying some steps."""
+"""Gradient transforms that take the steps of an optimizer."""
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -8,17 +9,44 @@ import tensorflow as tf
 
 from tff_optim.backends.common import PureOptimizer
 from tff_optim.core.tracing import eager_world
+from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Transformed, Weights
+from tff_optim.transforms.interface import GradientTransform
 
-_SHAPES = [(2, 3), (4,)]  # a matrix too: some optimizers treat it in another way than a vector
+_SHAPES = [(2, 3), (4,)]  # some optimizers treat matrices and vectors differently
 _STEPS = 3
 
 
+class FromOptimizer(GradientTransform):
+    """Replaces gradients by the steps of an optimizer, which must not depend on the weights."""
+
+    optimizer: PureOptimizer
+
+    def initialize(self, specs: Specs) -> State:
+        """See base class."""
+        return self.optimizer.initialize(specs)
+
+    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
+        """See base class."""
+        # At zero a step loses no digits to the weights, and no decay has an effect.
+        origin = tf.nest.map_structure(tf.zeros_like, weights)
+        state, moved = self.optimizer.next(state, origin, gradients)
+        return state, tf.nest.map_structure(lambda g, u: None if g is None else u, gradients, moved)
+
+    def get_hparams(self, state: State) -> Hparams:
+        """See base class."""
+        return self.optimizer.get_hparams(state)
+
+    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
+        """See base class."""
+        return self.optimizer.set_hparams(state, hparams)
+
+
 class Probed(NamedTuple):
-    """What some steps have shown.
+    """The behaviour of an optimizer in some trial steps.
 
     Attributes:
       depends_on_weights: Whether the same gradients move different weights differently.
-      is_descent: Whether every step goes against its gradient.
+      is_descent: Whether every step goes against the gradient.
     """
 
     depends_on_weights: bool
@@ -27,7 +55,7 @@ class Probed(NamedTuple):
 
 @functools.lru_cache(maxsize=128)
 def probe(optimizer: PureOptimizer) -> Probed:
-    """Takes some steps along the same gradients, from weights of zero and from others."""
+    """Takes steps with the same gradients, from weights of zero and from others."""
     rng = np.random.default_rng(0)
     gradients, start = ([rng.normal(size=shape) for shape in _SHAPES] for _ in range(2))
     moves = []

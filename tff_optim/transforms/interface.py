@@ -1,4 +1,4 @@
-"""What a gradient transform is."""
+"""The interface of gradient transforms."""
 
 import abc
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from tff_optim.core.types import Gradients, Hparams, Number, Specs, State, Trans
 class GradientTransform(abc.ABC):
     """Turns gradients into other gradients, with a state.
 
-    Two pure functions, traced by TensorFlow Federated: no `tf.Variable` is made or used, and
-    state, shapes and dtypes stay the same from step to step. To write one, subclass this and
-    implement both. Make it immutable (`attrs.frozen` does) and it can be compared and shared.
-    `if` and `for` over tensors may be written in Python: AutoGraph makes them operations.
+    To write one, subclass this and implement two pure functions, `initialize` and `next`, which TFF
+    traces. They must not make or use a `tf.Variable`, and the state's structure, shapes and dtypes stay
+    the same from step to step. If the class is immutable, as `attrs.frozen` makes it, transforms can be
+    compared and shared. AutoGraph converts Python's `if` and `for` over tensors to operations.
 
     A leaf whose gradient is `None` has no update in this step: keep it `None`, and keep its state.
 
@@ -48,7 +48,7 @@ class GradientTransform(abc.ABC):
         """Takes one step.
 
         Args:
-          state: What `initialize` or the step before returned.
+          state: The result of `initialize` or of the step before.
           weights: The weights before the step; a structure of tensors.
           gradients: A structure like `weights` of dense tensors, or `None` for a leaf without.
 
@@ -72,7 +72,7 @@ class GradientTransform(abc.ABC):
 
         Args:
           state: A state of this transform.
-          hparams: Some of what `get_hparams` returns; what is left out stays as it is.
+          hparams: Some of the numbers of `get_hparams`; the others stay as they are.
 
         Raises:
           TypeError: If a value is neither a number nor a tensor.

@@ -13,19 +13,9 @@ from tff_optim.backends.keras.optimizer import KerasOptimizer, resolve
 from tff_optim.core import entries
 from tff_optim.core.devices import select_device
 from tff_optim.core.tracing import eager_world
-from tff_optim.core.types import (
-    Gradients,
-    Hparams,
-    Number,
-    Specs,
-    State,
-    Transformed,
-    Value,
-    Weights,
-)
+from tff_optim.core.types import Gradients, Hparams, Number, State, Transformed, Value, Weights
 from tff_optim.keras_objects import as_json as keras_objects
-from tff_optim.transforms.interface import GradientTransform
-from tff_optim.transforms.from_optimizer import probe
+from tff_optim.transforms.from_optimizer import FromOptimizer, probe
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 _WEIGHT_DECAY = "weight_decay"
@@ -46,7 +36,8 @@ def _step_only(given: Value) -> KerasOptimizer:
     if dropped:
         warnings.warn(f"`KerasTransform` of {name} leaves out {', '.join(dropped)}.", stacklevel=3)
     with eager_world():  # variables and values are needed now, even while TFF traces
-        checks.check_arguments(keras)
+        if not built:
+            checks.check_arguments(keras)
         device = given.device if built else select_device()
         optimizer = KerasOptimizer(copies.with_unit_rate(keras), device)
     if probe(optimizer).depends_on_weights:
@@ -59,19 +50,19 @@ def _step_only(given: Value) -> KerasOptimizer:
 
 
 @attrs.frozen
-class KerasTransform(GradientTransform):
+class KerasTransform(FromOptimizer):
     """Replaces gradients by the step that a Keras optimizer would take.
 
-    `-u(g)`, with `g` the gradients and `u` what the Keras optimizer would add to weights of 0 at a
-    learning rate of 1. The state is that of `tff_optim.build_keras_optimizer`, in the gradients'
-    dtypes. The Keras optimizer still clips. Its learning rate is not used, and its schedule, weight
-    decay and moving average of weights are left out with a warning, since the pipeline has its own
-    rate and decay. Optimizers whose step depends on the values of the weights, such as Ftrl and
-    Adafactor, are refused after some trial steps.
+    The result is `-u(g)`, where `g` are the gradients and `u` is the step that the Keras optimizer takes
+    from weights of 0 at a learning rate of 1. The state is that of `tff_optim.build_keras_optimizer`, in
+    the gradients' dtypes. The Keras optimizer still clips. The pipeline has its own rate and decay, so
+    the optimizer's learning rate is not used, and its schedule, weight decay and moving average of
+    weights are left out with a warning. Optimizers whose step depends on the values of the weights, such
+    as Ftrl and Adafactor, are refused after some trial steps.
 
     Attributes:
-      optimizer: What `tff_optim.build_keras_optimizer` takes (a Keras optimizer, its name, its
-        config, or a callable without arguments) or returns.
+      optimizer: An argument of `tff_optim.build_keras_optimizer` (a Keras optimizer, its name, its
+        config, or a callable without arguments) or its result.
 
     Example:
       >>> adam = KerasTransform("adam")
@@ -85,21 +76,14 @@ class KerasTransform(GradientTransform):
         converter=_step_only, metadata={entries.READER: keras_objects.optimizer_from_json}
     )
 
-    def initialize(self, specs: Specs) -> State:
-        """See base class."""
-        return self.optimizer.initialize(specs)
-
     def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
         """See base class."""
-        # At zero, where Keras' step loses no digits to the weights and no decay has an effect.
-        origin = tf.nest.map_structure(tf.zeros_like, weights)
-        state, moved = self.optimizer.next(state, origin, gradients)
-        negated = tf.nest.map_structure(lambda g, u: None if g is None else -u, gradients, moved)
-        return state, negated
+        state, moved = super().next(state, weights, gradients)
+        return state, tf.nest.map_structure(lambda u: None if u is None else -u, moved)
 
     def get_hparams(self, state: State) -> Hparams:
-        """The Keras optimizer's hparams, less the rates that have no effect here."""
-        hparams = self.optimizer.get_hparams(state)
+        """The Keras optimizer's hparams without the rates, which have no effect here."""
+        hparams = super().get_hparams(state)
         for name in (_LEARNING_RATE, _WEIGHT_DECAY):
             hparams.pop(name, None)
         return hparams
@@ -107,4 +91,4 @@ class KerasTransform(GradientTransform):
     def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
         """See base class."""
         hyperparameters.check_names(hparams, self.get_hparams(state), "KerasTransform")
-        return self.optimizer.set_hparams(state, hparams)
+        return super().set_hparams(state, hparams)

@@ -1,27 +1,14 @@
 """An optax transformation as a gradient transform."""
 
-from collections.abc import Mapping
-
 import attrs
-import tensorflow as tf
 
 from tff_optim.backends.optax.optimizer import OptaxOptimizer, build_optax_optimizer
-from tff_optim.core.types import (
-    Gradients,
-    Hparams,
-    Number,
-    Specs,
-    State,
-    Transformed,
-    Value,
-    Weights,
-)
-from tff_optim.transforms.interface import GradientTransform
-from tff_optim.transforms.from_optimizer import probe
+from tff_optim.core.types import Value
+from tff_optim.transforms.from_optimizer import FromOptimizer, probe
 
 
 def _of_gradients(given: Value) -> OptaxOptimizer:
-    """The transformation, which depends on gradients alone and does not turn them round."""
+    """The transformation, checked to depend on gradients alone and to keep their sign."""
     optimizer = given if isinstance(given, OptaxOptimizer) else build_optax_optimizer(given)
     probed = probe(optimizer)
     if probed.depends_on_weights:
@@ -40,17 +27,17 @@ def _of_gradients(given: Value) -> OptaxOptimizer:
 
 
 @attrs.frozen
-class OptaxTransform(GradientTransform):
-    """Replaces gradients by what an optax transformation makes of them, as `optax.chain` does.
+class OptaxTransform(FromOptimizer):
+    """Replaces gradients by the updates of an optax transformation, as `optax.chain` does.
 
-    So one pipeline may have parts of Keras, of optax and of this package. State and hparams are those of
+    One pipeline may so combine parts of Keras, optax and this package. State and hparams are those of
     `tff_optim.build_optax_optimizer`, in the gradients' dtypes. Two kinds are refused after some trial
     steps: a transformation whose updates depend on the values of the weights, and a whole optimizer such
     as `optax.adam(0.1)`, which would bring a second learning rate.
 
     Attributes:
       optimizer: An `optax.GradientTransformation`, a callable without arguments that returns one, or
-        what `tff_optim.build_optax_optimizer` returns: then the factory's numbers are hparams.
+        the result of `tff_optim.build_optax_optimizer`, in which the factory's numbers are hparams.
 
     Example:
       >>> import optax, tff_optim
@@ -66,23 +53,3 @@ class OptaxTransform(GradientTransform):
     """
 
     optimizer: OptaxOptimizer = attrs.field(converter=_of_gradients)
-
-    def initialize(self, specs: Specs) -> State:
-        """See base class."""
-        return self.optimizer.initialize(specs)
-
-    def next(self, state: State, weights: Weights, gradients: Gradients) -> Transformed:
-        """See base class."""
-        # At zero, where an update loses no digits to the weights.
-        origin = tf.nest.map_structure(tf.zeros_like, weights)
-        state, updates = self.optimizer.next(state, origin, gradients)
-        handed_on = tf.nest.map_structure(lambda g, u: None if g is None else u, gradients, updates)
-        return state, handed_on
-
-    def get_hparams(self, state: State) -> Hparams:
-        """See base class."""
-        return self.optimizer.get_hparams(state)
-
-    def set_hparams(self, state: State, hparams: Mapping[str, Number]) -> State:
-        """See base class."""
-        return self.optimizer.set_hparams(state, hparams)

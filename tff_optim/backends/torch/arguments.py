@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from tff_optim.core.entries import check_trusted
 from tff_optim.core.messages import refusal, shown
 from tff_optim.core.types import Json
 
@@ -72,12 +73,8 @@ def check_name(
             f"`{argument}` must be an optimizer or scheduler that runs from gradients alone; found "
             f"{short}: {refused[short]}."
         )
-    package = name.partition(".")[0]
-    if "." in name and package not in trusted:
-        raise ValueError(
-            f"`{argument}` must be a class of {where} or of a package in `trusted_packages` "
-            f"{sorted(trusted)}; found {shown(name)}."
-        )
+    if "." in name:
+        check_trusted(argument, name, name.partition(".")[0], trusted, where)
 
 
 def check_arguments(argument: str, given: object) -> dict[str, Json]:

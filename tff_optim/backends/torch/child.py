@@ -72,19 +72,10 @@ class RefusedError(Exception):
     """What cannot be done, in words for the user."""
 
 
-def _find(name: str, module: Torch, base: type, trusted: list[str], argument: str) -> type:
-    """A class of torch by its name, or of a trusted package by its full name."""
-    package = name.partition(".")[0]
-    if "." not in name:
-        found = getattr(module, name, None)
-    elif package not in trusted:
-        raise RefusedError(
-            f"`{argument}` must be a class of {module.__name__} or of a package in "
-            f"`trusted_packages` {sorted(trusted)}; found {name!r}."
-        )
-    else:
-        path, _, attribute = name.rpartition(".")
-        found = getattr(importlib.import_module(path), attribute, None)
+def _find(name: str, module: Torch, base: type, argument: str) -> type:
+    """A class of torch by its name, or of another package by its full name."""
+    path, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(path) if path else module, attribute, None)
     if not isinstance(found, type) or not issubclass(found, base):
         raise RefusedError(f"`{argument}` must name a subclass of {base.__name__}; found {name!r}.")
     return found
@@ -103,15 +94,14 @@ class Recipe:
             key: tuple(value) if isinstance(value, list) else value
             for key, value in request["arguments"].items()
         }
-        trusted = request["trusted"]
         self.optimizer = _find(
-            request["optimizer"], torch.optim, torch.optim.Optimizer, trusted, "optimizer"
+            request["optimizer"], torch.optim, torch.optim.Optimizer, "optimizer"
         )
         self.scheduler = request["scheduler"]
         if self.scheduler is not None:
             name, self.scheduler_arguments = self.scheduler
             base = torch.optim.lr_scheduler.LRScheduler
-            self.scheduler = _find(name, torch.optim.lr_scheduler, base, trusted, "lr_scheduler")
+            self.scheduler = _find(name, torch.optim.lr_scheduler, base, "lr_scheduler")
 
     def make(self, parameters: list[Torch]) -> tuple[Torch, Torch]:
         """A fresh optimizer, and its scheduler or None."""

@@ -28,7 +28,7 @@ class TorchOptimizer(PureOptimizer):
     """A torch optimizer as a TFF optimizer; see `build_torch_optimizer`.
 
     Attributes:
-      recipe: What torch builds: `optimizer`, `arguments`, `scheduler`, and the packages `trusted`.
+      recipe: How torch builds it: `optimizer`, `arguments` and `scheduler`.
     """
 
     not_hparams = (_STARTED, SLOTS)
@@ -263,12 +263,5 @@ def build_torch_optimizer(
             "lr_scheduler", name, where, trusted, torch_arguments.REFUSED_SCHEDULERS
         )
         scheduler = [name, torch_arguments.check_arguments("lr_scheduler", given)]
-    named = [optimizer] if lr_scheduler is None else [optimizer, lr_scheduler[0]]
-    recipe = {
-        "optimizer": optimizer,
-        "arguments": arguments,
-        "scheduler": scheduler,
-        # No more than is needed, so that equal optimizers are equal whatever else was trusted.
-        "trusted": sorted({name.partition(".")[0] for name in named if "." in name}),
-    }
+    recipe = {"optimizer": optimizer, "arguments": arguments, "scheduler": scheduler}
     return TorchOptimizer(torch_arguments.find_python(python), recipe)
