@@ -325,7 +325,9 @@ def test_a_torch_round_trip_leaves_the_python_to_the_machine():
         options = {"trusted_packages": ["own", "other"], "torch_python": sys.executable}
         assert through_json(optimizer, **options) == optimizer
         assert "python" not in tff_optim.get_config(optimizer)
-    with pytest.raises(ValueError, match=r"`trusted_packages` \[\], not of 'own'; found 'own.Fancy'"):
+    with pytest.raises(
+        ValueError, match=r"`trusted_packages` \[\], not of 'own'; found 'own.Fancy'"
+    ):
         through_json(optimizer, torch_python=sys.executable)
     with pytest.raises(
         ValueError, match="`config` cannot be built: `python` must be the Python of"
