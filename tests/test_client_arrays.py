@@ -13,7 +13,7 @@ from resident_cases import assert_equal
 import aggregators
 from tff_optim import ResidentProcess, simulation
 from tff_optim.resident.clients.in_process import data as data_lib
-from tff_optim.resident.clients.in_process import one_by_one
+from tff_optim.resident.clients.in_process import one_by_one, slices
 from tff_optim.simulation import ClientArrays
 
 OD = collections.OrderedDict
@@ -85,7 +85,13 @@ def resident():
         yield resident
 
 
-def test_cohorts_of_many_sizes(resident):
+@pytest.fixture
+def read(monkeypatch):
+    """Has data sets read, those too that are rows of tensors."""
+    monkeypatch.setattr(slices, "rows_of", lambda cohort: None)
+
+
+def test_cohorts_of_many_sizes(resident, read):
     """As data sets, whose batches are read one by one or at once, and as arrays: the same bits."""
     clients = ClientArrays(arrays([i % 9 for i in range(101)]), batch_size=4, shuffle=True)
     state = resident.initialize()
@@ -99,7 +105,7 @@ def test_cohorts_of_many_sizes(resident):
         assert_equal(one.metrics, two.metrics)
 
 
-def test_groups_are_bounded_by_bytes(resident, monkeypatch):
+def test_groups_are_bounded_by_bytes(resident, read, monkeypatch):
     clients = ClientArrays(arrays(), batch_size=4, shuffle=True)
     state, cohort = resident.initialize(), clients.cohort(clients.ids, 1)
     expected = resident.next(state, list(cohort))
@@ -333,42 +339,122 @@ def test_clients_with_states_take_arrays_as_data_sets():
 
 
 def pipelines():
-    """Data sets that are read at once, or one by one since no one knows how large they are."""
+    """Data sets; whether they are rows of tensors, and whether they are known to fit one read."""
     x, y = arrays([11])["client 0"]
-    slices = tf.data.Dataset.from_tensor_slices((x, y))
+    rows = tf.data.Dataset.from_tensor_slices((x, y))
     ready = [(x[i : i + 3], y[i : i + 3]) for i in range(0, 11, 3)]
     return {
-        "batched": (slices.batch(3), True),
-        "a map behind": (slices.batch(3).map(lambda x, y: (x, y)).prefetch(1), True),
-        "whole batches": (slices.batch(3, drop_remainder=True), True),
-        "a short one in the middle": (slices.batch(3).repeat(2), True),
-        "shuffled": (slices.shuffle(20, seed=4).batch(3), True),
-        "a list": (ready, True),
-        "no elements": (slices.take(0).batch(3), False),
-        "of unknown number": (slices.filter(lambda x, y: True).batch(3), False),
-        "of unknown batches": (slices.batch(2).unbatch().batch(3), False),
-        "in large batches": (slices.batch(10**6), False),
+        "batched": (rows.batch(3), True, True),
+        "a map behind": (rows.batch(3).map(lambda x, y: (x, y)).prefetch(1), False, True),
+        "whole batches": (rows.batch(3, drop_remainder=True), True, True),
+        "a short one in the middle": (rows.batch(3).repeat(2), True, True),
+        "shuffled": (rows.shuffle(20, seed=4).batch(3), False, True),
+        "a list": (ready, True, True),
+        "no elements": (rows.take(0).batch(3), True, False),
+        "of unknown number": (rows.filter(lambda x, y: True).batch(3), False, False),
+        "of unknown batches": (rows.batch(2).unbatch().batch(3), False, False),
+        "in large batches": (rows.batch(10**6), True, False),
     }
 
 
 def test_pipelines_are_read_at_once_where_they_fit(resident, monkeypatch):
     state = resident.initialize()
-    for name, (data, at_once) in pipelines().items():
-        found, seen = [], []
+    for name, (data, are_rows, at_once) in pipelines().items():
+        given = resident._taken(data, 0)
+        assert (slices.rows_of([given]) is not None) == are_rows, name
+        after, metrics = resident.next(state, [data, data])
+        found, seen = [(resident.materialize(after), metrics)], []
+        monkeypatch.setattr(slices, "rows_of", lambda cohort: None)
         for most in (data_lib.MOST_BYTES, -1):
             monkeypatch.setattr(data_lib, "MOST_BYTES", most)
-            made = data_lib._as_it_is(resident._taken(data, 0))
+            made = data_lib._as_it_is(given)
             seen.append(int(tf.raw_ops.DatasetCardinality(input_dataset=made)) > 0)
             after, metrics = resident.next(state, [data, data])
             found.append((resident.materialize(after), metrics))
         monkeypatch.undo()
-        if at_once is not None:
-            assert seen == [at_once, False], name
+        assert seen == [at_once, False], name
         if name != "shuffled":  # each reading draws another order
-            assert_equal(*found)
+            assert_equal(found[0], found[1])
+            assert_equal(found[0], found[2])
 
 
-def test_the_rules_of_aggregators_add_up_arrays_as_they_add_up_data_sets():
+def random_pipeline(rng):
+    """A data set of some steps, each of which takes rows and batches to others."""
+    x = rng.normal(size=(int(rng.integers(0, 12)), 2)).astype(np.float32)
+    data = tf.data.Dataset.from_tensor_slices({"y": np.arange(len(x)), "x": x})
+    number = int(rng.integers(1, 4))
+    steps = {
+        "take": lambda data: data.take(int(rng.integers(-1, 8))),
+        "skip": lambda data: data.skip(int(rng.integers(0, 3))),
+        "repeat": lambda data: data.repeat(int(rng.integers(0, 3))),
+        "prefetch": lambda data: data.prefetch(1),
+        "options": lambda data: data.with_options(tf.data.Options()),
+        "concatenate": lambda data: data.concatenate(data.take(2)),
+    }
+    for kind in rng.choice(list(steps), int(rng.integers(0, 3))):
+        data = steps[kind](data)
+    data = data.batch(number, drop_remainder=bool(rng.integers(2)))
+    for kind in rng.choice(list(steps), int(rng.integers(0, 3))):
+        data = steps[kind](data)
+    return data
+
+
+def test_rows_of_tensors_are_the_batches_that_tensorflow_makes_of_them():
+    rng = np.random.default_rng(0)
+    every = [random_pipeline(rng) for _ in range(60)]
+    for some in (every[:1], every[1:4], every[4:]):
+        clients = slices.joined(slices.rows_of(some))
+        for ours, theirs in zip(clients, some, strict=True):
+            ours, theirs = (list(data.as_numpy_iterator()) for data in (ours, theirs))
+            assert_equal(ours, theirs)
+
+
+def test_batches_that_are_ready_are_rows_of_tensors_too():
+    rng = np.random.default_rng(1)
+    long, short = (rng.normal(size=(n, rows, 2)) for n, rows in ((3, 4), (1, 2)))
+    data = tf.data.Dataset.from_tensor_slices(long)
+    data = data.concatenate(tf.data.Dataset.from_tensor_slices(short)).concatenate(data.skip(1))
+    (found,) = slices.joined(slices.rows_of([data]))
+    assert_equal(list(found.as_numpy_iterator()), [*long, *short, *long[1:]])
+
+
+SIX = np.ones([6, 2], np.float32)
+NO_ROWS = {
+    "a function": lambda rows: rows.batch(2).map(lambda x: x),
+    "an order that is drawn": lambda rows: rows.shuffle(6, seed=1).batch(2),
+    "endless": lambda rows: rows.batch(2).repeat(),
+    "batches of batches": lambda rows: rows.batch(2).batch(2),
+    "not of tensors": lambda rows: tf.data.Dataset.range(4),
+    "numbers": lambda rows: tf.data.Dataset.from_tensor_slices(np.arange(4)),
+    "batches of no row": lambda rows: tf.data.Dataset.from_tensor_slices(np.ones([3, 0, 2])),
+    "parts of other rows": lambda rows: tf.data.Dataset.from_tensor_slices(
+        (np.ones([3, 2]), SIX[:3, None])
+    ),
+    "ragged": lambda rows: tf.data.Dataset.from_tensor_slices(
+        tf.ragged.constant([[1], [2, 3]])
+    ).batch(2),
+    "sparse": lambda rows: tf.data.Dataset.from_tensor_slices(tf.sparse.eye(4)).batch(2),
+    "of another shape in one half": lambda rows: rows.batch(2).concatenate(
+        rows.batch(2).map(lambda x: x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_all_other_data_sets_are_read(name):
+    assert slices.rows_of([NO_ROWS[name](tf.data.Dataset.from_tensor_slices(SIX))]) is None
+
+
+def test_rows_are_alike_and_not_too_many(monkeypatch):
+    data, other = (tf.data.Dataset.from_tensor_slices(x).batch(2) for x in (SIX, SIX[:, :1]))
+    assert slices.rows_of([data, other]) is None
+    monkeypatch.setattr(slices, "MOST_BYTES", SIX.nbytes)
+    assert slices.rows_of([data]) is not None
+    monkeypatch.setattr(slices, "MOST_BYTES", SIX.nbytes - 1)
+    assert slices.rows_of([data]) is None
+
+
+def test_the_rules_of_aggregators_add_up_arrays_as_they_add_up_data_sets(read):
     """Their sums have constants, which the loop over clients cannot hold."""
     process = aggregators.build_fed_avg(
         resident_cases.model_fn,

@@ -180,7 +180,8 @@ def test_every_variable_and_operation_is_on_the_device():
     with ResidentProcess(process(), device="CPU:1") as resident:
         context.enable_run_metadata()
         try:
-            state, _ = resident.next(resident.initialize(), list(cohorts()[0]))
+            mapped = [data.map(lambda x, y: (x, y)) for data in cohorts()[0]]
+            state, _ = resident.next(resident.initialize(), mapped)
             state = resident.set_hparams(state, resident.get_hparams(state))
             resident.get_model_weights(state)
             found = context.export_run_metadata().function_graphs

@@ -15,6 +15,7 @@ import aggregators
 from aggregators import rules
 from tff_optim import ResidentProcess, build_keras_optimizer, simulation
 from tff_optim.resident.clients.in_process import data as data_lib
+from tff_optim.resident.clients.in_process import slices
 
 LIBRARY = tff.learning.algorithms
 SGD = tff.learning.optimizers.build_sgdm(0.05, momentum=0.5)
@@ -119,7 +120,7 @@ def run(process, name, rounds=3):
 
 
 def check_readings(resident, name, monkeypatch):
-    """Batches read one by one, batches read in one go, and batches of arrays give the same bits."""
+    """Batches read one by one or in one go, and batches of rows and of arrays, give the same bits."""
     rng = np.random.default_rng(1)
     sizes = {"ann": 11, "bob": 3, "eve": 0, "joe": 8}
     if name == "build_fed_kmeans":  # takes examples, which no batches are
@@ -135,11 +136,14 @@ def check_readings(resident, name, monkeypatch):
         }
         clients = simulation.ClientArrays(arrays, batch_size=4, epochs=2, shuffle=True)
         cohort = clients.cohort(sizes, 1)
-        cohorts = {"arrays": cohort, "one by one": list(cohort), "in one go": list(cohort)}
+        cohorts = {how: list(cohort) for how in ("one by one", "in one go", "rows")}
+        cohorts["arrays"] = cohort
     state = resident.initialize()
     outputs = []
     for how, given in cohorts.items():
         with monkeypatch.context() as patch:
+            if how in ("one by one", "in one go"):
+                patch.setattr(slices, "rows_of", lambda cohort: None)
             if how == "one by one":
                 patch.setattr(data_lib, "MOST_BYTES", -1)
             after, metrics = resident.next(state, given)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves
 from tff_optim.resident.clients import sizes
 from tff_optim.resident.clients.arrays import ArrayClients
+from tff_optim.resident.clients.in_process import slices
 from tff_optim.resident.clients.in_process.data import ClientTensors
 from tff_optim.resident.clients.in_process.one_by_one import OneByOne
 from tff_optim.resident.clients.in_process.program import NoProgramError
 from tff_optim.resident.graphs.imported import ImportedComputation, call_as_it_is, spec_of
 from tff_optim.resident.parts import RoundParts
+
+_logger = logging.getLogger(__name__)
 
 
 class InProcess:
@@ -34,8 +38,15 @@ class InProcess:
         self._zero = ImportedComputation(parts.zero, device)
         self._data = ClientTensors(parts.work.type_signature.parameter[0])
         self._most = at_once or sizes.at_once(parts.context_type, per_core=2, small=32)
-        self._places = min(self._most, sizes.cores())
-        self._functions: dict[bool, Any] | None = {False: self._adding()}
+        # What adds the work of some clients to a total.
+        self._of_arrays: Any = None
+        self._of_data_sets: Any = None
+        try:
+            self._of_arrays = OneByOne(parts, device, min(self._most, sizes.cores()))
+        except NoProgramError as error:
+            self._why_not = error
+            self._of_data_sets = self._adding()
+        self._closed = threading.Event()
 
     @property
     def name(self) -> str:
@@ -44,39 +55,40 @@ class InProcess:
 
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
         """Returns the leaves of the aggregate of a cohort."""
+        in_arrays = isinstance(client_data, ArrayClients)
+        rows = None
+        if self._of_arrays is None and in_arrays:
+            _logger.info("Clients in arrays train as data sets: %s", self._why_not)
+        elif self._of_arrays is not None and not in_arrays:
+            rows = slices.rows_of(client_data)
         total = self._zero([])
-        kept: list[tf.data.Dataset] = []
-        clients: Sequence[Any] = range(len(client_data))
-        of_arrays = isinstance(client_data, ArrayClients) and self._function(True) is not None
-        if not of_arrays:
-            clients = [self._data.of(data, kept) for data in client_data]
+        positions = range(len(client_data))
         # Between two calls Ctrl-C gets through.
-        for some in sizes.split(clients, math.ceil(len(clients) / self._most)):
-            add = self._function(of_arrays)
-            if of_arrays:
-                total = add(total, context, client_data, some)
-                continue
-            with tf.device("/CPU:0"):
-                packed = _packed(some)
-            total = add(total, context, packed)
+        for some in sizes.split(positions, math.ceil(len(client_data) / self._most)):
+            if self._closed.is_set():
+                raise RuntimeError("This `ResidentProcess` was closed.")
+            if rows is not None:
+                clients = slices.joined([rows[i] for i in some])
+                total = self._of_arrays(total, context, clients, range(len(some)))
+            elif in_arrays and self._of_arrays is not None:
+                total = self._of_arrays(total, context, client_data, some)
+            else:
+                total = self._add_data_sets(total, context, [client_data[i] for i in some])
         return total
-
-    def _function(self, of_arrays: bool) -> Any:
-        """What adds the work of some clients to a total; None for arrays that are data sets to it."""
-        functions = self._functions
-        if functions is None:
-            raise RuntimeError("This `ResidentProcess` was closed.")
-        if of_arrays not in functions:
-            try:
-                functions[of_arrays] = OneByOne(self._parts, self._device, self._places)
-            except NoProgramError as error:
-                functions[of_arrays] = None
-                logging.getLogger(__name__).info("Clients in arrays train as data sets: %s", error)
-        return functions[of_arrays]
 
     def close(self) -> None:
         """Lets go of the functions; a round that is running ends after the clients in training."""
-        self._functions = None
+        self._closed.set()
+        self._of_arrays = self._of_data_sets = None
+
+    def _add_data_sets(self, total: list[Any], context: list[Any], clients: list[Any]) -> list[Any]:
+        if self._of_data_sets is None:
+            self._of_data_sets = self._adding()
+        kept: list[tf.data.Dataset] = []
+        with tf.device("/CPU:0"):
+            tensors = [self._data.of(data, kept) for data in clients]
+            packed = tf.stack([tf.raw_ops.OptionalFromValue(components=one) for one in tensors])
+        return self._of_data_sets(total, context, packed)
 
     def _adding(self) -> Any:
         """Builds what adds the work of some clients, each packed, to a total."""
@@ -118,8 +130,3 @@ class InProcess:
             return call_as_it_is(function, [*total, *context, clients], zero)
 
         return call
-
-
-def _packed(clients: Sequence[list[Any]]) -> tf.Tensor:
-    """Some clients in one tensor, whatever the shapes of their own."""
-    return tf.stack([tf.raw_ops.OptionalFromValue(components=one) for one in clients])

@@ -12,6 +12,7 @@ from tff_optim.core import tracing
 from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves
 from tff_optim.resident.clients.arrays import ArrayClients
+from tff_optim.resident.clients.in_process import slices
 from tff_optim.resident.clients.in_process.batches import Batches, Reader, from_arrays
 from tff_optim.resident.clients.in_process.data import ClientTensors
 from tff_optim.resident.clients.in_process.program import NoProgramError
@@ -50,6 +51,7 @@ class Vectorised:
             for i, leaf in enumerate(self._leaves)
             if not leaf.is_tensor
         }
+        self._rows_alone = len(self._leaves) == 1  # without the place of a state
         size = _COPIES * max(leaves.num_bytes(context_type), 1)
         self._most = at_once or max(min(_MOST_BYTES // size, _MOST_CLIENTS), 1)
         work, accumulate = record(parts.work), record(parts.accumulate)
@@ -96,7 +98,11 @@ class Vectorised:
 
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
         """Returns the leaves of the aggregate of a cohort."""
-        take = self._from_arrays if isinstance(client_data, ArrayClients) else self._from_data_sets
+        take: Any = self._from_data_sets
+        if isinstance(client_data, ArrayClients):
+            take = self._from_arrays
+        elif self._rows_alone and (rows := slices.rows_of(client_data)) is not None:
+            take, client_data = self._from_rows, rows
         total = self._zero([])
         first = 0
         while first < len(client_data):
@@ -112,6 +118,10 @@ class Vectorised:
         """The data of a group from `first` on: tensors, batches, and how many clients it has."""
         batches, number = from_arrays(clients, self._device, first, self._most, _MOST_BYTES)
         return [], [batches], number
+
+    def _from_rows(self, clients: Any, first: int) -> tuple[list[Any], list[Batches], int]:
+        """The same of data sets that are rows of tensors."""
+        return self._from_arrays(slices.joined(clients[first : first + self._most]), 0)
 
     def _from_data_sets(self, clients: Any, first: int) -> tuple[list[Any], list[Batches], int]:
         """The same of data sets."""
