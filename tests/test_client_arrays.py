@@ -414,8 +414,9 @@ def test_batches_that_are_ready_are_rows_of_tensors_too():
     long, short = (rng.normal(size=(n, rows, 2)) for n, rows in ((3, 4), (1, 2)))
     data = tf.data.Dataset.from_tensor_slices(long)
     data = data.concatenate(tf.data.Dataset.from_tensor_slices(short)).concatenate(data.skip(1))
+    data = data.concatenate(tf.data.Dataset.from_tensors(long[0]))
     (found,) = slices.joined(slices.rows_of([data]))
-    assert_equal(list(found.as_numpy_iterator()), [*long, *short, *long[1:]])
+    assert_equal(list(found.as_numpy_iterator()), [*long, *short, *long[1:], long[0]])
 
 
 SIX = np.ones([6, 2], np.float32)

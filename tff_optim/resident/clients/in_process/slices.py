@@ -69,20 +69,24 @@ def _kinds(rows: Rows) -> list[Any]:
 def _elements(data: Any) -> Rows | None:
     """The elements of a data set, None if more is done to them than is known here."""
     kind = type(data).__name__
-    if kind == "_TensorSliceDataset":
-        return _of_slices(data)
+    if kind in ("_TensorSliceDataset", "_TensorDataset"):
+        return _of_tensors(data, kind == "_TensorDataset")
     if kind == "_ConcatenateDataset":
         return _concatenated(*map(_elements, data._input_datasets))
     below = _elements(data._input_dataset) if kind in _STEPS else None
     return None if below is None else _STEPS[kind](below, data)
 
 
-def _of_slices(data: Any) -> Rows | None:
+def _of_tensors(data: Any, are_one: bool) -> Rows | None:
+    """The rows of some tensors, or these as one element."""
     tensors = data._tensors
     if not all(isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(data.element_spec)):
         return None  # ragged or sparse
     if any(map(tf.is_symbolic_tensor, tensors)):
         return None
+    if are_one:
+        with tf.device("/CPU:0"):
+            tensors = [tensor[tf.newaxis] for tensor in tensors]
     return Rows(tensors, np.arange(len(tensors[0])), None, data.element_spec)
 
 
