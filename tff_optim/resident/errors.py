@@ -1,4 +1,4 @@
-"""What can go wrong with a worker or a checkpoint, as errors that say what was lost."""
+"""Errors of workers and checkpoints."""
 
 
 class WorkerStartError(RuntimeError):
@@ -10,4 +10,4 @@ class WorkerLostError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the ones written before are untouched."""
+    """A checkpoint could not be written or read; earlier ones are untouched."""

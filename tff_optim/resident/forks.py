@@ -1,39 +1,39 @@
-"""What a forked child of this Python process must not keep, or use."""
+"""Resources of this Python process that a forked child must not keep or use."""
 
 import contextlib
 import os
 
 
 class ForkedError(RuntimeError):
-    """A forked child uses what belongs to its parent."""
+    """A forked child uses an object that belongs to its parent."""
 
 
-# Locks and pipes by which others see that this process is still there.
+# Locks and pipes that show other processes that this one is still alive.
 _fds: set[int] = set()
 
 
 def keep_here(fd: int) -> None:
-    """Has a file descriptor closed in every child that is forked from now on."""
+    """Closes a file descriptor in every child that is forked from now on."""
     _fds.add(fd)
 
 
 def close(fd: int) -> None:
-    """Closes a file descriptor that `keep_here` was told of, unless a fork has closed it."""
+    """Closes a file descriptor of `keep_here`, unless a fork has already closed it."""
     if fd in _fds:
         _fds.discard(fd)
         os.close(fd)
 
 
 def is_kept(fd: int) -> bool:
-    """Whether this process still has what `keep_here` was told of; a forked child has not."""
+    """Whether this process still has a file descriptor of `keep_here`; a forked child has not."""
     return fd in _fds
 
 
 def check_owner(what: str, owner: int) -> None:
-    """Raises a `ForkedError` where a forked child uses what belongs to its parent.
+    """Raises a `ForkedError` if a forked child uses an object of its parent.
 
     Args:
-      what: How the message calls it.
+      what: The object, in words.
       owner: The id of the process that it belongs to.
     """
     if os.getpid() != owner:

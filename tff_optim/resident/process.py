@@ -34,18 +34,18 @@ from tff_optim.resident.state.references import references_to
 class ResidentProcess:
     """A `tff.learning.templates.LearningProcess` whose server state stays where it is computed.
 
-    It is used like the process it wraps. State and server are in TensorFlow of the Python process,
-    on a GPU where there is one; clients are trained there too, or in workers of TFF. The leaves of
-    its states are `tff.program.MaterializableValueReference`s: TFF's loops, program state managers
-    and release managers fetch them when they need them. A plain state, such as a manager loads, can
-    be given wherever a state is expected, as can one of another `ResidentProcess`.
+    Use it like the process that it wraps. State and server live in TensorFlow in the Python process, on
+    a GPU if there is one. Clients train there too, or in TFF's workers. The leaves of its states are
+    `tff.program.MaterializableValueReference`s, which TFF's loops, program state managers and release
+    managers fetch when they need them. Wherever a state is expected, you can also give a plain state,
+    as a manager loads it, or a state of another `ResidentProcess`.
 
-    With `workers=1` its numbers are plain TFF's to the bit; without workers, or with several, to
-    rounding. Where plain TFF draws anew in every run, nothing repeats it.
+    With `workers=1` its numbers equal plain TFF's to the bit; without workers, or with several, to
+    rounding. Random numbers that plain TFF draws anew in every run cannot be repeated.
 
-    Rounds run in TFF's MapReduce form, a few clients after the other, so that the memory needed
-    depends on the model and not on the cohort. A process in which one aggregation depends on
-    another has no such form, and is refused.
+    Rounds run in TFF's MapReduce form, a few clients at a time, so the memory needed depends on the
+    model and not on the cohort. A process in which one aggregation depends on another has no such form,
+    and is refused.
 
     Example:
       >>> import tensorflow as tf
@@ -68,28 +68,28 @@ class ResidentProcess:
 
     Args:
       process: The learning process.
-      device: Where the state, the server and, without `workers`, the clients are: `'GPU:0'`,
-        `'CPU:0'`, or a `DevicePolicy`. None for that of `set_device_policy`, else the first GPU,
-        where there is one, else the CPU. The attribute `device` says which.
-      workers: None to train clients on the device too. N for N local workers of TFF, or a list of
-        `'host:port'` of running ones: every worker takes an equal share of each cohort. They hold
+      device: The device of the state, the server and, without `workers`, the clients: `'GPU:0'`,
+        `'CPU:0'`, or a `DevicePolicy`. None for that of `set_device_policy`, else the first GPU if there
+        is one, else the CPU. The attribute `device` says which it is.
+      workers: None to train clients on the device too. N for N local TFF workers, or a list of
+        `'host:port'` of running ones. Each worker takes an equal share of every cohort, and keeps
         nothing between rounds.
-      clients_at_once: The largest number of clients that are trained at once, on the device or in
-        each worker, which bounds the memory needed; None to choose by cores and memory. It makes
-        no difference to the numbers.
-      vectorize: Whether groups of clients are trained in one vectorised program, of at most
-        `clients_at_once`. Many small models of dense layers are trained several times as fast, large
-        ones more slowly. Numbers are those of clients trained one by one to rounding, and building
-        takes seconds more. A client's data are read once for all passes over them.
-      compile_step: Whether XLA compiles the server's step; None for states of 4 MB and more in
-        large tensors, where XLA can and there are no workers.
-      heartbeat: Seconds between two looks at a worker while it computes, and the time it
-        has to answer before it counts as lost.
+      clients_at_once: The largest number of clients that train at once, on the device or in each
+        worker, which bounds the memory needed; None to choose by cores and memory. It does not change
+        the numbers.
+      vectorize: Whether groups of at most `clients_at_once` clients train in one vectorised program.
+        Small models of dense layers train several times as fast, large models more slowly. Numbers equal
+        those of clients trained one by one to rounding, and building takes seconds longer. A client's
+        data are read once for all passes over them.
+      compile_step: Whether XLA compiles the server's step. None compiles it if the state has 4 MB or
+        more in large tensors, XLA can compile it, and there are no workers.
+      heartbeat: Seconds between two checks of a worker while it computes, and the time in which it must
+        answer before it counts as lost.
       start_timeout: Seconds that a worker has to start.
 
     Raises:
-      TypeError: `process` is not a learning process, or `device` no device.
-      ValueError: An argument is out of range, there is no such device, or the process cannot be
+      TypeError: If `process` is not a learning process, or `device` no device.
+      ValueError: If an argument is out of range, there is no such device, or the process cannot be
         split, or vectorised.
     """
 
@@ -141,8 +141,8 @@ class ResidentProcess:
                 clients_at_once,
                 self._server.merging(cut.merge),
             )
-        # The variables of the clients' functions are for one round at a time. What reads or makes
-        # states needs no lock: a state's variables are its own.
+        # The variables of the clients' functions serve one round at a time. Reading or making states
+        # needs no lock, since each state has variables of its own.
         self._round = threading.RLock()
 
     @property
@@ -290,7 +290,7 @@ class ResidentProcess:
 
 
 def _chosen(device: str | DevicePolicy | None) -> str:
-    """The device that is asked for, or else the first GPU, or else the CPU."""
+    """The requested device, else the first GPU, else the CPU."""
     chosen = select_device(device)
     if chosen is None:
         chosen = "/GPU:0" if tf.config.list_logical_devices("GPU") else "/CPU:0"
@@ -304,7 +304,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _targets(workers: int | Sequence[str] | None) -> list[str | None] | None:
-    """For each worker its `'host:port'`, or None for one to be started; None without workers."""
+    """Each worker's `'host:port'`, or None for one to be started; None without workers."""
     if workers is None:
         return None
     if isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1:

@@ -1,4 +1,4 @@
-"""The server's half of a process: its state in variables on a device, and what is computed of it."""
+"""The server's half of a process: its state in variables on a device, and computations on it."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from tff_optim.resident.state.variables import (
     plain,
 )
 
-# Below, a step takes no longer than XLA's call; of many small tensors, compiling takes seconds.
+# A smaller step takes no longer than a call to XLA. Many small tensors take seconds to compile.
 _COMPILED_FROM_BYTES = 4 << 20
 _COMPILED_FROM_BYTES_A_TENSOR = 1 << 20
 
@@ -35,16 +35,16 @@ class Server:
 
     Args:
       process: The learning process.
-      parts: Its round.
-      device: Where the state is, and where operations go.
+      parts: The parts of its round.
+      device: The device of the state and of operations.
       compile_step: Whether XLA compiles the server's step; None where it pays.
-      exact: Whether computations are optimised as plain TFF's compiler does, and nowhere else, so
-        that results are plain TFF's to the bit.
+      exact: Whether to optimise computations exactly as plain TFF's compiler does, so that results are
+        plain TFF's to the bit.
 
     Attributes:
       owner: The id of the Python process that it belongs to.
-      closed: Whether nothing more is computed.
-      prepare: From the variables of a state to the leaves of what the clients are sent.
+      closed: Whether it was closed.
+      prepare: Function from the variables of a state to the leaves that are sent to clients.
       step: See `ServerStep`.
     """
 
@@ -70,7 +70,7 @@ class Server:
         self._building = threading.RLock()
 
     def check_open(self) -> None:
-        """Raises where the process was closed, or belongs to another Python process."""
+        """Raises if the process was closed, or belongs to another Python process."""
         forks.check_owner("This `ResidentProcess`", self.owner)
         if self.closed:
             raise RuntimeError(
@@ -84,10 +84,10 @@ class Server:
         return self._sets.hold(self._function(self._initialize)([]))
 
     def take_in(self, state: State) -> OnDevice:
-        """Finds the variables of a state; brings one that is plain, or of elsewhere, into some.
+        """Finds the variables of a state; copies a state from elsewhere into new ones.
 
         Raises:
-          TypeError: It is not a state of the process.
+          TypeError: If it is not a state of the process.
         """
         self.check_open()
         found = leaves.flatten(state, self._sets.type)
@@ -105,7 +105,7 @@ class Server:
 
     def get(self, computation: Computation, state: State) -> Leaves:
         """Calls an unplaced `S -> T` and brings the result to Python."""
-        held = self.take_in(state)  # or its variables might be given back before they are read
+        held = self.take_in(state)  # keeps its variables from being reused before they are read
         return [plain(x) for x in self._function(computation)(held.variables)]
 
     def set(self, computation: Computation, state: State, part: Leaves) -> OnDevice:
@@ -131,7 +131,7 @@ class Server:
         return self._sets.hold(leaves.read_checkpoint(prefix, self._sets.leaves))
 
     def close(self) -> None:
-        """Lets go of the states and of the functions."""
+        """Releases the states and the functions."""
         self._sets.close()
         self._functions.clear()
         self.prepare = self.step = _gone
@@ -163,10 +163,10 @@ class ServerStep:
     Args:
       report: `A -> R`.
       update: `<S, R> -> <S, M>`.
-      sets: Where states are.
-      device: Where the operations go.
-      compiled: Whether XLA compiles the step; None where the state is large, in few tensors, and
-        XLA can.
+      sets: The variables of states.
+      device: The device of the operations.
+      compiled: Whether XLA compiles the step. None compiles it if the state is large, in few tensors,
+        and XLA can compile it.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class ServerStep:
     def __call__(self, held: OnDevice, total: Leaves) -> tuple[OnDevice, Leaves]:
         """Computes the new state and the metrics from a cohort's aggregate."""
         new = self._sets.take()
-        # XLA makes no variables itself.
+        # XLA cannot make variables.
         made = [part.make_variables() if self.compiled else None for part in self._parts]
         arguments = list(held.variables), list(new), total, made
         with device_scope(self._device):
@@ -222,7 +222,7 @@ def _is_large(sets: VariableSets) -> bool:
 def _check_devices(names: list[leaves.Leaf], variables: Variables, device: str) -> None:
     """Raises unless every tensor is in the memory of the device."""
     for leaf, variable in zip(names, variables, strict=True):
-        # TensorFlow keeps integers and texts of a GPU's steps in the host's memory.
+        # TensorFlow keeps integers and strings of a GPU's steps in the host's memory.
         if not leaf.dtype.is_floating:
             continue
         place = variable.device

@@ -1,4 +1,4 @@
-"""A directory of numbered versions: whole ones only, written by one run at a time."""
+"""A directory of numbered versions, each written atomically, by one run at a time."""
 
 import contextlib
 import os
@@ -27,8 +27,8 @@ def check_version(version: object) -> int:
     """Returns a version as a Python integer.
 
     Raises:
-      TypeError: It is not a whole number.
-      ValueError: It is negative, or above 2**63 - 1.
+      TypeError: If it is not a whole number.
+      ValueError: If it is negative, or above 2**63 - 1.
     """
     try:
         if isinstance(version, bool):
@@ -44,14 +44,14 @@ def check_version(version: object) -> int:
 
 
 class VersionDirectory:
-    """Versions `version_N`, each a directory that is written elsewhere and renamed when whole.
+    """Versions `version_N`, each a directory that is written under another name and renamed when whole.
 
-    One run writes at a time, under a lock that the kernel gives back when its process ends. A
-    writer that finds a version that it has neither saved nor seen by `look` is the second run in
-    this directory: it is refused, and the first goes on.
+    One run writes at a time, under a lock that the kernel releases when its process ends. A writer that
+    finds a version that it has neither saved nor seen by `look` is the second run in this directory. It
+    is refused, and the first one goes on.
 
     Args:
-      path: The directory; made, for its owner alone, if it is not there.
+      path: The directory; if missing, it is created for its owner alone.
       keep: How many of the newest versions are kept; None for all.
     """
 
@@ -64,12 +64,12 @@ class VersionDirectory:
         self.look()
 
     def versions(self) -> list[int]:
-        """Lists the numbers of the versions, the oldest first, whatever they hold."""
+        """Lists the numbers of the versions, oldest first, even of damaged ones."""
         matches = map(_NAME.fullmatch, os.listdir(self.path))
         return sorted(n for m in matches if m and (n := int(m.group(1))) <= _LARGEST)
 
     def odd_names(self) -> list[str]:
-        """Lists what is named like a version, but not by a whole number in ASCII digits."""
+        """Lists entries named like a version, but without a whole number in ASCII digits."""
         versions = {f"{_PREFIX}{n}" for n in self.versions()}
         return sorted(
             entry
@@ -82,21 +82,21 @@ class VersionDirectory:
         return os.path.join(self.path, f"{_PREFIX}{version}")
 
     def look(self) -> None:
-        """Takes the newest version for one that the next save may follow."""
+        """Accepts the newest version, so that the next save may follow it."""
         self._seen = max(self.versions(), default=-1)
 
     @contextlib.contextmanager
     def new(self, version: int, damaged: Collection[int] = ()) -> Iterator[str]:
-        """Gives an empty directory, which becomes the version when the block ends well.
+        """Yields an empty directory, which becomes the version if the block does not raise.
 
         Args:
-          version: Its number.
-          damaged: Versions that do not count; they are renamed if they are not below this one.
+          version: The number of the version.
+          damaged: Versions that do not count; those that are not below this one are renamed.
 
         Raises:
-          tff.program.ProgramStateExistsError: The version is there already.
-          ValueError: It is below the newest one.
-          CheckpointError: Another run saves there.
+          tff.program.ProgramStateExistsError: If the version exists.
+          ValueError: If it is below the newest one.
+          CheckpointError: If another run saves there.
         """
         with self._lock() as alone:
             newest = max((v for v in self.versions() if v not in damaged), default=-1)
@@ -157,7 +157,7 @@ class VersionDirectory:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
-        """Keeps other writers away; gives False where the file system has no locks."""
+        """Keeps other writers away; yields False if the file system has no locks."""
         with self._writing, contextlib.ExitStack() as stack:
             try:
                 alone = stack.enter_context(locks.locked(os.path.join(self.path, _LOCK)))
@@ -180,13 +180,13 @@ class VersionDirectory:
                 )
 
     def _set_aside(self, version: int) -> None:
-        # Kept for whoever wants to know what happened to it.
+        # Kept for anyone who wants to know what happened to it.
         if os.path.lexists(self.path_of(version)):
             name = f"{_DAMAGED}{_PREFIX}{version}_{uuid.uuid4().hex[:8]}"
             os.rename(self.path_of(version), os.path.join(self.path, name))
 
     def _remove(self, path: str) -> None:
-        # Renamed first: a version that is removed in part would still look like one.
+        # Renamed first: a partly removed version would still look like one.
         doomed = os.path.join(self.path, _UNFINISHED + uuid.uuid4().hex)
         os.rename(path, doomed)
         _delete(doomed)

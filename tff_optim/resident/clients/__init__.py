@@ -1,26 +1,26 @@
-"""Where the clients of a round are trained: in the Python process, or in workers of TFF."""
+"""Training of a round's clients, in the Python process or in TFF's workers."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 
 class Clients(Protocol):
-    """What trains the clients of a round, and adds up what they return."""
+    """Trains the clients of a round, and adds up their updates."""
 
     @property
     def name(self) -> str:
-        """How messages call the place."""
+        """The place where clients train, for messages."""
 
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
         """Trains a cohort.
 
         Args:
-          context: The leaves of what the clients are sent.
-          client_data: What each client has.
+          context: The leaves of the clients' context.
+          client_data: The data of each client.
 
         Returns:
           The leaves of the aggregate.
         """
 
     def close(self) -> None:
-        """Gives back what was taken; a round that is running ends."""
+        """Releases all resources; a running round ends."""

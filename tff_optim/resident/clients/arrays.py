@@ -1,4 +1,4 @@
-"""The data of a round's clients as rows of arrays, which are kept once for all clients and rounds."""
+"""The data of a round's clients as rows of arrays that all clients and rounds share."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from tff_optim.core.devices import device_scope
 
 
 class Arrays:
-    """The rows of all clients: on the host, and once they are used there on a device too.
+    """The rows of all clients, on the host and on each device that has used them.
 
     Args:
       parts: Arrays with a row for each example, in the order of `tf.nest.flatten`.
@@ -38,11 +38,11 @@ class Arrays:
 
     @property
     def row_bytes(self) -> int:
-        """How many bytes a row of all parts takes."""
+        """The bytes of one row of all parts."""
         return sum(part.dtype.size * math.prod(part.shape[1:]) for part in self._host)
 
     def on(self, device: str) -> list[tf.Tensor]:
-        """The parts on a device; on the host where the device has too little memory for them."""
+        """The parts on a device, or on the host if the device has too little memory."""
         with self._lock:
             if device not in self._on:
                 try:
@@ -58,12 +58,12 @@ class Arrays:
             return [tf.gather(part, order).numpy() for part in self._host]
 
     def data_set(self, order: np.ndarray, cuts: np.ndarray) -> tf.data.Dataset:
-        """Batches of rows: those from one cut to the next."""
+        """Batches of the rows between one cut and the next."""
         parts = self.rows(order)
         if len(cuts) == 1:
             return tf.data.Dataset.from_tensor_slices(self._packed(parts)).batch(1)
         pieces, begin = [], 0
-        # One piece for each run of batches of one size.
+        # One piece for each run of batches of equal size.
         for size, same in itertools.groupby(np.diff(cuts).tolist()):
             number = len(list(same))
             end = begin + size * number
@@ -78,14 +78,14 @@ class Arrays:
 
 @attrs.frozen(eq=False)
 class Batches:
-    """Which rows the batches of some clients have, one client after the other.
+    """The rows of some clients' batches, one client after the other.
 
     Attributes:
       order: int64 `[rows]`: the rows of all batches of all clients.
-      order_bounds: int64 `[clients + 1]`: where in `order` each client's begin.
-      cuts: int64 `[batches + clients]`: for each client the ends of its batches among its own rows,
-        with a 0 in front.
-      cut_bounds: int64 `[clients + 1]`: where in `cuts` each client's begin.
+      order_bounds: int64 `[clients + 1]`: where each client's rows begin in `order`.
+      cuts: int64 `[batches + clients]`: for each client, a 0 and then the ends of its batches among its
+        own rows.
+      cut_bounds: int64 `[clients + 1]`: where each client's cuts begin in `cuts`.
     """
 
     order: np.ndarray
@@ -101,14 +101,14 @@ class Batches:
 
 
 class ArrayClients(list):
-    """The clients of a round: a list of their data sets, each made when one is asked for.
+    """The clients of a round: a list of data sets, which are made on first use.
 
-    Where clients are trained in the Python process, none is.
+    Clients that train in the Python process need none of them.
 
     Attributes:
-      ids: Of the clients.
+      ids: The ids of the clients.
       arrays: The rows of all clients.
-      batches: Those of this round.
+      batches: The batches of this round.
     """
 
     ids: Sequence[Hashable] = ()
@@ -119,7 +119,7 @@ class ArrayClients(list):
     @classmethod
     def of(cls, ids: Sequence[Hashable], arrays: Arrays, batches: Batches) -> "ArrayClients":
         """The clients that have some batches."""
-        # What looks past the methods below finds None for every client, and complains.
+        # Code that bypasses the methods below finds None for every client, and fails.
         clients = cls([None] * len(ids))
         clients.ids, clients.arrays, clients.batches, clients._made = ids, arrays, batches, False
         return clients

@@ -1,4 +1,4 @@
-"""How many clients are trained at once."""
+"""How many clients train at once."""
 
 import itertools
 import os
@@ -14,16 +14,16 @@ _MOST = 512 << 20
 
 
 def at_once(context_type: tff.Type, per_core: int, small: int) -> int:
-    """Chooses how many clients a place trains at once.
+    """Chooses how many clients train at once.
 
     Args:
-      context_type: What a client is sent, and about what it returns.
-      per_core: How many to a processor core that this process may use.
-      small: How many of a small model, such that all take 16 MB: they share what has to be done for
-        each step, and the wait for its slowest client.
+      context_type: The type of a client's context, whose size is about that of its update.
+      per_core: How many clients train on each processor core that this process may use.
+      small: How many clients with a small model train at once, if their contexts take at most 16 MB
+        together. They share the fixed cost of each step, and the wait for its slowest client.
 
     Returns:
-      As many, but no more than are sent 512 MB together; at least one.
+      The number: at least 1, and at most as many as have contexts of 512 MB together.
 
     Example:
       >>> import numpy as np
@@ -42,7 +42,7 @@ def cores() -> int:
 
 
 def split(cohort: Sequence[Any], most: int) -> list[Sequence[Any]]:
-    """Deals a cohort out in order, into at most so many shares of equal sizes, none of them empty.
+    """Splits a cohort in order into at most `most` shares of about equal size, none of them empty.
 
     Example:
       >>> split("abcdefg", 3), split("ab", 3), split("", 3)
