@@ -31,16 +31,16 @@ class _DamagedError(CheckpointError):
 class ResidentCheckpoints(tff.program.ProgramStateManager):
     """Saves the states of a `ResidentProcess`.
 
-    Each version is a directory `version_N` that holds one checkpoint in TensorFlow's format,
-    `version_N/state`: `tf.train.load_checkpoint` reads it, under names such as
-    `global_model_weights/trainable/0`. It is written under another name, read back, and renamed
-    when it is whole, so that a save that is killed leaves the versions before it as they are. (It
-    does not wait for the disk: a power cut may take the newest version.) `version_N/made_by.json`
-    says what kind of step the process's server takes: a state of another optimizer is refused even
-    where all names and shapes are equal. Versions can be read by their owner alone.
+    Each version is a directory `version_N` with one checkpoint in TensorFlow's format,
+    `version_N/state`, which `tf.train.load_checkpoint` reads under names such as
+    `global_model_weights/trainable/0`. It is written under another name, read back, and renamed when it
+    is whole, so a killed save leaves earlier versions as they are. (Saving does not wait for the disk: a
+    power cut may lose the newest version.) `version_N/made_by.json` describes the step that the
+    process's server takes, so that a state of another optimizer is refused even if all names and shapes
+    are equal. Only their owner can read versions.
 
     One run saves to a directory. Of two, the one that saves first goes on; the other gets a
-    `CheckpointError` before anything of it is written.
+    `CheckpointError` before it has written anything.
 
     Example:
       >>> import tempfile
@@ -69,10 +69,9 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
 
     Args:
       process: The process whose states are saved.
-      directory: Where; made if it is not there.
+      directory: The directory, created if missing.
       keep: How many of the newest versions are kept; None for all.
-      accept_changes: Whether a state whose server took another kind of step is loaded all the same,
-        with a warning.
+      accept_changes: Whether to load a state whose server took another kind of step, with a warning.
 
     Raises:
       TypeError: If `process` is not a `ResidentProcess`.
@@ -102,7 +101,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         self._made_by: Record | None = None
 
     def versions(self) -> list[int]:
-        """Lists the versions, the oldest first."""
+        """Lists the versions, oldest first."""
         return self._directory.versions()
 
     def save_now(self, state: State, version: int) -> None:
@@ -110,14 +109,14 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
 
         Args:
           state: A state of the process, resident or plain.
-          version: A whole number above those saved before, such as the round's.
+          version: A whole number above all saved ones, such as the round's.
 
         Raises:
-          TypeError: `state` is not a state of the process, or `version` no whole number.
-          ValueError: `version` is not above the newest.
-          tff.program.ProgramStateExistsError: The version is there already.
-          CheckpointError: Another run saves to the directory; or the version could not be
-            written, for example because the disk is full.
+          TypeError: If `state` is not a state of the process, or `version` no whole number.
+          ValueError: If `version` is not above the newest.
+          tff.program.ProgramStateExistsError: If the version exists.
+          CheckpointError: If another run saves to the directory, or the version could not be written,
+            for example because the disk is full.
         """
         version = check_version(version)
         held = self._process._server.take_in(state)
@@ -137,14 +136,14 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         self._damaged.clear()
 
     def load_now(self, version: int) -> State:
-        """Loads a version to where the process runs.
+        """Loads a version to the device of the process.
 
         Returns:
           A state with references as leaves.
 
         Raises:
-          tff.program.ProgramStateNotFoundError: There is no such version.
-          CheckpointError: It is damaged, or belongs to another process.
+          tff.program.ProgramStateNotFoundError: If there is no such version.
+          CheckpointError: If it is damaged, or belongs to another process.
         """
         version = check_version(version)
         self._process._server.check_open()
@@ -164,19 +163,18 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             raise _DamagedError(f"{what} cannot be read: {_reason(error)}") from error
 
     def resume(self, go_back: bool = True) -> tuple[State, int]:
-        """Loads the newest version that is whole, or starts anew where nothing was saved.
+        """Loads the newest whole version, or the initial state if nothing was saved.
 
         Args:
-          go_back: Whether a damaged version is left out, with a warning that names it, and the
-            newest whole one before it is loaded. The next save renames those left out to
-            `damaged_version_N_...`.
+          go_back: Whether to skip damaged versions, with a warning that names them, and load the newest
+            whole one before them. The next save renames the skipped ones to `damaged_version_N_...`.
 
         Returns:
-          A state and its version; the initial state and 0 where nothing was saved.
+          A state and its version; the initial state and 0 if nothing was saved.
 
         Raises:
-          CheckpointError: The newest version is damaged and `go_back` is False; no version is
-            whole; or they belong to another process.
+          CheckpointError: If the newest version is damaged and `go_back` is False, no version is whole,
+            or they belong to another process.
         """
         damaged: dict[int, str] = {}
         odd = [f"{name} is not numbered" for name in self._directory.odd_names()]
@@ -208,16 +206,16 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         return self.versions() or None
 
     async def save(self, program_state: State, version: int) -> None:
-        """Does what `save_now` does, for TFF's loops."""
+        """`save_now` for TFF's loops."""
         await asyncio.to_thread(self.save_now, program_state, version)
 
     async def load(self, version: int, structure: Structure) -> State:
-        """Does what `load_now` does, for TFF's loops; the process knows the structure."""
+        """`load_now` for TFF's loops; the process knows the structure."""
         del structure
         return await asyncio.to_thread(self.load_now, version)
 
     async def load_latest(self, structure: Structure) -> tuple[State, int]:
-        """Does what `resume` does, for TFF's loops, which start anew by themselves."""
+        """`resume` for TFF's loops, which compute the initial state themselves."""
         del structure
         if not self.versions():
             return None, 0
@@ -244,11 +242,11 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         return self._made_by
 
     def _read_back(self, path: str) -> None:
-        """Reads all of what was written; only then it is a version."""
+        """Reads all files back before they count as a version."""
         try:
             reader = tf.train.load_checkpoint(os.path.join(path, _STATE))
             for name in reader.get_variable_to_shape_map():
-                reader.get_tensor(name)  # it compares the checksum
+                reader.get_tensor(name)  # this compares the checksum
         except leaves.READ_ERRORS as error:
             raise OSError(f"what was written cannot be read back: {_reason(error)}") from error
         for name in os.listdir(path):
@@ -258,7 +256,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
                 os.remove(os.path.join(path, name))
 
     def _check(self, what: str, path: str) -> None:
-        """Compares what a version holds with what the process needs."""
+        """Raises unless a version is whole and its state is one of the process."""
         if not os.path.isdir(path):
             raise _DamagedError(f"{what} is not a directory.")
         for name in (_MADE_BY, *_STATE_FILES):

@@ -1,4 +1,4 @@
-"""Takes the data of clients for a process: makes data sets of lists, refuses what does not fit."""
+"""Checks the data of a process's clients, and makes data sets of lists."""
 
 import collections
 import functools
@@ -16,7 +16,7 @@ from tff_optim.resident.clients.arrays import ArrayClients
 
 
 def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
-    """The type of a client's data, and whether a place for a state comes with it."""
+    """The type of a client's data, and whether the paths of a client state come with it."""
     if isinstance(client_type, tff.StructType):
         members = dict(tff.structure.iter_elements(client_type))
         if list(members) == ["data", "client"]:
@@ -25,14 +25,14 @@ def data_of_client(client_type: tff.Type) -> tuple[tff.Type, bool]:
 
 
 class ClientData:
-    """Takes the data of clients for one process, wherever it runs.
+    """Checks and converts the data of one process's clients, wherever they train.
 
-    What plain TFF takes is taken: a `tf.data.Dataset` of batches, or a list of batches, of which a
-    data set is made in the dtypes that the process wants. A batch in a list is a mapping in any
-    order, a tuple or a list; its parts are arrays, tensors or Python's numbers.
+    It takes the data that plain TFF takes: a `tf.data.Dataset` of batches, or a list of batches, which
+    becomes a data set in the dtypes of the process. A batch in a list is a mapping in any order, a tuple
+    or a list. Its parts are arrays, tensors or Python numbers.
 
-    Conversions that change values are refused, which plain TFF makes without a word: text and
-    fractions for whole numbers, whole numbers that are too large, None for a batch.
+    It refuses conversions that change values, which plain TFF makes silently: strings or fractions to
+    whole numbers, whole numbers that are too large, None as a batch.
 
     Example:
       >>> taken = ClientData(tff.SequenceType(tff.TensorType(np.float32, [None, 2])))
@@ -49,24 +49,24 @@ class ClientData:
       2. Give `dataset.batch(32)`.
 
     Args:
-      data_type: What the process takes of one client. Parts of it that are no `tff.SequenceType` are
+      data_type: The type of one client's data in the process. Parts that are no `tff.SequenceType` are
         left to TFF.
     """
 
     def __init__(self, data_type: tff.Type):
         self._type = data_type
-        self._accepted: set[tuple[str, int]] = set()  # what `element_spec` and type say
+        self._accepted: set[tuple[str, int]] = set()  # `element_spec` and type
 
     def __call__(self, data: Any, client: Any) -> Any:
         """The data of a client, for the process.
 
         Args:
-          data: A `tf.data.Dataset` or a list of batches; with its place for a state, where the
-            process wants one.
+          data: A `tf.data.Dataset` or a list of batches, with the paths of the client's state if it
+            keeps one.
           client: The client's id or position, for the message.
 
         Raises:
-          TypeError: The process does not take the data. The message names the client, what was
+          TypeError: If the process does not take the data. The message names the client, what was
             found, and what to give instead.
         """
         of_client, keeps_state = data_of_client(self._type)
@@ -84,10 +84,10 @@ class ClientData:
         return collections.OrderedDict(data=taken, client=data["client"])
 
     def cohort(self, cohort: Sequence[Any]) -> Sequence[Any]:
-        """The data of several clients; see above. Those in arrays stay there.
+        """The data of several clients, as above; data in arrays stay there.
 
         Raises:
-          TypeError: The process does not take the data of a client.
+          TypeError: If the process does not take the data of a client.
         """
         if isinstance(cohort, ArrayClients) and isinstance(self._type, tff.SequenceType):
             if cohort:
@@ -140,20 +140,20 @@ class ClientData:
 
 
 def explain(error: BaseException, data: Iterable[tuple[Any, Any]]) -> None:
-    """Raises a better error if a round has failed since a worker was to call Python.
+    """Raises a better error if a round failed because a worker cannot call Python.
 
     Args:
-      error: What the round has raised.
+      error: The round's error.
       data: Clients and their data.
 
     Raises:
-      TypeError: The data of the client that it names call functions of the Python process.
+      TypeError: If a client's data call functions of the Python process; the message names the client.
     """
     if not any("No OpKernel was registered" in str(one) for one in (error, error.__cause__)):
         return
     for client, one in data:
         if isinstance(one, Mapping):
-            one = one.get("data")  # with the place of a state
+            one = one.get("data")  # comes with the paths of a state
         if isinstance(one, tf.data.Dataset) and data_cures.calls_python(one):
             raise TypeError(
                 f"The data of client {client!r} must be those that a worker can read; found "
@@ -165,7 +165,7 @@ def _dataset_of(batches: list[list[Any]], wanted: tff.Type) -> tf.data.Dataset:
     """A data set of batches, whose sizes may differ."""
     if not batches:
         return _dataset_of([_nothing(wanted)], wanted).take(0)
-    # One piece for each run of batches of the same size: often all but the last one.
+    # One piece for each run of batches of equal size: often all but the last one.
     pieces = []
     for _, same in itertools.groupby(batches, key=lambda arrays: [one.shape for one in arrays]):
         stacked = iter([np.stack(arrays) for arrays in zip(*same, strict=True)])
@@ -174,7 +174,7 @@ def _dataset_of(batches: list[list[Any]], wanted: tff.Type) -> tf.data.Dataset:
 
 
 def _nothing(wanted: tff.Type) -> list[np.ndarray]:
-    """A batch of no examples."""
+    """A batch without examples."""
     if isinstance(wanted, tff.StructType):
         parts = [_nothing(member) for _, member in tff.structure.iter_elements(wanted)]
         return list(itertools.chain(*parts))
@@ -183,7 +183,7 @@ def _nothing(wanted: tff.Type) -> list[np.ndarray]:
 
 
 def _packed(values: Iterator[Any], wanted: tff.Type) -> Any:
-    """Values in the containers in which TFF keeps the order of names."""
+    """Values in TFF's containers, which keep the order of names."""
     if not isinstance(wanted, tff.StructType):
         return next(values)
     members = [

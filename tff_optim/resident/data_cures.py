@@ -1,7 +1,7 @@
-"""Says how a client's data differ from what a process takes, and what to give instead.
+"""Explains how a client's data differ from the type that a process takes, and names a cure.
 
-What to give is an expression in Python that mends all of it, with `dataset` or `data` for what was
-given, `tf`, `np` and `collections`.
+The cure is a Python expression that mends all differences, in terms of `dataset` or `data` (the
+argument), `tf`, `np` and `collections`.
 """
 
 import itertools
@@ -17,19 +17,19 @@ import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 
-_BATCH = 32  # of the data sets that messages advise
-_MOST = 3  # differences that a message tells
+_BATCH = 32  # batch size in cures
+_MOST = 3  # differences in a message
 OF_PYTHON = "It calls functions of this Python process, such as a generator, which no worker can."
 _INSTEAD = "Give a `tf.data.Dataset` of batches, or a list of them."
 
 
 class Unlike(Exception):  # noqa: N818
-    """The data are not what the process takes; the text says why, and what to give."""
+    """The process does not take the data; the text says why, and what to give."""
 
 
 @attrs.frozen
 class _Leaf:
-    """A part of a batch, or its specification, and the code for it."""
+    """A part of a batch, or its specification, and the code that selects it."""
 
     value: Any
     code: str
@@ -39,9 +39,9 @@ _Leaves = dict[tuple[str, ...], _Leaf]
 
 
 def check_dataset(dataset: tf.data.Dataset, wanted: tff.Type, code: str = "dataset") -> None:
-    """Raises `Unlike` unless the elements of a data set are of a type.
+    """Raises `Unlike` unless the elements of a data set have a type.
 
-    Data are read only to say what to give, at most one element.
+    At most one element is read, and only to find the cure.
     """
     found = dict(_walk(dataset.element_spec, wanted))
     if _fits(dataset, found, wanted):
@@ -78,7 +78,7 @@ def arrays_of_list(
     """The arrays of each batch of a list, in the order and the dtypes of a type.
 
     Raises:
-      Unlike: A batch differs in more than the width of its numbers, or they do not fit.
+      Unlike: If a batch differs in more than the width of its numbers, or numbers are too large.
     """
     if data and all(isinstance(one, tf.data.Dataset) for one in data):
         each = f"[batch for one in {code} for batch in one]"
@@ -93,7 +93,7 @@ def arrays_of_list(
 
 
 def refuse(data: Any, wanted: tff.Type) -> NoReturn:
-    """Raises `Unlike` for what is neither a data set nor a list."""
+    """Raises `Unlike` for anything but a data set or a list."""
     if data is None:
         raise Unlike("Give `[]` for a client that has no data.")
     if not isinstance(data, tuple | Mapping | np.ndarray | tf.Tensor):
@@ -119,9 +119,9 @@ def _refuse_arrays(arrays: Any, wanted: tff.Type, given: str) -> NoReturn:
 
 
 def calls_python(dataset: tf.data.Dataset) -> bool:
-    """Whether a data set calls functions of the Python process, which no worker can."""
+    """Whether a data set calls functions of the Python process, which workers cannot."""
     variant = tf.data.experimental.to_variant(dataset)
-    # 1: leave out states, such as how far a generator of random numbers is.
+    # 1: ignore external states, such as those of random number generators.
     written = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
     graph = tf.compat.v1.GraphDef.FromString(written.numpy())
     nodes = itertools.chain(graph.node, *(one.node_def for one in graph.library.function))
@@ -129,7 +129,7 @@ def calls_python(dataset: tf.data.Dataset) -> bool:
 
 
 def _refuse_read(datasets: list[Any], wanted: tff.Type, code: str, reason: str) -> NoReturn:
-    """What to give for data sets of which a list is to be made, by the first element."""
+    """Raises `Unlike` with a cure that makes a list of data sets; the first element decides."""
     try:
         arrays_of_list(list(datasets[0].take(1)), wanted, code)
     except Unlike as unlike:
@@ -198,8 +198,8 @@ def _walk(
 ) -> Iterator[tuple[tuple[str, ...], _Leaf]]:
     """The parts of a batch or of a specification, at the paths of a type.
 
-    As in TFF, what has no names takes those of the type, by position. A list is a batch or a part
-    of it where the type has parts, and an array elsewhere.
+    As in TFF, parts without names take the type's names by position. A list is a batch, or a part of
+    one, if the type has parts there; otherwise it is an array.
     """
     members: list[Any] = []
     parts: list[Any]
@@ -237,7 +237,7 @@ def _fits(dataset: tf.data.Dataset, found: _Leaves, wanted: tff.Type) -> bool:
 
 
 def _keeps_order(spec: Any, wanted: tff.Type) -> bool:
-    """Whether a data set's tensors, which TensorFlow sorts by name, go to the names that are wanted."""
+    """Whether a data set's tensors, which TensorFlow sorts by name, keep the order of the type."""
     if not isinstance(wanted, tff.StructType):
         return True
     names = [name for name, _ in tff.structure.iter_elements(wanted)]
@@ -250,7 +250,7 @@ def _keeps_order(spec: Any, wanted: tff.Type) -> bool:
 
 
 def _paired(found: _Leaves, wanted: tff.Type, reasons: list[str]) -> _Leaves:
-    """The parts at the paths that are wanted; what is to say of others is added to the reasons."""
+    """The parts at the paths of the type; differences are added to the reasons."""
     paths = [path for path, _ in _leaves_of(wanted)]
     missing = [path for path in paths if path not in found]
     besides = [path for path in found if path not in paths]
@@ -291,7 +291,7 @@ def _batched(
     wanted: tff.Type,
     reasons: list[str],
 ) -> tuple[str, tf.data.Dataset]:
-    """A data set of batches, where it is one of examples, of batches of batches, or of other sizes."""
+    """Batches a data set of examples; unbatches one of batches of batches, or of other sizes."""
     shapes = {path: tf.TensorShape(leaf.shape) for path, leaf in _leaves_of(wanted)}
     pairs = [(shape, _shape(found[path].value)) for path, shape in shapes.items()]
     sizes = {shape[0] for shape in shapes.values() if shape.rank}
@@ -316,7 +316,7 @@ def _batched(
 
 
 def _is_example(found: _Leaves, wanted: tff.Type) -> bool:
-    """Whether each part lacks a dimension, and one of them just that of the batch."""
+    """Whether each part lacks a dimension, and one of them lacks exactly that of the batch."""
     pairs = [
         (tf.TensorShape(leaf.shape), _shape(found[path].value)) for path, leaf in _leaves_of(wanted)
     ]
@@ -329,7 +329,7 @@ def _is_example(found: _Leaves, wanted: tff.Type) -> bool:
 
 
 def _is_known_as(have: tf.TensorShape, shape: tf.TensorShape) -> bool:
-    """Whether all sizes are known that are wanted, for two shapes of which one may be the other."""
+    """Whether `have` knows each size that `shape` knows, for compatible shapes."""
     if shape.rank is None:
         return True
     return all(m is not None for n, m in zip(shape, have, strict=True) if n is not None)
@@ -349,7 +349,7 @@ def _mended(
     reasons: list[str],
     change_dtype: Callable[[str, tf.DType, tf.DType], str | None],
 ) -> str:
-    """The code for a part as it is wanted; each difference is added to the reasons."""
+    """The code that mends a part; each difference is added to the reasons."""
     spec, code, where = leaf.value, leaf.code, _at(path)
     shape, dtype = tf.TensorShape(wanted.shape), tf.as_dtype(wanted.dtype.type)
     if isinstance(spec, tf.RaggedTensorSpec) and spec.shape.rank == shape.rank:
@@ -386,7 +386,7 @@ def _mended(
 
 
 def _same_dtype(code: str, found: tf.DType, wanted: tf.DType) -> str | None:
-    """The code for a tensor of another dtype."""
+    """The code that casts a tensor; None if it has the dtype."""
     if found == wanted:
         return None
     if wanted == tf.string:
@@ -401,7 +401,7 @@ def _same_dtype(code: str, found: tf.DType, wanted: tf.DType) -> str | None:
 
 
 def _safe_dtype(code: str, found: tf.DType, wanted: tf.DType) -> str | None:
-    """The code for an array of another kind of numbers; those of a kind are converted."""
+    """The code that casts an array to another kind of numbers; None if a conversion is safe."""
     kinds = [
         0 if one == tf.bool else 1 if one.is_integer else 2 if one.is_floating else 3
         for one in (found, wanted)
@@ -414,7 +414,7 @@ def _safe_dtype(code: str, found: tf.DType, wanted: tf.DType) -> str | None:
 
 
 def _read(value: Any) -> Any:
-    """A part of a batch in a list as an array; a ragged or sparse tensor, or None, as it is."""
+    """A part of a batch as an array; a ragged or sparse tensor, or None, stays as it is."""
     if isinstance(value, tf.RaggedTensor | tf.SparseTensor | None):
         return value
     if isinstance(value, tf.Tensor | tf.Variable):
@@ -442,7 +442,7 @@ def _check_first_texts(dataset: tf.data.Dataset, wanted: tff.Type) -> None:
 
 
 def _check_text(array: Any, path: tuple[str, ...], wanted: tff.TensorType) -> None:
-    """Raises `Unlike` for text in place of numbers that spells none."""
+    """Raises `Unlike` for text in place of numbers, unless it spells numbers."""
     dtype = tf.as_dtype(wanted.dtype.type)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "OSU" or dtype == tf.string:
         return

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-# What TensorFlow's reader raises for a checkpoint that is damaged: the byte decides which.
+# The errors of TensorFlow's reader for a damaged checkpoint, depending on the damaged byte.
 READ_ERRORS = (tf.errors.OpError, ValueError, IndexError, RuntimeError)
 
 
@@ -40,8 +40,8 @@ class Leaf:
         return tf.dtypes.as_dtype(self.type.dtype)
 
 
-# The recursive functions here are no closures: a closure that calls itself is a cycle, and keeps
-# what it has seen, such as a state and its memory in the worker, until Python looks for cycles.
+# The recursive functions here are no closures: a closure that calls itself is a reference cycle, which
+# keeps all that it has seen, such as a state's memory, until the garbage collector runs.
 
 
 def leaves_of(type_spec: tff.Type) -> list[Leaf]:
@@ -58,16 +58,16 @@ def _walk_type(type_spec: tff.Type, path: tuple[str, ...]) -> Iterable[tuple[tup
 
 
 def flatten(value: Any, type_spec: tff.Type, name: str = "state", path: str = "") -> list[Any]:
-    """Lists what `value` holds at the leaves of `type_spec`.
+    """Lists the parts of `value` at the leaves of `type_spec`.
 
     Args:
       value: A structure.
       type_spec: The type that it should have.
-      name: The argument that it was given as, for messages.
-      path: Where in the argument it was found, for messages.
+      name: The argument's name, for messages.
+      path: The path of `value` in the argument, for messages.
 
     Raises:
-      TypeError: `value` has another structure than `type_spec`.
+      TypeError: If the structure of `value` is not that of `type_spec`.
     """
     if not isinstance(type_spec, tff.StructType):
         return [value]
@@ -113,7 +113,7 @@ def _listed(elements: list[tuple[str | None, Any]]) -> str:
 
 
 def pack(values: Sequence[Any], type_spec: tff.Type) -> Any:
-    """Puts flat values into the Python containers that `type_spec` remembers."""
+    """Puts flat values into the Python containers of `type_spec`."""
     return tff.types.type_to_py_container(_structured(iter(values), type_spec), type_spec)
 
 
@@ -129,15 +129,15 @@ def _structured(values: Iterator[Any], type_spec: tff.Type) -> Any:
 
 
 def as_arrays(found: Sequence[Any], type_spec: tff.Type, name: str = "state") -> list[np.ndarray]:
-    """Makes NumPy arrays of the leaves of a value, after checking them.
+    """Checks the leaves of a value and makes them NumPy arrays.
 
     Args:
       found: The leaves.
       type_spec: The type that the value must have, of tensors alone.
-      name: The argument that it was given as, for messages.
+      name: The argument's name, for messages.
 
     Raises:
-      TypeError: A leaf has another dtype or shape than its type says.
+      TypeError: If the dtype or shape of a leaf is not that of its type.
     """
     arrays = []
     for leaf, item in zip(leaves_of(type_spec), found, strict=True):
@@ -157,7 +157,7 @@ def as_arrays(found: Sequence[Any], type_spec: tff.Type, name: str = "state") ->
 
 
 def num_bytes(type_spec: tff.Type) -> int:
-    """Adds up the bytes of the leaves whose size is known before the run."""
+    """Adds up the bytes of the leaves of known size."""
     total = 0
     for leaf in leaves_of(type_spec):
         if leaf.is_tensor and leaf.shape.is_fully_defined() and leaf.dtype != tf.string:

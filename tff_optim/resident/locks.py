@@ -1,4 +1,4 @@
-"""Locks between programs, which the kernel gives back when their owner ends, however it ends."""
+"""Locks between programs, which the kernel releases when their owner ends, in whatever way."""
 
 import contextlib
 import errno
@@ -13,16 +13,16 @@ from tff_optim.resident import forks
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[bool]:
-    """Holds the lock of a file, which is made if it is not there.
+    """Holds the lock of a file, which is created if missing.
 
     Args:
-      path: The file. While it is locked, it says who has it.
+      path: The file. While it is locked, it names the owner.
 
     Yields:
-      True; or False, after a warning, where the file system has no locks.
+      True; or False, after a warning, if the file system has no locks.
 
     Raises:
-      BlockingIOError: Another program has it, or another part of this one; `strerror` says which.
+      BlockingIOError: If another program, or another part of this one, has it; `strerror` says which.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     forks.keep_here(fd)
@@ -51,7 +51,7 @@ def _take(fd: int, path: str) -> bool:
             stacklevel=2,
         )
         return False
-    with contextlib.suppress(OSError):  # a full disk: the name is for messages alone
+    with contextlib.suppress(OSError):  # the disk may be full, and the name is for messages only
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"Process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return True

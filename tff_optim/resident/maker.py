@@ -1,4 +1,4 @@
-"""What made a state: the step that the server takes, and the versions that it was built with."""
+"""Where a state comes from: the server's step, and the package versions that it was built with."""
 
 import importlib.metadata
 from typing import Any
@@ -13,10 +13,10 @@ from tff_optim.resident.graphs import fingerprints
 def fingerprint(next_computation: Any) -> str | None:
     """Returns a text that is equal for processes whose server takes the same kind of step.
 
-    It is made of the operations that the new state is computed with. Constants do not count:
-    another learning rate is the same optimizer; nor do clients and metrics. States of Adam and of
-    Yogi, equal in all names and shapes, differ in it. None for a process without a MapReduce form,
-    whose server's half cannot be told from the clients'.
+    It is a hash of the operations that compute the new state, without clients and metrics. Constants do
+    not count, since another learning rate is the same optimizer. Adam and Yogi, whose states have equal
+    names and shapes, have different fingerprints. None for a process without a MapReduce form, whose
+    server's half cannot be told from the clients'.
     """
     try:
         update = parts.cut(next_computation).update
@@ -27,7 +27,7 @@ def fingerprint(next_computation: Any) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide which operations a process is made of, by package."""
+    """The versions of the packages that decide which operations a process has, by package."""
     try:
         mine = importlib.metadata.version("tff-optim")
     except importlib.metadata.PackageNotFoundError:  # run from a folder

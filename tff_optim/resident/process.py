@@ -147,7 +147,7 @@ class ResidentProcess:
 
     @property
     def device(self) -> str:
-        """Where the state is, such as `'GPU:0'`."""
+        """The device of the state, such as `'GPU:0'`."""
         return self._device[1:]
 
     @property
@@ -181,10 +181,10 @@ class ResidentProcess:
           are references, and the plain metrics.
 
         Raises:
-          TypeError: An argument is not what the wrapped process takes; of data, the message
-            names the client by its position.
-          WorkerStartError: A worker does not start or answer.
-          WorkerLostError: Workers were lost again and again.
+          TypeError: If the wrapped process does not take an argument. For data, the message names the
+            client by its position.
+          WorkerStartError: If a worker does not start or answer.
+          WorkerLostError: If workers were lost again and again.
         """
         if not isinstance(client_data, list | tuple):
             raise TypeError(
@@ -224,12 +224,12 @@ class ResidentProcess:
 
         Args:
           state: A state.
-          hparams: Some of what `get_hparams` returns, as Python or NumPy numbers of any width;
-            what is left out stays as it is.
+          hparams: Some hyperparameters of `get_hparams`, as Python or NumPy numbers of any width. The
+            others stay as they are.
 
         Raises:
-          TypeError: A value is not a number.
-          ValueError: A name is unknown, or a number is not finite.
+          TypeError: If a value is not a number.
+          ValueError: If a name is unknown, or a number is not finite.
         """
         hparams = hyperparameters.complete(self.get_hparams(state), hparams)
         return self._set("hparams", self._process.set_hparams, state, hparams)
@@ -239,19 +239,19 @@ class ResidentProcess:
         return leaves.pack(self._server.take_in(state).fetch(), self._state_type)
 
     def restore(self, plain_state: State) -> State:
-        """Takes a plain state of the wrapped process to where this one runs.
+        """Brings a plain state of the wrapped process to the device.
 
         Raises:
-          TypeError: It is not a state of the wrapped process.
+          TypeError: If it is not a state of the wrapped process.
         """
         return references_to(self._server.take_in(plain_state))
 
     def close(self) -> None:
-        """Ends the local workers, and gives back the memory of all states of this process."""
+        """Ends the local workers, and frees the memory of all states of this process."""
         if os.getpid() != self._server.owner:
-            return  # all of it is the parent's
+            return  # everything belongs to the parent
         self._server.closed = True
-        self._clients.close()  # which ends a round that another thread is waiting for
+        self._clients.close()  # ends a round that another thread is waiting for
         with self._round:
             self._server.close()
 
