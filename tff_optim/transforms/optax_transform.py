@@ -40,7 +40,9 @@ class OptaxTransform(FromOptimizer):
         the result of `tff_optim.build_optax_optimizer`, in which the factory's numbers are hparams.
 
     Example:
-      >>> import optax, tff_optim
+      >>> import optax
+      >>> import tensorflow as tf
+      >>> import tff_optim
       >>> belief = tff_optim.build_optax_optimizer(optax.scale_by_belief, b1=0.8)
       >>> part = OptaxTransform(belief)
       >>> state = part.initialize([tf.TensorSpec([])])
