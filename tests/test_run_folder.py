@@ -342,14 +342,6 @@ def test_all_follows_the_state_that_is_loaded(process, undisturbed, folder, recw
     assert [step for step, _ in curve] == [*rounds]
 
 
-def before_records(folder):
-    """As it was before there were records and versions, and with the state's type told otherwise."""
-    (folder / "records.jsonl").unlink()
-    arguments = json.loads((folder / "arguments.json").read_text())
-    del arguments["versions"]
-    (folder / "arguments.json").write_text(json.dumps({**arguments, "state_type": "859f4bc8"}))
-
-
 REFUSED = {
     "exchanged": (exchange, "program_state_5 is not as it was saved; program_state_4 is not"),
     "a line": (
@@ -362,7 +354,6 @@ REFUSED = {
         "records.jsonl: line 1: it must be as it was written",
     ),
     "removed": (lambda f: (f / "records.jsonl").unlink(), "records.jsonl is missing"),
-    "an older version's": (before_records, "an older version .* wrote, without it"),
     "no states": (lambda f: other(f / "checkpoints", os.mkdir), "program_state_5 is missing"),
     "a pipe": (
         lambda f: ((f / "arguments.json").unlink(), os.mkfifo(f / "arguments.json")),

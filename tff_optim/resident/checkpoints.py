@@ -24,6 +24,12 @@ _STEP = "server_step"
 _FORMAT = 2  # raised with each change of what `maker.fingerprint` counts
 
 
+_INSTEAD = (
+    "Build the process as it was; to take over the model alone, read the file with "
+    "`tf.train.load_checkpoint` and use `set_model_weights`."
+)
+
+
 class _DamagedError(CheckpointError):
     """A version that is not whole, where an earlier one may be."""
 
@@ -153,8 +159,8 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
         self._directory.look()
         what = f"Version {version} in {self._directory.path}"
         try:
-            self._check(what, path)
-            return references_to(self._process._server.read(os.path.join(path, _STATE)))
+            names = self._check(what, path)
+            return references_to(self._process._server.read(os.path.join(path, _STATE), names))
         except (CheckpointError, OSError, tf.errors.OpError) as error:
             if not os.path.lexists(path):
                 raise tff.program.ProgramStateNotFoundError(version) from error
@@ -255,8 +261,8 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             else:
                 os.remove(os.path.join(path, name))
 
-    def _check(self, what: str, path: str) -> None:
-        """Raises unless a version is whole and its state is one of the process."""
+    def _check(self, what: str, path: str) -> list[str]:
+        """Raises unless a version is whole and a state of the process; returns its leaves' names."""
         if not os.path.isdir(path):
             raise _DamagedError(f"{what} is not a directory.")
         for name in (_MADE_BY, *_STATE_FILES):
@@ -278,7 +284,8 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             dtypes = reader.get_variable_to_dtype_map()
         except leaves.READ_ERRORS as error:
             raise _DamagedError(f"{what} cannot be read: {_reason(error)}") from error
-        wanted = {leaf.name: leaf for leaf in self._leaves}
+        names = [n if n in shapes else leaves.earlier(n) for n in (x.name for x in self._leaves)]
+        wanted = dict(zip(names, self._leaves, strict=True))
         found = set(shapes) - {leaves.MARK}
         wrong = sorted(
             name
@@ -290,9 +297,10 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             raise CheckpointError(
                 f"{what} was saved by another process: it lacks {sorted(set(wanted) - found)}, "
                 f"has {sorted(found - set(wanted))} besides, and differs in shape or dtype at "
-                f"{wrong}."
+                f"{wrong}. {_INSTEAD}"
             )
         self._check_maker(what, made_by)
+        return names
 
     def _check_maker(self, what: str, found: Record) -> None:
         wanted = self._maker()
@@ -320,9 +328,7 @@ class ResidentCheckpoints(tff.program.ProgramStateManager):
             warnings.warn(f"{differs} It is loaded, as `accept_changes` asks.", stacklevel=4)
             return
         raise CheckpointError(
-            f"{differs} Build the process as it was, or load it all the same with "
-            "`accept_changes=True`. To take over the model alone, read the file with "
-            "`tf.train.load_checkpoint` and use `set_model_weights`."
+            f"{differs} To load it all the same, give `accept_changes=True`. {_INSTEAD}"
         )
 
 

@@ -165,6 +165,16 @@ def num_bytes(type_spec: tff.Type) -> int:
     return total
 
 
+# What the first version of this package and of `aggregators` called some leaves.
+EARLIER = {"step": "iterations", "decay": "memory"}
+
+
+def earlier(name: str) -> str:
+    """The name of a leaf in checkpoints of the first version."""
+    path, slash, last = name.rpartition("/")
+    return path + slash + EARLIER.get(last, last)
+
+
 # A checkpoint must hold a tensor, and a state may have none. It also marks files as ours.
 MARK = "tff_optim_resident_format"
 _FORMAT = 1
@@ -180,12 +190,14 @@ def write_checkpoint(prefix: Any, names: Sequence[Leaf], tensors: Sequence[Any])
     )
 
 
-def read_checkpoint(prefix: Any, names: Sequence[Leaf]) -> list[tf.Tensor]:
-    """Reads leaves from the TensorFlow checkpoint `prefix`."""
+def read_checkpoint(
+    prefix: Any, wanted: Sequence[Leaf], names: Sequence[str] | None = None
+) -> list[tf.Tensor]:
+    """Reads leaves from the TensorFlow checkpoint `prefix`; their names there may be others."""
     tensors = tf.raw_ops.RestoreV2(
         prefix=prefix,
-        tensor_names=[*(leaf.name for leaf in names), MARK],
-        shape_and_slices=[""] * (len(names) + 1),
-        dtypes=[*(leaf.dtype for leaf in names), tf.int32],
+        tensor_names=[*(names or (leaf.name for leaf in wanted)), MARK],
+        shape_and_slices=[""] * (len(wanted) + 1),
+        dtypes=[*(leaf.dtype for leaf in wanted), tf.int32],
     )
-    return [tf.ensure_shape(t, leaf.shape) for t, leaf in zip(tensors[:-1], names, strict=True)]
+    return [tf.ensure_shape(t, leaf.shape) for t, leaf in zip(tensors[:-1], wanted, strict=True)]

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections.abc import Sequence
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -126,9 +127,9 @@ class Server:
         """Writes a state as the TensorFlow checkpoint `prefix`."""
         leaves.write_checkpoint(prefix, self._sets.leaves, held.variables)
 
-    def read(self, prefix: str) -> OnDevice:
-        """Reads a state from the checkpoint `prefix`."""
-        return self._sets.hold(leaves.read_checkpoint(prefix, self._sets.leaves))
+    def read(self, prefix: str, names: Sequence[str]) -> OnDevice:
+        """Reads a state from the checkpoint `prefix`, whose leaves have some names there."""
+        return self._sets.hold(leaves.read_checkpoint(prefix, self._sets.leaves, names))
 
     def close(self) -> None:
         """Releases the states and the functions."""

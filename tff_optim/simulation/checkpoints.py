@@ -12,6 +12,8 @@ import tensorflow_federated as tff
 
 from tff_optim.core.types import Process, State
 from tff_optim.resident import ResidentCheckpoints, ResidentProcess
+from tff_optim.resident.leaves import EARLIER
+from tff_optim.simulation import old_runs
 
 _KEPT = 2
 
@@ -53,7 +55,15 @@ class Checkpoints:
 
     async def load(self, number: int, structure: State) -> State:
         """Loads the state after a round."""
-        return await self._manager.load(number, structure)
+        try:
+            return await self._manager.load(number, structure)
+        except (TypeError, ValueError):  # TFF's words for other names
+            loaded = await self._manager.load(number, old_runs.renamed(structure, EARLIER))
+            return old_runs.renamed(loaded, {before: now for now, before in EARLIER.items()})
+
+    def digest(self, number: int) -> str:
+        """A digest of the files of a round."""
+        return _digest(self._path_of(number))
 
     def found(self) -> list[int]:
         """The rounds that there is something for, whatever it holds."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ import tensorflow_federated as tff
 from tff_optim.core.messages import shown
 from tff_optim.core.types import ClientId, Json, Process, State
 from tff_optim.resident import locks
-from tff_optim.simulation import best, same_run, stores
+from tff_optim.simulation import best, old_runs, same_run, stores
 from tff_optim.simulation.board import Board
 from tff_optim.simulation.checkpoints import Checkpoints
 from tff_optim.simulation.goals import Goal
@@ -68,6 +69,7 @@ class Folder(tff.program.ProgramStateManager):
         self._state: State = None
         self._left_out: list[str] = []
         self._board: Board | None = None
+        self._is_old = False  # whether it is to be given records
         self._close = contextlib.ExitStack()
         if path is not None:
             self._close.enter_context(_owned(path))
@@ -98,9 +100,16 @@ class Folder(tff.program.ProgramStateManager):
         self._run, self._by_text = dict(run), _by_text(ids)
         for name, is_kind in _KINDS.items():
             _check_kind(self._path_of(name), is_kind)
-        self._check_age(self.path)
+        self._found = same_run.read(self.path)
+        if self._found is not None and same_run.VERSIONS not in self._found:
+            saved = self._path_of(_CHECKPOINTS)
+            names = os.listdir(saved) if os.path.exists(saved) else []
+            self._found = old_runs.arguments(self._found, self._run, process, names)
+            self._is_old = os.path.exists(self._path_of(_ROUNDS)) and not os.path.exists(
+                self._path_of(_RECORDS)
+            )
         files = [name for name in _KINDS if name != same_run.FILE]
-        same_run.check(self.path, self._run, resume=resume, files=files)
+        same_run.check(self.path, self._run, self._found, resume=resume, files=files)
         with _in_words():
             self._checkpoints = Checkpoints(
                 process, self._path_of(_CHECKPOINTS), accept_changes=resume == "changed"
@@ -120,17 +129,10 @@ class Folder(tff.program.ProgramStateManager):
         if self.best is not None:
             self.best.take_up(max(self._best_counts, default=None), self.rounds)
 
-    def _check_age(self, path: str) -> None:
-        """Refuses what was written before there were records: rows of a CSV decide nothing."""
-        if os.path.exists(self._path_of(_ROUNDS)) and not (
-            os.path.exists(self._path_of(_RECORDS)) or same_run.has_versions(path)
-        ):
-            raise ValueError(
-                f"`directory` must hold {_RECORDS}; found a run in {path} that an older version "
-                f"of this package wrote, without it. Its checkpoints can be read: load the last one "
-                "with a program state manager, and go on in another directory with its weights as "
-                "`initial_weights`."
-            )
+    @property
+    def last_change(self) -> int:
+        """The round after which the run has gone on as another one; 0 if it never has."""
+        return same_run.last_change(self._found or {})
 
     def _choose(self) -> dict[int, str]:
         """Decides which state to go on from; returns the digests of those saved up to it."""
@@ -175,6 +177,8 @@ class Folder(tff.program.ProgramStateManager):
     def _read(self) -> str:
         """Reads the records; returns what is wrong with them."""
         path = self._path_of(_RECORDS)
+        if self._is_old:
+            return self._read_csv(self._path_of(_ROUNDS), self._path_of(_CLIENTS))
         if not os.path.exists(path):
             return f"{_RECORDS} is missing" if self._checkpoints.found() else ""
         try:
@@ -184,6 +188,19 @@ class Folder(tff.program.ProgramStateManager):
         rounds = [value["round"] for value in self._records.values if "round" in value]
         after = f"after the record of round {rounds[-1]}" if rounds else "before the first record"
         return f"{_RECORDS}: {wrong}, {after}" if wrong else ""
+
+    def _read_csv(self, rounds: str, clients: str) -> str:
+        """Reads what the first version of this package wrote, which had no records, as records."""
+        digests = {number: self._checkpoints.digest(number) for number in self._checkpoints.found()}
+        try:
+            of_rounds, of_clients = (
+                pathlib.Path(one).read_text("utf-8") for one in (rounds, clients)
+            )
+            written = os.path.getmtime(rounds)
+            self._records.hold(old_runs.records(of_rounds, of_clients, written, digests))
+        except (OSError, ValueError) as error:
+            return f"{_ROUNDS} or {_CLIENTS} cannot be read ({error})"
+        return ""
 
     def _take(self, last: int | None) -> None:
         """Takes the records of rounds up to one from what the file holds."""
@@ -206,7 +223,10 @@ class Folder(tff.program.ProgramStateManager):
         if self.path is None:
             return
         with _in_words():
-            same_run.take_over(self.path, self._run, self.saved or 0, self.changed)
+            if self._is_old:
+                self._records.start(self._records.values)  # before its arguments are those of today
+            if self._found is not None:
+                same_run.take_over(self.path, self._run, self._found, self.saved or 0, self.changed)
             odd = self._checkpoints.clear(self._counts, self._killed)
             if self._of_best is not None:
                 odd += self._of_best.clear(self._best_counts, self._killed)

@@ -61,13 +61,20 @@ class RecordFile:
             return "line 1 is cut off" if cut_off else "it is empty"
         return ""
 
-    def start(self) -> None:
-        """Writes the file anew, without records."""
-        text, line = _written(_FORMAT, [])
+    def hold(self, values: Sequence[Record]) -> bytes:
+        """Takes values for those that the file holds; returns the text of such a file."""
+        self._lines, text = [], b""
+        for value in (_FORMAT, *values):
+            written, line = _written(value, self._lines[-1:])
+            text += written
+            self._lines.append(line)
+        return text
+
+    def start(self, values: Sequence[Record] = ()) -> None:
+        """Writes the file anew, with some records."""
         with open(self._path + ".unfinished", "wb") as file:
-            file.write(text)
+            file.write(self.hold(values))
         os.replace(self._path + ".unfinished", self._path)
-        self._lines = [line]
 
     def append(self, value: Record) -> None:
         """Adds a line."""

@@ -17,7 +17,8 @@ from tff_optim.resident.graphs import fingerprints
 from tff_optim.simulation import metrics
 
 FILE = "arguments.json"
-_CHANGES, _VERSIONS, _OWN, _DATA = "changes", "versions", "own_weights", "data"
+VERSIONS = "versions"
+_CHANGES, _OWN, _DATA = "changes", "own_weights", "data"
 # Of a learning process; a plain one has the first two.
 _COMPUTATIONS = (
     *("initialize", "next"),
@@ -52,7 +53,7 @@ def describe(process: Process, state: State, *, given: Value, **arguments: Value
         "checkpoints": "resident" if isinstance(process, ResidentProcess) else "plain",
         "initial_weights": None if given is None else _of_arrays(given),
         _OWN: None if given is not None or weights is None else _of_arrays(weights(state)),
-        _VERSIONS: maker.versions(),
+        VERSIONS: maker.versions(),
     }
     computations = [getattr(wrapped, name) for name in _COMPUTATIONS if hasattr(wrapped, name)]
     found["computations"] = _short(
@@ -93,35 +94,35 @@ def of_ids(ids: Sequence[ClientId]) -> str:
     return f"{len(ids)} from {ids[0]!r} to {ids[-1]!r}, {_short(*map(repr, ids))}"
 
 
-def check(folder: str, run: Record, *, resume: bool | str, files: Sequence[str]) -> None:
+def check(
+    folder: str, run: Record, found: Record | None, *, resume: bool | str, files: Sequence[str]
+) -> None:
     """Writes down what makes a run the same run, or compares it with what is there.
 
     Args:
       folder: The run's.
       run: See `describe`.
+      found: What `read` has found.
       resume: Whether a run that is there may go on; "changed" for one that differs.
       files: Names that the run will write.
 
     Raises:
       ValueError: The folder holds another run, or files that no run has written.
     """
-    path = os.path.join(folder, FILE)
-    if not os.path.exists(path):
+    if found is None:
         others = [name for name in files if os.path.exists(os.path.join(folder, name))]
         if others:
             raise ValueError(
                 f"`directory` must hold a run, or none of its files; found {others} and no {FILE} "
                 f"in {folder}. Name another."
             )
-        os.makedirs(folder, exist_ok=True)
-        _write(path, run)
+        _write(folder, run)
         return
     if not resume:
         raise ValueError(
             f"`directory` must be a new one, since `resume` is False; found a run in {folder}. "
             "Remove it, or name another."
         )
-    found = _read(path)
     _warn_of_versions(folder, run, found)
     names = _differences(run, found)
     never = [name for name in names if name in _NEVER]
@@ -148,48 +149,41 @@ def check(folder: str, run: Record, *, resume: bool | str, files: Sequence[str])
         )
 
 
-def has_versions(folder: str) -> bool:
-    """Whether a folder says which versions its run was begun with, as it has since there are records."""
-    path = os.path.join(folder, FILE)
-    return not os.path.exists(path) or _VERSIONS in _read(path)
-
-
-def last_change(folder: str) -> int:
-    """The round after which the run of a folder has gone on as another one; 0 if it never has."""
-    changes = _read(os.path.join(folder, FILE)).get(_CHANGES, [])
+def last_change(found: Record) -> int:
+    """The round after which a run has gone on as another one; 0 if it never has."""
+    changes = found.get(_CHANGES, [])
     return int(changes[-1]["after_round"]) if changes else 0
 
 
-def take_over(folder: str, run: Record, number: int, others: Sequence[str]) -> None:
+def take_over(folder: str, run: Record, found: Record, number: int, others: Sequence[str]) -> None:
     """Writes down that a run goes on after a round with what differs, if something does.
 
     Args:
       folder: The run's.
       run: See `describe`.
+      found: What there was.
       number: The round.
       others: Names of functions that return something else than before.
     """
-    path = os.path.join(folder, FILE)
-    found = _read(path)
     names = list(dict.fromkeys([*_differences(run, found), *others]))
-    if found.get(_VERSIONS) != run[_VERSIONS]:
-        names.append(_VERSIONS)
+    if found.get(VERSIONS) != run[VERSIONS]:
+        names.append(VERSIONS)
     if names:
         change = {"after_round": number, "from": _shown(found, names), "to": _shown(run, names)}
         kept = {
-            _OWN: found.get(_OWN),
+            _OWN: found.get(_OWN, run[_OWN]),
             _DATA: run[_DATA] or found.get(_DATA),
             _CHANGES: [*found.get(_CHANGES, []), change],
         }
-        _write(path, {**run, **kept})
+        _write(folder, {**run, **kept})
 
 
 def _differences(run: Mapping[str, Json], found: Mapping[str, Json]) -> list[str]:
     """Names of what is not the same; of data, one name for each client."""
-    same_versions = run[_VERSIONS] == found.get(_VERSIONS)
+    same_versions = run[VERSIONS] == found.get(VERSIONS)
     names = []
     for name in {**run, **found}:
-        if name in (_CHANGES, _VERSIONS, _OWN, _DATA):
+        if name in (_CHANGES, VERSIONS, _OWN, _DATA):
             continue
         if not same_versions and (name in _MADE or name not in run or name not in found):
             continue
@@ -223,7 +217,7 @@ def _shown(run: Mapping[str, Json], names: Sequence[str]) -> Record:
 
 
 def _warn_of_versions(folder: str, run: Mapping[str, Json], found: Mapping[str, Json]) -> None:
-    mine, theirs = run[_VERSIONS], found.get(_VERSIONS) or {}
+    mine, theirs = run[VERSIONS], found.get(VERSIONS) or {}
     others = [f"{name} {theirs.get(name, 'of an unknown version')}" for name in mine]
     changed = [text for name, text in zip(mine, others) if mine[name] != theirs.get(name)]
     if changed:
@@ -235,7 +229,15 @@ def _warn_of_versions(folder: str, run: Mapping[str, Json], found: Mapping[str, 
         )
 
 
-def _read(path: str) -> Record:
+def read(folder: str) -> Record | None:
+    """What a folder says of its run, or None.
+
+    Raises:
+      ValueError: It cannot be read.
+    """
+    path = os.path.join(folder, FILE)
+    if not os.path.exists(path):
+        return None
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -252,7 +254,8 @@ def _read(path: str) -> Record:
     return found
 
 
-def _write(path: str, run: Mapping[str, Json]) -> None:
+def _write(folder: str, run: Mapping[str, Json]) -> None:
+    path = os.path.join(folder, FILE)
     with open(path + ".unfinished", "w", encoding="utf-8") as file:
         json.dump(run, file, indent=1)
     os.replace(path + ".unfinished", path)

@@ -114,7 +114,7 @@ class _Run:
                 f"{plan.rounds}. Give {saved} for these, or name another directory."
             )
         if saved:
-            self._check_rounds(same_run.last_change(folder.path))
+            self._check_rounds(folder.last_change)
 
     def _check_rounds(self, last_change: int) -> None:
         """Raises `ValueError` if rounds since a change had other clients or numbers set."""
