@@ -1,1 +1,1 @@
-"""The graphs of computations of TFF: read, changed, and turned into functions of TensorFlow."""
+"""Graphs of TFF's computations: read, changed, and converted to TensorFlow functions."""

@@ -1,9 +1,9 @@
 """How a loop gets the elements of a client's data.
 
-From an iterator a loop gets them one by one, each by way of another thread: for small batches that
-takes several times as long as training on them, and in a pipeline with a `map` the iterator alone
-costs milliseconds. So a client's whole data are read as one element where that is possible, and
-every element is cut out of it: the same tensors in the same order.
+An iterator hands elements over one by one, each through another thread. For small batches this takes
+several times as long as training on them, and in a pipeline with a `map` making the iterator alone takes
+milliseconds. Where possible, a client's whole data are therefore read as one element, and every element
+is sliced from it: the same tensors in the same order.
 """
 
 import os
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tff_optim.core.types import Function, GraphFunction, Tensors
 
-# Bytes of a client's data that are read in one go; 32 clients are trained side by side.
+# Bytes of a client's data that are read in one go, while 32 clients train side by side.
 MOST_BYTES = 8 << 20
 
 
@@ -22,8 +22,8 @@ class Stacked:
     """The elements of a data set, stacked along a new first dimension, padded with zeros.
 
     Attributes:
-      dtypes: Of an element's tensors.
-      shapes: Of the same, unknown sizes as None.
+      dtypes: The dtypes of an element's tensors.
+      shapes: Their shapes; unknown sizes are None.
     """
 
     dtypes: list[tf.DType]
@@ -31,7 +31,7 @@ class Stacked:
 
     @property
     def are_possible(self) -> bool:
-        """Whether only the number of rows may differ between elements."""
+        """Whether elements differ at most in their number of rows."""
         return bool(self.dtypes) and all(
             dtype not in (tf.variant, tf.resource)
             and shape.rank is not None
@@ -41,16 +41,16 @@ class Stacked:
 
     @property
     def _of_rows(self) -> list[int]:
-        """Which tensors have a number of rows that is not known."""
+        """The positions of the tensors with an unknown number of rows."""
         return [i for i, shape in enumerate(self.shapes) if not shape.is_fully_defined()]
 
     @property
     def types(self) -> list[tf.DType]:
-        """The shapes of elements whose rows are not known, and the stacks."""
+        """The dtypes of the shapes of tensors with unknown rows, and of the stacks."""
         return [*(tf.int32 for _ in self._of_rows), *self.dtypes]
 
     def fit(self, data: tf.Tensor) -> tf.Tensor:
-        """Whether a data set's elements are known to be some, and not too many."""
+        """Whether the number of a data set's elements is known, positive and small enough."""
         row = sum(
             dtype.size * (shape[1:].num_elements() if shape.rank else 1)
             for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
@@ -96,7 +96,7 @@ class Stacked:
         )
 
     def nothing(self) -> list[tf.Tensor]:
-        """What is held of no element."""
+        """The stacks of no element."""
         shapes = [*([self.shapes[i].rank] for i in self._of_rows), *self.shapes]
         return [
             tf.zeros([0, *(size or 0 for size in shape)], dtype)
@@ -110,11 +110,11 @@ class Stacked:
         )
 
     def number(self, held: Tensors) -> tf.Tensor:
-        """How many there are: int32."""
+        """The number of elements, int32."""
         return tf.shape(held[-1])[0]
 
     def element(self, held: Tensors, i: tf.Tensor) -> list[tf.Tensor]:
-        """The tensors of one."""
+        """The tensors of one element."""
         counted = self._of_rows
         sizes, stacks = held[: len(counted)], held[len(counted) :]
         tensors = [tf.gather(stack, i) for stack in stacks]
@@ -125,16 +125,16 @@ class Stacked:
 
 
 def _of_data_set(function: Function) -> GraphFunction:
-    """Has a data set run a function as it is; else it is optimised anew for each data set."""
+    """A function that data sets run as it is; any other is optimised anew for each data set."""
     return tf.function(
         function, autograph=False, experimental_attributes={"experimental_ints_on_device": True}
     )
 
 
 def _in_some_thread(read: Function) -> list[tf.Tensor]:
-    """Adds an operation that reads once for each core, of which a call runs one.
+    """Adds a reading operation for each core, of which each call runs one at random.
 
-    All calls of such an operation are run in one thread, one after the other.
+    All calls of one such operation run in one thread, one after the other.
     """
     threads = len(os.sched_getaffinity(0))
     number = tf.raw_ops.RandomUniformInt(
@@ -144,12 +144,12 @@ def _in_some_thread(read: Function) -> list[tf.Tensor]:
 
 
 def pack(held: Tensors) -> tf.Tensor:
-    """One variant that stands for several tensors."""
+    """Packs several tensors into one variant."""
     return tf.raw_ops.OptionalFromValue(components=held)
 
 
 def unpack(packed: tf.Tensor, types: list[tf.DType]) -> list[tf.Tensor]:
-    """The tensors for which a variant stands."""
+    """The tensors that are packed into a variant."""
     return tf.raw_ops.OptionalGetValue(
         optional=packed, output_types=types, output_shapes=[tf.TensorShape(None)] * len(types)
     )

@@ -1,9 +1,9 @@
-"""Fingerprints of TFF computations: equal where the same is computed, whatever its parts are called.
+"""Fingerprints of TFF computations: equal for equal computations, whatever their parts are called.
 
-Names of tensors, functions and variables hold counters of the program and differ between two
-programs that build the same. So a node is told by its operation, its attributes and the
-fingerprints of its inputs, down to arguments and constants; a called function by its body; a
-variable by its place in the order of creation; a reference by what binds it.
+Names of tensors, functions and variables contain counters of the program, so they differ between two
+programs that build the same computation. A node is therefore identified by its operation, its attributes
+and the fingerprints of its inputs, down to arguments and constants. A called function is identified by
+its body, a variable by its position in the order of creation, and a reference by its binding.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import tensorflow_federated as tff
 
 from tff_optim.resident.graphs.nodes import node_of, tensor_names, unpack
 
-# Attributes that name something or say how it runs: they change no number.
+# Attributes that are names or say how to run something: they change no number.
 _NO_NUMBERS = frozenset(
     {
         "config",
@@ -30,9 +30,9 @@ _NO_NUMBERS = frozenset(
         "use_node_name_sharing",
     }
 )
-# How many inputs are left without the words of a message, which name tensors.
+# The number of inputs before the words of a message, which name tensors.
 _MESSAGES = {"Assert": 1, "PrintV2": 0}
-# How many inputs are left without the seed.
+# The number of inputs before the seed.
 _SEEDED = {
     **dict.fromkeys(["StatelessRandomGetKeyCounter", "StatelessRandomGetKeyCounterAlg"], 0),
     **{
@@ -49,13 +49,13 @@ _SEEDED = {
 def of_computation(computation: Any, *, without: tff.Type | None = None) -> str:
     """Returns a text that is equal for computations with the same operations and constants.
 
-    Seeds that draw the first values of variables do not count: Keras draws one anew whenever it
-    builds an initializer that was given none.
+    Seeds of variables' first values do not count: Keras draws a new one whenever it builds an
+    initializer without a seed.
 
     Args:
       computation: A `tff.Computation`.
-      without: The type of values that do not count where they are made from nothing, such as the
-        initial weights of a model, which are constants in some graphs.
+      without: The type of values whose computation without arguments does not count, such as the initial
+        weights of a model, which are constants in some graphs.
     """
     left_out = None if without is None else _written(tff.types.serialize_type(without))
     return _Terms(left_out).add(tff.framework.serialize_computation(computation), {}, 0)
@@ -64,11 +64,11 @@ def of_computation(computation: Any, *, without: tff.Type | None = None) -> str:
 def of_results(
     computation: Any, results: Iterable[int] | None = None, *, constants: bool = True
 ) -> str:
-    """Does what `of_computation` does for some results of a computation in TensorFlow.
+    """The fingerprint of some results of a computation in TensorFlow; see `of_computation`.
 
     Args:
       computation: A `tff.Computation` without placements.
-      results: The positions of leaves of its result; None for all.
+      results: The positions of these leaves of the result; None for all.
       constants: Whether constants count.
     """
     proto = tff.framework.serialize_computation(computation).tensorflow
@@ -76,7 +76,7 @@ def of_results(
 
 
 def of_parts(*parts: Any) -> str:
-    """Returns a text for bytes, texts and numbers in this order."""
+    """Returns a text for a sequence of bytes, texts and numbers."""
     found = hashlib.sha256()
     for part in parts:
         encoded = part if isinstance(part, bytes) else str(part).encode()
@@ -86,10 +86,10 @@ def of_parts(*parts: Any) -> str:
 
 
 class _Terms:
-    """Fingerprints of terms of TFF's language, whose ends are TensorFlow graphs.
+    """Fingerprints of terms of TFF's language, whose leaves are TensorFlow graphs.
 
     Args:
-      left_out: The type of values whose making does not count.
+      left_out: The type of values whose computation does not count.
     """
 
     def __init__(self, left_out: bytes | None):
@@ -101,8 +101,8 @@ class _Terms:
 
         Args:
           term: A `Computation` message.
-          bound: How many names were bound before each one that is bound here.
-          depth: How many names are bound here.
+          bound: For each bound name, how many names were bound before it.
+          depth: How many names are bound.
         """
         kind = term.WhichOneof("computation")
         part = getattr(term, kind)
@@ -131,7 +131,7 @@ class _Terms:
             return of_parts(kind, *(text for member in members for text in member))
         if kind == "selection":
             return of_parts(kind, part.index, self.add(part.source, bound, depth))
-        # An intrinsic, a placement, a literal: their messages hold no names.
+        # Messages of intrinsics, placements and literals contain no names.
         return of_parts(kind, _written(part), _written(term.type))
 
     def _graph(self, proto: Any) -> str:
@@ -176,11 +176,11 @@ class _Nodes:
         self._constants, self._seeds = constants, seeds
 
     def of(self, nodes: Any, ends: list[str], known: Mapping[str, str]) -> str:
-        """The fingerprint of some tensors, and of all that runs for them.
+        """The fingerprint of some tensors, and of all nodes that run for them.
 
         Args:
           nodes: `NodeDef`s in the order of creation.
-          ends: The tensors; with a `^`, a node that runs for what it does.
+          ends: The tensors; with a `^`, nodes that run for their side effects.
           known: Fingerprints of arguments by name.
         """
         inputs = {node.name: self._inputs(node) for node in nodes if node.name not in known}
@@ -234,7 +234,7 @@ class _Nodes:
 
 
 def _in_order(inputs: Mapping[str, list[str]], ends: Iterable[str]) -> dict[str, None]:
-    """Nodes that run for others, each after its inputs; in a cycle some come before."""
+    """The nodes that `ends` depend on, each after its inputs, except within a cycle."""
     done: dict[str, None] = {}
     begun: set[str] = set()
     stack = list(ends)
@@ -253,7 +253,7 @@ def _in_order(inputs: Mapping[str, list[str]], ends: Iterable[str]) -> dict[str,
 
 
 def _states(nodes: Iterable[Any]) -> dict[str, int]:
-    """Numbers what nodes share under a name, such as a variable, in the order of creation."""
+    """Numbers resources that nodes share by name, such as variables, in the order of creation."""
     numbers: dict[tuple[str, bytes], int] = {}
     return {
         node.name: numbers.setdefault(
@@ -265,7 +265,7 @@ def _states(nodes: Iterable[Any]) -> dict[str, int]:
 
 
 def _texts(tensors: Iterable[str], found: Mapping[str, str]) -> list[str]:
-    """Fingerprints of tensors in their order, and of nodes that only run before, in any order."""
+    """Fingerprints of tensors in their order, and of control inputs, whose order does not matter."""
     data, control = [], []
     for tensor in tensors:
         text = found.get(node_of(tensor), "a cycle")

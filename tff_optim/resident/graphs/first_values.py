@@ -1,9 +1,8 @@
 """First values of variables that nothing reads.
 
-In every call a client's work gives the model's variables their first values, drawn at random, and then
-overwrites them with the server's weights. Drawing 7.5e6 numbers takes longer than a batch of that
-model. What is overwritten before anything can read it need not be drawn: no result changes, not in
-its last bit.
+In every call a client's work draws first values for the model's variables at random, and then overwrites
+them with the server's weights. Drawing 7.5e6 numbers takes longer than a batch of that model. Values
+that are overwritten before anything can read them need not be drawn, which changes no bit of a result.
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
 def without_unread(computation: Any) -> Any:
-    """Leaves out the first values that are overwritten before anything can read them.
+    """Removes first values that are overwritten before anything can read them.
 
     Args:
       computation: A `tff.Computation` without placements.
@@ -70,7 +69,7 @@ def _is_overwritten(
     Args:
       handle: The name of the variable's handle.
       nodes: The nodes of the body by their names.
-      ends: The names of the nodes for which the body is run.
+      ends: The names of the nodes for which the body runs.
       functions: The functions of the graph by their names.
     """
     users = _users(handle, nodes)
@@ -103,5 +102,5 @@ def _users(handle: str, nodes: Mapping[str, Any]) -> list[str]:
 
 
 def _given(node: Any) -> list[str]:
-    """Names the nodes or arguments whose values a node is given, in its order."""
+    """Names the nodes or arguments that are a node's data inputs, in order."""
     return [node_of(tensor) for tensor in node.input if not tensor.startswith("^")]

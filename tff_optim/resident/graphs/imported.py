@@ -1,10 +1,9 @@
-"""TFF's computations as TensorFlow functions of the Python process.
+"""TFF's computations as TensorFlow functions in the Python process.
 
-A `tff.tensorflow.computation` is a serialized graph: names of the tensors that are fed, names of
-those that are fetched, and an operation that gives the graph's variables their first values. TFF's
-worker runs it in a session, in which every call starts from fresh variables. Here the graph becomes
-the body of a function, in which every call has variables, lookup tables and iterators of its own:
-calls may run beside each other.
+A `tff.tensorflow.computation` is a serialized graph with the names of the tensors to feed and to fetch,
+and an operation that initialises the graph's variables. TFF's worker runs it in a session, in which each
+call starts from fresh variables. Here the graph becomes the body of a function, in which each call has
+variables, lookup tables and iterators of its own, so calls may run concurrently.
 """
 
 import itertools
@@ -22,26 +21,25 @@ from tff_optim.resident.graphs.nodes import ancestors, node_of, tensor_names, un
 from tff_optim.resident.graphs.resources import own_in_every_call
 
 _names = itertools.count()
-# What TensorFlow takes for the name of a variable without one (`ResourceHandle::ANONYMOUS_NAME`).
+# TensorFlow's name for variables without a name (`ResourceHandle::ANONYMOUS_NAME`).
 _NO_NAME = "cd2c89b7-88b7-44c8-ad83-06c2a9158347"
-# A function that is called in a graph several times is optimised once, not again at each call.
+# A function that a graph calls several times is optimised once, and not again at each call.
 _UNCHANGED = parts.no_grappler().SerializeToString()
 
 
 class ImportedComputation:
     """`T -> U` as a function of flat lists of tensors, for Python and for other functions.
 
-    Sequences are passed as the variants of their data sets. Called from Python, it is run as it is:
-    TensorFlow's optimiser, which takes longer than one call gains, does not see it.
+    Sequences are passed as the variants of their data sets. Called from Python, it runs unoptimised,
+    since TensorFlow's optimiser takes longer than one call gains.
 
     Args:
       computation: A computation without placements.
-      device: Where operations go that the computation itself does not place.
-      apart: Whether it is kept out of the functions that call it, and optimised by itself.
+      device: The device of operations that the computation itself does not place.
+      apart: Whether it is not inlined into the functions that call it, and optimised by itself.
 
     Raises:
-      ValueError: The computation keeps something between its operations that no call can have for
-        itself.
+      ValueError: If the computation has a resource that calls cannot have for themselves.
     """
 
     def __init__(self, computation: Any, device: str, apart: bool = False):
@@ -81,7 +79,7 @@ class ImportedComputation:
         self._apart = apart
 
     def make_variables(self) -> list[tf.Tensor]:
-        """Makes the variables of one call, as handles; they have no name, and go with the call."""
+        """Makes the handles of one call's variables, which are anonymous and end with the call."""
         with device_scope(self.device):
             return [
                 tf.raw_ops.VarHandleOp(
@@ -99,7 +97,7 @@ class ImportedComputation:
 
         Args:
           arguments: The leaves.
-          variables: What `make_variables` made where XLA compiles the call, which makes none.
+          variables: The result of `make_variables` if XLA, which cannot make any, compiles the call.
         """
         if not self.result:
             return []
@@ -113,14 +111,14 @@ class ImportedComputation:
 
 
 def call_as_it_is(function: Any, arguments: Sequence[Any], specs: Sequence[Any]) -> list[Any]:
-    """Calls a concrete function that TensorFlow is not to optimise at the call.
+    """Calls a concrete function without optimising it at the call.
 
     Args:
       function: The function.
-      arguments: Its arguments, flat.
-      specs: Of its results.
+      arguments: Its flat arguments.
+      specs: The specs of its results.
     """
-    # A `StatefulPartitionedCall` would wait for the one before it; calls share nothing.
+    # A `StatefulPartitionedCall` would wait for the one before it, though calls share nothing.
     results = tf.raw_ops.PartitionedCall(
         args=arguments, Tout=[spec.dtype for spec in specs], f=function, config_proto=_UNCHANGED
     )
@@ -130,10 +128,7 @@ def call_as_it_is(function: Any, arguments: Sequence[Any], specs: Sequence[Any])
 
 
 def _kept_out(function: Any, make_variables: Callable[[], Any], parameter: Any) -> Any:
-    """Keeps a function out of those that call it.
-
-    There Grappler would go through it again.
-    """
+    """Keeps a function from being inlined, after which Grappler would optimise it again."""
 
     def call(*arguments: Any) -> list[Any]:
         return function(*arguments, *make_variables())
@@ -147,14 +142,14 @@ def _kept_out(function: Any, make_variables: Callable[[], Any], parameter: Any) 
 
 
 def spec_of(leaf: leaves.Leaf) -> tf.TensorSpec:
-    """How a leaf is passed to a function."""
+    """The spec of a leaf as an argument of a function."""
     if leaf.is_tensor:
         return tf.TensorSpec(leaf.shape, leaf.dtype)
     return tf.TensorSpec([], tf.variant)
 
 
 def tensorflow_proto(computation: Any) -> Any:
-    """The `tensorflow` part of a serialized computation, which is made one graph if it is several."""
+    """The `tensorflow` part of a serialized computation; several graphs are merged into one."""
     proto = tff.framework.serialize_computation(computation)
     if proto.WhichOneof("computation") != "tensorflow":
         block = tff.backends.mapreduce.consolidate_and_extract_local_processing(
@@ -181,8 +176,8 @@ def _as_function_body(
     """Turns a session's graph into the body of a function.
 
     Returns:
-      The nodes of the variables, and the graph without them and without the inputs. What uses a
-      variable or a table waits for the initialisation, as a session's second call would.
+      The nodes of the variables, and the graph without them and without the inputs. Nodes that use a
+      variable or a table wait for the initialisation, as a session's second call would.
     """
     nodes = {node.name: node for node in graph.node}
     first = ancestors(nodes, [initializer])
@@ -195,7 +190,7 @@ def _as_function_body(
     resources = own_in_every_call(variables, result)
     for node in result.node:
         if "_class" in node.attr:
-            del node.attr["_class"]  # a node next to a variable follows the handle that it is given
+            del node.attr["_class"]  # a node placed with a variable follows its handle anyway
         kept = [t for t in node.input if not (t.startswith("^") and node_of(t) in given)]
         uses = any(node_of(tensor) in resources for tensor in kept)
         if initializer and uses and node.name not in first:

@@ -1,9 +1,9 @@
-"""Loops over data sets in clients' graphs, made such that they read a data set in one go.
+"""Rewrites loops over data sets in clients' graphs, so that they read a data set in one go.
 
 TFF's builders train in `dataset.reduce`, or in a loop over an iterator. TensorFlow instantiates the
-function of a reduction anew at every call, for every client: tens of milliseconds, where a step of a
-small model takes one tenth of a millisecond. A loop calls the same function on the same elements in
-the same order, and its function is instantiated once. `elements` says where the elements come from.
+function of a reduction anew for every client, which takes tens of milliseconds, where a step of a small
+model takes a tenth of a millisecond. A loop calls the same function on the same elements in the same
+order, and instantiates its function once. See `elements` for the source of the elements.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from tff_optim.resident.graphs.nodes import node_of
 
 _REDUCE = "ReduceDataset"
 _MADE, _FILLED, _NEXT = "AnonymousIteratorV3", "MakeIterator", "IteratorGetNextAsOptional"
-# In the place of an iterator is a table with one of these: elements and the number of the next one,
-# or an iterator.
+# A table replaces an iterator. It holds one of these: elements and the number of the next one, or an
+# iterator.
 _STACKED, _ITERATOR = range(2)
 
 
@@ -91,7 +91,7 @@ class _Rewriting:
     def _call(
         self, node: Node, function: GraphFunction, names: Mapping[str, str] | None = None
     ) -> None:
-        """Makes a node the call of a traced function, in which stand-ins have other names."""
+        """Makes a node a call of a traced function, in which stand-ins have other names."""
         names = names or {}
         definition = function.function_def
         node.op = "StatefulPartitionedCall"
@@ -111,7 +111,7 @@ class _Rewriting:
 
 
 def _can_replace_iterators(bodies: Iterable[Iterable[Node]]) -> bool:
-    """Whether all iterators are of elements that can be stacked, and are read in a known way."""
+    """Whether all iterators have elements that can be stacked, and are read in a known way."""
     for body in bodies:
         made = {node.name for node in body if node.op == _MADE}
         for node in body:
@@ -136,7 +136,7 @@ def _shapes_in(attribute: Proto) -> list[tf.TensorShape]:
 
 
 def _renamed(tensor: str, outputs: Mapping[str, str]) -> str:
-    """Names an output as functions do: with the output argument of the operation that makes it."""
+    """Names an output as functions do, by the output argument of its operation."""
     name, _, rest = tensor.partition(":")
     if name not in outputs:
         return tensor
@@ -149,7 +149,7 @@ def _reduction(
     """Traces `<data, state, others> -> state`, which calls a step on each element.
 
     Returns:
-      What the step is called there, and the function.
+      The name of the step in it, and the function.
     """
 
     def stand_in(*arguments: tf.Tensor) -> list[tf.Tensor]:
@@ -161,7 +161,7 @@ def _reduction(
         begin, rest = arguments[: len(state)], arguments[len(state) :]
         first, is_there, element, following = _elements(stacked, data)
 
-        # One loop, however the elements come: the graph of the step is in it once.
+        # One loop for both sources of elements, so the graph of the step is in it once.
         def body(i: tf.Tensor, optional: tf.Tensor, *current: tf.Tensor) -> tuple[tf.Tensor, ...]:
             new = tf.raw_ops.StatefulPartitionedCall(
                 args=[*current, *element(i, optional), *rest], Tout=state, f=called
@@ -180,10 +180,10 @@ def _reduction(
 
 
 class _Elements(NamedTuple):
-    """The elements of a loop: read in one go, or one by one by an iterator, each as an optional.
+    """The elements of a loop: read in one go, or one by one from an iterator, each as an optional.
 
     Attributes:
-      first: The optional that the loop begins with; without a value where all are read.
+      first: The optional that the loop begins with; without a value if all elements are read.
       is_there: `number, optional -> whether there is an element`.
       element: `number, optional -> its tensors`.
       following: The optional of the next turn.
@@ -234,7 +234,7 @@ def _elements(stacked: Stacked, data: tf.Tensor) -> _Elements:
 
 
 def _make_table(node: Node) -> None:
-    """Makes the node of an iterator that of a table."""
+    """Makes the node of an iterator one of a table."""
     node.op = "AnonymousMutableHashTable"
     node.attr.clear()
     node.attr["key_dtype"].type = tf.int64.as_datatype_enum
@@ -256,7 +256,7 @@ def _find(table: tf.Tensor, key: int) -> tf.Tensor:
 
 
 def _filling(stacked: Stacked) -> GraphFunction:
-    """Traces `<data, table> -> <>`, which takes the place of beginning with an iterator."""
+    """Traces `<data, table> -> <>`, which replaces the start of an iterator."""
 
     def with_elements(table: tf.Tensor, key: int, held: Tensors) -> tf.Tensor:
         with tf.control_dependencies([_insert(table, key, pack([tf.constant(0), *held]))]):
@@ -283,7 +283,7 @@ def _filling(stacked: Stacked) -> GraphFunction:
 
 
 def _following(stacked: Stacked) -> GraphFunction:
-    """Traces `table -> optional`, which takes the place of an iterator's next element."""
+    """Traces `table -> optional`, which replaces an iterator's next element."""
 
     def of_elements(table: tf.Tensor) -> tf.Tensor:
         i, *held = unpack(_find(table, _STACKED), [tf.int32, *stacked.types])

@@ -31,11 +31,11 @@ def node_of(tensor: str) -> str:
 
 
 def ancestors(nodes: Mapping[str, Any], names: Iterable[str]) -> set[str]:
-    """Names the nodes that run before some nodes, and these.
+    """Names some nodes and all nodes that run before them.
 
     Args:
       nodes: The nodes of a graph or of a function by their names; others are left out.
-      names: Where to begin.
+      names: The names of the nodes to start from.
     """
     found: set[str] = set()
     ahead = list(names)

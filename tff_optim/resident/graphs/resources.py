@@ -1,8 +1,8 @@
-"""Lookup tables and iterators of a graph, made anew in every call of it.
+"""Makes lookup tables and iterators of a graph anew in each call.
 
-In a session they have names, under which the operations of one call find them. In the Python
-process calls run beside each other and would find each other's. An anonymous one has no name: what
-uses it is given its handle, and it goes with the call.
+In a session they have names, by which the operations of one call find them. In the Python process calls
+run concurrently, and would find each other's. Anonymous ones have no name: operations get their handles,
+and they end with the call.
 """
 
 import itertools
@@ -25,15 +25,14 @@ def own_in_every_call(variables: Sequence[Any], graph: tf.compat.v1.GraphDef) ->
     """Makes the tables and iterators of a graph and its functions anonymous.
 
     Args:
-      variables: The nodes of the variables, which are not in the graph any more.
+      variables: The nodes of the variables, which are no longer in the graph.
       graph: The graph, which is changed.
 
     Returns:
       The names of the nodes that make variables, tables and iterators.
 
     Raises:
-      ValueError: The graph keeps something that is found by a name and has no anonymous form, or
-        two of its nodes find the same.
+      ValueError: If the graph has a named resource without an anonymous form, or two nodes share one.
     """
     made: dict[Any, str] = {}
     others = itertools.chain(graph.node, *(f.node_def for f in graph.library.function))

@@ -13,7 +13,7 @@ from tff_optim.resident.state.variables import OnDevice
 
 
 class _Explained(abc.ABCMeta):
-    """TFF's only word about a value that it cannot send to its worker is the value's class."""
+    """Explains itself as a class, since TFF's error for a value that it cannot send shows the class."""
 
     def __repr__(cls) -> str:
         return (
@@ -26,8 +26,8 @@ class _Explained(abc.ABCMeta):
 class Reference(tff.program.MaterializableValueReference, metaclass=_Explained):
     """One tensor of a state on a device.
 
-    It is as good as the tensor wherever NumPy or TensorFlow take one, which brings it to Python. It
-    never changes, so that a copy is the reference itself; pickled, it becomes the tensor.
+    NumPy and TensorFlow take it for the tensor, which brings the value to Python. It never changes, so
+    its copy is the reference itself. Pickling it pickles the tensor.
     """
 
     def __init__(self, held: OnDevice, index: int):
@@ -54,7 +54,7 @@ class Reference(tff.program.MaterializableValueReference, metaclass=_Explained):
         return await asyncio.to_thread(self.held.fetch_leaf, self.index)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy  # it comes from elsewhere: it always is one
+        del copy  # the fetched value always is one
         return np.asarray(self.held.fetch_leaf(self.index), dtype)
 
     def __copy__(self) -> "Reference":

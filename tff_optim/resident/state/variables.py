@@ -20,21 +20,21 @@ CLOSED = (
 
 
 class Variables(list[tf.Variable]):
-    """Variables that nobody else uses, as long as somebody refers to this list."""
+    """Variables that are reserved as long as somebody refers to this list."""
 
 
 class VariableSets:
-    """Sets of variables for states of one type; a set is used again once nobody holds its state.
+    """Sets of variables for states of one type; a set is reused once nobody refers to its state.
 
-    So a state that somebody keeps stays what it was, and a run that keeps none takes two sets in
-    turn: nothing is allocated in a round, and nothing copied.
+    States that somebody keeps so stay what they are, and a run that keeps none alternates between two
+    sets: a round neither allocates nor copies.
 
     Args:
       type_spec: The type, of tensors alone.
-      device: Where the variables are.
+      device: The device of the variables.
 
     Raises:
-      ValueError: The type has something else than tensors in it.
+      ValueError: If the type contains anything but tensors.
     """
 
     def __init__(self, type_spec: tff.Type, device: str):
@@ -51,12 +51,12 @@ class VariableSets:
         self._owner = os.getpid()
         self._free: list[list[tf.Variable]] = []
         self._states: weakref.WeakSet[OnDevice] = weakref.WeakSet()
-        self._lock = threading.RLock()  # Python may collect a state inside of any call
+        self._lock = threading.RLock()  # Python may collect a state during any call
         self._closed = False
 
     def take(self) -> Variables:
         """Returns variables that nobody else uses; their values are arbitrary."""
-        # Made by one thread at a time: of four at once, under load, two met each other's first values.
+        # Made by one thread at a time: of four under load, two mixed up their first values.
         with self._lock, device_scope(self._device):
             variables = self._free.pop() if self._free else None
             if variables is None:
@@ -69,7 +69,7 @@ class VariableSets:
 
     def _give_back(self, variables: list[tf.Variable]) -> None:
         with self._lock:
-            if not self._free and not self._closed:  # more than one set is not kept
+            if not self._free and not self._closed:  # one free set is enough
                 self._free.append(variables)
 
     def hold(self, values: Sequence[Any]) -> "OnDevice":
@@ -81,7 +81,7 @@ class VariableSets:
         return self.state(variables)
 
     def state(self, variables: Variables) -> "OnDevice":
-        """Makes a state of variables that hold its values."""
+        """Makes a state of variables that have its values."""
         with self._lock:
             if self._closed:
                 raise RuntimeError(CLOSED)
@@ -90,7 +90,7 @@ class VariableSets:
         return state
 
     def close(self) -> None:
-        """Lets go of all variables, those of states that somebody still refers to among them."""
+        """Releases all variables, even those of states that somebody still refers to."""
         with self._lock:
             self._closed = True
             self._free.clear()
@@ -99,7 +99,7 @@ class VariableSets:
 
 
 class OnDevice:
-    """A state in variables, which are used again when nobody refers to it any more."""
+    """A state in variables, which are reused when nobody refers to it any more."""
 
     def __init__(self, sets: VariableSets, variables: Variables, owner: int):
         self.sets = sets
@@ -109,10 +109,10 @@ class OnDevice:
 
     @property
     def variables(self) -> Variables:
-        """The variables, which stay what they are as long as somebody refers to the list.
+        """The variables, which keep their values as long as somebody refers to the list.
 
         Raises:
-          RuntimeError: The process of the state was closed, or belongs to another Python process.
+          RuntimeError: If the process of the state was closed, or belongs to another Python process.
         """
         forks.check_owner("This `state` of a `ResidentProcess`", self._owner)
         if (variables := self._variables) is None:
@@ -133,16 +133,16 @@ class OnDevice:
 
     def fetch_leaf(self, index: int) -> Any:
         """Brings one leaf to Python."""
-        variables = self.variables  # the list, or they might be given back before they are read
+        variables = self.variables  # keeps them from being reused before they are read
         return plain(variables[index])
 
     def forget(self) -> None:
-        """Lets go of the variables."""
+        """Releases the variables."""
         self._variables = None
 
 
 def plain(tensor: tf.Tensor | tf.Variable) -> Any:
-    """Returns what plain TFF returns for a tensor."""
+    """Returns a tensor's value as plain TFF does."""
     value = tensor.numpy()
     return value[()] if isinstance(value, np.ndarray) else value
 

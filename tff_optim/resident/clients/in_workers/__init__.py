@@ -1,1 +1,1 @@
-"""Clients in workers of TFF, which hold nothing between two rounds."""
+"""Clients in TFF's workers, which keep nothing between rounds."""

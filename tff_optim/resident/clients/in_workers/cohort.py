@@ -15,16 +15,16 @@ from tff_optim.resident.parts import RoundParts, compile_native
 
 
 class InWorkers:
-    """Trains each worker's share of a cohort there, and merges what comes back.
+    """Trains a share of the cohort in each worker, and merges the aggregates.
 
-    Memory in a worker: two aggregates, and what the clients need that it runs at once.
+    A worker needs memory for two aggregates, and for the clients that it runs at once.
 
     Args:
-      parts: The round.
-      workers: Where the clients are trained.
-      at_once: The largest number of clients that a worker runs at once, or None to choose by
-        cores and memory.
-      merge: `<A, A> -> A` on the leaves of two aggregates, where the server is.
+      parts: The parts of the round.
+      workers: The workers.
+      at_once: The largest number of clients that a worker runs at once; None to choose by cores and
+        memory.
+      merge: `<A, A> -> A` on the leaves of two aggregates, on the server.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class InWorkers:
 
         @tff.federated_computation(data_type, context_type)
         def work(data: Any, context: Any) -> Any:
-            return parts.work(data, context)[0]  # the rest would be the inputs of secure sums
+            return parts.work(data, context)[0]  # the others are inputs of secure sums
 
         @tff.federated_computation(aggregate_type)
         def detach(aggregate: Any) -> Any:
@@ -54,7 +54,7 @@ class InWorkers:
         self._detach = compile_native(detach)
         self._context = handover.build_transfer(context_type)
         self._aggregate = handover.build_transfer(aggregate_type)
-        # Built once for each number of clients.
+        # One for each number of clients.
         self._adding = functools.cache(
             functools.partial(_adding, self._work.type_signature, self._accumulate.type_signature)
         )
@@ -94,19 +94,18 @@ class InWorkers:
     async def _add_share(
         self, to: Connection, context: list[tf.Tensor], share: Sequence[Any]
     ) -> list[tf.Tensor]:
-        """Adds up the clients of a worker, some side by side, in their order."""
+        """Adds up the clients of a worker in their order, some of them side by side."""
         sent = await handover.put(self._context, to, context)
         functions = [await to.function(part) for part in (self._work, self._accumulate)]
         total = await to.call(self._zero)
         for number, clients in enumerate(_pieces(share, self._at_once)):
             if number:
-                # Without this wait the worker would run all clients, and hold their memory, at once.
+                # Without this wait the worker would run all clients, with their memory, at once.
                 await handover.wait(self._aggregate, to, total)
-                # A value in TFF's worker keeps what it was computed from; once it is there, what is
-                # selected from it does not.
+                # A value in TFF's worker keeps its inputs alive; selections from a finished one do not.
                 total = await to.call(self._detach, total)
-            # The worker begins with the first clients while others are still being sent: with so
-            # few that it need not wait long for a call, and so many that Python need not make many.
+            # The worker starts on the first clients while others are still being sent. Small groups keep
+            # it from waiting long for a call, large ones keep Python from making many calls.
             for group in _pieces(clients, max(4, self._at_once // 8)):
                 add = self._adding(len(group))
                 data = await to.create(list(group), add.type_signature.parameter[1])
@@ -117,8 +116,8 @@ class InWorkers:
 def _adding(work_type: tff.Type, accumulate_type: tff.Type, num_clients: int) -> Any:
     """Builds `<A, [D, D, ...], C, (<D, C> -> U), (<A, U> -> A)> -> A`.
 
-    It adds the work of some clients to an aggregate, in their order, in one call: the worker runs
-    them side by side, and Python has little to do for each.
+    It adds the work of some clients to an aggregate, in their order, in one call, so that the worker
+    runs them side by side and Python has little to do for each.
     """
     data_type, context_type = work_type.parameter
     aggregate_type = accumulate_type.result

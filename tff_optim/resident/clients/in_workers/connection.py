@@ -1,8 +1,8 @@
-"""One worker seen from Python: values in it, and calls that end when the worker does.
+"""The connection to a worker: values in it, and calls that end when the worker does.
 
-TFF's executor classes block in gRPC without a time limit. Here every call runs in a thread of
-its own, and the caller watches it: an ended or unreachable worker becomes a
-`WorkerLostError`, and Ctrl-C gets through.
+TFF's executor classes block in gRPC without a time limit. Here each call runs in a thread of its own,
+and the caller watches it: an ended or unreachable worker raises a `WorkerLostError`, and Ctrl-C gets
+through.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def is_cut(error: Exception) -> bool:
-    """Whether a call failed because of the connection rather than of what was computed."""
+    """Whether a call failed because of the connection rather than of the computation."""
     return isinstance(error, grpc.Call) and error.code() in (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.CANCELLED,
@@ -41,7 +41,7 @@ class _AbandonedError(RuntimeError):
 
 
 class _Silent:
-    """A channel that is not watched: gRPC's watching thread may fail when a channel closes."""
+    """A channel without a watching thread, since gRPC's may fail when a channel closes."""
 
     def __init__(self, channel: grpc.Channel):
         self.unary_unary = channel.unary_unary
@@ -51,10 +51,10 @@ class _Silent:
 
 
 class _Stub(tff.framework.RemoteExecutorStub):
-    """TFF's stub, with values thrown away in a thread of their own.
+    """TFF's stub, which disposes of values in a thread of its own.
 
-    Values are thrown away when Python collects them, at any point of the program: that must
-    neither wait for the network nor raise.
+    Values are disposed of when Python collects them, at any point of the program. That must neither
+    wait for the network nor raise.
     """
 
     def __init__(self, channel: grpc.Channel):
@@ -63,7 +63,7 @@ class _Stub(tff.framework.RemoteExecutorStub):
         threading.Thread(target=_throw_away, args=(self._garbage,), daemon=True).start()
 
     def use(self, channel: grpc.Channel) -> None:
-        """Sends what follows through another connection: values outlive the one they came by."""
+        """Goes on through another connection; values outlive the one that made them."""
         self._stub = tff.framework.RemoteExecutorGrpcStub(_Silent(channel))
 
     def _ask(self, method: Callable[[Any], Any], request: Any) -> Any:
@@ -110,8 +110,8 @@ class Connection:
 
     Args:
       worker: The worker.
-      heartbeat: Seconds between two looks at the worker while a call runs, and the time it
-        has to answer.
+      heartbeat: Seconds between two checks of the worker while a call runs, and the time in which it
+        must answer.
     """
 
     def __init__(self, worker: worker_lib.Worker, heartbeat: float):
@@ -122,21 +122,21 @@ class Connection:
         self._functions: dict[int, tuple[Any, Any]] = {}
         self._closed = False
         self.lost = False
-        # Filled in by `handover`: whether the worker sees this process's files.
+        # Whether the worker sees this process's files; `handover` sets it.
         self.shares_files = False
 
-    # The methods that follow are called by the work that `start` is given.
+    # The work that `start` runs calls the following methods.
 
     async def create(self, value: object, type_spec: tff.Type) -> Any:
         """Puts a Python value of the given type into the worker; returns its handle."""
         return await self._values().create_value(value, type_spec)
 
     async def function(self, computation: Any) -> Any:
-        """Puts a compiled computation into the worker, once, to be called or passed on."""
+        """Puts a compiled computation into the worker, once; returns its handle."""
         known = self._functions.get(id(computation))
         if known is None:
             function = await self.create(computation, computation.type_signature)
-            # The computation is kept as well, so that its id is not given to another one.
+            # The computation is kept too, so that no other can have its id.
             known = self._functions[id(computation)] = (computation, function)
         return known[1]
 
@@ -154,11 +154,11 @@ class Connection:
 
     def _values(self) -> Any:
         if self._executor is None:
-            # A worker has one executor for each number of clients, shared by all who connect to it,
-            # where one's call waits for another's to end. What has no placement can run under any
-            # number: one that nobody else will take.
+            # A worker has one executor for each number of clients. All connections with that number
+            # share it, and wait for each other's calls. Computations without placements can run under
+            # any number, so this takes one that nobody else will use.
             number = random.SystemRandom().randrange(1 << 20, 1 << 31)
-            # Every dropped value is given back at once: the default keeps the last 20.
+            # Each dropped value is disposed of at once; by default the last 20 are kept.
             self._executor = tff.framework.RemoteExecutor(self._stub, dispose_batch_size=1)
             self._executor.set_cardinalities({tff.CLIENTS: number})
             weakref.finalize(self, self._executor.close).atexit = False
@@ -175,8 +175,8 @@ class Connection:
         """Waits for work that `start` began.
 
         Raises:
-          WorkerLostError: The worker ended or does not answer any more.
-          ConnectionCutError: The connection was cut, but the worker is still there.
+          WorkerLostError: If the worker ended or no longer answers.
+          ConnectionCutError: If the connection was cut, but the worker is still running.
         """
         try:
             while not call.done.wait(self._heartbeat):
@@ -198,7 +198,7 @@ class Connection:
         self._check()
         reason = self.worker.lost_reason(self._heartbeat)
         if reason is not None:
-            self._check()  # closed while it was looked at
+            self._check()  # it may have been closed meanwhile
             self._lose(reason)
 
     def _lose(self, reason: str) -> None:
@@ -209,7 +209,7 @@ class Connection:
     def _explain(self, error: Exception) -> None:
         if is_cut(error):
             self._look()
-            # A channel that once failed waits, up to minutes, before it tries again.
+            # A channel that failed waits up to minutes before it tries again.
             self.worker.channel.close()
             self.worker.channel = worker_lib.open_channel(self.worker.target)
             self._stub.use(self.worker.channel)
@@ -230,7 +230,7 @@ class Connection:
 
 
 class Call(threading.Thread, Generic[_T]):
-    """Work in a daemon thread: it never keeps Python from ending."""
+    """Work in a daemon thread, which never keeps Python from ending."""
 
     def __init__(self, work: Callable[[], Awaitable[_T]]):
         super().__init__(daemon=True)
@@ -248,7 +248,7 @@ class Call(threading.Thread, Generic[_T]):
         except BaseException as error:
             self.error = error
         finally:
-            self._work = None  # or the values it used would live on with the call
+            self._work = None  # else its values would live as long as the call
             self.done.set()
 
 

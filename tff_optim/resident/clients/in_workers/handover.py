@@ -1,8 +1,8 @@
-"""Values on their way between Python and a worker.
+"""Transfers of values between Python and a worker.
 
-Where a worker sees this machine's files, large ones cross in TensorFlow's checkpoint format through a
-directory in memory: one write and one read, several times faster than gRPC, and without gRPC's
-limit of 2 GB a message. Elsewhere they cross in gRPC messages.
+If a worker sees this machine's files, large values are written and read as TensorFlow checkpoints in a
+directory in memory. This is several times faster than gRPC, and has no limit of 2 GB per message. Other
+values are sent in gRPC messages.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ from tff_optim.resident.clients.in_workers import worker as worker_lib
 from tff_optim.resident.clients.in_workers.connection import Connection
 from tff_optim.resident.parts import compile_native
 
-# Below, a gRPC message is as fast as a file.
+# For smaller values a gRPC message is as fast as a file.
 FILES_FROM_BYTES = 1 << 20
 _PATH_TYPE = tff.TensorType(np.str_)
 
 
 @attrs.frozen(eq=False)
 class Transfer:
-    """The compiled computations that bring values of one type in and out.
+    """The compiled computations that transfer values of one type.
 
     Attributes:
       type: `T`, of tensors alone.
       leaves: Its leaves.
-      fence: `T -> int32`, whose result is there once the value is.
+      fence: `T -> int32`, which is computed once the value is.
       save: `<T, str> -> int32`, which writes a checkpoint.
       load: `str -> T`, which reads one.
     """
@@ -50,7 +50,7 @@ class Transfer:
 
 
 def build_transfer(type_spec: tff.Type) -> Transfer:
-    """Builds what brings values of a type in and out."""
+    """Builds the computations that transfer values of a type."""
     parts = leaves.leaves_of(type_spec)
 
     def traced(function: Any, *types: Any) -> Any:
@@ -86,7 +86,7 @@ def build_transfer(type_spec: tff.Type) -> Transfer:
 
 
 async def wait(transfer: Transfer, connection: Connection, value: Any) -> None:
-    """Waits until a value has been computed; errors of its computation are raised here."""
+    """Waits until a value has been computed, and raises errors of its computation."""
     await (await connection.call(transfer.fence, value)).compute()
 
 
@@ -114,7 +114,7 @@ async def put(transfer: Transfer, connection: Connection, tensors: list[tf.Tenso
                 leaves.write_checkpoint(prefix, transfer.leaves, tensors)
                 path = await connection.create(prefix, _PATH_TYPE)
                 value = await connection.call(transfer.load, path)
-                await wait(transfer, connection, value)  # or the file might be gone too early
+                await wait(transfer, connection, value)  # the file must not be removed earlier
                 return value
         except Exception as error:
             _warn_if_full(connection, error)
@@ -144,7 +144,7 @@ class _Exchange:
         return self._prefix
 
     def __exit__(self, *unused: object) -> None:
-        # Under other names too, where writing was broken off.
+        # An interrupted write leaves files under other names.
         for path in glob.glob(f"{self._prefix}*"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
@@ -155,7 +155,7 @@ _NO_ROOM = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFB
 
 
 def _warn_if_full(connection: Connection, error: Exception) -> None:
-    """Warns where an error says that there is no room for a file; raises every other one again."""
+    """Warns if an error says that there is no room for a file; raises any other error again."""
     directory = connection.worker.directory
     gone = not os.path.isdir(directory)
     if not gone and not any(text in str(error) for text in _NO_ROOM):
@@ -181,7 +181,7 @@ async def look_for_files(connection: Connection) -> None:
     """Finds out whether a worker sees this machine's files, and is the one we started.
 
     Raises:
-      WorkerStartError: Another worker answers at the local worker's port.
+      WorkerStartError: If another worker answers at the local worker's port.
     """
     worker = connection.worker
     with open(os.path.join(worker.directory, worker_lib.TOKEN_FILE), "rb") as f:

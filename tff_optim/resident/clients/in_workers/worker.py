@@ -33,13 +33,13 @@ _CHANNEL_OPTIONS = (
 _HTTP2_SETTINGS = 4
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 
-# A shell waits for the pipe at its input to close, which the kernel does when this Python process
-# ends, however it ends; then it removes a directory, which may hold a state's worth of memory. It
-# is in a session of its own: Ctrl-C in the terminal does not reach it.
+# A shell waits for the pipe at its input to close, which the kernel does when this Python process ends,
+# in whatever way. Then it removes a directory, which may take as much memory as a state. It has a
+# session of its own, so Ctrl-C in the terminal does not reach it.
 _WATCH = 'read _; rm -rf -- "$1"'
-# The shell becomes the worker; its child waits, and kills the worker first. A file that grows
-# beyond the limit on sizes (XFSZ) is an error of one call and not the end of the worker. What the
-# worker writes, states among it, is for its owner alone.
+# The shell becomes the worker; its child waits, and kills the worker first. A file that exceeds the
+# limit on sizes (XFSZ) is an error of one call and does not end the worker. Only their owner can read
+# files that the worker writes, such as states.
 _WATCHED = (
     "directory=$1; shift; exec 3<&0 </dev/null; trap '' XFSZ; umask 077; "
     '(read _ <&3; kill -9 $$; rm -rf -- "$directory") >/dev/null 2>&1 & exec "$@" 3<&-'
@@ -50,7 +50,7 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def worker_binary() -> str:
-    """Returns the path of the worker that TFF's wheel brings."""
+    """Returns the path of the worker in TFF's wheel."""
     path = os.path.join(os.path.dirname(tff.__file__), "data", "worker_binary")
     if not os.path.isfile(path):
         raise WorkerStartError(
@@ -61,7 +61,7 @@ def worker_binary() -> str:
 
 
 def shared_directory() -> str:
-    """Makes a private directory for hand-overs, in memory where the machine offers that."""
+    """Makes a private directory for transfers, in memory if the machine offers that."""
     errors = []
     for parent in (SHARED_MEMORY, tempfile.gettempdir()):
         if not os.path.isdir(parent):
@@ -92,10 +92,10 @@ def shared_directory() -> str:
 
 
 def reserve_port() -> tuple[int, socket.socket]:
-    """Returns a free port and the socket that keeps others from it.
+    """Returns a free port and the socket that reserves it.
 
-    The socket is bound but does not listen: with `SO_REUSEPORT`, which gRPC sets too, the
-    worker can bind the same port while no other program can be given it.
+    The socket is bound but does not listen. With `SO_REUSEPORT`, which gRPC sets too, the worker can
+    bind the same port, while no other program can get it.
     """
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -104,19 +104,19 @@ def reserve_port() -> tuple[int, socket.socket]:
 
 
 class _Watched:
-    """A process that sees this one end, and the directory that it removes then.
+    """A process that notices when this one ends, and then removes a directory.
 
     Args:
-      command: What to start, with the reading end of a pipe as its input.
-      directory: A directory.
-      streams: Where the process's output goes.
+      command: The command to start, with the reading end of a pipe as its input.
+      directory: The directory.
+      streams: The streams for the process's output.
     """
 
     def __init__(self, command: list[str], directory: str, **streams: Any):
         self.owner = os.getpid()
         self._directory = directory
         reading, self._pipe = os.pipe()
-        # A forked child must not hold the pipe open when this process has ended.
+        # A forked child must not keep the pipe open after this process has ended.
         forks.keep_here(self._pipe)
         try:
             self.process = subprocess.Popen(
@@ -129,11 +129,11 @@ class _Watched:
             os.close(reading)
 
     def end(self) -> None:
-        """Ends the process and removes the directory, where this is not a forked child."""
+        """Ends the process and removes the directory; does nothing in a forked child."""
         if os.getpid() != self.owner:
             return
         with contextlib.suppress(ProcessLookupError):
-            # The waiting shell keeps the group's number from being given to another process.
+            # The waiting shell keeps other processes from getting the group's number.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         forks.close(self._pipe)
@@ -141,10 +141,10 @@ class _Watched:
 
 
 class LocalWorker:
-    """A worker process on this machine that ends when this object is closed, or Python is.
+    """A worker process on this machine, which ends when this object is closed or Python ends.
 
     Args:
-      start_timeout: Seconds until a worker that is not ready is given up.
+      start_timeout: Seconds that the worker has to start.
       command: The program to start; `--port=N` is appended.
     """
 
@@ -168,7 +168,7 @@ class LocalWorker:
             raise
 
     def _start(self, port: int) -> _Watched:
-        # As TFF does: what the worker prints goes where Python's own output goes.
+        # As in TFF, the worker's output goes where Python's own output goes.
         streams = {}
         for name in ("stdout", "stderr"):
             try:
@@ -202,7 +202,7 @@ class LocalWorker:
         return f"it exited with code {code}"
 
     def lost_reason(self, timeout: float) -> str | None:
-        """Says why this worker is gone, or returns None where it answers."""
+        """Says why this worker is gone; None if it answers."""
         # The connection is cut an instant before the kernel reports the end of the process.
         for _ in range(5):
             reason = self._exit_reason()
@@ -234,12 +234,12 @@ class RemoteWorker:
 
     Args:
       target: `'host:port'` of a running `worker_binary`.
-      start_timeout: Seconds until a worker that does not answer is given up.
+      start_timeout: Seconds that the worker has to answer.
     """
 
     def __init__(self, target: str, start_timeout: float = 60.0):
         self.target = target
-        # Whether the worker sees this directory is found out by `handover`.
+        # `handover` finds out whether the worker sees this directory.
         self.directory = shared_directory()
         try:
             quiet = {name: subprocess.DEVNULL for name in ("stdout", "stderr")}
@@ -266,7 +266,7 @@ class RemoteWorker:
         return self._watched.owner
 
     def lost_reason(self, timeout: float) -> str | None:
-        """Says why this worker is gone, or returns None where it answers."""
+        """Says why this worker is gone; None if it answers."""
         if not self._finalizer.alive:
             return "the connection to it was closed"
         deadline = time.monotonic() + timeout
@@ -289,7 +289,7 @@ Worker = LocalWorker | RemoteWorker
 
 
 def _answers(target: str, timeout: float) -> bool:
-    """Whether a worker completes a new HTTP/2 connection: a hung or cut-off one does not."""
+    """Whether a worker completes a new HTTP/2 connection, which a hung or cut-off one does not."""
     host, _, port = target.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout) as sock:
@@ -317,5 +317,5 @@ def _connect(target: str, timeout: float, exit_reason: Callable[[], str | None])
 
 
 def open_channel(target: str) -> grpc.Channel:
-    """Opens a connection of its own to a worker."""
+    """Opens a new connection to a worker."""
     return grpc.insecure_channel(target, _CHANNEL_OPTIONS)

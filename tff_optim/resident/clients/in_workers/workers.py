@@ -18,8 +18,8 @@ class Workers:
     """The workers of a process, started when they are first needed, and again when one is lost.
 
     Args:
-      targets: For each worker its `'host:port'`, or None for one to be started here.
-      heartbeat: Seconds between two looks at a worker while it computes.
+      targets: Each worker's `'host:port'`, or None for one to be started here.
+      heartbeat: Seconds between two checks of a worker while it computes.
       start_timeout: Seconds that a worker has to start.
     """
 
@@ -36,11 +36,11 @@ class Workers:
 
     @property
     def name(self) -> str:
-        """How messages call them, with what runs."""
+        """The workers and whether they run, for messages."""
         return ", ".join(map(_describe, self._targets, self._connections))
 
     def connection(self, index: int) -> Connection:
-        """Returns the connection to a worker, which is started if need be."""
+        """Returns the connection to a worker, which is started if necessary."""
         with self._starting:
             if self._closed:
                 raise RuntimeError("This `ResidentProcess` was closed.")
@@ -64,14 +64,14 @@ class Workers:
         return new
 
     def run(self, attempt: Callable[[], _T]) -> _T:
-        """Runs a round; again where a connection was cut, and once more where a worker is lost.
+        """Runs a round, again if a connection was cut, and once more if a worker was lost.
 
-        Nothing lives in the workers between two rounds, so that a lost one costs only time. After
-        Ctrl-C the next round has fresh workers: these first finish the clients that they have begun
-        with, however long that takes.
+        Workers keep nothing between rounds, so a lost one costs only time. After Ctrl-C the next round
+        has fresh workers, since the old ones first finish the clients that they have started, however
+        long that takes.
 
         Raises:
-          WorkerLostError: A second worker was lost, or the connection was cut again and again.
+          WorkerLostError: If a second worker was lost, or the connection was cut again and again.
         """
         lost = False
         deadline = None
