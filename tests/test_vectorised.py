@@ -13,7 +13,8 @@ import aggregators
 from tff_optim import ResidentProcess
 from tff_optim.resident.clients.in_process import side_by_side, vectorised
 from tff_optim.resident.clients.in_process.batches import Reader
-from tff_optim.resident.clients.in_process.evaluation import loop
+from tff_optim.resident.clients.in_process.evaluation import evaluate, loop
+from tff_optim.resident.clients.in_process.program import simplified
 from tff_optim.resident.clients.in_process.recording import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
 from tff_optim.resident.graphs.imported import ImportedComputation
@@ -215,6 +216,31 @@ def test_updates_are_added_up_as_one_after_the_other(is_a_sum):
         total = [total[0] + a * 2 if is_a_sum else (total[0] + 1) * a, total[1] + b]
     np.testing.assert_allclose(traced()[0], total[0], rtol=1e-6)
     assert traced()[1] == total[1]
+
+
+def test_operations_that_give_back_an_input_are_left_out_to_the_bit():
+    @tff.tensorflow.computation(np.float32, tff.TensorType(np.float32, [None]), np.int32)
+    def compute(number, x, whole):
+        one = tf.raw_ops.Tile(input=tf.reshape(number * 1.0, []), multiples=tf.zeros([0], tf.int32))
+        rest = tf.reshape(x * 2.0, [-1, 1]) * 1.0
+        return one, tf.raw_ops.Mul(x=tf.constant(1.0), y=x), tf.tile(rest, [1, 2]), whole * 1
+
+    program = record(compute).program
+    left = simplified(program)
+    assert [one.kind for one in left.operations if one.kind != "Const"] == [
+        "Mul",
+        "Reshape",
+        "Tile",
+        "Mul",
+    ]
+    x = [np.float32(-0.0), np.float32([-0.0, np.nan, 3.0, np.inf]), np.int32(7)]
+
+    def run(program):
+        return tf.function(lambda *given: evaluate(program, given, {}), autograph=False)(*x)
+
+    before, after = run(program), run(left)
+    for ours, theirs in zip(after, before, strict=True):
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes()
 
 
 def test_a_loop_may_end_with_what_does_not_change_in_it():

@@ -42,7 +42,7 @@ class ClientTensors:
 
     def _tensor(self, value: Leaf, leaf: leaves.Leaf, kept: list[tf.data.Dataset]) -> tf.Tensor:
         if leaf.is_tensor:
-            (array,) = leaves.as_arrays(value, leaf.type, "client_data")
+            (array,) = leaves.as_arrays([value], leaf.type, "client_data")
             return tf.convert_to_tensor(array, leaf.dtype)
         kept.append(value)
         return _as_it_is(value)

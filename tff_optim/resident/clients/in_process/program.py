@@ -4,7 +4,7 @@ What a client does, `recording` writes down as such a program. It is then run fo
 (`side_by_side`), or for one client after the other (`one_by_one`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -204,6 +204,17 @@ def _with_constants_outside(program: Program) -> Program:
     return Program(program.inputs, tuple(operations), program.outputs)
 
 
+def _given_back(one: Operation, inputs: Sequence[Value]) -> Value | None:
+    """The input that an operation returns, to the bit, if it is seen to do that."""
+    if one.kind in _REDUCTIONS or one.kind == "Tile":
+        return inputs[0] if inputs[1].shape == [0] else None  # over no axis; of a scalar
+    if one.kind == "Reshape":
+        return inputs[0] if inputs[0].shape == one.outputs[0].shape == [] else None
+    if one.kind == "Mul" and inputs[0].dtype.is_floating:
+        return next((x for x, y in (inputs, inputs[::-1]) if y.known == 1), None)
+    return None
+
+
 def _without_repetition(
     program: Program, names: dict[Value, Value], before: dict[Any, tuple[Value, ...]] | None
 ) -> Program:
@@ -218,8 +229,8 @@ def _without_repetition(
     operations = []
     for one in program.operations:
         inputs = tuple(names.get(value, value) for value in one.inputs)
-        if one.kind in _REDUCTIONS and inputs[1].shape == [0]:  # over no axis
-            names[one.outputs[0]] = inputs[0]
+        if (same := _given_back(one, inputs)) is not None:
+            names[one.outputs[0]] = same
             continue
         programs = tuple(
             _without_repetition(inner, names, None if before is None else made)
