@@ -83,18 +83,28 @@ def words_in_turn(data, state):
 
 
 def words_in_a_queue(data, state):
+    """Finds its own words in the queue: counts that were exchanged would show."""
     queue = tf.queue.FIFOQueue(10, [tf.string], [[]])
-    with tf.control_dependencies([queue.enqueue(data.reduce("", lambda a, b: a + b))]):
-        length = tf.strings.length(queue.dequeue())
-    return state + tf.ensure_shape(tf.cast(length, tf.int64), [])
+    words = data.reduce("", lambda a, b: a + b)
+    with tf.control_dependencies([queue.enqueue_many([[words, words + "c"]])]):
+        first = queue.dequeue()
+    with tf.control_dependencies([first]):
+        found = tf.strings.length([first, words]) + queue.size()
+    return state + tf.cast(tf.reduce_prod(found), tf.int64)
 
 
 CLIENTS = [["a", "b", "c"], ["b", "b", "a", "bb"], ["a", "a", "a"]]
 
 
-@pytest.mark.parametrize("place", [{}, {"workers": 1}])
-@pytest.mark.parametrize("work", [known_words, different_words])
-def test_tables_are_each_calls_own(work, place):
+@pytest.mark.parametrize(
+    ("work", "place"),
+    [
+        *((known_words, place) for place in ({}, {"workers": 1})),
+        *((different_words, place) for place in ({}, {"workers": 1})),
+        *((words_in_a_queue, place) for place in ({"workers": 1}, {"workers": 2})),
+    ],
+)
+def test_tables_and_queues_are_each_calls_own(work, place):
     counting = counting_process(work)
     with ResidentProcess(counting, **place) as resident:
         state = plain = counting.initialize()
@@ -106,11 +116,12 @@ def test_tables_are_each_calls_own(work, place):
     assert plain > 100
 
 
-def test_iterators_are_each_calls_own():
-    """Plain TFF's worker mixes them up now and then, and fails."""
-    with ResidentProcess(counting_process(words_in_turn)) as resident:
+@pytest.mark.parametrize("place", [{}, {"workers": 1}, {"workers": 2}])
+def test_iterators_are_each_calls_own(place):
+    """In plain TFF, clients that are trained beside each other lose them, and the round fails."""
+    with ResidentProcess(counting_process(words_in_turn), **place) as resident:
         state = 2
-        for clients in (CLIENTS, CLIENTS[:1], CLIENTS[::-1] * 2):
+        for clients in (CLIENTS, CLIENTS[:1], CLIENTS[::-1] * 4):
             new, total = resident.next(state, clients)
             # Of each client's first batches of two, the first counts as often as the state says.
             assert total == sum(state * 2 + len(words[2:4]) for words in clients)
@@ -119,7 +130,8 @@ def test_iterators_are_each_calls_own():
 
 
 def test_a_queue_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"lookup tables and iterators.*; found FIFOQueueV2 \("):
+    message = r"lookup tables and iterators.*; found FIFOQueueV2 \(.*or with `workers`"
+    with pytest.raises(ValueError, match=message):
         ResidentProcess(counting_process(words_in_a_queue))
 
 

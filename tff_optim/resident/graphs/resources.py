@@ -6,10 +6,13 @@ and they end with the call.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_optim.resident.graphs.nodes import unpack
 
 _ANONYMOUS = {
     "HashTableV2": "AnonymousHashTable",
@@ -35,21 +38,46 @@ def own_in_every_call(variables: Sequence[Any], graph: tf.compat.v1.GraphDef) ->
       ValueError: If the graph has a named resource without an anonymous form, or two nodes share one.
     """
     made: dict[Any, str] = {}
-    others = itertools.chain(graph.node, *(f.node_def for f in graph.library.function))
     named = [(node, True) for node in variables]
-    named += [(node, False) for node in others if "shared_name" in node.attr]
+    named += [(node, False) for node in _nodes(graph) if "shared_name" in node.attr]
     for node, is_variable in named:
         found_by = node.op, node.attr["shared_name"].s or node.name
         if found_by in made or not (is_variable or node.op in _ANONYMOUS):
             raise ValueError(
                 "`process` must keep nothing between the operations of its graphs but variables, "
                 f"lookup tables and iterators, each made once; found {node.op} ({node.name}). Run "
-                "it in plain TFF."
+                "it in plain TFF, or with `workers` if it is in the clients' graph."
             )
         made[found_by] = node.name
         if not is_variable:
-            node.op = _ANONYMOUS[node.op]
-            for name in _NAMES:
-                if name in node.attr:
-                    del node.attr[name]
+            _make_anonymous(node)
     return set(made.values())
+
+
+def own_iterators(computation: Any) -> Any:
+    """Makes the iterators of a computation anonymous, for a session.
+
+    There calls that run beside each other lose iterators with names; tables and queues are each
+    call's own.
+
+    Args:
+      computation: A `tff.Computation` without placements, in TensorFlow.
+    """
+    proto = tff.framework.serialize_computation(computation)
+    graph = unpack(proto.tensorflow)
+    for node in _nodes(graph):
+        if node.op == "IteratorV2":
+            _make_anonymous(node)
+    proto.tensorflow.graph_def.Pack(graph)
+    return tff.framework.deserialize_computation(proto)
+
+
+def _nodes(graph: tf.compat.v1.GraphDef) -> Iterator[Any]:
+    return itertools.chain(graph.node, *(f.node_def for f in graph.library.function))
+
+
+def _make_anonymous(node: Any) -> None:
+    node.op = _ANONYMOUS[node.op]
+    for name in _NAMES:
+        if name in node.attr:
+            del node.attr[name]

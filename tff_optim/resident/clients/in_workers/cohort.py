@@ -11,6 +11,7 @@ from tff_optim.resident.clients import sizes
 from tff_optim.resident.clients.in_workers import handover
 from tff_optim.resident.clients.in_workers.connection import Connection
 from tff_optim.resident.clients.in_workers.workers import Workers
+from tff_optim.resident.graphs.resources import own_iterators
 from tff_optim.resident.parts import RoundParts, compile_native
 
 
@@ -40,9 +41,11 @@ class InWorkers:
         aggregate_type = parts.aggregate_type
         self._at_once = at_once or sizes.at_once(context_type, per_core=8, small=128)
 
+        of_client = own_iterators(parts.work)
+
         @tff.federated_computation(data_type, context_type)
         def work(data: Any, context: Any) -> Any:
-            return parts.work(data, context)[0]  # the others are inputs of secure sums
+            return of_client(data, context)[0]  # the others are inputs of secure sums
 
         @tff.federated_computation(aggregate_type)
         def detach(aggregate: Any) -> Any:
