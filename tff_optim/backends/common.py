@@ -1,4 +1,4 @@
-"""What the optimizers of this package share, whatever library takes their step."""
+"""The common base of this package's optimizers, and of their configurations."""
 
 import abc
 import collections
@@ -36,7 +36,7 @@ SLOTS = "slots"
 
 
 def check_weight_names(names: Sequence[str] | None, count: int) -> None:
-    """Raises `ValueError` unless there is a name for each weight, or None."""
+    """Raises `ValueError` unless `names` is None or has a name for each weight."""
     if names is not None and len(names) != count:
         raise refusal(
             "weight_names", "name every weight", f"{len(names)} names for {count} weights"
@@ -44,28 +44,28 @@ def check_weight_names(names: Sequence[str] | None, count: int) -> None:
 
 
 def check_state(state: State, names: Iterable[str], slots: Mapping[str, tf.TensorSpec]) -> None:
-    """Raises `ValueError` unless a state has the entries `names`, and `slots` of these specs."""
+    """Raises `ValueError` unless a state has the entries `names`, and slots with these specs."""
     leaves.check_keys(state, [*names, SLOTS], "state")
     leaves.check_slots(state, slots)
 
 
 class PureOptimizer(tff.learning.optimizers.Optimizer):
-    """An optimizer of pure functions: the state comes in and goes out, and no variable is made.
+    """An optimizer of pure functions: state is an argument and a result, and no variable is made.
 
-    Optimizers of one class that are made of equal parts are equal. Attributes are set once, so a copy is
-    the same object.
+    Two optimizers of one class are equal if their parts are. Attributes are set once, so a copy is the
+    same object.
 
-    Not an attrs class: TFF hands optimizers to a `tf.function`, which would take such an argument
-    apart into its fields.
+    Not an attrs class: TFF passes optimizers to a `tf.function`, which would split such an argument into
+    its fields.
 
-    A subclass writes `_initial_state` and `_step`, which get arguments that have been checked.
+    A subclass implements `_initial_state` and `_step`, which get checked arguments.
 
     Attributes:
       device: The device of the state and the step, or None to leave it to TensorFlow.
       weight_names: The names of the weights, in the order of `tf.nest.flatten`, or None.
     """
 
-    # Whether a step takes `tf.IndexedSlices` as they are. Elsewhere they are made dense.
+    # Whether a step takes `tf.IndexedSlices` as they are; if not, they are made dense.
     takes_rows: ClassVar[bool] = False
     # Whether weights must be floating.
     floating: ClassVar[bool] = True
@@ -78,11 +78,11 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
         device: str | None = None,
         weight_names: tuple[str, ...] | None = None,
     ):
-        """Takes what equality looks at: `parts` are what the optimizer is made of."""
+        """Sets the attributes that decide equality, and `parts`, the other ones that do."""
         self.device = device
         self.weight_names = weight_names
-        # Both now: a `tf.function` hashes its arguments while it traces, where objects of Keras
-        # cannot tell their configuration.
+        # Both now: a `tf.function` hashes its arguments while it traces, when Keras objects cannot
+        # return their configuration.
         with eager_world():
             self._key = comparison.key((parts, device, weight_names))
             self._hash = hash(self._key)
@@ -106,8 +106,7 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
-    # What libraries do in here is Python code that must not be turned into graphs: looking it through
-    # takes seconds.
+    # AutoGraph must not convert the code of other libraries that runs here, which would take seconds.
     @tf.autograph.experimental.do_not_convert
     def initialize(self, specs: Specs) -> State:
         """Returns the state before the first step.
@@ -116,12 +115,12 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
           specs: A structure of `tf.TensorSpec`s of the weights, with known shapes.
 
         Returns:
-          An `OrderedDict`, laid out as the function says that built the optimizer: numbers that may
-          change between steps, `learning_rate` first, then what the steps add to.
+          An `OrderedDict` as the optimizer's `build_` function describes it: numbers that may change
+          between steps, `learning_rate` first, and then the slots.
 
         Raises:
-          ValueError: If a shape is not known, a dtype is not floating where it has to be, or the
-            optimizer cannot be run on such weights.
+          ValueError: If a shape is unknown, a dtype is not floating where it must be, or the optimizer
+            cannot run on such weights.
         """
         leaves.check_specs(specs, floating=self.floating)
         return self._initial_state(specs)
@@ -131,17 +130,17 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
         """Takes one step.
 
         Args:
-          state: What `initialize` or the previous `next` returned; it is not changed.
+          state: The result of `initialize` or the previous `next`; it is not changed.
           weights: A structure of tensors or variables; variables are read, not assigned.
-          gradients: The same structure with the same shapes and dtypes. A leaf may be None: that
-            weight and its slots stay as they are. A leaf may be a `tf.IndexedSlices`, whose repeated
-            rows are added up.
+          gradients: A structure like `weights` with the same shapes and dtypes. If a leaf is None, its
+            weight and slots stay as they are. If a leaf is a `tf.IndexedSlices`, repeated rows are
+            added up.
 
         Returns:
           The new state and the new weights, as tensors.
 
         Raises:
-          ValueError: If structures, shapes or dtypes do not fit each other or the state, or no
+          ValueError: If structures, shapes or dtypes do not match each other or the state, or no
             gradient is given.
         """
         with device_scope(self.device):
@@ -157,7 +156,7 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
 
     @abc.abstractmethod
     def _initial_state(self, specs: Specs) -> State:
-        """The state before the first step, of specs that `initialize` has checked."""
+        """The state before the first step; `initialize` has checked the specs."""
 
     @abc.abstractmethod
     def _step(
@@ -167,9 +166,9 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
 
         Args:
           state: The state, not checked.
-          given: The weights as the caller gave them: a structure, with variables where those are.
-          weights: The leaves of that structure as tensors; there is at least one.
-          gradients: What `next` takes, as checked leaves.
+          given: The weights in the caller's structure, which may contain variables.
+          weights: The leaves of that structure as tensors; at least one.
+          gradients: The checked leaves of the gradients.
         """
 
     def get_hparams(self, state: State) -> Hparams:
@@ -190,7 +189,7 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
 
         Args:
           state: A state of this optimizer.
-          hparams: Some of what `get_hparams` returns; what is left out stays as it is.
+          hparams: Some of the numbers of `get_hparams`; the others stay as they are.
 
         Raises:
           TypeError: If a value is neither a number nor a tensor.
@@ -201,18 +200,18 @@ class PureOptimizer(tff.learning.optimizers.Optimizer):
 
     @property
     def _owner(self) -> str:
-        """Whose hyper-parameters they are, for messages."""
+        """The owner of the hyper-parameters, for messages."""
         return type(self).__name__
 
     def _interval_of(self, name: str) -> Interval:
-        """Which numbers a hyper-parameter may be."""
-        del name  # Any finite one, unless overridden.
+        """The numbers that a hyper-parameter may be."""
+        del name  # any finite number, unless overridden
         return FINITE
 
 
 @attrs.frozen
 class OptimizerKind:
-    """A kind of optimizer, and how a configuration holds it.
+    """A kind of optimizer, and its form in a configuration.
 
     Attributes:
       name: The value of `kind` in a configuration.
@@ -220,7 +219,7 @@ class OptimizerKind:
       to_json: Writes an optimizer as entries of plain Python types.
       from_json: Reads a configuration, given whole and by entry, into a description.
       names: The names of the entries.
-      required: Those that may not be left out.
+      required: The names of entries that must not be missing.
     """
 
     name: str
@@ -238,7 +237,7 @@ def names_and_device_to_json(optimizer: PureOptimizer) -> dict[str, Json]:
 
 
 def names_and_device(fields: Mapping[str, Entry]) -> Named:
-    """The arguments `weight_names` and `device` of what builds an optimizer."""
+    """The arguments `weight_names` and `device` of an optimizer."""
     names = fields.get("weight_names")
     given = None if names is None or names.value is None else names.strings()
     return {"weight_names": given, "device": entries.device(fields)}
@@ -247,7 +246,7 @@ def names_and_device(fields: Mapping[str, Entry]) -> Named:
 def arguments_from_json(
     fields: Mapping[str, Entry], build: Callable[..., PureOptimizer]
 ) -> dict[str, Json]:
-    """The arguments of a factory or class; none of those that `build` itself takes."""
+    """The arguments of a factory or class, which must not be those of `build` itself."""
     if "arguments" not in fields:
         return {}
     given = fields["arguments"]

@@ -1,9 +1,9 @@
 """Stand-ins for `tf.Variable` and for Python numbers that turn a Keras step into a pure function.
 
-A Keras optimizer keeps its slots in `tf.Variable`s and its hyper-parameters in Python numbers. In a
-TFF computation neither is possible: state comes in and goes out as tensors. `VariableCell` looks
-like a variable but holds a tensor; `NumberCell` looks like a Python `float` but holds a scalar that
-may change from step to step without retracing.
+A Keras optimizer keeps its slots in `tf.Variable`s and its hyper-parameters in Python numbers. A TFF
+computation can have neither, since its state is made of tensors. `VariableCell` looks like a variable
+but holds a tensor. `NumberCell` looks like a Python `float` but holds a scalar tensor, which may change
+between steps without retracing.
 """
 
 import operator
@@ -17,15 +17,15 @@ from tff_optim.core.types import Function, Number, Value
 
 
 def current_graph() -> tf.Graph | None:
-    """The graph that operations are added to now, or None when they are executed at once."""
+    """The graph to which operations are being added, or None in eager execution."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 class VariableCell:
     """Holds a tensor behind the part of the `tf.Variable` interface that optimizers use.
 
-    A value that is assigned inside a graph of its own (`tf.cond`, `tf.while_loop`, an inner
-    `tf.function`) could not leave it again; such an assignment raises instead of being lost.
+    A value that is assigned inside an inner graph (`tf.cond`, `tf.while_loop`, `tf.function`) could not
+    leave it, so such an assignment raises.
     """
 
     trainable = True
@@ -53,7 +53,7 @@ class VariableCell:
 
     dtype = property(operator.attrgetter("_value.dtype"))
     shape = property(operator.attrgetter("_value.shape"))
-    # What `tf.group`, `tf.control_dependencies` and the like ask for, of a variable that was assigned.
+    # `tf.group`, `tf.control_dependencies` and others read these of an assigned variable.
     device = property(operator.attrgetter("_value.device"))
     op = property(operator.attrgetter("_value.op"))
     graph = property(operator.attrgetter("_value.graph"))
@@ -74,13 +74,13 @@ class VariableCell:
         return self._value.numpy()
 
     def bind(self, value: Number) -> None:
-        """Replaces the value from outside the step, in whatever graph the step will run in."""
+        """Replaces the value from outside the step, in the graph in which the step will run."""
         self._value = tf.convert_to_tensor(value)
         self._graph = current_graph()
 
     def assign(self, value: Number, **unused: object) -> Self:
-        """Replaces the value; shape and dtype stay what they are."""
-        del unused  # `use_locking`, `name` and `read_value` have no meaning for a tensor.
+        """Replaces the value by one of the same shape and dtype."""
+        del unused  # `use_locking`, `name` and `read_value` have no meaning for a tensor
         if current_graph() is not self._graph:
             raise ValueError(
                 f"`update_step` must assign variables directly; found that it assigns "
@@ -126,7 +126,7 @@ for _operation in ("add", "sub", "update", "max", "min"):
 
 
 class ReadOnlyCell(VariableCell):
-    """A cell whose assignments have no effect: its new value is computed elsewhere."""
+    """A cell whose assignments have no effect, since its new value is computed elsewhere."""
 
     def assign(self, value: Number, **unused: object) -> Self:
         del value, unused
@@ -136,9 +136,9 @@ class ReadOnlyCell(VariableCell):
 class NumberCell:
     """Holds a float64 scalar tensor that behaves like a Python `float` in arithmetic.
 
-    Like a Python number it takes the dtype of the tensor that it meets, and `1 - x` is computed in
-    double precision, so a step gives the same numbers as with the Python `float`. Unlike one it has
-    no truth value: code that branches on it cannot follow a change without retracing.
+    Like a Python number it takes the dtype of the other operand, and `1 - x` is computed in double
+    precision, so a step gives the same numbers as with a Python `float`. Unlike a Python number it has
+    no truth value, since code that branches on it could not follow a change without retracing.
     """
 
     __array_priority__ = 200

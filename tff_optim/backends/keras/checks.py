@@ -1,4 +1,4 @@
-"""What a Keras optimizer must be to be run as a pure function, and which of its numbers are hparams."""
+"""Checks that a Keras optimizer can run as a pure function, and finds its hparams."""
 
 import collections
 import inspect
@@ -23,8 +23,8 @@ from tff_optim.core.tracing import scratch_graph
 from tff_optim.keras_objects import arguments as keras_arguments
 
 # The methods of Keras' base classes that a pure step calls as Keras does, or that have no part in a
-# step. An override of any other one would be ignored in silence, so it is refused: clipping in
-# `compute_gradients` may be there for privacy.
+# step. An override of any other method would be ignored, so it is refused: clipping in
+# `compute_gradients` may serve privacy.
 _HONOURED = {
     "__init__",
     "_build_index_dict",
@@ -54,19 +54,19 @@ _HONOURED = {
 }
 
 
-# Entries of a state that no number may replace.
+# Entries of a state that no hparam may replace.
 _ENTRIES = ("learning_rate", "step", "slots")
 
 
 def not_called() -> set[str]:
-    """The methods that Keras defines for an optimizer and a pure step does not call."""
+    """The methods of Keras' optimizers that a pure step does not call."""
     bases = [base for base in Keras.__mro__ if keras_arguments.of_keras(base)]
     defined = {name for base in bases for name, value in vars(base).items() if callable(value)}
     return {name for name in defined if not name.startswith("__")} - _HONOURED
 
 
 def check_arguments(optimizer: Keras) -> None:
-    """Raises if the optimizer or its schedule has an argument that no step can be taken with."""
+    """Raises if an argument of the optimizer or its schedule makes steps impossible."""
     keras_arguments.check_object(optimizer)
     for pattern in excluded_patterns(optimizer):
         patterns.check("exclude_from_weight_decay", pattern)
@@ -85,12 +85,12 @@ def check_arguments(optimizer: Keras) -> None:
 def find_hparams(
     optimizer: Keras, initial: Mapping[int, np.ndarray]
 ) -> "collections.OrderedDict[str, float]":
-    """Finds the numbers that a step reads in its graph rather than branching on them.
+    """Finds the numbers that a step uses as tensors rather than branching on them.
 
-    A step is traced with tensors for all of them, or for one at a time if one needs a Python number.
+    A step is traced with tensors for all numbers, or for one at a time if one must be a Python number.
 
     Raises:
-      ValueError: If a step reads or assigns a variable that could not be replaced by state.
+      ValueError: If a step reads or assigns a variable that state cannot replace.
     """
     try:
         config = optimizer.get_config()
@@ -113,10 +113,10 @@ def find_hparams(
 def _read_in_graph(
     optimizer: Keras, initial: Mapping[int, np.ndarray], names: Sequence[str]
 ) -> set[str] | None:
-    """The numbers on which a step depends, or None if no step can be traced with tensors for them all.
+    """The numbers on which a step depends, or None if it cannot be traced with tensors for all.
 
     Raises:
-      ValueError: If the step reads or assigns a variable that could not be replaced by state.
+      ValueError: If the step reads or assigns a variable that state cannot replace.
     """
     specs = [tf.TensorSpec((2, 3), tf.float32), tf.TensorSpec((3,), tf.float32)]
     try:
@@ -133,7 +133,7 @@ def _read_in_graph(
     except Exception as error:
         if names and not isinstance(error, TypeError | ValueError | NotImplementedError):
             raise
-        return None  # it branches on a number; or the first step fails too, and says why
+        return None  # it branches on a number; if not, the first step fails too and says why
     if any(tensor.dtype == tf.resource for tensor, _ in graph.captures):
         raise refusal(
             f"`optimizer` of class {type(optimizer).__name__}",
@@ -145,7 +145,7 @@ def _read_in_graph(
 
 
 def check_supported(optimizer: Keras) -> Keras:
-    """Returns the optimizer, or raises if a pure step would not do what Keras does with it."""
+    """Returns the optimizer, or raises if a pure step would differ from that of Keras."""
     cls = type(optimizer)
     name = cls.__name__
     overridden = [

@@ -18,14 +18,14 @@ def _to_json(optimizer: KerasOptimizer) -> dict[str, Json]:
     keras_objects.to_json(optimizer.learning_rate, "learning_rate")
     return {
         "optimizer": keras_objects.object_to_json(keras),
-        # Set by a method and missing from Keras' own configuration.
+        # A method sets these, and Keras' own configuration lacks them.
         "exclude_from_weight_decay": copies.excluded_patterns(keras),
         **names_and_device_to_json(optimizer),
     }
 
 
 def _from_json(entry: Entry, fields: Mapping[str, Entry]) -> Described:
-    del entry  # What is wrong with the whole is wrong with the optimizer of Keras.
+    del entry  # messages name the entry of the Keras optimizer
     excluded = fields.get("exclude_from_weight_decay")
     arguments = {
         "optimizer": keras_objects.optimizer_from_json(fields["optimizer"]),

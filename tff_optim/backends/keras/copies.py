@@ -1,7 +1,7 @@
 """A copy of a Keras optimizer, with stand-ins for its variables.
 
-A step works on a shallow copy of the optimizer whose variables are replaced by cells (`cells.py`), so
-that its `build` fills the copy with slots and leaves the optimizer as it is.
+A step works on a shallow copy of the optimizer, in which cells (`cells.py`) replace the variables. Its
+`build` adds slots to the copy and does not change the optimizer.
 """
 
 import collections
@@ -30,7 +30,7 @@ class Template:
       optimizer: The copy.
       weights: The cells of the weights.
       slots: The cells of the slots by name.
-      from_weights: The slots whose initial value is made from the weights, such as their average.
+      from_weights: The slots whose initial value depends on the weights, such as their average.
     """
 
     optimizer: Keras
@@ -40,7 +40,7 @@ class Template:
 
     @property
     def can_be_copied(self) -> bool:
-        """Whether `copy` reaches all that `build` has made: no object of a user's own is in it."""
+        """Whether `copy` finds everything that `build` made: nothing is inside a user's own object."""
         found: list[VariableCell] = []
         plain = all(
             name in _KEPT or _is_plain(value, found) for name, value in vars(self.optimizer).items()
@@ -48,7 +48,7 @@ class Template:
         return plain and {*map(id, self.slots.values())} <= {*map(id, found)}
 
     def copy(self) -> "Template":
-        """The same with cells of its own, which a step can bind without being seen from another."""
+        """The same with cells of its own, which one step can bind without affecting another."""
         clone = copy_containers(self.optimizer)
         copies: dict[int, VariableCell] = {}
 
@@ -62,7 +62,7 @@ class Template:
         return Template(clone, [copied(c) for c in self.weights], slots, self.from_weights)
 
 
-# Attributes of Keras' own that no step changes.
+# Keras' own attributes that no step changes.
 _KEPT = ("_distribution_strategy", "_learning_rate")
 
 
@@ -82,7 +82,7 @@ def copy_containers(optimizer: Keras) -> Keras:
     """Copies an optimizer and its lists and dictionaries; their elements stay the same."""
     clone = copy.copy(optimizer)
     for name, value in vars(optimizer).items():
-        if name.startswith("_self_"):  # what Keras tracks for checkpoints, with the same variables
+        if name.startswith("_self_"):  # Keras' tracking for checkpoints, with the same variables
             del clone.__dict__[name]
         elif isinstance(value, list):
             clone.__dict__[name] = list(value)
@@ -118,7 +118,7 @@ def _attribute_of(optimizer: Keras, cell: VariableCell) -> str:
 
 
 def has_rate_variable(optimizer: Keras) -> bool:
-    """Whether the learning rate is a number, which Keras keeps in a variable, not a schedule."""
+    """Whether the learning rate is a number, which Keras keeps in a variable, and not a schedule."""
     return isinstance(optimizer._learning_rate, tf.Variable)
 
 
@@ -137,7 +137,7 @@ def replace_learning_rate(optimizer: Keras, value: Number | None) -> None:
 
 
 def read_variables(optimizer: Keras) -> dict[int, np.ndarray]:
-    """The values of the variables that the optimizer's constructor has made, by identity."""
+    """The values of the variables that the optimizer's constructor made, by identity."""
     values: dict[int, np.ndarray] = {}
 
     def read(variable: tf.Variable) -> tf.Variable:
@@ -162,7 +162,7 @@ def build(
     values: Sequence[tf.Tensor],
     names: Sequence[str],
 ) -> Template:
-    """Copies `optimizer` and builds the copy for weights of these values."""
+    """Copies `optimizer` and builds the copy for weights with these values."""
     clone = copy_containers(optimizer)
     created: list[VariableCell] = []
     cells: dict[int, VariableCell] = {}
@@ -176,7 +176,7 @@ def build(
     graph = current_graph()
 
     def create(next_creator: object, **arguments: Value) -> VariableCell:
-        del next_creator  # no variable is made
+        del next_creator  # a cell replaces the variable
         if current_graph() is not graph:
             raise ValueError(
                 "`build` must make its variables directly; found that it makes "
@@ -194,11 +194,11 @@ def build(
         with tf.variable_creator_scope(create):
             clone.build(weights)
     own = {id(clone._iterations), id(clone._learning_rate)}
-    own.add(id(getattr(clone, "_current_learning_rate", None)))  # follows from the step
+    own.add(id(getattr(clone, "_current_learning_rate", None)))  # a function of the step
     slots: collections.OrderedDict[str, VariableCell] = collections.OrderedDict()
     for cell in [*(c for c in cells.values() if id(c) not in own), *created]:
         name = cell.name if cell.name not in ("", "Variable") else _attribute_of(clone, cell)
-        while name in slots:  # Keras gives two placeholders of Adafactor one name
+        while name in slots:  # Keras gives two placeholders of Adafactor the same name
             name += "_"
         slots[name] = cell
     return Template(clone, weights, slots)
@@ -225,7 +225,7 @@ def build_template(
     specs: Sequence[tf.TensorSpec],
     names: Sequence[str],
 ) -> Template:
-    """Builds a copy in a graph that is thrown away: it costs no memory and its cells hold no data."""
+    """Builds a copy in a throw-away graph, so that it takes no memory and its cells hold no data."""
     with scratch_graph():
         values = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in specs]
         template = build(optimizer, initial, values, names)
@@ -241,7 +241,7 @@ def template_maker(
     specs: Sequence[tf.TensorSpec],
     names: Sequence[str],
 ) -> Callable[[], Template]:
-    """A function that returns a template for one step: a copy of one that is built now, if it can be."""
+    """A function that returns a template for one step: if possible, a copy of one that is built now."""
     template = build_template(optimizer, initial, specs, names)
     if template.can_be_copied:
         return template.copy
@@ -261,7 +261,7 @@ def constructor_arguments(optimizer: Keras) -> Named:
 
 
 def excluded_patterns(optimizer: Keras) -> list[str]:
-    """The regular expressions of weights' names whose weights do not decay."""
+    """The regular expressions for the names of weights that do not decay."""
     return list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or [])
 
 
@@ -285,9 +285,9 @@ def with_unit_rate(optimizer: Keras) -> Keras:
     clone = copy_containers(optimizer)
     rate = tf.Variable(1.0, dtype=tf.keras.backend.floatx(), name="learning_rate", trainable=False)
     clone.__dict__.pop("_current_learning_rate", None)  # that of a schedule
-    # AdamW insists on a number, also when it is made of its configuration again.
+    # AdamW must have a number, also when it is rebuilt from its configuration.
     decay = 0.0 if isinstance(clone, tf.keras.optimizers.AdamW) else None
-    # Into `__dict__`, past Keras' setters: they would change the old variable.
+    # Into `__dict__`, since Keras' setters would change the old variable.
     clone.__dict__.update(_learning_rate=rate, weight_decay=decay)
     clone.__dict__.update(use_ema=False, ema_momentum=0.99, ema_overwrite_frequency=None)
     return clone

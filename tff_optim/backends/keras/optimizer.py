@@ -44,8 +44,8 @@ class KerasOptimizer(PureOptimizer):
 
     Attributes:
       keras_optimizer: The Keras optimizer whose `build` and `update_step` run; it is not changed.
-      learning_rate: The rate before the first step: a number, a tensor it was built with, or None if it
-        is a schedule.
+      learning_rate: The rate before the first step: a number, the tensor of a computation, or None for a
+        schedule.
     """
 
     takes_rows = True
@@ -68,7 +68,7 @@ class KerasOptimizer(PureOptimizer):
         excluded = tuple(copies.excluded_patterns(keras_optimizer))
         super().__init__((keras_optimizer, excluded, self.learning_rate), device, weight_names)
         self._templates: dict[Hashable, Callable[[], Template]] = {}
-        # Made once: a function made in every call would be traced and compiled in every call.
+        # Made once: a new function would be traced and compiled in each call.
         self._compiled = tracing.function(self._run, jit_compile=True, autograph=False)
 
     @property
@@ -126,13 +126,13 @@ class KerasOptimizer(PureOptimizer):
                 self.keras_optimizer, [gradients[i] for i in positions]
             )
         state = tf.nest.map_structure(tf.convert_to_tensor, collections.OrderedDict(state))
-        # By these a step that has been compiled is found again.
+        # The key of a compiled step.
         key = names, self._labels(tf.nest.flatten(given), names), positions
         run = self._compiled if self.keras_optimizer.jit_compile else self._run
         return call_traced(functools.partial(run, key), state, weights, prepared)
 
     def _template(self, names: tuple[str, ...], weights: Leaves) -> Template:
-        """The optimizer built for such weights, for one step: threads may take steps at once."""
+        """A template for such weights, for one step only, since threads may take steps at once."""
         specs = tuple(leaves.spec_of(weight) for weight in weights)
         if (names, specs) not in self._templates:
             self._templates[names, specs] = copies.template_maker(
@@ -179,7 +179,7 @@ class KerasOptimizer(PureOptimizer):
     def _labels(
         self, weights: Sequence[tf.Tensor | tf.Variable], names: Sequence[str]
     ) -> tuple[str, ...]:
-        """The names of the weights that `exclude_from_weight_decay` looks at, if it is used."""
+        """The names of the weights for `exclude_from_weight_decay`, if it is used."""
         check_weight_names(self.weight_names, len(weights))
         if not copies.excluded_patterns(self.keras_optimizer):
             return ()
@@ -206,7 +206,7 @@ def _rebuild(
     device: str | None,
     weight_names: Sequence[str] | None,
 ) -> KerasOptimizer:
-    """The optimizer that was pickled."""
+    """Rebuilds a pickled optimizer."""
     keras = cls.from_config(config)
     if excluded:
         keras.exclude_from_weight_decay(var_names=excluded)
@@ -214,11 +214,11 @@ def _rebuild(
 
 
 def resolve(optimizer: Value) -> Keras:
-    """The Keras optimizer that an argument stands for, if it can be run as a pure function.
+    """The Keras optimizer that an argument describes, checked to run as a pure function.
 
     Raises:
       TypeError: If it is of another type.
-      ValueError: If it is unknown, legacy, used, or cannot be run as a pure function.
+      ValueError: If it is unknown, legacy, used, or cannot run as a pure function.
     """
     written, in_graph = str | Mapping | list | tuple, not tf.executing_eagerly()
     with eager_world():
@@ -271,25 +271,25 @@ def build_keras_optimizer(
 ) -> KerasOptimizer:
     r"""Makes a pure TFF optimizer of any Keras optimizer.
 
-    A step of the result computes what `optimizer.apply_gradients` computes, in the same order:
-    clip, sum repeated rows of sparse gradients, decay the weights, Keras' own `update_step` for each
-    weight, moving average, and one more iteration. The state goes in and out as tensors; no variable
-    is created, so the result works on clients and on the server, in any `tff.tensorflow.computation`.
+    A step computes the same as `optimizer.apply_gradients`, in the same order: clip, sum repeated rows
+    of sparse gradients, decay the weights, Keras' own `update_step` for each weight, moving average,
+    and count the step. State is passed and returned as tensors, and no variable is created, so the
+    optimizer works on clients and on the server, in any `tff.tensorflow.computation`.
 
     Slots, learning rate and weights keep Keras' dtypes. A learning-rate schedule advances by one step
-    per `next`. Sparse gradients follow Keras' rules. Most optimizers decay every row, and update the
-    rows that have a gradient. Adagrad, and RMSprop without momentum, change only those rows. Clipping
-    by norm looks at rows before repeated ones are summed. `jit_compile` compiles the step where Keras
-    would, which is where there is a GPU. As in Keras, a custom `update_step` or schedule cannot branch
-    on a tensor by `if` in a graph: use `tf.where` or `tf.cond`.
+    per `next`. Sparse gradients follow Keras' rules: most optimizers decay every row, and update the
+    rows that have a gradient; Adagrad, and RMSprop without momentum, change only those rows. Clipping
+    by norm takes the norm before repeated rows are summed. `jit_compile` compiles the step where Keras
+    would, on a GPU. As in Keras, a custom `update_step` or schedule cannot branch on a tensor by `if` in
+    a graph: use `tf.where` or `tf.cond`.
 
     The state is an `OrderedDict` of the hyper-parameters that may change between rounds
     (`get_hparams`), `step`, the number of steps taken, and `slots`, named after the slot and its
     weight. Those hyper-parameters are the learning rate, unless it is a schedule, and every number that
-    the step reads in its graph rather than branching on it.
+    the step uses as a tensor rather than branching on it.
 
     TFF's worker process has no GPU code: `device="/GPU:0"` places the state and the step on a GPU
-    when the optimizer runs in the Python process, and on the worker's CPU inside a TFF computation.
+    if the optimizer runs in the Python process, and on the worker's CPU inside a TFF computation.
 
     Args:
       optimizer: A Keras optimizer that has not been used, its name as `tf.keras.optimizers.get`
@@ -297,20 +297,20 @@ def build_keras_optimizer(
         arguments that returns a Keras optimizer, such as its class.
       device: A device such as `"/GPU:0"` or a `DevicePolicy` for the state and the step; None for
         the policy in force, which leaves it to TensorFlow unless set.
-      learning_rate: A rate that takes the place of the optimizer's own: a number, or a scalar tensor
-        of the TFF computation in which the optimizer is built, as with
+      learning_rate: A rate that replaces the optimizer's own: a number, or a scalar tensor of the TFF
+        computation in which the optimizer is built, as with
         `tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule`.
       weight_names: The names of the weights in the order of `tf.nest.flatten`, for
         `exclude_from_weight_decay(var_names=...)`. None takes the names of variables or the keys of
-        a dictionary, where there are any. The regular expressions are read as RE2 does: without
-        lookaround, and with `\w`, `\d` and `\b` for ASCII only.
+        a dictionary, if there are any. Regular expressions are those of RE2: without lookaround, and
+        with `\w`, `\d` and `\b` for ASCII only.
 
     Returns:
       A `tff.learning.optimizers.Optimizer`.
 
     Raises:
       TypeError: If `optimizer` is of another type.
-      ValueError: If `optimizer` is unknown, legacy, used, or cannot be run as a pure function.
+      ValueError: If `optimizer` is unknown, legacy, used, or cannot run as a pure function.
 
     Example:
       >>> import tensorflow as tf

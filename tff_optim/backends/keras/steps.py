@@ -1,7 +1,7 @@
 """One step of a Keras optimizer on tensors.
 
-The cells of a copy are bound to the tensors of a state, Keras' own `update_step` runs on them, and
-the new tensors are read out of them.
+The cells of a copy are bound to the tensors of a state, Keras' own `update_step` runs on them, and the
+new tensors are read from them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +21,11 @@ Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 def bind(
     template: Template, step: Number, rate: Number | None, hparams: Mapping[str, Number]
 ) -> None:
-    """Gives a copy the steps taken so far, its rate (None for a schedule), and its hparams."""
+    """Sets a copy's number of steps taken, its rate (None for a schedule), and its hparams."""
     optimizer = template.optimizer
     optimizer._iterations.bind(step)
     current_rate = getattr(optimizer, "_current_learning_rate", None)
-    if current_rate is not None:  # that of a schedule, which follows from the step
+    if current_rate is not None:  # that of a schedule, a function of the step
         current_rate.bind(tf.zeros(current_rate.shape, current_rate.dtype))
     if rate is not None:
         optimizer._learning_rate.bind(tf.cast(rate, optimizer._learning_rate.dtype))
@@ -49,7 +49,7 @@ def _refuse_new_variable(next_creator: object, **arguments: object) -> None:
 
 @attrs.frozen(eq=False)
 class _Identity:
-    """An object that is compared by identity, and kept so that no other can take its identity."""
+    """Compares an object by identity, and keeps it so that no other can have its identity."""
 
     value: object
 
@@ -58,7 +58,7 @@ class _Identity:
 
 
 def _frozen(value: object) -> object:
-    """What an attribute holds now, in a form that later changes do not reach."""
+    """A copy of an attribute's value that later changes do not affect."""
     if isinstance(value, list | tuple):
         return [_frozen(element) for element in value]
     if isinstance(value, dict):
@@ -75,7 +75,7 @@ def _attributes(optimizer: Keras) -> dict[str, object]:
 
 
 def _check_unchanged(optimizer: Keras, before: Mapping[str, object]) -> None:
-    """Raises if a step kept something in a Python attribute, where the next step cannot find it."""
+    """Raises if a step kept a value in a Python attribute, where the next step cannot find it."""
     for name, now in _attributes(optimizer).items():
         if name not in before or before[name] != now:
             raise ValueError(
@@ -86,11 +86,11 @@ def _check_unchanged(optimizer: Keras, before: Mapping[str, object]) -> None:
 
 
 def _hold_nadam_product(optimizer: Keras) -> Callable[[VariableCell], None]:
-    """Advances Nadam's product of momenta once per step, and returns what to do before each weight.
+    """Advances Nadam's product of momenta once per step; returns a function to call before each weight.
 
     Keras' Nadam assigns `_u_product` in a branch of `tf.cond` that a Python counter selects, for the
-    first weight of a step only. Here the product is advanced up front and each weight is made to
-    take the other branch, in which the product is only read.
+    first weight of a step only. Here the product is advanced first, and each weight takes the other
+    branch, which only reads the product.
     """
     product = optimizer._u_product
     dtype = product.dtype

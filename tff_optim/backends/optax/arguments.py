@@ -1,4 +1,4 @@
-"""The arguments of a factory of optax: which numbers they may be, and what the factory makes."""
+"""The arguments of optax' factories: their allowed numbers, and the transformation that they make."""
 
 import inspect
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ Given: TypeAlias = Value
 _LR = tff.learning.optimizers.LEARNING_RATE_KEY
 _OWNER = "build_optax_optimizer"
 
-# What optax's own factories take; a name means the same in each.
+# The arguments of optax' own factories; a name means the same in each.
 _INTERVALS: Mapping[str, Interval] = {
-    **dict.fromkeys(("b1", "b2"), FRACTION),  # 1 makes NaN of a mean without bias
+    **dict.fromkeys(("b1", "b2"), FRACTION),  # at 1 the bias correction gives NaN
     **dict.fromkeys(("decay", "rho", "momentum", "slow_step_size"), UNIT),
     **dict.fromkeys(("eps", "eps_root", "epsilon", "min_norm", "min_scale"), NON_NEGATIVE),
     **dict.fromkeys(("weight_decay", "weight_decay_rate", "noise_multiplier"), NON_NEGATIVE),
@@ -35,16 +35,16 @@ _INTERVALS: Mapping[str, Interval] = {
 
 
 def interval_of(transformation_or_factory: Given, name: str) -> Interval:
-    """Which numbers are allowed for an argument of a factory."""
+    """The allowed numbers of a factory's argument."""
     if name == _LR:
         return NON_NEGATIVE
     made = getattr(transformation_or_factory, "func", transformation_or_factory)
     if not str(getattr(made, "__module__", "")).startswith("optax.") or name not in _INTERVALS:
         return FINITE
-    # Numbers of a ready transformation are those that `optax.inject_hyperparams` keeps.
+    # A finished transformation has the numbers of `optax.inject_hyperparams`.
     parameter = inspect.signature(made).parameters.get(name) if callable(made) else None
     default = None if parameter is None else parameter.default
-    # `optax.scale_by_sm3` has a `b2` of 1, which stands for no decay there.
+    # `optax.scale_by_sm3` has a `b2` of 1, which means no decay.
     is_unlike = isinstance(default, float) and default not in _INTERVALS[name]
     return FINITE if is_unlike else _INTERVALS[name]
 
@@ -52,7 +52,7 @@ def interval_of(transformation_or_factory: Given, name: str) -> Interval:
 def make(
     transformation_or_factory: Given, arguments: Mapping[str, Value]
 ) -> "optax.GradientTransformation":
-    """The transformation, from its factory if one is given."""
+    """The transformation itself, made by its factory if one is given."""
     import optax
 
     made = transformation_or_factory
@@ -69,7 +69,7 @@ def make(
 
 
 def bind(factory: Function, given: Mapping[str, Value]) -> Named:
-    """All named arguments of a factory, with its defaults; integers as floats where it takes those."""
+    """All named arguments of a factory, defaults included; integers as floats where it takes floats."""
     signature = inspect.signature(factory)
     try:
         signature.bind(**given)
@@ -91,12 +91,12 @@ def bind(factory: Function, given: Mapping[str, Value]) -> Named:
 def _takes_float(parameter: inspect.Parameter) -> bool:
     if parameter.name == _LR or isinstance(parameter.default, float):
         return True
-    # `optax.adafactor` says float of a flag.
+    # `optax.adafactor` annotates a flag as float.
     return parameter.annotation is float and not isinstance(parameter.default, bool)
 
 
 def check_argument(transformation_or_factory: Given, name: str, value: Value) -> Value:
-    """Returns an argument of a factory, or raises if it is a number that is not allowed."""
+    """Returns an argument of a factory, or raises if it is not an allowed number."""
     if isinstance(value, hyperparameters.Schedule):
         raise TypeError(
             f"`{name}` must be a number or an optax schedule; found the Keras schedule "

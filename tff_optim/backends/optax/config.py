@@ -17,12 +17,12 @@ from tff_optim.core.messages import shown
 from tff_optim.core.types import Function, Json, Value
 from tff_optim.keras_objects import as_json as keras_objects
 
-# Factories of optax whose annotations do not say that they make a transformation.
+# Factories of optax whose annotations do not say that they return a transformation.
 _UNANNOTATED = ("MultiSteps", "scale_by_factored_rms")
 
 
 def _factories() -> dict[str, Function]:
-    """What optax shows of factories that return a transformation, by name."""
+    """The public factories of optax that return a transformation, by name."""
     import optax
     import optax.contrib
 

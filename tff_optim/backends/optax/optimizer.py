@@ -26,7 +26,7 @@ class OptaxOptimizer(PureOptimizer):
     """An optax transformation as a pure TFF optimizer; see `build_optax_optimizer`.
 
     Attributes:
-      transformation_or_factory: What it was built of.
+      transformation_or_factory: The argument that it was built with.
     """
 
     not_hparams = (STEP, SLOTS)
@@ -48,7 +48,7 @@ class OptaxOptimizer(PureOptimizer):
 
     @property
     def arguments(self) -> Named:
-        """The factory's arguments; those at their defaults that are no hparams are left out."""
+        """The factory's arguments, without those at their defaults that are no hparams."""
         if not self._arguments:
             return dict(self._hparams)
         known = inspect.signature(self.transformation_or_factory).parameters
@@ -91,7 +91,7 @@ class OptaxOptimizer(PureOptimizer):
         return state
 
     def _stand_in(self, scalar: tf.TensorSpec) -> Specs | None:
-        """Specs that show the hparams, for TFF's client work, which asks with one scalar weight.
+        """Specs to find the hparams with, for TFF's client work, which asks with one scalar weight.
 
         None if the transformation takes no such weights and has no hparams.
         """
@@ -109,7 +109,7 @@ class OptaxOptimizer(PureOptimizer):
                 f"reads the hparams with one; found that it does not: {problem} Give masks and labels "
                 "as functions of the weights, or pass `weight_names`."
             ) from problem
-        return None  # a mask for weights of another structure, and no hparams whatever they are
+        return None  # a mask for another structure, and no hparams for any weights
 
     def _step(
         self, state: State, given: Weights, weights: Leaves, gradients: Leaves
@@ -126,13 +126,13 @@ class OptaxOptimizer(PureOptimizer):
         return optax_arguments.interval_of(self.transformation_or_factory, name)
 
     def _program(self, weights: Weights | Specs) -> "Program":
-        # Both import optax, which only those need who come here.
+        # Both import optax, which other users need not have.
         from tff_optim.backends.optax.program import build_program
         from tff_optim.backends.optax.tracing import arrange
 
         layout = arrange(weights, self.weight_names)
         if layout.key not in self._programs:
-            # A tensor has no value yet: any number does for tracing.
+            # A tensor has no value yet, and any number will do for tracing.
             candidates = {n: 0.5 if tf.is_tensor(v) else v for n, v in self._hparams.items()}
             arguments = {**self._arguments, **candidates}
             program = build_program(
@@ -153,7 +153,7 @@ class OptaxOptimizer(PureOptimizer):
 
 
 def _has_injected(made: Given) -> bool:
-    """Whether `optax.inject_hyperparams` made a transformation, whose numbers are in its state."""
+    """Whether `optax.inject_hyperparams` made a transformation, which has its numbers in its state."""
     init = getattr(made, "init", None)
     return getattr(init, "__qualname__", "").startswith("inject_hyperparams.")
 
@@ -168,32 +168,32 @@ def build_optax_optimizer(
 ) -> OptaxOptimizer:
     """Makes a pure TFF optimizer of any optax transformation.
 
-    A step computes what plain optax computes,
+    A step computes the same as plain optax,
 
         updates, state = transformation.update(gradients, state, weights)
         weights = optax.apply_updates(weights, updates)
 
-    as plain TensorFlow operations without XLA, so that it runs on clients and on the server, in
-    TFF's worker and in the Python process. Weights of 64 bits are computed in 64 bits; where all
-    have at most 32, jax' usual 32 bits are used.
+    in plain TensorFlow operations without XLA, so it runs on clients and on the server, in TFF's worker
+    and in the Python process. Weights of 64 bits are computed in 64 bits. If all weights have at most
+    32 bits, jax' usual 32 bits are used.
 
-    If a factory is given, such as `optax.adam` or a function of the user's, the state holds each of its
-    arguments that is a float. These hyper-parameters can be set between rounds (`get_hparams`), as
-    under `optax.inject_hyperparams`, so `tff.learning.optimizers.schedule_learning_rate` works. Other
-    arguments are fixed: those on which Python code branches or from which the initial state is made, a
-    default of 0 (it turns a term off, which then costs nothing), integers, functions and schedules. A
-    finished transformation is fixed as a whole, except for the numbers that
-    `optax.inject_hyperparams` keeps in its state.
+    For a factory, such as `optax.adam` or a function of your own, the state holds each argument that is
+    a float. These hyper-parameters can be set between rounds (`get_hparams`), as under
+    `optax.inject_hyperparams`, so `tff.learning.optimizers.schedule_learning_rate` works. All other
+    arguments are fixed: integers, functions and schedules, arguments that Python code branches on or
+    that the initial state depends on, and a default of 0, which turns a term off at no cost. A finished
+    transformation is fixed as a whole, except for the numbers that `optax.inject_hyperparams` keeps in
+    its state.
 
-    The state is an `OrderedDict` of those numbers and of `slots`, the tensors of optax's state by path,
+    The state is an `OrderedDict` of those numbers and of `slots`, the tensors of optax' state by path,
     without Python classes of optax. Some slots start from the values of the weights, such as those of
-    `optax.contrib.prodigy`. They are made in the first step, and such a state also has `step`, the
-    number of steps taken.
+    `optax.contrib.prodigy`. The first step sets them, and such a state also has `step`, the number of
+    steps taken.
 
     Args:
       transformation_or_factory: An `optax.GradientTransformation`, or a callable that returns one.
-      learning_rate: The argument of this name of the factory: a number, an optax schedule, or a
-        scalar tensor of the TFF computation in which the optimizer is built.
+      learning_rate: The factory's argument of this name: a number, an optax schedule, or a scalar
+        tensor of the TFF computation in which the optimizer is built.
       weight_names: Names of the weights in the order of `tf.nest.flatten`, all different. With names,
         optax sees a dictionary of weights, for masks and labels. Without, it sees lists and
         dictionaries nested as the weights are.
@@ -203,12 +203,12 @@ def build_optax_optimizer(
 
     Returns:
       A `tff.learning.optimizers.Optimizer`. Its `initialize`, which TFF calls when a process is built,
-      refuses what only optax itself can run: a state whose shapes change, an operation without a
-      counterpart in TensorFlow, an `update` with extra arguments.
+      refuses transformations that only optax itself can run: with a state whose shapes change, an
+      operation without a counterpart in TensorFlow, or an `update` with extra arguments.
 
     Raises:
       ImportError: If optax is not installed.
-      TypeError: If an argument is of the wrong type, or the factory does not take it.
+      TypeError: If an argument is of the wrong type, or not one of the factory's.
       ValueError: If a number is not allowed.
 
     Source: https://optax.readthedocs.io.
@@ -273,7 +273,7 @@ def build_optax_optimizer(
             )
         )
     }
-    # Made once now, so that the factory's own refusals come here.
+    # Made once now, so that the factory's own errors are raised here.
     optax_arguments.make(made, {n: 0.5 if tf.is_tensor(v) else v for n, v in arguments.items()})
     return OptaxOptimizer(
         made,

@@ -1,7 +1,7 @@
 """An optax transformation as plain TensorFlow operations.
 
-jax traces `init` and `update` for weights of given shapes and dtypes, and `jax2tf` writes what it
-has traced in operations that every TensorFlow runtime knows: no XLA, which TFF's worker lacks.
+jax traces `init` and `update` for weights of given shapes and dtypes, and `jax2tf` converts the result
+to operations of every TensorFlow runtime, without XLA, which TFF's worker lacks.
 """
 
 import collections
@@ -28,7 +28,7 @@ from tff_optim.core import tracing
 from tff_optim.core.numbers import STEP
 from tff_optim.core.types import GraphFunction, Leaf, Leaves, Number, State
 
-# From hparams by name to a transformation.
+# Makes a transformation from hparams by name.
 Factory = Callable[[Mapping[str, Number]], optax.GradientTransformation]
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -39,9 +39,9 @@ class _Step:
     """An `update` that jax has traced for the weights that have a gradient.
 
     Attributes:
-      traced: From hparams, slots, weights and gradients to slots and weights.
+      traced: Function of hparams, slots, weights and gradients that returns slots and weights.
       slots: The paths of its slots.
-      handed_on: Those of them that it returns as it was given them.
+      handed_on: The paths of slots that it returns unchanged.
     """
 
     traced: Traced
@@ -57,12 +57,12 @@ class Program:
       factory: Makes the transformation from its hparams.
       layout: How optax sees the weights.
       hparams: The numbers that may change between steps, with their first values.
-      init: `init` of the transformation, from hparams and weights.
-      slots: Shapes and dtypes of optax's state by path, without what is `injected`.
+      init: `init` of the transformation, a function of hparams and weights.
+      slots: Shapes and dtypes of optax' state by path, without the `injected` numbers.
       injected: Paths by name of the numbers that `optax.inject_hyperparams` keeps in that state and no
         step changes.
-      from_weights: Paths of the slots whose first values are made of those of the weights.
-      eager_run: `run` as a graph: jax2tf writes the operations anew whenever it is called.
+      from_weights: Paths of the slots whose first values depend on the weights.
+      eager_run: `run` as a graph, since jax2tf converts the operations anew in each call.
     """
 
     factory: Factory
@@ -89,7 +89,7 @@ class Program:
         return {name: np.asarray(values[path])[()] for name, path in self.injected.items()}
 
     def initial_slots(self) -> "collections.OrderedDict[str, tf.Tensor]":
-        """The slots before the first step; zeros where they are made of weights not yet known."""
+        """The slots before the first step; zeros for slots that depend on the weights."""
         found = self._initialize([tf.zeros(s.shape, s.dtype) for s in self.layout.specs])
         return collections.OrderedDict(
             (path, tf.zeros(spec.shape, spec.dtype) if path in self.from_weights else found[path])
@@ -106,10 +106,10 @@ class Program:
         return tf.float64 if self.layout.is_wide else tf.float32
 
     def run(self, state: State, weights: Leaves, gradients: Leaves) -> tuple[State, Leaves]:
-        """One `update`, and the weights after it; where there is no gradient nothing changes.
+        """Takes one step; a weight without a gradient and its slots do not change.
 
         Args:
-          state: The hparams by name, `step` if slots are made of the weights, and the slots.
+          state: The hparams by name, `step` if slots depend on the weights, and the slots.
           weights: Tensors.
           gradients: Tensors and None.
         """
@@ -153,13 +153,12 @@ class Program:
 def build_program(factory: Factory, candidates: Mapping[str, float], layout: Layout) -> Program:
     """Traces a transformation for weights of one layout.
 
-    A candidate becomes an hparam if the transformation can be made from a value that is not known yet,
-    and the initial state does not depend on it. Whether a step reads it does not count, since that may
-    depend on the weights, by a mask for example, and TFF's client work asks with one scalar weight.
+    A candidate becomes an hparam if the transformation can be made without knowing its value, and the
+    initial state does not depend on it. A step need not read it, since that may depend on the weights,
+    by a mask for example, and TFF's client work asks with one scalar weight.
 
     Args:
-      factory: Makes the transformation from hparams: any part of `candidates`. What is left out
-        has the value that it has there.
+      factory: Makes the transformation from some of the `candidates`; the others keep their values.
       candidates: Numbers by name.
       layout: How optax sees the weights.
 
@@ -177,7 +176,7 @@ def build_program(factory: Factory, candidates: Mapping[str, float], layout: Lay
 def _traceable(
     factory: Factory, candidates: Mapping[str, float], layout: Layout
 ) -> Mapping[str, float]:
-    """Those candidates that need not be known when the transformation is traced."""
+    """The candidates that need not be known when the transformation is traced."""
 
     def can(hparams: Mapping[str, float]) -> bool:
         try:
@@ -188,7 +187,7 @@ def _traceable(
 
     if not candidates or can(candidates):
         return candidates
-    _with_hparams(factory, {}, layout)  # raises if it is not for the hparams that it fails
+    _with_hparams(factory, {}, layout)  # raises if the hparams are not the reason
     alone = {name: value for name, value in candidates.items() if can({name: value})}
     return alone if can(alone) else {}
 

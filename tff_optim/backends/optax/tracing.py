@@ -1,4 +1,4 @@
-"""What jax has traced, as plain TensorFlow operations; and how jax sees the weights of a model."""
+"""Functions that jax traces, as plain TensorFlow operations, and the layout of weights for jax."""
 
 import collections
 import re
@@ -14,7 +14,7 @@ from tff_optim.backends.common import check_weight_names
 from tff_optim.core.messages import refusal, shorten, shown
 from tff_optim.core.types import Function, Leaf, Structure, Weights
 
-# Nested as jax takes it.
+# A structure that jax takes.
 Tree: TypeAlias = Structure
 
 _QUOTED = re.compile(r"'(\w+)'")
@@ -25,9 +25,9 @@ class Layout:
     """How optax sees the weights.
 
     Attributes:
-      tree: Positions of the weights in the order of `tf.nest.flatten`, nested in dictionaries and
-        lists: one mask or label tree fits a model whether TFF hands its weights over in a list, as
-        on the server, or in a tuple, as on a client.
+      tree: Positions of the weights in the order of `tf.nest.flatten`, nested in dictionaries and lists.
+        TFF passes weights in a list on the server and in a tuple on clients, and one tree of masks or
+        labels matches both.
       specs: Shapes and dtypes by position.
     """
 
@@ -35,11 +35,11 @@ class Layout:
     specs: tuple[tf.TensorSpec, ...]
 
     def pack(self, values: Sequence[Leaf]) -> Tree:
-        """Values by position as optax sees them; None is an empty tree to jax."""
+        """Values by position as optax sees them; jax takes None for an empty tree."""
         return jax.tree_util.tree_map(lambda position: values[position], self.tree)
 
     def unpack(self, tree: Tree) -> list[Leaf]:
-        """What optax returns, by position; None where it returns nothing."""
+        """Values that optax returns, by position; None where it returns nothing."""
         values: list[Leaf] = [None] * len(self.specs)
         for path, value in flatten_with_path(tree).items():
             values[self._positions[path]] = value
@@ -51,17 +51,17 @@ class Layout:
 
     @property
     def key(self) -> Hashable:
-        """Equal for equal layouts, and hashable."""
+        """A hashable stand-in, equal for equal layouts."""
         return repr(self.tree), self.specs
 
     @property
     def is_wide(self) -> bool:
-        """Whether a weight has 64 bits, which jax would narrow unless told not to."""
+        """Whether a weight has 64 bits, which jax narrows by default."""
         return any(spec.dtype.size > 4 for spec in self.specs)
 
 
 def arrange(weights: Weights, names: Sequence[str] | None) -> Layout:
-    """The layout of `weights`, a structure of tensors or specs: by name if there are names."""
+    """The layout of `weights`, a structure of tensors or specs; by name if there are names."""
     flat = tf.nest.flatten(weights)
     specs = tuple(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in flat)
     if names is None:
@@ -84,7 +84,7 @@ def _containers(structure: Weights) -> Tree:
 
 
 def flatten_with_path(tree: Tree) -> "collections.OrderedDict[str, Leaf]":
-    """Leaves by readable path: keys, positions and names of fields, joined by a slash."""
+    """Leaves by path: keys, positions and names of fields, joined by slashes."""
     found: collections.OrderedDict[str, Leaf] = collections.OrderedDict()
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = "/".join(str(_key(key)) for key in keys)
@@ -108,7 +108,7 @@ def _key(key: object) -> object:
 
 
 class StateChangedError(ValueError):
-    """A step would return a state of other shapes or dtypes than it was given."""
+    """A step would return a state with other shapes or dtypes than its argument."""
 
 
 @attrs.frozen(eq=False)
@@ -116,9 +116,9 @@ class Traced:
     """A function that jax has traced.
 
     Attributes:
-      jaxpr: What it computes.
-      outputs: Shapes and dtypes of what it returns, nested as it returns them.
-      sources: For each leaf of the outputs, the positions of the inputs that it is computed from.
+      jaxpr: The traced computation.
+      outputs: Shapes and dtypes of its results, nested like them.
+      sources: For each leaf of the outputs, the positions of the inputs that it depends on.
       wide: Whether 64-bit numbers are kept.
     """
 
@@ -149,7 +149,7 @@ class Traced:
 def trace(function: Function, inputs: Sequence[Leaf], wide: bool, method: str) -> Traced:
     """Traces a method of a transformation, as a function of flat inputs.
 
-    Inputs are specs, or Python numbers, which take the dtypes of what they meet, as plain numbers do.
+    Inputs are specs, or Python numbers, which take the dtype of the other operand, as usual.
     """
     shaped = [
         jax.ShapeDtypeStruct(tuple(x.shape), x.dtype.as_numpy_dtype)
@@ -168,7 +168,7 @@ def trace(function: Function, inputs: Sequence[Leaf], wide: bool, method: str) -
 
 
 def _failure(error: Exception, method: str) -> ValueError:
-    """What an exception in a method of a transformation means here."""
+    """The error to raise for an exception in a method of a transformation."""
     text = str(error).strip().split("\n")[0]
     if isinstance(error, TypeError) and "required" in text and "argument" in text:
         names = ", ".join(_QUOTED.findall(text)) or text
@@ -177,7 +177,7 @@ def _failure(error: Exception, method: str) -> ValueError:
             f"TFF gives an optimizer nothing else; found that its `{method}` needs the extra arguments: "
             f"{names}."
         )
-    # TensorFlow was given what jax traces: the transformation holds a tensor.
+    # TensorFlow got a tracer of jax, so the transformation holds a tensor.
     advice = ""
     if "Tracer" in text and ("Tensor" in text or " of op " in text):
         advice = (
@@ -191,7 +191,7 @@ def _failure(error: Exception, method: str) -> ValueError:
 
 
 def _sources(jaxpr: jax.core.Jaxpr) -> list[set[int]]:
-    """For each output of a jaxpr, the positions of the inputs that it may depend on."""
+    """The positions of the inputs that each output of a jaxpr may depend on."""
     known = {variable: {i} for i, variable in enumerate(jaxpr.invars)}
 
     def of(atoms: Iterable[jax.core.Atom]) -> set[int]:
@@ -205,5 +205,5 @@ def _sources(jaxpr: jax.core.Jaxpr) -> list[set[int]]:
 
 
 def spec_of(shaped: Leaf) -> tf.TensorSpec:
-    """Shape and dtype of what jax has traced, as TensorFlow writes them."""
+    """Shape and dtype of an array that jax traces, as TensorFlow's."""
     return tf.TensorSpec(shaped.shape, tf.as_dtype(shaped.dtype))

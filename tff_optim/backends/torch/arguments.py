@@ -1,4 +1,4 @@
-"""What an optimizer of torch is made of: names, plain arguments, and the Python that runs it."""
+"""The description of a torch optimizer: names, plain arguments, and the Python that runs it."""
 
 import importlib.metadata
 import importlib.util
@@ -29,7 +29,7 @@ REFUSED_SCHEDULERS = {
 
 
 def find_python(python: str | os.PathLike | None) -> str:
-    """The Python that runs torch, after checking what can be told without starting it."""
+    """The Python that runs torch, checked as far as possible without starting it."""
     if python is not None:
         found = shutil.which(os.fspath(python))
         if found is None:
@@ -59,7 +59,7 @@ def find_python(python: str | os.PathLike | None) -> str:
 def check_name(
     argument: str, name: object, where: str, trusted: Collection[str], refused: Mapping[str, str]
 ) -> None:
-    """Raises unless a class of torch or of a trusted package may be named so."""
+    """Raises unless `name` may be a class of torch or of a trusted package."""
     if not isinstance(name, str):
         raise TypeError(
             f"`{argument}` must be the name of a class of {where}, or its full name in a trusted "
@@ -78,7 +78,7 @@ def check_name(
 
 
 def check_arguments(argument: str, given: object) -> dict[str, Json]:
-    """Arguments as JSON holds them; NumPy numbers become Python's, tuples lists."""
+    """Arguments in JSON's types: NumPy numbers become Python numbers, tuples become lists."""
     if not isinstance(given, Mapping):
         raise refusal(argument, "be a mapping of arguments", shown(given), error=TypeError)
     arguments = {}

@@ -1,7 +1,7 @@
 """Takes steps of a torch optimizer in a Python of its own; run as a script by `process.py`.
 
-Imports torch and nothing of this package. Requests and replies are lines of JSON on a socket;
-tensors lie in memory that both processes see, one after the other, as `offsets` says.
+Imports torch and nothing of this package. Requests and replies are lines of JSON on a socket. Tensors
+lie in shared memory one after the other, at the positions of `offsets`.
 """
 
 import importlib
@@ -15,14 +15,14 @@ import warnings
 from typing import Any, TypeAlias
 
 Json: TypeAlias = Any
-# Something of torch, which is not imported where this file is only read.
+# An object of torch, which is not imported here, since this package imports this file too.
 Torch: TypeAlias = Any
 
 _ALIGNMENT = 64  # torch aborts the process on views that are not aligned
 
 
 def offsets(specs: Json) -> tuple[list[int], int]:
-    """Where tensors of these `[shape, dtype]` start, and how long they are together."""
+    """The positions of tensors with these `[shape, dtype]`, and their total size in bytes."""
     found, end = [], 0
     for shape, dtype in specs:
         found.append(end)
@@ -69,7 +69,7 @@ def _replace(value: Json, path: str, leaves: dict[str, Json]) -> Json:
 
 
 class RefusedError(Exception):
-    """What cannot be done, in words for the user."""
+    """A refusal, in words for the user."""
 
 
 def _find(name: str, module: Torch, base: type, argument: str) -> type:
@@ -82,7 +82,7 @@ def _find(name: str, module: Torch, base: type, argument: str) -> type:
 
 
 class Recipe:
-    """Makes the optimizer, and its scheduler, anew for each step."""
+    """Makes a new optimizer, and its scheduler, for each step."""
 
     def __init__(self, request: dict[str, Json]):
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -110,7 +110,7 @@ class Recipe:
         return optimizer, scheduler
 
     def numbers(self, optimizer: Torch, scheduler: Torch) -> dict[str, Json]:
-        """What changes besides tensors: numbers of the groups and of the scheduler, by path."""
+        """The numbers of the parameter group and of the scheduler, by path."""
         (group,) = optimizer.param_groups
         rest = {key: value for key, value in group.items() if key != "params"}
         found = _flatten(rest, "group")
@@ -125,7 +125,7 @@ class Recipe:
         return dict(found)
 
     def set_numbers(self, optimizer: Torch, scheduler: Torch, numbers: dict[str, Json]) -> None:
-        """Sets what `numbers` returned."""
+        """Sets the numbers that `numbers` returned."""
         (group,) = optimizer.param_groups
         if scheduler:
             scheduler.load_state_dict(_replace(scheduler.state_dict(), "scheduler", numbers))
@@ -148,7 +148,7 @@ class Recipe:
         return found
 
     def describe(self) -> dict[str, Json]:
-        """Tensors and numbers of the state, from a step on weights of 1 along zeros."""
+        """Tensors and numbers of the state, found by a step on weights of 1 with zero gradients."""
         torch = self.torch
         parameters = [
             torch.nn.Parameter(torch.ones(shape, dtype=getattr(torch, dtype)))
@@ -181,7 +181,7 @@ class Recipe:
 
 
 class Session:
-    """A recipe with the memory in which its tensors lie: weights, gradients, slots."""
+    """A recipe, and the shared memory of its weights, gradients and slots."""
 
     def __init__(self, request: dict[str, Json]):
         self.recipe = Recipe(request)
@@ -202,7 +202,7 @@ class Session:
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=start).view(shape)
 
     def step(self, request: dict[str, Json]) -> dict[str, Json]:
-        """Takes a step on the weights and the state that lie in the memory."""
+        """Takes a step on the weights and the state in shared memory."""
         torch, recipe = self.recipe.torch, self.recipe
         n = len(recipe.weights)
         parameters = [torch.nn.Parameter(view) for view in self.views[:n]]
@@ -238,11 +238,11 @@ _MISSING = object()
 
 
 def main(fd: int) -> None:
-    """Answers the requests that come on a socket until it is closed."""
+    """Answers the requests on a socket until it is closed."""
     here = os.path.dirname(os.path.realpath(__file__))
     if sys.path and os.path.realpath(sys.path[0]) == here:
         del sys.path[0]  # its modules must not stand in for others'
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
     sessions: dict[int, Session] = {}
     with socket.socket(fileno=fd) as connection, connection.makefile("rw") as stream:
         for line in stream:

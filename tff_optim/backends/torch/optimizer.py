@@ -1,4 +1,4 @@
-"""Any torch optimizer as a TFF optimizer for the server, in a Python process of its own."""
+"""Any torch optimizer as a TFF optimizer for the server, run in a Python process of its own."""
 
 import atexit
 import collections
@@ -20,7 +20,7 @@ from tff_optim.core.types import Function, Json, Leaves, Specs, State, Weights
 
 _STARTED = "started"
 _GROUP_RATE = "group/lr"
-# TensorFlow's error for an operation that it cannot run shows nothing but its name.
+# TensorFlow's error for an operation that it cannot run shows only its name.
 NODE = "torch_runs_in_the_Python_process_only_use_a_Keras_or_optax_optimizer_in_the_TFF_worker"
 
 
@@ -57,7 +57,7 @@ class TorchOptimizer(PureOptimizer):
             )
         process = _process(self._layout(specs))
         state: State = collections.OrderedDict()
-        if not self.recipe["scheduler"]:  # which would set the rate
+        if not self.recipe["scheduler"]:  # a scheduler would set the rate
             state[LEARNING_RATE] = np.float64(process.numbers[_GROUP_RATE])
         state[_STARTED] = tf.zeros(len(tf.nest.flatten(specs)), tf.bool)
         state[SLOTS] = collections.OrderedDict(
@@ -73,7 +73,7 @@ class TorchOptimizer(PureOptimizer):
     def _slots(
         self, process: TorchProcess, weights: Weights | Specs
     ) -> "collections.OrderedDict[str, tf.TensorSpec | np.number]":
-        """Specs of tensors by path, and after them the first values of numbers."""
+        """Specs of tensors by path, followed by the first values of numbers."""
         paths = [path for path, _ in leaves.named_leaves(weights)]
         slots: collections.OrderedDict[str, tf.TensorSpec | np.number] = collections.OrderedDict(
             (f"{slot.key}/{paths[slot.weight]}".rstrip("/"), slot.spec) for slot in process.slots
@@ -99,7 +99,7 @@ class TorchOptimizer(PureOptimizer):
             *(state[SLOTS][path] for path in tensors),
             *weights,
         ]
-        # The recipe is not read. A graph, which holds a number for the callback, says with it what runs.
+        # Nothing reads the recipe. It identifies the callback, of which the graph holds only a number.
         inputs = [*kept, *(gradients[i] for i in positions), tf.constant(layout[1])]
         outputs = iter(_call(_callback(layout, bool(rate), positions), inputs, kept))
         numbers = {path: next(outputs) for path in process.numbers}
@@ -115,12 +115,12 @@ class TorchOptimizer(PureOptimizer):
         return NON_NEGATIVE
 
 
-# The Python of torch, the recipe as JSON, the search path of modules, and the weights.
+# The Python of torch, the recipe as JSON, the search path of modules, and the specs of the weights.
 _Layout = tuple[str, str, str | None, tuple[tf.TensorSpec, ...]]
 
 
-# Few, since each holds memory for weights, gradients and slots. The state is not in it: one that is
-# needed again is made again.
+# Few, since each holds memory for weights, gradients and slots. None holds a state, so one that is
+# needed again can be made again.
 @functools.lru_cache(maxsize=4)
 def _process(layout: _Layout) -> TorchProcess:
     python, recipe, _, specs = layout
@@ -130,8 +130,8 @@ def _process(layout: _Layout) -> TorchProcess:
 atexit.register(_process.cache_clear)
 
 
-# What graphs call, kept for ever: TFF keeps the definition of a graph, in which a callback is a number,
-# and lets go of the optimizer and the graph that it was traced in. TensorFlow keeps neither.
+# Callbacks of graphs are kept for ever. TFF keeps only the definition of a graph, in which a callback is
+# a number, and neither TFF nor TensorFlow keeps the callback itself.
 @functools.cache
 def _callback(
     layout: _Layout, has_rate: bool, given: tuple[int, ...]
@@ -140,7 +140,7 @@ def _callback(
 
 
 def _call(callback: Function, inputs: list[tf.Tensor], like: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Runs a callback at once, or from the graph that is traced; it returns what is `like` these."""
+    """Calls a callback eagerly or in a graph; the results have the specs of `like`."""
     if tf.executing_eagerly():
         return [tf.convert_to_tensor(x) for x in callback(*(np.asarray(x) for x in inputs))]
     specs = [leaves.spec_of(value) for value in like]
@@ -153,7 +153,7 @@ def _call(callback: Function, inputs: list[tf.Tensor], like: list[tf.Tensor]) ->
 def _run(
     process: TorchProcess, has_rate: bool, given: Sequence[int], values: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """A step on arrays, in the order of `_step`; it returns these, less the gradients."""
+    """A step on arrays in the order of `_step`; returns them without the gradients."""
     rest = iter(values)
     old = {path: next(rest) for path in process.numbers}
     started = next(rest)
@@ -176,7 +176,7 @@ def _number(name: str, numbers: Mapping[str, Json], dtype: np.dtype) -> np.ndarr
     value = numbers.get(name)
     try:
         new = np.asarray(value, dtype)
-    except (TypeError, ValueError, OverflowError):  # None, and what is no whole number
+    except (TypeError, ValueError, OverflowError):  # None, or no whole number
         new = None
     if new is None or (new != value and value == value):
         raise ValueError(
@@ -196,20 +196,20 @@ def build_torch_optimizer(
 ) -> TorchOptimizer:
     """Makes a TFF optimizer of a torch optimizer, for the server.
 
-    torch needs newer packages than TensorFlow Federated allows, so it runs in a Python environment and a
-    process of its own. Weights, gradients and the optimizer's state go there and back through shared
-    memory, bit for bit. torch does the arithmetic.
+    torch needs newer packages than TensorFlow Federated allows, so it runs in a process and a Python
+    environment of its own. Weights, gradients and the optimizer's state travel through shared memory,
+    bit for bit, and torch does the arithmetic.
 
     The optimizer runs where TensorFlow runs in the Python process: called directly, in a
     `tf.function`, or on the server device of a resident process. TFF's worker cannot reach another
     process. There, and on clients, use `build_keras_optimizer` or `build_optax_optimizer`.
 
-    The state is an `OrderedDict`. `learning_rate`, the only hparam, is in it unless a scheduler sets the
+    The state is an `OrderedDict`. It has `learning_rate`, the only hparam, unless a scheduler sets the
     rate. `started` says for each weight whether it has had a gradient, since torch makes the state of a
-    weight with the first one. `slots` holds by path the tensors that torch would keep, and the numbers
+    weight with its first gradient. `slots` holds the tensors of torch's state by path, and the numbers
     of its parameter group and its scheduler, which are fixed.
 
-    A step is taken once, or raises and leaves the state as it was, even if the process of torch is
+    A step is taken exactly once, or raises and leaves the state as it was, even if torch's process is
     killed or stopped, several threads take steps, or this process is forked. torch has 300 seconds to
     start and 300 for each step, or the seconds in the environment variable TFF_OPTIM_TORCH_TIMEOUT.
     `initialize` and `next` raise `RuntimeError` if that is too short or the process ends. In a graph,
@@ -218,12 +218,12 @@ def build_torch_optimizer(
     Args:
       optimizer: The name of a class of `torch.optim`, or the full name of a class of a trusted
         package: `"Adam"`, `"mypackage.optimizers.Fancy"`.
-      python: The Python of an environment with torch 2. None takes the Python that runs, if torch is
+      python: The Python of an environment with torch 2. None takes the running Python, if torch is
         installed there without breaking TensorFlow.
-      trusted_packages: Names of top-level packages that may be imported, in that environment.
-      lr_scheduler: A class of `torch.optim.lr_scheduler` or of a trusted package, by name, with its
-        arguments: `("StepLR", {"step_size": 10})`. It takes one step with each step.
-      **kwargs: The arguments of the class, such as `lr`: numbers, texts, lists, True, False, None.
+      trusted_packages: Names of top-level packages that may be imported in that environment.
+      lr_scheduler: The name of a class of `torch.optim.lr_scheduler` or of a trusted package, and its
+        arguments: `("StepLR", {"step_size": 10})`. It takes one step with each step of the optimizer.
+      **kwargs: The arguments of the class, such as `lr`: numbers, strings, lists, True, False, None.
 
     Returns:
       A `tff.learning.optimizers.Optimizer`.

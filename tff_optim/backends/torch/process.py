@@ -1,4 +1,4 @@
-"""The Python process in which torch runs, and the memory that both processes see."""
+"""The Python process in which torch runs, and the memory that both processes share."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ class Slot:
 
 @attrs.frozen(eq=False)
 class Result:
-    """What a step returns."""
+    """The result of a step."""
 
     weights: list[np.ndarray]
     slots: list[np.ndarray]
@@ -78,12 +78,12 @@ class _Child:
 
     def __init__(self, python: str):
         self.python = python
-        self.closed: list[int] = []  # sessions that are to be forgotten
+        self.closed: list[int] = []  # sessions to forget
         self._owner = os.getpid()
         self._socket, theirs = socket.socketpair()
         try:
             with theirs:
-                # In a session of its own: Ctrl-C and Ctrl-Z are for the program, not for a step.
+                # In a session of its own, so that Ctrl-C and Ctrl-Z do not reach it during a step.
                 self._process = subprocess.Popen(
                     [python, str(_SCRIPT), str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
@@ -98,14 +98,14 @@ class _Child:
 
     @property
     def is_running(self) -> bool:
-        """Whether it can be asked; not from a fork of the process that has started it."""
+        """Whether it runs and this process started it, so that it can be asked."""
         return os.getpid() == self._owner and self._process.poll() is None
 
     def ask(self, request: Mapping[str, Json]) -> Json:
         """Sends a request and returns the reply to it, within the time limit.
 
-        Whatever comes between, Ctrl-C for example, ends the process: its reply must not be taken for
-        that to the next request.
+        Any interruption, such as Ctrl-C, ends the process, since its reply must not be taken for the
+        reply to the next request.
         """
         doing, limit = request["do"], time_limit()
         closed, self.closed = self.closed, []
@@ -138,7 +138,7 @@ class _Child:
         return reply
 
     def _exchange(self, message: bytes, until: float) -> bytes:
-        """The line that answers a message; without its end if the process ends first."""
+        """The line that answers a message, incomplete if the process ends first."""
         line = b""
         try:
             self._wait(until)
@@ -165,14 +165,14 @@ class _Child:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def end(self) -> None:
-        """Ends the process, stopped or not, which holds nothing that is needed."""
+        """Ends the process, even if it is stopped; it holds nothing that is needed."""
         self._socket.close()
         if os.getpid() == self._owner:
             self._process.kill()
             self._process.wait()
 
     def leave(self) -> None:
-        """In a fork: lets the process see its end when the one that has started it ends."""
+        """In a fork: closes the socket, so that the process ends with the one that started it."""
         self._socket.close()
 
     def __del__(self) -> None:
@@ -185,13 +185,13 @@ _children: weakref.WeakValueDictionary[tuple[str, str | None], _Child] = (
     weakref.WeakValueDictionary()
 )
 _sessions = itertools.count()
-# Held from what is written into the memory of a child to what is read from it.
+# Held from writing into the memory of a child to reading from it.
 _lock = threading.Lock()
 
 
 def _leave_in_a_fork() -> None:
     global _lock
-    _lock = threading.Lock()  # a thread that is not here may have held it
+    _lock = threading.Lock()  # a thread of the parent may have held it
     for child in list(_children.values()):
         child.leave()
 
@@ -210,7 +210,7 @@ def _child(python: str) -> _Child:
 
 @attrs.frozen(eq=False)
 class _Opened:
-    """A session of a child, and its tensors in the memory that both see."""
+    """A session of a child, and its tensors in shared memory."""
 
     child: _Child
     number: int
@@ -221,8 +221,7 @@ class _Opened:
 class TorchProcess:
     """Steps of one optimizer on weights of given shapes, in a child process.
 
-    The child is started when it is first needed, and again if it has ended or if this is a fork of
-    the process that started it.
+    The child is started on first use, and again if it has ended or another process started it.
 
     Attributes:
       slots: The tensors of the optimizer's state.
