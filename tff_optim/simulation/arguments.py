@@ -20,13 +20,13 @@ from tff_optim.simulation.history import Table
 from tff_optim.simulation.per_client import PerClient
 from tff_optim.simulation.starts import Starts
 
-_NAME = "process"  # of a process that is given without one
+_NAME = "process"  # the name of a process that is given without one
 
 
 def _function(
     *given: str, offered: Sequence[str] = ()
 ) -> Callable[[Value, attrs.Attribute, Value], None]:
-    """Checks that an argument is None or a function of these."""
+    """Checks that an argument is None or a function of these parameters."""
     return lambda plan, attribute, value: calls.check(attribute.name, value, given, offered)
 
 
@@ -55,7 +55,7 @@ def _goal(text: Value) -> Goal | None:
 
 
 def _is_evaluated(plan: Value, attribute: attrs.Attribute, value: Value) -> None:
-    """Checks that the metric of `keep_best`, or of a `stop` that names one, can be shown."""
+    """Checks that the metric of `keep_best`, or of `stop`, can occur in a run."""
     wanted = value if isinstance(value, Goal) else getattr(value, "goal", None)
     if wanted is None or plan.evaluate is not None or plan.per_client is not None:
         return
@@ -75,7 +75,7 @@ def _managers(plan: Value, attribute: attrs.Attribute, value: Value) -> None:
 
 
 def check_managers(value: Value) -> None:
-    """Raises `TypeError` unless these are release managers, which several runs may go through."""
+    """Raises `TypeError` unless these are release managers that several runs can iterate over."""
     are_managers = isinstance(value, Iterable) and not isinstance(value, Iterator)
     if not are_managers or not all(isinstance(m, tff.program.ReleaseManager) for m in value):
         raise TypeError(
@@ -122,7 +122,7 @@ class Plan:
         validator=_function("ids", "path", offered=("keep",))
     )
     starts: Starts
-    # Held by whatever the caller has written: one call at a time, however many runs there are.
+    # Held while the caller's functions run: one call at a time, however many runs there are.
     lock: threading.RLock = attrs.field(factory=threading.RLock)
 
 
@@ -130,8 +130,8 @@ def as_processes(process: Process) -> dict[str, Process]:
     """Processes by name.
 
     Raises:
-      TypeError: One is none.
-      ValueError: A name cannot be that of a folder, or there is no process.
+      TypeError: If one is no process.
+      ValueError: If a name cannot be that of a folder, or there is no process.
     """
     named = dict(process) if isinstance(process, Mapping) else {_NAME: process}
     for name, one in named.items():
@@ -151,7 +151,7 @@ def as_processes(process: Process) -> dict[str, Process]:
 
 
 def as_path(directory: Value) -> str | None:
-    """The folder as a text."""
+    """The folder's path as a string."""
     path = directory.__fspath__() if isinstance(directory, os.PathLike) else directory
     try:
         if path is None or (isinstance(path, str) and path and b"\0" not in os.fsencode(path)):
@@ -174,10 +174,10 @@ def _is_file_name(name: Value) -> bool:
 
 
 def as_seeds(seed: int | Sequence[int]) -> list[int]:
-    """The seeds, each once.
+    """The seeds, without duplicates.
 
     Raises:
-      ValueError: One is out of range or repeated, or there is none.
+      ValueError: If one is out of range or repeated, or there is none.
     """
     given: Iterable[Value] = seed if isinstance(seed, Iterable) else [seed]
     seeds = [whole(one) for one in given]
@@ -191,7 +191,7 @@ def as_seeds(seed: int | Sequence[int]) -> list[int]:
 
 
 def lanes(processes: dict[str, Process], seeds: list[int]) -> list[list[tuple[str, int]]]:
-    """Runs by name and seed, those together that must go one after the other."""
+    """Runs by name and seed; those that must run one after the other are grouped."""
     lanes: dict[Hashable, list[tuple[str, int]]] = {}
     for name, seed in itertools.product(processes, seeds):
         one = processes[name]
@@ -201,10 +201,10 @@ def lanes(processes: dict[str, Process], seeds: list[int]) -> list[list[tuple[st
 
 
 def check_states_are_kept(client_states: Value, processes: dict[str, Process]) -> None:
-    """Raises `ValueError` if it can be told that no process has a use for clients' states."""
+    """Raises `ValueError` if certainly no process uses clients' states."""
     made = [one for one in processes.values() if hasattr(one, "next")]
     if client_states is None or len(made) < len(processes):
-        return  # what a function of the seed makes is not known yet
+        return  # functions of the seed have not made their processes yet
     if not any(data_of_client(data_type(one))[1] for one in made):
         raise ValueError(
             "`client_states` must be None unless the clients of a process keep a state; found "
@@ -213,5 +213,5 @@ def check_states_are_kept(client_states: Value, processes: dict[str, Process]) -
 
 
 def data_type(process: Process) -> tff.Type:
-    """What a process takes of one client; that of the process it wraps, if it wraps one."""
+    """The type of one client's data in a process, or in the process that it wraps."""
     return getattr(process, "process", process).next.type_signature.parameter[1].member

@@ -1,4 +1,4 @@
-"""Best: the round that was best so far, and its state, kept beside the last ones."""
+"""The best round so far, and its state, which is kept besides the last ones."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ FOLDER = "best"
 class Best:
     """The best round of a run so far, and its state.
 
-    The state is held, and written when the last one is: so it is of a round that counts after a kill.
-    Two are kept in files, those that were best when either of the two last states was saved.
+    The state stays in memory until the last state is saved too, so the best round always counts after a
+    kill. Two are kept in files: those that were best when each of the two last states was saved.
 
     Args:
-      goal: What is best.
-      checkpoints: Where the states are saved; None to hold them alone.
+      goal: The metric that decides.
+      checkpoints: The files of the states; None to keep them in memory only.
 
     Attributes:
-      round: The best one so far; None before the first.
+      round: The best round so far; None before the first.
     """
 
     def __init__(self, goal: Goal, checkpoints: Checkpoints | None):
@@ -35,11 +35,11 @@ class Best:
         self._seen = False
 
     def take_up(self, saved: int | None, records: Sequence[Record]) -> None:
-        """Goes on after some rounds.
+        """Resumes after some rounds.
 
         Args:
-          saved: The best of these, whose state is in a file; None if there is none.
-          records: Theirs.
+          saved: The best of these rounds, whose state is in a file; None for none.
+          records: The records of these rounds.
         """
         for record in records:
             self._seen = self._seen or self._goal.name in record
@@ -48,10 +48,10 @@ class Best:
                 self._value = self._goal.value(record)
 
     def see(self, number: int, record: Mapping[str, Json], state: State) -> None:
-        """Looks at a round; the first of several that are equally good is the best.
+        """Takes a round into account; of equally good rounds the first is the best.
 
         Raises:
-          ValueError: The round does not show the metric.
+          ValueError: If the round lacks the metric.
         """
         if not self._seen:
             self._goal.check("keep_best", {"round": number, **record})
@@ -61,7 +61,7 @@ class Best:
             self.round, self._value, self._state = number, value, state
 
     async def save(self) -> Record:
-        """Saves the best state, unless it is saved; returns what tells its files, or nothing."""
+        """Saves the best state if it is new; returns its round and the digest of its files, or nothing."""
         if self._checkpoints is None or self.round is None or self.round == self._saved:
             return {}
         digest = await self._checkpoints.save(self._state, self.round)
@@ -69,10 +69,10 @@ class Best:
         return {"best": self.round, "files": digest}
 
     def kept(self, structure: State) -> Kept | None:
-        """The best round with its state; None if no round has shown a finite number.
+        """The best round with its state; None if no round has had a finite number.
 
         Args:
-          structure: A state, in whose structure one is loaded.
+          structure: A state with the structure of the one to load.
         """
         if self.round is None:
             return None

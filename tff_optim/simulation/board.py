@@ -1,4 +1,4 @@
-"""Board: curves for TensorBoard."""
+"""Curves for TensorBoard."""
 
 import os
 import socket
@@ -17,13 +17,13 @@ _PREFIX, _SUFFIX = "events.out.tfevents.", ".rounds"
 
 
 class Board:
-    """Writes curves to one event file, which takes the place of the one before when a run goes on.
+    """Writes curves to one event file, which replaces the earlier one when a run is resumed.
 
-    So each round is shown once, whatever had been written before a kill. Other event files in the
-    folder are left alone.
+    Each round is so shown once, whatever was written before a kill. Other event files in the folder are
+    left alone.
 
     Args:
-      path: The folder; made if it is not there.
+      path: The folder, created if missing.
     """
 
     def __init__(self, path: str):
@@ -32,7 +32,7 @@ class Board:
         self._unfinished = os.path.join(path, "unfinished")
         self._writer = tf.io.TFRecordWriter(self._unfinished)
         self._write(file_version="brain.Event:2")
-        # A TensorBoard that is open already drops what it has read of the file before.
+        # A running TensorBoard then drops what it has read from the earlier file.
         self._write(step=0, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, number: int, record: Mapping[str, Json], written: float) -> None:
@@ -41,7 +41,7 @@ class Board:
         Args:
           number: The round.
           record: Numbers by name; other values are left out.
-          written: When, in seconds since 1970.
+          written: The time of the round, in seconds since 1970.
         """
         summary = Summary()
         for name, value in record.items():
@@ -51,7 +51,7 @@ class Board:
         self._write(wall_time=written, step=number, summary=summary)
 
     def publish(self) -> None:
-        """Puts the file in the place of the one before."""
+        """Replaces the earlier file."""
         self.flush()
         for name in os.listdir(self._path):
             if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
@@ -60,11 +60,11 @@ class Board:
         os.replace(self._unfinished, os.path.join(self._path, name))
 
     def flush(self) -> None:
-        """Lets others see what was added."""
+        """Flushes the points to the file."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends writing."""
+        """Closes the file."""
         self._writer.close()
 
     def _write(self, **fields: Value) -> None:
@@ -72,7 +72,7 @@ class Board:
 
 
 def _single(value: float) -> np.float32:
-    """In single precision, which TensorBoard has; infinite where that is not enough."""
+    """The value in TensorBoard's single precision; infinite beyond its range."""
     with np.errstate(over="ignore"):
         try:
             return np.float32(value)

@@ -1,4 +1,4 @@
-"""Functions of the caller: given what they ask for by name, and checked before the first round."""
+"""Functions of the caller: called with the values that they name, and checked before the first round."""
 
 import inspect
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from tff_optim.core.types import Function, Value
 
 
 def call(function: Function, *given: Value, **offered: Value) -> Value:
-    """Calls a function, with those of the offered values that it has parameters for.
+    """Calls a function with the offered values for which it has parameters.
 
-    That is a parameter of the same name without a default: one with a default may have got another
-    meaning from whoever wrote it, as in `lambda weights, seed=seed: ...`.
+    Such a parameter has the name of the value and no default. One with a default may mean something else
+    to its author, as in `lambda weights, seed=seed: ...`.
 
     Example:
       >>> call(lambda weights, seed: (weights, seed), "w", seed=3, round=7)
@@ -31,10 +31,10 @@ def check(
     """Raises `TypeError` unless this is a function that `call` can call.
 
     Args:
-      name: Of the argument that holds it.
-      function: What was given.
-      given: Names of what it is called with, by position.
-      offered: Names of what it may ask for.
+      name: The name of the argument.
+      function: The argument.
+      given: Names of its positional arguments.
+      offered: Names of values that it may ask for.
       optional: Whether it may be None.
     """
     if optional and function is None:

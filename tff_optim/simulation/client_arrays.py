@@ -1,4 +1,4 @@
-"""ClientArrays: a federation whose clients' data are arrays."""
+"""Federations whose clients' data are arrays."""
 
 import collections
 import hashlib
@@ -22,16 +22,16 @@ _Path = tuple[str, ...]
 class ClientArrays:
     """The data of all clients of a federation, as arrays with a row for each example.
 
-    Which batches a client trains on in a round depends on its id, on the number of the round and on
-    `seed` alone. They are the same wherever it is trained, also in a run that was killed and goes on:
+    A client's batches in a round depend only on its id, the number of the round and `seed`. They are the
+    same wherever the client trains, even in a run that was killed and resumed:
 
-    - in the Python process (`ResidentProcess` without `workers`) batches are rows of the arrays, which
-      are taken to the device once; no data set is made or read, which for small models is most of a
-      round;
-    - in plain TFF and in workers each client of a round gets a data set of the same batches.
+    - In the Python process (`ResidentProcess` without `workers`) batches are rows of the arrays, which
+      are copied to the device once. No data set is made or read, which for small models takes most of a
+      round.
+    - In plain TFF and in workers each client of a round gets a data set of the same batches.
 
-    Every epoch is cut into batches by itself, as by `dataset.batch(batch_size).repeat(epochs)`, with a
-    new order of the rows for each epoch and each round if `shuffle` is true.
+    Each epoch is cut into batches by itself, as by `dataset.batch(batch_size).repeat(epochs)`. If
+    `shuffle` is true, rows have a new order in each epoch and each round.
 
     Example:
       >>> clients = ClientArrays(
@@ -57,23 +57,23 @@ class ClientArrays:
 
     Args:
       data: A mapping from ids to the arrays of a client, or a list of these (ids are positions): one
-        array, or a tuple or mapping of arrays as the model takes them, all with the same number of
-        rows; that may be 0. In the place of arrays may be a `tf.data.Dataset` of examples. Or a
+        array, or a tuple or mapping of arrays for the model, all with the same number of rows, which may
+        be 0. A `tf.data.Dataset` of examples can replace the arrays. Or a
         `tff.simulation.datasets.ClientData`. Or, with `client_column`, a table: a mapping from names
         to columns, or a pandas `DataFrame`.
       batch_size: Rows of a batch; the last one of an epoch may have fewer.
       epochs: How often a client goes through its rows in a round.
       shuffle: Whether each epoch has an order of its own.
-      seed: Of the orders.
+      seed: The seed of the orders.
       drop_remainder: Whether batches with fewer rows than `batch_size` are left out.
-      max_batches: The largest number of batches of a client in a round; None for any.
-      client_column: The column of a table that holds the id of each row's client. The others become a
+      max_batches: The largest number of batches of a client in a round; None for no limit.
+      client_column: The column of a table with the id of each row's client. The other columns become a
         mapping from names to arrays.
 
     Raises:
-      TypeError: `data` is none of these.
-      ValueError: A number is out of range, or the arrays do not go together; the message names the
-        client and the part.
+      TypeError: If `data` has none of these forms.
+      ValueError: If a number is out of range, or the arrays do not match; the message names the client
+        and the part.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class ClientArrays:
         """The data of some clients in a round, for `next` of a process.
 
         Args:
-          ids: Of the clients, each once.
-          round_number: Decides the order of rows, with `shuffle`.
+          ids: The ids of the clients, without duplicates.
+          round_number: The round, which decides the order of rows with `shuffle`.
 
         Returns:
-          A list of data sets, one for each client, which are made when they are looked at.
+          A list of data sets, one for each client, which are made on first use.
 
         Raises:
-          ValueError: An id is unknown, or there twice.
+          ValueError: If an id is unknown or repeated.
         """
         ids = list(ids)
         number = whole(round_number)
@@ -152,7 +152,7 @@ class ClientArrays:
         return ArrayClients.of(ids, self._arrays, self._batches(chosen, number))
 
     def data_set(self, client: Hashable) -> tf.data.Dataset:
-        """All rows of a client, once and in their order, in batches; for an evaluation."""
+        """All rows of a client in order, once and in batches, for an evaluation."""
         i = self._position[client]
         ends = np.minimum(
             np.arange(0, self._rows[i] + self._batch_size, self._batch_size), self._rows[i]
@@ -161,7 +161,7 @@ class ClientArrays:
         return self._arrays.data_set(rows, ends)
 
     def fingerprint(self, client: Hashable) -> str:
-        """What tells a client's rows, and how they are made batches, from others, in short."""
+        """A short description of a client's rows and batches that differs from others."""
         i = self._position[client]
         rows = self._arrays.rows(np.arange(self._begins[i], self._begins[i] + self._rows[i]))
         values = of_parts(*(part if part.dtype == object else part.tobytes() for part in rows))[:8]
@@ -174,7 +174,7 @@ class ClientArrays:
         )
 
     def _batches(self, clients: np.ndarray, number: int) -> Batches:
-        """The batches of some clients, without a step of Python for each."""
+        """The batches of some clients, without a Python loop over clients."""
         size, rows = self._batch_size, self._rows[clients]
         kept = rows - rows % size if self._drop_remainder else rows  # in each epoch
         in_epoch = -(-kept // size)
@@ -228,9 +228,9 @@ def _mixed(state: np.ndarray, value: Any) -> np.ndarray:
 
 
 def _sorted_within(groups: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Where the entries are, sorted by key within groups that follow each other."""
+    """The positions of entries, sorted by key within consecutive groups."""
     bits = int(groups[-1]).bit_length() if len(groups) else 0
-    # Many times faster than a sort by two keys. Of equal rests of keys the first stays first.
+    # Many times faster than a sort by two keys. Entries with equal remaining bits keep their order.
     joint = keys >> np.uint64(bits)
     if bits:
         joint |= groups.astype(np.uint64) << np.uint64(64 - bits)
@@ -293,7 +293,7 @@ def _clients_of_table(data: Any, client_column: Hashable) -> tuple[list[Hashable
 def _positions(ids: Sequence[Hashable]) -> dict[Hashable, int]:
     if not ids:
         raise ValueError("`data` must hold at least one client; found none.")
-    # Records and states of clients go by the ids as texts.
+    # Records and states of clients use the ids as strings.
     texts: dict[str, Hashable] = {}
     for client in ids:
         if str(client) in texts:

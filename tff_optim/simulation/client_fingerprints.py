@@ -1,4 +1,4 @@
-"""What tells a client's data from others, by its beginning: read without a trace in the data set."""
+"""Fingerprints of clients' data by their first element, read without side effects on the data set."""
 
 from collections.abc import Mapping
 
@@ -9,16 +9,16 @@ from tff_optim.core.types import ClientDataset, ClientId, Value
 from tff_optim.resident.graphs.fingerprints import of_parts
 from tff_optim.resident.graphs.nodes import node_of
 
-_LARGEST = 100  # clients that are looked at
-# Data sets without which the same elements come in their own order, and from where they are made:
-# a shuffled one goes on where its last reader left it, and a cache keeps what is read.
+_LARGEST = 100  # clients with a fingerprint
+# Data sets to leave out, so that elements come in their original order and are computed anew. A shuffled
+# one goes on where its last reader stopped, and a cache keeps what is read.
 _PASSED = ("Shuffle", "Cache")
 _PYTHON = ("PyFunc", "EagerPyFunc", "Generator")
-_NO_GLOBAL_SEED = (0, 87654321)  # the first of a shuffle's two seeds, unless a program has set one
+_NO_GLOBAL_SEED = (0, 87654321)  # the first of a shuffle's two seeds, unless a program sets one
 
 
 def chosen(ids: list[ClientId]) -> list[ClientId]:
-    """The clients that are looked at: all, or 100 of them spread over the list."""
+    """The clients with a fingerprint: all, or 100 of them spread over the list."""
     step = max(len(ids) / _LARGEST, 1.0)
     return [ids[int(i * step)] for i in range(min(len(ids), _LARGEST))]
 
@@ -26,8 +26,8 @@ def chosen(ids: list[ClientId]) -> list[ClientId]:
 def of_data(data: ClientDataset) -> str:
     """The specification, the number and the first of the elements of a client's data, in short.
 
-    The order in which a data set is shuffled does not count, but how it is shuffled does. What a
-    generator or another source with a state would give is not read.
+    The way in which a data set is shuffled counts, but not the resulting order. Generators and other
+    sources with a state are not read.
 
     Example:
       >>> data = tf.data.Dataset.range(6).batch(2)
@@ -44,7 +44,7 @@ def of_data(data: ClientDataset) -> str:
     count = len(data) if isinstance(data, list | tuple) else 1
     try:
         leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(batches)]
-    except Exception:  # refused in words where the client is drawn
+    except Exception:  # drawing the client raises an error that explains it
         return f"{count} of {type(data).__name__}"
     kinds = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
     values = of_parts(*(leaf.tobytes() if leaf.dtype != object else leaf for leaf in leaves))
@@ -59,7 +59,7 @@ def _first(data: tf.data.Dataset) -> str:
         written = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
         graph, passed = _without_order(tf.compat.v1.GraphDef.FromString(written.numpy()))
         found = {_read(graph, data.element_spec) for _ in range(2)}
-    except Exception:  # of any source: what is wrong with it is told where the client is drawn
+    except Exception:  # of any source; drawing the client raises an error that explains it
         return "not read"
     return of_parts(*found, *passed)[:8] if len(found) == 1 else "another each time"
 
@@ -71,10 +71,10 @@ def _read(graph: bytes, spec: Value) -> str:
 
 
 def _without_order(graph: Value) -> tuple[bytes, list[int]]:
-    """The graph of a data set without shuffles and caches, and the numbers that shuffles were given.
+    """The graph of a data set without shuffles and caches, and the arguments of its shuffles.
 
     Raises:
-      ValueError: A function of Python makes elements, and may have a state.
+      ValueError: If a Python function, which may have a state, makes elements.
     """
     numbers: list[int] = []
     _pass(graph.node, numbers)
@@ -86,7 +86,7 @@ def _without_order(graph: Value) -> tuple[bytes, list[int]]:
 
 
 def _pass(nodes: Value, numbers: list[int]) -> dict[str, str]:
-    """Takes from each node that is passed what it takes; returns that by the node's name."""
+    """Replaces each node to leave out by its input; returns these inputs by the node's name."""
     by_name = {node.name: node for node in nodes}
     instead = {node.name: node.input[0] for node in nodes if node.op.startswith(_PASSED)}
     for node in nodes:

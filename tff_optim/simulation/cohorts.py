@@ -1,4 +1,4 @@
-"""Who takes part in a round, and the data of those clients."""
+"""The clients of a round, and their data."""
 
 import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,11 +19,11 @@ Draw: TypeAlias = Callable[[int, Sequence[Hashable], np.random.Generator], Seque
 
 
 def clients_by_id(clients: Value) -> tuple[list[Hashable], Callable[[ClientId], ClientDataset]]:
-    """The ids of clients, and the data of one of them.
+    """The ids of clients, and a function from an id to its data.
 
     Raises:
-      TypeError: `clients` is not one of the four forms.
-      ValueError: There is no client.
+      TypeError: If `clients` has none of the four forms.
+      ValueError: If there is no client.
     """
     get: Value
     if isinstance(clients, ClientArrays):
@@ -50,15 +50,15 @@ class Cohorts:
 
     Args:
       clients: See `clients_by_id`.
-      size: How many take part in a round, or a function of its number; None with `draw`.
+      size: The number of clients in a round, or a function of the round's number; None with `draw`.
       draw: See `run`; None for `tff.simulation.build_uniform_sampling_fn`.
-      seed: Of the draws.
-      data_type: What the process takes of one client.
+      seed: The seed of the draws.
+      data_type: The type of one client's data in the process.
 
     Attributes:
-      ids: Of all clients.
-      varies: Whether rounds may have other numbers of clients than each other.
-      keeps_states: Whether clients keep a state, whose place is handed over with their data.
+      ids: The ids of all clients.
+      varies: Whether rounds may differ in their number of clients.
+      keeps_states: Whether clients keep a state, whose paths come with their data.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class Cohorts:
         return [self.ids[i] for i in self._sample(round_number, size)]
 
     def of_client(self, client: Hashable) -> ClientDataset:
-        """The data of a client, as they were given."""
+        """The original data of a client."""
         return self._get(client)
 
     def fingerprints(self) -> dict[str, str]:
-        """What the data of clients, of 100 where there are more, begin with; see `of_data`."""
+        """The fingerprints of clients' data, of at most 100; see `of_data`."""
         some = client_fingerprints.chosen(self.ids)
         if self._arrays is not None:
             return {str(client): self._arrays.fingerprint(client) for client in some}
         return {str(client): client_fingerprints.of_data(self._get(client)) for client in some}
 
     def data(self, drawn: Sequence[Hashable], round_number: int) -> list[ClientDataset]:
-        """The data of some clients in a round, as the process takes them."""
+        """The data of some clients in a round, for the process."""
         if self._arrays is not None:
             return self._arrays.cohort(drawn, round_number)
         return [self._taken(self._get(client), client) for client in drawn]
@@ -108,7 +108,7 @@ class Cohorts:
 
 @attrs.frozen
 class _Poisson:
-    """See `poisson`."""
+    """The function that `poisson` returns."""
 
     rate: float = attrs.field()
 
@@ -125,7 +125,7 @@ class _Poisson:
         self, number: int, ids: Sequence[Hashable], rng: np.random.Generator
     ) -> list[Hashable]:
         """The clients of one round, in the order of the ids."""
-        del number  # every round is drawn alike
+        del number  # all rounds are drawn in the same way
         return [one for one, hit in zip(ids, rng.random(len(ids)) < self.rate) if hit]
 
 
@@ -134,8 +134,8 @@ def poisson(rate: float) -> Draw:
 
     This is the sampling that `aggregators.privacy.epsilon` accounts for. A cohort has `rate` times
     the number of clients on average. It may be empty: the round counts, and the model stays. Under
-    differential privacy such a round adds no noise and can be told apart, so the probability of an
-    empty cohort, `(1 - rate) ** clients`, is to be far below `delta`.
+    differential privacy such a round adds no noise, which an observer notices, so the probability of an
+    empty cohort, `(1 - rate) ** clients`, must be far below `delta`.
 
     Example:
       >>> draw = poisson(0.5)
@@ -147,13 +147,13 @@ def poisson(rate: float) -> Draw:
       rate: Above 0, at most 1.
 
     Raises:
-      ValueError: It is out of range.
+      ValueError: If it is out of range.
     """
     return _Poisson(rate)
 
 
 def _as_drawn(found: Value, ids: Sequence[Hashable], number: int) -> list[Hashable]:
-    """What `draw` has returned, as ids of the run."""
+    """The result of `draw`, checked, as ids of the run."""
     if isinstance(found, str) or not isinstance(found, Sequence | np.ndarray):
         raise TypeError(f"`draw` must return a list of ids of clients; found {shown(found)}.")
     known = {one: one for one in ids}
@@ -167,7 +167,7 @@ def _as_drawn(found: Value, ids: Sequence[Hashable], number: int) -> list[Hashab
 
 
 def check_size(clients_per_round: Value, clients: int) -> None:
-    """Raises `ValueError` unless so many clients can be drawn."""
+    """Raises `ValueError` unless a round can have this many clients."""
     check_whole("clients_per_round", clients_per_round, 1)
     if clients_per_round > clients:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Evaluation: the model after a round, on data of the caller and on single clients."""
+"""Evaluates the model after a round, by the caller's function and on single clients."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -15,16 +15,16 @@ _CLIENTS = "clients/"
 
 
 class Evaluation:
-    """What one run evaluates; true if it evaluates anything.
+    """The evaluation of one run; true if there is any.
 
     Args:
-      plan: What all runs share.
+      plan: The arguments that all runs share.
       cohorts: The run's clients.
-      process: Its name.
+      process: The name of its process.
       seed: Its seed.
 
     Attributes:
-      ids: Of the clients that are held out.
+      ids: The ids of held-out clients.
     """
 
     def __init__(self, plan: Plan, cohorts: Cohorts, process: str, seed: int):
@@ -43,7 +43,7 @@ class Evaluation:
         return self._plan.evaluate is not None or self._plan.per_client is not None
 
     def described(self) -> Record:
-        """What of it makes a run the same run; see `same_run`."""
+        """The parts that must not change between runs; see `same_run`."""
         plan, given = self._plan, self._plan.per_client
         found: Record = {
             "evaluate": same_run.of_function(plan.evaluate),
@@ -61,12 +61,12 @@ class Evaluation:
         """Evaluates a model.
 
         Args:
-          weights: Of the model.
+          weights: The model weights.
           number: The round.
-          cohort: Its clients.
+          cohort: The clients of the round.
 
         Returns:
-          Numbers by name; and those of single clients by id, as columns.
+          Numbers by name, and the columns of single clients by id.
         """
         with self._plan.lock:
             found = self._central(weights, number)

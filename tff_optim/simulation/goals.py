@@ -1,4 +1,4 @@
-"""Goal: a metric, and whether more of it is better."""
+"""Goals: metrics, and whether more of them is better."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from tff_optim.core.messages import shown
 from tff_optim.core.types import Json, Value
 
 _SIGNS = {"max": 1.0, "min": -1.0}
-_KNOWN = {"accuracy": 1.0, "loss": -1.0}  # words in a name that say which way is better
+_KNOWN = {"accuracy": 1.0, "loss": -1.0}  # words in a name that say which values are better
 
 
 @attrs.frozen
@@ -17,25 +17,25 @@ class Goal:
     """A metric, and whether more of it is better; see `goal`.
 
     Attributes:
-      name: Of the metric.
-      sign: 1 where the largest value is best, -1 where the smallest is.
+      name: The name of the metric.
+      sign: 1 if the largest value is best, -1 if the smallest is.
     """
 
     name: str
     sign: float
 
     def value(self, record: Mapping[str, Json]) -> float:
-        """The signed value in a record, larger where it is better; minus infinity without one."""
+        """The signed value in a record, so that larger is better; minus infinity without one."""
         value = record.get(self.name)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return -math.inf
         return self.sign * value
 
     def check(self, argument: str, record: Mapping[str, Json]) -> None:
-        """Raises `ValueError` if a round that must show the metric does not: it is misspelt.
+        """Raises `ValueError` if the metric is missing where it must occur, so that it is misspelt.
 
-        That is the first round of training that has clients, or is evaluated if the metric is of an
-        evaluation.
+        It must occur in the first round of training with clients; a metric of an evaluation, in the
+        first such round that is evaluated.
         """
         of_evaluation = [name for name in record if name.startswith("evaluation/")]
         is_due = record["round"] > 0 and record.get("drawn_clients", 1) > 0
@@ -49,7 +49,7 @@ class Goal:
 
 
 def goal(argument: str, text: Value) -> Goal:
-    """Reads `"max NAME"`, `"min NAME"`, or a name that says it by `accuracy` or `loss`.
+    """Reads `"max NAME"`, `"min NAME"`, or a name that contains `accuracy` or `loss`.
 
     Example:
       >>> goal("metric", "evaluation/accuracy"), goal("metric", "min evaluation/seconds")
@@ -57,10 +57,10 @@ def goal(argument: str, text: Value) -> Goal:
 
     Args:
       argument: The name of the argument.
-      text: What was given.
+      text: The argument.
 
     Raises:
-      ValueError: It does not say which values are better.
+      ValueError: If it does not say which values are better.
     """
     if isinstance(text, str):
         word, _, name = text.partition(" ")

@@ -1,4 +1,4 @@
-"""History: what a run has shown, as tables of records."""
+"""The history of runs, as tables of records."""
 
 import itertools
 import math
@@ -14,16 +14,15 @@ from tff_optim.core.types import Function, Json, Process, Record, State, Value
 from tff_optim.simulation.goals import goal
 from tff_optim.simulation.progress import main_metrics
 
-_KEYS = ("process", "seed", "round", "client")  # which record it is
-_ENDS = 20  # records that are printed at each end of a long table
+_KEYS = ("process", "seed", "round", "client")  # identify a record
+_ENDS = 20  # records printed at each end of a long table
 
 
 class Table(Sequence):
     """Records with named values; a record may lack some.
 
     It prints as a table, also in a notebook: a wide one in blocks that fit the terminal, a long one
-    with its first and last 20 records. `to_pandas` makes a `DataFrame` of it, or
-    `pandas.DataFrame(list(table))`.
+    with its first and last 20 records. `to_pandas` converts it to a `DataFrame`.
 
     Example:
       >>> table = Table([{"round": 1, "loss": 0.5}, {"round": 2, "loss": 0.25, "new": 1}])
@@ -49,14 +48,14 @@ class Table(Sequence):
         self._folded: dict[Function, tuple[int, Value]] = {}
 
     def append(self, record: Mapping[str, Json]) -> None:
-        """Adds a record, as the loop does after each round to the table that `stop` is given."""
+        """Adds a record, as the loop does after each round to the table for `stop`."""
         self._records.append(dict(record))
 
     def running(self, step: Callable[[Value, Mapping[str, Json]], Value], initial: Value) -> Value:
-        """What folding a function over all records gives, each of which is looked at once.
+        """Folds a function over all records, and visits each only once.
 
-        A table that has grown goes on from the value before: a `stop` that is asked after each round
-        takes time in proportion to the rounds.
+        When the table has grown, the fold goes on from its earlier value. A `stop` that uses it after
+        each round so takes time in proportion to the rounds.
 
         Example:
           >>> table, total = Table([{"n": 1}, {"n": 2}]), lambda so_far, record: so_far + record["n"]
@@ -78,7 +77,7 @@ class Table(Sequence):
 
     @property
     def columns(self) -> list[str]:
-        """Every name, in the order of appearance."""
+        """All names, in the order of appearance."""
         return list(dict.fromkeys(name for record in self._records for name in record))
 
     def where(self, **values: Value) -> "Table":
@@ -100,13 +99,13 @@ class Table(Sequence):
         return pandas.DataFrame(self._records, columns=self.columns)
 
     def to_markdown(self) -> str:
-        """All records as a table for a page."""
+        """All records as a table in Markdown."""
         names, *rows = ([_markdown(t) for t in row] for row in self._all_texts())
         lines = [" | ".join(row) for row in (names, ["---"] * len(names), *rows)]
         return "\n".join(f"| {line} |" for line in lines)
 
     def to_latex(self) -> str:
-        """All records as a `tabular`, which needs no package."""
+        """All records as a `tabular` of LaTeX, which needs no package."""
         rows = [" & ".join(map(_latex, row)) + r" \\" for row in self._all_texts()]
         texts = {n for r in self._records for n, value in r.items() if isinstance(value, str)}
         kinds = "".join("l" if name in texts else "r" for name in self.columns)
@@ -117,15 +116,12 @@ class Table(Sequence):
         return len(self._records)
 
     def __getitem__(self, key: Value) -> Value:
-        """A record by position, records by a slice, a column as an array by its name, or several.
-
-        Several columns, by a list of names, are a table.
-        """
+        """A record by position, a table by a slice or a list of names, or a column by its name."""
         if isinstance(key, slice):
             return Table(self._records[key])
         if isinstance(key, list):
             for name in key:
-                self[name]  # raises where it is missing
+                self[name]  # raises if it is missing
             return Table([{n: record.get(n, "") for n in key} for record in self._records])
         if not isinstance(key, str):
             return self._records[key]
@@ -176,7 +172,7 @@ class Table(Sequence):
 
 
 def _blocks(columns: list[str], widths: list[int]) -> list[list[int]]:
-    """Positions of columns that go on one line, each block with those that say which record it is."""
+    """Positions of columns that fit on a line; each block begins with those that identify a record."""
     line = shutil.get_terminal_size((120, 24)).columns
     keys = list(itertools.takewhile(lambda i: columns[i] in _KEYS, range(len(columns))))
     blocks = [list(keys)]
@@ -191,11 +187,11 @@ def _text(value: Value) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
-    # Ends of lines, and what no terminal can show, would break the table.
+    # Line breaks and unprintable characters would break the table.
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-# Entities, where a backslash before a character is not taken by every reader of Markdown.
+# Entities for characters that not every reader of Markdown lets a backslash escape.
 _MARKDOWN = {"&": "&amp;", "<": "&lt;", "$": "&#36;", "\\": "&#92;"}
 _MARKDOWN |= {one: "\\" + one for one in "|*`[]"}
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -222,9 +218,9 @@ class Kept:
     """The best round of a run, by `keep_best` of `run`.
 
     Attributes:
-      round: Its number.
-      value: Of the metric.
-      state: The state after it.
+      round: The number of the round.
+      value: The value of the metric.
+      state: The state after the round.
     """
 
     round: int
@@ -234,7 +230,7 @@ class Kept:
 
 @attrs.frozen(repr=False)
 class History:
-    """What one or several runs have shown; prints how each run ended, with its last main metrics.
+    """The history of one or several runs; prints how each run ended, with its last main metrics.
 
     Example:
       >>> rounds = Table([{"process": "KL", "seed": 0, "round": 3, "evaluation/accuracy": 0.5}])
@@ -244,12 +240,12 @@ class History:
 
     Attributes:
       rounds: A record for each round, with `process`, `seed` and `round`, the flat metrics, and
-        what `evaluate` gave, under `evaluation/`. Round 0 is the model before training.
-      clients: A record for each client of each round, with its id as `client`, and what the rule
-        shows of single clients (see `client_records`).
+        the numbers of `evaluate` under `evaluation/`. Round 0 is the model before training.
+      clients: A record for each client of each round, with its id as `client`, and the rule's numbers of
+        single clients (see `client_records`).
       states: The last state by `(process, seed)`.
       ended: How each run ended, by `(process, seed)`: "finished", "stopped" or "interrupted".
-      kept: The best round and its state by `(process, seed)`, where `keep_best` was given.
+      kept: The best round and its state by `(process, seed)`, with `keep_best` of `run`.
     """
 
     rounds: Table
@@ -279,7 +275,7 @@ class History:
         return Table(ends)
 
     def summary(self, metric: str, *, target: float | None = None, last: int = 1) -> Table:
-        """A row for each process: a metric in the end over seeds, and rounds to a target.
+        """A row for each process: a metric at the end over seeds, and rounds to a target.
 
         ```
         v_s = mean of the metric over the last rounds of seed s that show it
@@ -287,8 +283,8 @@ class History:
         rounds_to_target = median over seeds of the first round that is as good as the target
         ```
 
-        A seed that never gets there counts as infinitely many rounds. `to_markdown` and `to_latex` make
-        a table for a page or a paper.
+        A seed that never reaches the target counts as infinitely many rounds. `to_markdown` and
+        `to_latex` make a table for a page or a paper.
 
         Example:
           >>> rounds = Table([
@@ -305,11 +301,11 @@ class History:
 
         Args:
           metric: `"max NAME"` or `"min NAME"`, or the name of an accuracy or a loss.
-          target: A value to be reached; None for no such column.
-          last: How many rounds the end is.
+          target: The value to reach; None for no such column.
+          last: The number of last rounds to average over.
 
         Raises:
-          ValueError: No round shows the metric.
+          ValueError: If no round has the metric.
         """
         wanted, last = goal("metric", metric), whole(last)
         check_whole("last", last, 1)
@@ -341,9 +337,9 @@ class History:
         return Table(rows)
 
     def best(self, metric: str, *, last: int = 1) -> Record:
-        """The row of `summary` with the best mean: the rate, or the rule, that did best in a grid.
+        """The row of `summary` with the best mean, such as the best rate or rule of a grid.
 
-        A process whose mean is not a number is never the best.
+        A process whose mean is NaN is never the best.
         """
         rows, wanted = self.summary(metric, last=last), goal("metric", metric)
         return max(rows, key=lambda row: wanted.value({wanted.name: row["mean"]}))
@@ -360,7 +356,7 @@ class History:
         return state
 
     def materialized(self, process: Process) -> "History":
-        """The same with plain states in the place of those of a `ResidentProcess`."""
+        """The same history with plain states instead of those of a `ResidentProcess`."""
         states = {run: process.materialize(state) for run, state in self.states.items()}
         kept = {
             run: attrs.evolve(one, state=process.materialize(one.state))

@@ -1,4 +1,4 @@
-"""Numbers of a process that change by round, in its state: nothing is traced again."""
+"""Hyperparameters that change between rounds, in the state, so that nothing is traced again."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ COLUMN = "hparams/"
 
 
 def named(given: Value) -> Record:
-    """The numbers that `hparams` has returned, by paths as in `flatten`.
+    """The numbers that `hparams` returned, by paths as in `flatten`.
 
     Raises:
-      TypeError: It has returned something else.
+      TypeError: If it returned no mapping.
+      ValueError: If a value is no number.
     """
     if not isinstance(given, Mapping):
         raise TypeError(
@@ -34,12 +35,12 @@ def with_numbers(process: Process, state: State, numbers: Mapping[str, Number]) 
     """The state with some of its hyperparameters set, by their paths.
 
     Args:
-      process: With `get_hparams` and `set_hparams`, as a `LearningProcess` has them.
-      state: Of the process.
+      process: A process with `get_hparams` and `set_hparams`, as a `LearningProcess` has them.
+      state: A state of the process.
       numbers: See `named`.
 
     Raises:
-      ValueError: There is no such hyperparameter, or it is of another kind.
+      ValueError: If there is no such hyperparameter, or it is of another kind.
     """
     if not numbers:
         return state
@@ -66,7 +67,7 @@ def _replaced(value: Value, numbers: Mapping[str, Number], path: tuple[str, ...]
     wanted = np.asarray(value).dtype
     with np.errstate(over="ignore"):
         found = np.asarray(numbers[name]).astype(wanted)
-    # A fraction for a whole number, or a number beyond what the type holds.
+    # A fraction for a whole number, or a number out of the type's range.
     if not np.isclose(float(found), float(numbers[name]), rtol=1e-3, atol=1e-30):
         raise ValueError(
             f"`hparams` must return a number of {wanted} at {name!r}; found {shown(numbers[name])}."

@@ -1,4 +1,4 @@
-"""run: trains processes on clients, and keeps what every round has shown."""
+"""Trains processes on clients, and records the metrics of each round."""
 
 import contextlib
 import itertools
@@ -42,19 +42,19 @@ def run(
     initial_weights: Weights = None,
     runs_at_once: int | None = None,
 ) -> History:
-    """Trains one or several processes, with one or several seeds, some of them side by side.
+    """Trains one or several processes with one or several seeds, some of them side by side.
 
-    Each run is a call of `tff.simulation.run_training_process`. With a `directory`, it keeps there
-    `records.jsonl`, with `rounds.csv` and `clients.csv` made of it (see `History`), `tensorboard/`
-    with a curve for every number, and `checkpoints/`. One run at a time has a directory; what was
-    damaged in it is left out with a warning, or refused. The same call goes on where the last one
-    was killed, with the numbers of an undisturbed run: the clients of a round depend on the seed and
-    the round's number alone. (Data that shuffle need a seed; in the Python process
-    `reshuffle_each_iteration=False` as well.)
+    Each run is a call of `tff.simulation.run_training_process`. With a `directory`, it writes
+    `records.jsonl`, `rounds.csv` and `clients.csv`, which are made from it (see `History`),
+    `tensorboard/` with a curve for every number, and `checkpoints/`. Only one run at a time can use a
+    directory. Damaged files in it are skipped with a warning, or refused. After a kill, the same call
+    resumes the run with the numbers of an undisturbed one, since the clients of a round depend on the
+    seed and the round's number only. (Shuffled data need a seed, and `reshuffle_each_iteration=False` in
+    the Python process.)
 
-    The first Ctrl-C lets the round end, saves it and returns the history; the second one raises
-    `KeyboardInterrupt` at once. (A round is lost if Ctrl-C at the terminal has ended its worker; a
-    new worker starts by itself.) TFF's own worker ends with the program.
+    The first Ctrl-C lets the round end, saves it and returns the history; the second raises
+    `KeyboardInterrupt` at once. (A round is lost if Ctrl-C at the terminal ended its worker; a new
+    worker starts by itself.) TFF's own worker ends with the program.
 
     Example:
       >>> import tensorflow as tf
@@ -75,79 +75,77 @@ def run(
       [0, 0, 0]
 
     Args:
-      process: A `tff.learning.templates.LearningProcess` or `ResidentProcess`, or a mapping from
-        names to such. A function in its place is called with the seed and returns one, so
-        that models may start differently too; what it returns is closed after its run if it
-        has a `close`.
+      process: A `tff.learning.templates.LearningProcess` or `ResidentProcess`, or a mapping from names
+        to such processes. Instead of a process you can give a function from a seed to one, so that
+        models start differently too; the process is closed after its run if it has a `close`.
       clients: A mapping from ids to data, a list of data (ids are positions), a
         `tff.simulation.datasets.ClientData`, or `ClientArrays`. Data are a `tf.data.Dataset` of
-        batches, or a list of them. A function in its place is called once with each seed, before
-        training, and returns one of these, so that clients may differ too.
-      rounds: Rounds of training, those before a resume included: no fewer than `directory` holds.
-      clients_per_round: Clients drawn for each round, uniformly and without replacement; a number,
-        or a function from a round to one.
-      draw: In its place, a function that draws otherwise: of the round, the ids of all clients, and
-        a `numpy.random.Generator` that seed and round alone decide. It returns a list of ids, and
-        an empty one for a round that leaves the model alone. See `poisson`.
-      hparams: Called before each round with its number, returns what `process.set_hparams` is to
-        set: some numbers by name, such as `{"finalizer/learning_rate": 0.1}`. Nothing is traced
-        again. What is left out stays as it is. Rounds show what was set, as `hparams/NAME`.
-      seed: Of the draws, or several.
-      evaluate: Called with the model weights, returns numbers by name; several sets are mappings by
-        name in one. It is also the hook that sees the model after a round.
-      per_client: A `PerClient`: evaluates the model on single clients, those of the round or of a
-        federation that is held out.
-      rounds_per_evaluation: How often; also before the first round.
-      directory: Where to keep files. With several runs each has a folder of its own,
-        `NAME/seed_N`.
-      rounds_per_checkpoint: How often the state is saved; also at the end. For a small model a
-        checkpoint of plain TFF takes longer than a round.
-      resume: Whether to go on with what `directory` holds. True takes the same run alone: the same
-        process (computations, constants, hyperparameters), initial weights if given, clients, data,
-        draws and evaluation; versions of packages may differ, with a warning. "changed" goes on
-        with another one as far as its state fits, and writes down in `arguments.json` what has
-        changed after which round.
-      compare_data: Whether the data of clients (of 100, spread over the ids, where there are more)
-        are among what is the same: their specification, number of elements and first element. A
-        millisecond or a few for each.
-      progress: Whether to show a bar on a terminal or in a notebook, and where stderr is a log file, a
-        line every ten seconds at most.
-      stop: Called after each round with the rounds so far; true ends the run. See
-        `no_better` and `reached`.
-      keep_best: A metric, such as "evaluation/accuracy", whose best round is kept beside the last two:
-        its state is in `History.kept`, and in `best/`. Names say which way is better by "accuracy" or
-        "loss", others by "max NAME" or "min NAME".
+        batches, or a list of batches. Or a function that returns one of these; it is called once with
+        each seed, before training, so that clients may differ too.
+      rounds: Rounds of training, including those before a resume; at least as many as `directory` has.
+      clients_per_round: The number of clients drawn for each round, uniformly and without replacement,
+        or a function from a round to this number.
+      draw: A function that draws the clients instead. It gets the round, the ids of all clients, and a
+        `numpy.random.Generator` that depends on seed and round only. It returns a list of ids; an empty
+        one makes a round that leaves the model alone. See `poisson`.
+      hparams: A function that is called before each round with its number. It returns the numbers for
+        `process.set_hparams` by name, such as `{"finalizer/learning_rate": 0.1}`; all others stay as
+        they are. Nothing is traced again. Rounds show these numbers as `hparams/NAME`.
+      seed: The seed of the draws, or several seeds.
+      evaluate: A function that is called with the model weights and returns numbers by name; for several
+        data sets, a mapping of such mappings. Use it as a hook for the model after a round, too.
+      per_client: A `PerClient`, which evaluates the model on single clients: those of the round, or a
+        held-out federation.
+      rounds_per_evaluation: How often to evaluate; the first time is before the first round.
+      directory: A directory for files. Each of several runs has a folder of its own, `NAME/seed_N`.
+      rounds_per_checkpoint: How often to save the state; the last time is at the end. For a small model
+        a checkpoint of plain TFF takes longer than a round.
+      resume: Whether to resume the run in `directory`. True accepts only the same run: the same process
+        (computations, constants, hyperparameters), initial weights if given, clients, data, draws and
+        evaluation; package versions may differ, with a warning. "changed" accepts another run if its
+        state fits, and records in `arguments.json` what changed after which round.
+      compare_data: Whether "the same run" includes the clients' data, of at most 100 clients spread over
+        the ids: their specification, number of elements and first element. This takes a few milliseconds
+        per client.
+      progress: Whether to show a progress bar on a terminal or in a notebook. If stderr is a log file,
+      it
+        gets at most a line every ten seconds.
+      stop: A function that is called after each round with the rounds so far; a true result ends the
+      run.
+        See `no_better` and `reached`.
+      keep_best: A metric, such as "evaluation/accuracy", whose best round is kept besides the last two:
+        its state is in `History.kept`, and in `best/`. If the name does not contain "accuracy" or
+        "loss", write "max NAME" or "min NAME" to say which values are better.
       managers: Further `tff.program.ReleaseManager`s that get the flat metrics of each round; or a
-        function, called for each run with its name and seed, that returns them. After a kill, rounds
+        function, called with each run's name and seed, that returns them. After a kill, rounds
         since the last saved state are released again.
       client_states: `aggregators.ClientStates`, for processes whose clients keep a state
-        (`build_scaffold`): each run has a store of its own, in its folder or in memory. It can
-        go back to both checkpoints, so that a resumed run finds the states of its round.
-      initial_weights: Where all runs start: `tff.learning.models.ModelWeights`, a Keras model
-        whose weights are taken, or a function that is called once with each seed and returns
-        one of these. None leaves it to the processes: each draws its initial weights when it
-        is built, so that they are the same for all seeds and others for each process, unless
-        the layers' initializers have a seed; a warning says so.
-      runs_at_once: How many runs go on side by side, each in a thread, with the same numbers as
-        one after the other. None is one run for each two cores. What you have written
-        (functions that build or evaluate, data, `stop`, managers) is called by one run at a
-        time, and one `ResidentProcess` trains one run at a time: give a function of the seed
-        that makes one.
+        (`build_scaffold`): each run has a store of its own, in its folder or in memory. The store can go
+        back to both checkpoints, so a resumed run finds the states of its round.
+      initial_weights: The weights that all runs start from: `tff.learning.models.ModelWeights`, a Keras
+        model with these weights, or a function that is called once with each seed and returns one of
+        these. None leaves it to the processes. Each then draws its initial weights when it is built: the
+        same for all seeds, but different ones for each process, unless the layers' initializers have a
+        seed. A warning says so.
+      runs_at_once: How many runs go on side by side, each in a thread, with the same numbers as one
+      after
+        the other; None for one run per two cores. Your own functions (which build or evaluate), data,
+        `stop` and managers serve one run at a time. So does a `ResidentProcess`: give a function of the
+        seed that makes one.
 
     `evaluate` and `hparams` may also have parameters named `process` (its name) and `seed`, without
-    defaults, and `evaluate` one named `round`: they are given what they ask for. So one process under
-    several names is trained at several rates, for example.
+    defaults, and `evaluate` one named `round`, for which they get these values. One process can so be
+    trained under several names at several rates, for example.
 
     Returns:
-      A `History`. The states of a `ResidentProcess` that a function made are plain ones, since it is
-      closed.
+      A `History`. States of a `ResidentProcess` that a function made are plain, since it is closed.
 
     Raises:
-      TypeError: An argument is of the wrong type, or a client's data is not what the process
-        takes; the message names the client.
-      ValueError: A number is out of range, or `directory` holds another run, more rounds, or
-        damage. An error of a round is raised once the rounds before it are saved.
-      RuntimeError: Another run has `directory`.
+      TypeError: If an argument is of the wrong type, or the process does not take a client's data; the
+        message names the client.
+      ValueError: If a number is out of range, or `directory` has another run, more rounds, or damage. An
+        error of a round is raised after the rounds before it are saved.
+      RuntimeError: If another run uses `directory`.
     """
     processes, seeds, path = (
         arguments.as_processes(process),
@@ -215,7 +213,7 @@ def run(
 
 @contextlib.contextmanager
 def _built(made: Value, seed: int, name: str, plan: arguments.Plan) -> Iterator[Process]:
-    """The process as given, or made for this seed and closed in the end."""
+    """The given process, or one that is made for this seed and closed at the end."""
     if hasattr(made, "next"):
         yield made
         return

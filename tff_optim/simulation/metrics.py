@@ -1,4 +1,4 @@
-"""Metrics of a round as flat records: a number to a name, and a record to a client."""
+"""Metrics of a round as flat records: numbers by name, and a record for each client."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,25 +16,25 @@ _UNCHANGED = ("update_non_finite", "unchanged")  # of TFF's finalizers, of `aggr
 
 
 def flatten(metrics: Metrics) -> Record:
-    r"""Names every number of a structure of metrics.
+    r"""Names every number in a structure of metrics.
 
-    Names are paths, joined by slashes. A vector or matrix becomes a number for each element, and
-    one of more than 256 elements its `mean`, `min` and `max`. What `aggregators` shows of single
-    clients is left to `client_records`.
+    Names are paths, joined by slashes. An array becomes a number for each element; one of more than 256
+    elements becomes its `mean`, `min` and `max`. Numbers of single clients from `aggregators` are left
+    to `client_records`.
 
     Example:
       >>> flatten({"train": {"loss": np.float32(0.5), "by_class": np.array([1, 2])}})
       {'train/loss': 0.5, 'train/by_class/0': 1, 'train/by_class/1': 2}
 
     Args:
-      metrics: Nested mappings, sequences and attrs objects of numbers, arrays and texts.
+      metrics: Nested mappings, sequences and attrs objects of numbers, arrays and strings.
 
     Returns:
-      Python's bools, ints, floats and texts by name; a byte that is no text is written as `\xff`.
+      Python bools, ints, floats and strings by name; a byte that is no text is written as `\xff`.
 
     Raises:
-      ValueError: Two numbers have the same name.
-      TypeError: A value is none of these, such as a complex number.
+      ValueError: If two numbers have the same name.
+      TypeError: If a value is none of these, such as a complex number.
     """
     found: Record = {}
     for name, value in _named(metrics):
@@ -45,7 +45,7 @@ def flatten(metrics: Metrics) -> Record:
 
 
 def check_names(flat: Mapping[str, Json], argument: str, taken: Sequence[str]) -> None:
-    """Raises `ValueError` if a metric has a name that is taken; "NAME/" takes all that start so."""
+    """Raises `ValueError` if a metric has a reserved name; "NAME/" reserves all that start with it."""
     for name in flat:
         if any(name == one or (one.endswith("/") and name.startswith(one)) for one in taken):
             raise ValueError(
@@ -55,7 +55,7 @@ def check_names(flat: Mapping[str, Json], argument: str, taken: Sequence[str]) -
 
 
 def alike(one: Mapping[str, Json], other: Mapping[str, Json]) -> bool:
-    """Whether flat metrics have the same names, texts and, up to rounding, numbers."""
+    """Whether flat metrics have the same names, strings and, up to rounding, numbers."""
     return set(one) == set(other) and all(_alike(value, other[name]) for name, value in one.items())
 
 
@@ -71,7 +71,7 @@ def _alike(one: Value, other: Value) -> bool:
 
 
 def why_unchanged(record: Mapping[str, Json]) -> Record:
-    """What says that a round has left the model alone, and of how many clients why; else empty.
+    """The metrics that say that a round left the model alone, and why; otherwise empty.
 
     Example:
       >>> why_unchanged({"aggregator/unchanged": 1, "aggregator/non_finite_clients": 2, "a_clients": 0})
@@ -85,11 +85,11 @@ def why_unchanged(record: Mapping[str, Json]) -> Record:
 
 
 def client_records(metrics: Metrics, cohort: Sequence[ClientId]) -> list[Record]:
-    """Assigns to clients, by id, what a round shows of single ones.
+    """Assigns a round's numbers of single clients to the clients' ids.
 
-    That is what `sample_size` of the builders of `aggregators` asks for, one row for each client in
-    the order of the cohort: `sample_scores` becomes a column `aggregator/scores`, or several, by
-    the layers' names.
+    `sample_size` of the builders of `aggregators` asks for these numbers, which have a row for each
+    client in the order of the cohort. `sample_scores` becomes a column `aggregator/scores`, or one for
+    each layer by its name.
 
     Example:
       >>> sample = {"sample_clients": 1, "sample_weights": {"dense": np.array([0.7, 0.0])}}
@@ -97,7 +97,7 @@ def client_records(metrics: Metrics, cohort: Sequence[ClientId]) -> list[Record]
       [{'client': 'ann', 'aggregator/weights/dense': 0.7}, {'client': 'bob'}]
 
     Args:
-      metrics: As `flatten` takes it.
+      metrics: As for `flatten`.
       cohort: The ids of the round's clients, in the order of their data.
 
     Returns:
@@ -144,7 +144,7 @@ def _leaves(
         value = {str(i): member for i, member in enumerate(value)}
     if not isinstance(value, Mapping):
         if not clients and path:
-            # NumPy cannot take a tensor of `tf.bfloat16` by itself.
+            # NumPy cannot convert tensors of `tf.bfloat16` itself.
             yield path, np.asarray(value.numpy() if hasattr(value, "numpy") else value)
         return
     sampled = {name for name in value if _FILLED in value and str(name).startswith(_SAMPLE)}
@@ -157,7 +157,7 @@ def _leaves(
 
 
 def _plain(value: Value, name: str) -> Json:
-    """A Python value: bool, int, float or text, or None."""
+    """A Python value: bool, int, float, string or None."""
     value = np.asarray(value).item()
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""PerClient: what an evaluation does on single clients, and the numbers that sum it up."""
+"""Evaluation on single clients, and numbers that summarise it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,11 +40,11 @@ def _clients(per_client: Value, attribute: attrs.Attribute, value: Value) -> Non
 class PerClient:
     """An evaluation of the model on single clients, for `per_client` of `run`.
 
-    What it finds is a column `evaluation/NAME` of `History.clients`. `History.rounds` sums each
-    number up over clients, each of which counts alike, as `evaluation/clients/NAME/...`: `mean`;
-    `lowest_decile` and `highest_decile`, the means over the tenth of clients (one at least) with the
-    lowest and highest numbers; and `spread`, the standard deviation. Of an accuracy the lowest
-    decile is the worst, of a loss the highest.
+    Its numbers are columns `evaluation/NAME` of `History.clients`. `History.rounds` summarises each
+    number over clients, which all count alike, as `evaluation/clients/NAME/...`: `mean`;
+    `lowest_decile` and `highest_decile`, the means over the tenth of clients (at least one) with the
+    lowest and highest numbers; and `spread`, the standard deviation. The worst decile of an accuracy is
+    the lowest, that of a loss the highest.
 
     Example:
       >>> def error(weights, data):
@@ -55,22 +55,23 @@ class PerClient:
     Attributes:
       evaluate: A function of the model weights and the data of one client that returns numbers by
         name; it may also have parameters named `client` (the id), `round`, `process` and `seed`. Or
-        what `tff.learning.algorithms.build_fed_eval` returns, which is called for one client at a
+        the result of `tff.learning.algorithms.build_fed_eval`, which is called for one client at a
         time.
-      clients: Whom to evaluate on, as `clients` of `run`: the same ids with data that are held out,
-        say, or other clients. A column `drawn` then tells who took part in the round. None for the
-        round's clients and their training data.
+      clients: The clients to evaluate on, as for `run`, such as the same ids with held-out data, or
+      other
+        clients. A column `drawn` then says who took part in the round. None for the round's clients
+        and their training data.
 
     Raises:
-      TypeError: An argument is of the wrong type.
-      ValueError: There is no client.
+      TypeError: If an argument is of the wrong type.
+      ValueError: If there is no client.
     """
 
     evaluate: Value = attrs.field(validator=_evaluate)
     clients: Value = attrs.field(default=None, validator=_clients)
 
     def function(self) -> Function:
-        """What `calls.call` calls with weights and data."""
+        """The function of weights and data that `calls.call` calls."""
         return _by_process(self.evaluate) if _is_process(self.evaluate) else self.evaluate
 
 
@@ -118,7 +119,7 @@ def summary(rows: Sequence[Mapping[str, Json]]) -> dict[str, float]:
 
 
 def numbers_of(found: Value, client: ClientId) -> Record:
-    """What an evaluation has found on a client, checked."""
+    """The checked result of an evaluation on a client."""
     if not isinstance(found, Mapping):
         raise TypeError(
             "`per_client` must return a mapping from names to numbers; found "

@@ -11,7 +11,7 @@ from tff_optim.core.checks import check_finite
 from tff_optim.core.types import ClientId, Record, Value
 from tff_optim.simulation.history import History, Table
 
-# Of matplotlib, which is imported where something is drawn.
+# Classes of matplotlib, which functions import when they draw.
 Axes: TypeAlias = Value
 Figure: TypeAlias = Value
 
@@ -19,9 +19,9 @@ Figure: TypeAlias = Value
 _STYLES = ["-", "--", ":", "-."]
 # Colours of Okabe and Ito, ordered so that neighbours differ in grey too.
 _COLOURS = ["#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
-_MAP = "cividis_r"  # of every map: dark is much
+_MAP = "cividis_r"  # in all maps dark means large
 _ROUND = "round of training"
-# What columns say, in words.
+# The meanings of columns.
 _WORDS = {"score_mean": "mean score of clients", "weights": "weight of a client in the mean"}
 _OVER_CLIENTS = {
     "mean": "mean over",
@@ -32,17 +32,17 @@ _OVER_CLIENTS = {
 
 
 def line_style(number: int, lines: int) -> Record:
-    """How to draw one of several lines, for `axes.plot`: they differ without colours too.
+    """The style of one of several lines, for `axes.plot`; they also differ without colours.
 
-    The first ones are wider, and later ones dashed, so that lines that coincide are all seen.
+    Earlier lines are wider, and later ones dashed, so that lines that coincide all stay visible.
 
     Example:
       >>> line_style(1, lines=3)
       {'color': '#D55E00', 'linestyle': '--', 'linewidth': 2.1}
 
     Args:
-      number: Which line, from 0 on.
-      lines: How many there are.
+      number: The number of the line, from 0.
+      lines: How many lines there are.
     """
     return {
         "color": _COLOURS[number % len(_COLOURS)],
@@ -52,7 +52,7 @@ def line_style(number: int, lines: int) -> Record:
 
 
 def words(metric: str) -> str:
-    """What the name of a metric says, for an axis.
+    """The name of a metric in words, for an axis.
 
     Example:
       >>> words("evaluation/accuracy"), words("client_work/train/loss")
@@ -83,7 +83,7 @@ def panel_letters(axes: Iterable[Axes], titles: Sequence[str] = ()) -> None:
       titles: One for each panel, or none.
 
     Raises:
-      ValueError: There is another number of titles than of panels.
+      ValueError: If the numbers of titles and panels differ.
     """
     panels = list(axes)
     if titles and len(titles) != len(panels):
@@ -97,9 +97,9 @@ def panel_letters(axes: Iterable[Axes], titles: Sequence[str] = ()) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a picture twice: `PATH.png` to look at, and `PATH.pdf` for a paper, of lines and letters.
+    """Writes a picture as `PATH.png` for a screen, and as the vector graphic `PATH.pdf` for a paper.
 
-    Folders on the way are made. An ending `.png` or `.pdf` of the path is left out.
+    Missing folders are created. A suffix `.png` or `.pdf` of the path is dropped.
 
     Example:
       >>> import matplotlib.pyplot as plt, os, tempfile
@@ -112,14 +112,14 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     base = base.removesuffix(".png").removesuffix(".pdf")
     os.makedirs(os.path.dirname(base) or ".", exist_ok=True)
     figure.savefig(f"{base}.png", dpi=110)
-    # Without a date the same picture is the same file.
+    # Without a date, equal pictures are equal files.
     figure.savefig(f"{base}.pdf", metadata={"CreationDate": None})
 
 
 def learning_curves(
     history: History, metric: str, *, target: float | None = None, axes: Axes | None = None
 ) -> Axes:
-    """Draws a metric over the rounds: for each process the mean of its seeds, and their range.
+    """Draws a metric over the rounds: for each process the mean and the range of its seeds.
 
     Example:
       >>> rounds = Table([
@@ -133,9 +133,9 @@ def learning_curves(
       'mean and range of 2 seeds'
 
     Args:
-      history: What `run` returned.
+      history: The result of `run`.
       metric: A column of `history.rounds`.
-      target: Where to draw a level line; None for none.
+      target: The value of a horizontal line; None for no line.
       axes: Matplotlib axes to draw on; None for new ones.
 
     Returns:
@@ -161,7 +161,7 @@ def learning_curves(
         axes.plot(x, means, label=label, **style)
         if counts[name] > 1:
             low, high = ([f(by_round[r]) for r in x] for f in (min, max))
-            alpha = min(0.15, 0.4 / len(names))  # bands of many lines would hide the lines
+            alpha = min(0.15, 0.4 / len(names))  # many opaque bands would hide the lines
             axes.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
     if target is not None:
         axes.axhline(target, color="grey", linewidth=1.0, label=f"target: {target:g}")
@@ -169,7 +169,7 @@ def learning_curves(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     title = _band(counts[names[0]]) if one_count else None
-    # Long enough for dashes to be told apart.
+    # Long enough to tell dashes apart.
     axes.legend(title=title, fontsize="small", title_fontsize="small", handlelength=3)
     return axes
 
@@ -181,10 +181,10 @@ def _band(seeds: int) -> str:
 def score_heatmap(
     history: History, metric: str = "aggregator/score_mean", *, axes: Axes | None = None
 ) -> Axes:
-    """Draws a number per layer as a map of layers and rounds, dark where it is large.
+    """Draws a number per layer as a map of layers and rounds, in which dark means large.
 
     Args:
-      history: Of a single run; choose one with `only`.
+      history: The history of a single run; choose one with `only`.
       metric: A metric per layer, such as `aggregator/score_mean`, whose columns are
         `METRIC/LAYER`; or a column.
       axes: Matplotlib axes to draw on; None for new ones.
@@ -222,12 +222,12 @@ def score_heatmap(
 def client_weights(
     history: History, metric: str = "aggregator/weights", *, axes: Axes | None = None
 ) -> Axes:
-    """Draws the share of each client, by id, in the result of each round, dark where it is large.
+    """Draws the share of each client, by id, in the result of each round; dark means large.
 
     Args:
-      history: Of a single run; choose one with `only`. The process needs a `sample_size`.
-      metric: A column of `history.clients`, or the start of one per layer: then the mean over
-        layers is drawn.
+      history: The history of a single run; choose one with `only`. The process needs a `sample_size`.
+      metric: A column of `history.clients`, or the common start of columns per layer, whose mean is
+        drawn.
       axes: Matplotlib axes to draw on; None for new ones.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, lines in a log file."""
+"""The progress of a run: a bar on a terminal, lines in a log file."""
 
 import sys
 import time
@@ -16,13 +16,13 @@ _SECONDS = 10.0  # between two lines of a log file
 class ProgressBar(tff.program.ReleaseManager):
     """Shows rounds, time left and main metrics: as a bar on a terminal or in a notebook, else in lines.
 
-    Where stderr is a log file, a line is written every ten seconds at most.
+    If stderr is a log file, it gets at most a line every ten seconds.
 
     Args:
-      name: Of the run.
+      name: The name of the run.
       rounds: How many rounds it has.
-      done: How many of them are done already.
-      visible: False for no bar at all.
+      done: How many of them are finished.
+      visible: False to show nothing.
     """
 
     def __init__(self, name: str, rounds: int, done: int, visible: bool):
@@ -39,13 +39,13 @@ class ProgressBar(tff.program.ReleaseManager):
             print("No progress bar: `pip install tqdm`.", file=sys.stderr)
             return
         with warnings.catch_warnings():
-            # A notebook without ipywidgets gets a bar of text, which is as good.
+            # A notebook without ipywidgets gets a text bar, which is good enough.
             warnings.simplefilter("ignore", tqdm.TqdmWarning)
             import tqdm.auto
         self._bar = tqdm.auto.tqdm(total=rounds, initial=done, desc=name, unit="round")
 
     async def release(self, value: Mapping[str, Json], key: int) -> None:
-        """Shows round `key`: the last evaluation, or what training gave."""
+        """Shows round `key` with the last evaluation, or else the metrics of training."""
         if self._bar is None and not self._in_lines:
             return
         main = main_metrics(value)
@@ -70,7 +70,7 @@ class ProgressBar(tff.program.ReleaseManager):
         print(f"{self._name}: {', '.join(texts)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -82,7 +82,7 @@ def _time(seconds: float) -> str:
 
 
 def main_metrics(metrics: Mapping[str, Json]) -> dict[str, float]:
-    """The numbers that say how training goes: of the evaluation and of the clients' training."""
+    """The main metrics: those of the evaluation and of the clients' training."""
     return {
         name: value
         for name, value in metrics.items()

@@ -1,4 +1,4 @@
-"""Splits of one data set over clients that differ, drawn from a seed."""
+"""Splits of one data set into different clients, drawn from a seed."""
 
 import collections
 import numbers
@@ -20,7 +20,7 @@ _TRIES = 1000
 
 @attrs.frozen(eq=False)
 class Split:
-    """Which examples each client has; every example is with one client at most.
+    """The examples of each client; each example belongs to at most one client.
 
     Example:
       >>> labels = np.array([0, 0, 0, 1, 1, 1])
@@ -33,29 +33,29 @@ class Split:
       ['client 0', 'client 1', 'client 2']
 
     Attributes:
-      indices: For each client the positions of its examples, in random order.
-      drawn: What was drawn: see the function that made the split.
+      indices: The positions of each client's examples, in random order.
+      drawn: The draw; see the function that made the split.
     """
 
     indices: tuple[np.ndarray, ...]
     drawn: np.ndarray
 
     def counts(self, labels: Value) -> np.ndarray:
-        """How many examples of each label (0, 1, ...) each client has, `[clients, labels]`."""
+        """The number of examples per client and label (0, 1, ...), `[clients, labels]`."""
         labels = _labels(labels)
         self._check_length("labels", labels)
         return np.stack([np.bincount(labels[i], minlength=labels.max() + 1) for i in self.indices])
 
     def hold_out(self, share: float) -> tuple["Split", "Split"]:
-        """Two splits with the same clients: what each trains on, and a share that it holds out.
+        """Two splits with the same clients: their training examples, and a share that they hold out.
 
-        Each client holds out `share` of its examples, rounded, and one at least; it keeps one at least.
+        Each client holds out `share` of its examples, rounded, but at least one, and keeps at least one.
 
         Args:
           share: Above 0, below 1.
 
         Raises:
-          ValueError: The share is out of range, or a client has fewer than two examples.
+          ValueError: If the share is out of range, or a client has fewer than two examples.
         """
         if not isinstance(share, float) or not 0 < share < 1:
             raise ValueError(f"`share` must be above 0 and below 1; found {shown(share)}.")
@@ -75,10 +75,10 @@ class Split:
 
         Args:
           columns: Arrays of all examples, as a mapping, a tuple or one array.
-          batch_size: Of all batches but a client's last one.
+          batch_size: The size of all batches but a client's last one.
 
         Raises:
-          ValueError: A column has too few rows, or the size is out of range.
+          ValueError: If a column has too few rows, or the size is out of range.
         """
         check_whole("batch_size", whole(batch_size), 1)
         width = len(str(len(self.indices) - 1))
@@ -112,9 +112,9 @@ def dirichlet(
     client c has the share q_k[c] of the examples with label k
     ```
 
-    Small concentrations give clients of few labels, and of unequal sizes too; at 100 clients are
-    nearly alike. `drawn` holds the shares, `[labels, clients]`. All is drawn again where a client
-    would have too few examples.
+    Small concentrations give clients with few labels and unequal sizes; at 100, clients are nearly
+    alike. `drawn` holds the shares, `[labels, clients]`. Everything is drawn again if a client would
+    have too few examples.
 
     Example:
       >>> labels = np.repeat(np.arange(3), 100)
@@ -125,14 +125,14 @@ def dirichlet(
       ((3, 4), True)
 
     Args:
-      labels: Of all examples: whole numbers from 0 on.
-      clients: How many.
+      labels: The labels of all examples, whole numbers from 0.
+      clients: The number of clients.
       concentration: Above 0.
-      seed: Of the draws.
-      least: Fewest examples of a client.
+      seed: The seed of the draws.
+      least: The smallest number of examples of a client.
 
     Raises:
-      ValueError: An argument is out of range, or a thousand draws leave some client too few examples.
+      ValueError: If an argument is out of range, or a thousand draws leave a client too few examples.
 
     Source: Yurochkin et al., ICML 2019; Li et al., ICDE 2022.
     """
@@ -153,11 +153,11 @@ def dirichlet(
 
 
 def by_label(labels: Value, clients: int, labels_per_client: int, *, seed: int) -> Split:
-    """Gives each client the same number of labels, and each label's examples to its clients evenly.
+    """Gives each client the same number of labels, and splits each label's examples evenly.
 
-    Labels are dealt so that each is held by as many clients as another, give or take one. `drawn`
-    holds the labels of each client, `[clients, labels_per_client]`. Examples of labels that no client
-    holds are left out: there are none from `clients * labels_per_client >= labels` on.
+    The numbers of clients that have a label differ by at most one. `drawn` holds the labels of each
+    client, `[clients, labels_per_client]`. Examples of labels that no client has are left out, which
+    cannot happen if `clients * labels_per_client >= labels`.
 
     Example:
       >>> split = by_label(np.repeat(np.arange(4), 10), clients=4, labels_per_client=2, seed=0)
@@ -167,13 +167,13 @@ def by_label(labels: Value, clients: int, labels_per_client: int, *, seed: int) 
       [10, 10, 10, 10]
 
     Args:
-      labels: Of all examples: whole numbers from 0 on.
-      clients: How many.
+      labels: The labels of all examples, whole numbers from 0.
+      clients: The number of clients.
       labels_per_client: From 1 to the number of labels.
-      seed: Of the draws.
+      seed: The seed of the draws.
 
     Raises:
-      ValueError: An argument is out of range, or a label has fewer examples than clients.
+      ValueError: If an argument is out of range, or a label has fewer examples than clients.
 
     Source: Li et al., ICDE 2022, after McMahan et al., AISTATS 2017.
     """
@@ -214,7 +214,7 @@ def by_size(
     q ~ Dirichlet(concentration, ..., concentration)    of `clients` shares
     ```
 
-    `drawn` holds the shares, `[clients]`. All is drawn again where a client would have too few
+    `drawn` holds the shares, `[clients]`. Everything is drawn again if a client would have too few
     examples.
 
     Example:
@@ -223,14 +223,14 @@ def by_size(
       [12, 16, 25, 47]
 
     Args:
-      examples: How many there are.
-      clients: How many.
-      concentration: Above 0; sizes are nearly equal at 100.
-      seed: Of the draws.
-      least: Fewest examples of a client.
+      examples: The number of examples.
+      clients: The number of clients.
+      concentration: Above 0; at 100, sizes are nearly equal.
+      seed: The seed of the draws.
+      least: The smallest number of examples of a client.
 
     Raises:
-      ValueError: An argument is out of range, or a thousand draws leave some client too few examples.
+      ValueError: If an argument is out of range, or a thousand draws leave a client too few examples.
 
     Source: Li et al., ICDE 2022.
     """

@@ -1,4 +1,4 @@
-"""Where runs start: the same model weights for all of them, and a warning where they differ."""
+"""Initial weights of runs: the same for all of them, or a warning if they differ."""
 
 import hashlib
 import threading
@@ -21,10 +21,10 @@ def initial_weights(given: Value, seed: int) -> ModelWeights | None:
 
     Args:
       given: Model weights, a Keras model, or a function of the seed that returns one of these.
-      seed: Of the runs.
+      seed: The seed of the runs.
 
     Raises:
-      TypeError: It is neither.
+      TypeError: If it is none of these.
     """
     if given is None:
         return None
@@ -43,10 +43,10 @@ def initial_weights(given: Value, seed: int) -> ModelWeights | None:
 
 @attrs.frozen
 class Starts:
-    """Puts runs to their initial weights, and compares those of several processes.
+    """Sets the initial weights of runs, and compares those of several processes.
 
     Attributes:
-      weights: By seed, those of `initial_weights`.
+      weights: The `initial_weights` by seed.
       compared: Whether several processes are compared.
     """
 
@@ -59,7 +59,7 @@ class Starts:
         """The initial state of a process, with the weights that all runs of the seed start from.
 
         Raises:
-          ValueError: The weights do not fit the process.
+          ValueError: If the weights do not match the process.
         """
         state, given = process.initialize(), self.weights[seed]
         read: Function | None = getattr(process, "get_model_weights", None)
@@ -84,7 +84,7 @@ class Starts:
         return state
 
     def _compare(self, weights: Weights, name: str, seed: int) -> None:
-        """Warns once where two processes of one model start from different weights."""
+        """Warns once if two processes of one model start from different weights."""
         digest = hashlib.sha256(b"".join(a.tobytes() for a in _arrays(weights))).hexdigest()
         key = (seed, str(_kinds(weights)))
         with self._lock:

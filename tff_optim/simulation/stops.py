@@ -1,4 +1,4 @@
-"""When a run ends before its last round: functions for `stop` of `run`."""
+"""Functions that end a run before its last round, for `stop` of `run`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from tff_optim.simulation.history import Table
 
 @attrs.frozen
 class _Stop:
-    """A function for `stop` of `run`, and the metric that it needs to be shown."""
+    """A function for `stop` of `run`, and the metric that it needs."""
 
     goal: Goal
     function: Callable[[Table], bool]
@@ -33,9 +33,9 @@ def no_better(metric: str, rounds: int) -> Callable[[Table], bool]:
       [False, False, False, True]
 
     Args:
-      metric: `"max NAME"` or `"min NAME"`, or the name of an accuracy or a loss. Rounds without it, or
-        where it is not finite, are no new best.
-      rounds: How many rounds may pass.
+      metric: `"max NAME"` or `"min NAME"`, or the name of an accuracy or a loss. Rounds in which it is
+        missing or not finite are no new best.
+      rounds: How many rounds may pass without a new best.
 
     Returns:
       A function for `stop` of `run`.
@@ -62,7 +62,7 @@ def no_better(metric: str, rounds: int) -> Callable[[Table], bool]:
 
 
 def reached(metric: str, value: float) -> Callable[[Table], bool]:
-    """Ends a run as soon as a metric is at least, or at most, as good as a target.
+    """Ends a run as soon as a metric reaches a target.
 
     Example:
       >>> stop = reached("evaluation/accuracy", 0.9)

@@ -1,4 +1,4 @@
-"""Stores of clients' states in a run: opened for it, at its round, handed out by client id."""
+"""Stores of clients' states, opened at the round of a run."""
 
 import contextlib
 import os
@@ -13,17 +13,17 @@ FOLDER = "client_states"
 def opened(
     factory: Function, ids: Sequence[ClientId], folder: str | None, keep: int, done: int
 ) -> Iterator[Value]:
-    """A run's store, brought to the round of the server's state.
+    """Opens a run's store, and restores the round of the server's state.
 
     Args:
-      factory: Such as `aggregators.ClientStates`.
-      ids: Of all clients.
-      folder: The run's; None for a store in memory.
-      keep: How many rounds lie between two checkpoints.
+      factory: A function such as `aggregators.ClientStates`.
+      ids: The ids of all clients.
+      folder: The folder of the run; None for a store in memory.
+      keep: The number of rounds between two checkpoints.
       done: The round of the server's state.
 
     Raises:
-      ValueError: The store does not reach back, or up, to that round.
+      ValueError: If the store does not have the states of that round.
     """
     path = None if folder is None else os.path.join(folder, FOLDER)
     store = factory([str(client) for client in ids], path, keep=keep)

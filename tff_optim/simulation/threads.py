@@ -1,4 +1,4 @@
-"""Where runs run: on event loops of their own, one or several at once."""
+"""Event loops and threads for runs, one or several at once."""
 
 import asyncio
 import concurrent.futures
@@ -14,12 +14,12 @@ _T = TypeVar("_T")
 
 
 def wait(coroutine: Value) -> Value:
-    """Runs a coroutine to its end on this thread's loop."""
+    """Runs a coroutine on this thread's loop until it ends."""
     return asyncio.get_event_loop().run_until_complete(coroutine)
 
 
 def on_a_loop(function: Callable[[], _T]) -> _T:
-    """Calls a function where TFF's training loop finds an event loop that is free, as it needs one."""
+    """Calls a function with a free event loop, as TFF's training loop needs one."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -35,15 +35,15 @@ def on_a_loop(function: Callable[[], _T]) -> _T:
 def side_by_side(
     lanes: Sequence[Callable[[], list[_T]]], at_once: int, interrupt: Interrupt
 ) -> list[list[_T]]:
-    """Calls functions in threads, some at once; where one fails, the others end after their rounds.
+    """Calls functions in threads, some at once; if one fails, the others end after their rounds.
 
     Args:
       lanes: The functions.
-      at_once: How many threads.
-      interrupt: Set when one has failed.
+      at_once: The number of threads.
+      interrupt: Requested when one has failed.
 
     Returns:
-      What they returned, in their order.
+      The functions' results, in order.
     """
     pool = concurrent.futures.ThreadPoolExecutor(at_once, thread_name_prefix="run")
     try:
@@ -60,12 +60,12 @@ def side_by_side(
             raise errors[0]
         return [future.result() for future in futures]
     finally:
-        # After a second Ctrl-C the threads are left to end after their rounds.
+        # After a second Ctrl-C the threads end after their rounds, without anyone waiting for them.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _with_context_of_here(function: Callable[[], _T]) -> Callable[[], _T]:
-    """The function for another thread, where TFF has no context of its own."""
+    """The function for another thread, which has no TFF context of its own."""
     context = tff.framework.get_context_stack().current
 
     def elsewhere() -> _T:

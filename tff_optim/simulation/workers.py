@@ -1,4 +1,4 @@
-"""TFF's own workers: ended with this program, also where it is killed."""
+"""Ends TFF's own workers with this program, even if it is killed."""
 
 import functools
 import glob
@@ -7,18 +7,18 @@ import subprocess
 
 from tff_optim.resident import forks
 
-# A shell waits for the pipe at its input to close, which the kernel does when this program ends,
-# however it ends. Another process may have got the worker's number by then, but not its start time.
+# A shell waits for the pipe at its input to close, which the kernel does when this program ends, in
+# whatever way. Another process may have the worker's number by then, but not its start time.
 _WATCH = 'read _; [ "$(cut -d" " -f22 "/proc/$1/stat")" = "$2" ] && kill -9 "$1"'
 
 _watched: dict[tuple[int, str], subprocess.Popen] = {}
 
 
 def watch() -> None:
-    """Has the workers that TFF has started so far end with this program.
+    """Makes the workers that TFF has started so far end with this program.
 
-    TFF leaves them running where the program is killed. Those of a `ResidentProcess` are in sessions
-    of their own, and watched by it. Without `/proc` nothing is done.
+    TFF leaves them running if the program is killed. Those of a `ResidentProcess`, which watches them,
+    are in sessions of their own. Without `/proc` this does nothing.
     """
     for pid in _children():
         try:
@@ -41,7 +41,7 @@ def watch() -> None:
 
 @functools.cache
 def _pipe() -> int:
-    """The reading end of a pipe whose writing end this program alone has."""
+    """The reading end of a pipe whose writing end only this program has."""
     reading, writing = os.pipe()
     forks.keep_here(reading)
     forks.keep_here(writing)
