@@ -61,7 +61,7 @@ class Best:
             self.round, self._value, self._state = number, value, state
 
     async def save(self) -> Record:
-        """Saves the best state if it is new; returns its round and the digest of its files, or nothing."""
+        """Saves the best state if it is new; returns its round and its files' digest, or nothing."""
         if self._checkpoints is None or self.round is None or self.round == self._saved:
             return {}
         digest = await self._checkpoints.save(self._state, self.round)
