@@ -42,12 +42,12 @@ _VERSIONS = [
 
 @attrs.frozen
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-      name: What.
+      name: The name of the check.
       status: "ok", "warning" or "error".
-      text: What was found, in a sentence, and what to do about it.
+      text: The finding, in a sentence, and what to do about it.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Finding:
 
 @attrs.frozen
 class _NoAnswer:
-    """Why a part has given no answer, in a sentence; `slow` if it was still at work."""
+    """Why a check gave no answer, in a sentence; `slow` if it was still running."""
 
     text: str
     slow: bool = False
@@ -143,7 +143,7 @@ def check_shared_memory(path: str = "/dev/shm") -> Finding:
 
 
 def check_devices(timeout: float) -> Finding:
-    """Which devices TensorFlow sees, and whether it can use them."""
+    """The devices that TensorFlow sees, and whether it can use them."""
     seen = _child("TensorFlow's devices", 10, _DEVICES, timeout)
     if isinstance(seen, _NoAnswer):
         return seen.as_finding("devices", f"TensorFlow cannot be used: {seen.text}")
@@ -247,12 +247,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _child(what: str, usual: int, code: str, timeout: float) -> dict | _NoAnswer:
-    """Runs code in a Python of its own: the object that it prints last, or why there is none.
+    """Runs code in a Python of its own; returns the object that it prints last, or why there is none.
 
     Args:
-      what: What is tried. Standard error says so first.
-      usual: How many seconds that takes on an idle machine.
-      code: It prints what it does in lines that begin with "#", and a JSON object at last.
+      what: The check, which is first announced on standard error.
+      usual: The usual seconds on an idle machine.
+      code: The code. It prints its progress in lines that begin with "#", and at last a JSON object.
       timeout: Seconds after which it is ended.
     """
     limit = f"usually below {usual} s, given up after {timeout:g} s"

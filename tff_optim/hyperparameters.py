@@ -4,12 +4,13 @@ A hyper-parameter is a number or a Keras schedule. A number lives in the state, 
 can be set between rounds. A schedule is evaluated in the graph at the number of steps taken before
 this one (0, then 1, ...), which then lives in the state under `step`.
 
-Every optimizer of this package keeps one contract, whatever library its step comes from:
+All optimizers of this package keep one contract, whatever library takes their step:
 
-- A number is checked when the optimizer is built (`checked_number`) and when it is set (`update`): a
-  finite Python or NumPy number of any width in an `Interval`, as given and when rounded to float32.
-- `set_hparams` takes a part of what `get_hparams` returns. A number keeps the dtype that it has in
-  the state. A tensor of a graph has no value yet: where the graph runs, it is checked there.
+- A number is checked when the optimizer is built (`checked_number`) and when it is set (`update`). It
+  must be a finite Python or NumPy number of any width in an `Interval`, as given and when rounded to
+  float32.
+- `set_hparams` takes some of the numbers of `get_hparams`. A number keeps its dtype in the state. A
+  tensor of a graph has no value yet, so it is checked when the graph runs.
 """
 
 import collections
@@ -89,8 +90,8 @@ def field(
     Args:
       allowed: The allowed numbers.
       default: The default value.
-      traceable: Whether a scalar tensor of the computation that is being traced is taken too. Its
-        value is checked where the computation runs.
+      traceable: Whether a scalar tensor of the computation being traced is also accepted. Its value is
+        checked when the computation runs.
 
     Returns:
       An attrs field that takes a number (an int or NumPy scalar becomes a float) or a Keras

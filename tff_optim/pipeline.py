@@ -62,10 +62,10 @@ def as_parts(name: str, given: object) -> tuple[GradientTransform, ...]:
 
 @attrs.frozen
 class Pipeline(GradientTransform):
-    """What a pipeline is made of: the arguments of `build_optimizer`, checked.
+    """A pipeline: the checked arguments of `build_optimizer`.
 
-    It is a gradient transform itself: it turns gradients into what its optimizer would take from the
-    weights, `learning_rate g + weight_decay w`.
+    It is a gradient transform itself, whose result its optimizer subtracts from the weights:
+    `learning_rate g + weight_decay w`.
     """
 
     learning_rate: Rate = hyperparameters.non_negative(traceable=True)

@@ -53,13 +53,13 @@ class CosineRestarts(_Schedule):
     """`lowest + (highest factor^c - lowest) (1 + cos(pi u / period)) / 2`, a decay that starts again.
 
     `c` and `u` are quotient and remainder of `t / period`. Unlike Keras' `CosineDecayRestarts`,
-    periods are of one length, and `lowest` stays what it is.
+    all periods have one length, and `lowest` does not change.
 
     Attributes:
       lowest: The rate that every period decays to; a number of at least 0.
       highest: The first rate; likewise.
       period: The steps of a period; a number greater than 0.
-      factor: What the highest rate is multiplied by in each restart; a number of at least 0.
+      factor: The factor of the highest rate in each restart; a number of at least 0.
 
     Example:
       >>> [round(float(CosineRestarts(0.0, 1.0, 2, 0.5)(t)), 3) for t in range(4)]
@@ -93,7 +93,7 @@ class Triangular(_Schedule):
       highest: The rate in its middle; likewise.
       half: The steps of half a cycle; a number greater than 0.
       cycle_factor: `f`, by which the height shrinks in each cycle; a number of at least 0.
-      step_factor: `d`, by which all shrinks in each step; likewise.
+      step_factor: `d`, by which the rate shrinks in each step; likewise.
 
     Example:
       >>> [float(Triangular(0.0, 1.0, 2)(t)) for t in range(5)]

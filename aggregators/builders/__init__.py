@@ -1,1 +1,1 @@
-"""What rules are used through: factories, steps of a round, client works and whole processes."""
+"""Entry points of rules: factories, federated computations, client works and whole processes."""

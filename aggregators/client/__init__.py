@@ -1,1 +1,1 @@
-"""What one client runs."""
+"""The work of one client."""

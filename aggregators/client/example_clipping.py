@@ -84,7 +84,7 @@ class ExampleClipping:
       per_tensor: Whether each tensor of a gradient is clipped to `C` by itself, as declearn's
         `sclip_norm` does, instead of all of them by one factor. This changes the gradient's direction,
         and the noise grows by `sqrt(number of tensors)`.
-      seed: Of the noise, from 0 to 2**63 - 1; None for the system's entropy.
+      seed: The seed of the noise, from 0 to 2**63 - 1; None for the system's entropy.
       shared_parts: Names of the parts of a batch that have no rows, or of structures of them: keys, and
         positions in a sequence, joined by `/`, such as `"x/positions"` or `"0/1"`.
 

@@ -1,1 +1,1 @@
-"""What a rule is."""
+"""Rules and their parts."""

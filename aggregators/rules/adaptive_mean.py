@@ -32,7 +32,7 @@ class Weighed:
     """The adaptive weights of a rule, for rules that are made around them.
 
     Attributes:
-      needs: What clients measure.
+      needs: The measurements that clients take.
       weighting: How scores become weights.
     """
 
@@ -57,7 +57,7 @@ class Weighed:
         return scores, *log_weights(self.weighting, scores, update.weight, state, loss)
 
     def scale(self, state: State) -> tf.Tensor:
-        """What scores were divided by."""
+        """The divisor of the scores."""
         return relative_scale(self.weighting, state)
 
     def next_state(self, state: State, mean_score: tf.Tensor) -> OrderedDict[str, Structure]:
@@ -121,7 +121,7 @@ def adaptive_mean(
       weighting: How scores become weights; from `aggregators.weighting`.
       layers: Which tensors are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
         positions; see `aggregators.core.layers.resolve_layers`.
-      loss_at: Where the loss is taken, for `score="loss"` and for your own weighting if it uses
+      loss_at: Which loss is measured, for `score="loss"` and for your own weighting if it uses
         `seen.loss`: `"training"` (the default for the score) or `"initial"`; see `Needs`.
 
     Returns:

@@ -36,9 +36,9 @@ def add_sum(
     """Adds a sum over clients to a rule, and a state that the sum changes.
 
     Args:
-      rule: What makes the update of the clients' deltas.
-      of: What is summed of a client that counts: flat tensors in the shapes of the weights.
-      start: `layers -> OrderedDict`: what the server's state starts from, besides the rule's own.
+      rule: The rule that aggregates the clients' deltas.
+      of: The summand of a client that counts: flat tensors in the shapes of the weights.
+      start: `layers -> OrderedDict`: the server's initial state besides the rule's own.
       end: `(state, sum, update) -> (that part of the state, update)`, the update flat.
       hparams: Hyperparameters besides the rule's.
 

@@ -38,7 +38,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
     Args:
       num_clients: `N`, at least 1.
       alpha: Above 0: a hyperparameter, or a schedule over rounds.
-      rule: What is made of the deltas; `plain_mean()` if None.
+      rule: The rule that aggregates the deltas; `plain_mean()` if None.
 
     Returns:
       A `Rule` for `build_fed_avg`; use uniform client weighting for the paper's.

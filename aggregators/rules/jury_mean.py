@@ -30,7 +30,7 @@ from aggregators.weighting import Weighting, softmax
 
 CandidateMeans: TypeAlias = Sequence[tuple[ScoreLike, Weighting]]
 
-# What trust in longer steps must exceed for half of the longest stride.
+# The trust in longer steps that gives half of the longest stride.
 _STRIDE_MARGIN = 0.5
 
 
@@ -151,15 +151,15 @@ def jury_mean(
         `(scores.kl_divergence, weighting.softmax())`, with `layers="tensor"`, for a mean by KL
         divergence, or `("loss", weighting.uniform(times_examples=False))` for one in which all clients
         count alike. A candidate is named after its score, or `uniform`.
-      votes: What clients vote by. `"model"`: by the errors of the candidate models on their own data,
-        `1 - p(true label)` for a classifier and the loss for other models, with a forward pass for each
+      votes: How clients vote. `"model"`: by the errors of the candidate models on their own data, `1 -
+        p(true label)` for a classifier and the loss for other models, with a forward pass for each
         model; see `Candidates`. A function `(predictions, labels) -> errors`: by these errors;
-        `class_error` makes one for a classifier whose logits or ignored labels cannot be told from its
-        predictions. `"direction"`: by `v_jk = cos(d_k, gap_j)`, which asks who moves along the gap; no
-        model is scored, and the rule needs updates and losses alone.
-      layers: What the candidates weigh at a time; see `Needs`.
+        `class_error` makes one for a classifier whose predictions do not show whether they are logits,
+        or which labels are ignored. `"direction"`: by `v_jk = cos(d_k, gap_j)`, that is, whether a
+        client moves along the gap; no model is scored, and the rule needs only updates and losses.
+      layers: The tensors that candidates weigh together; see `Needs`.
       sharpness: At least 0: how sharply shares follow trust.
-      margin: What trust must exceed for a share of more than that of `A`, from -1 to 1.
+      margin: The trust, from -1 to 1, above which a candidate has a larger share than `A`.
       vote_decay: Share of earlier rounds in agreement and size, at least 0 and below 1.
       gap_decay: Share of the earlier gap, at least 0 and below 1.
       vote_limit: Above 0: how many typical votes one may count for.
@@ -293,7 +293,7 @@ def jury_mean(
             update, kept = _along(update, stride, update), kept * (1.0 + stride)
         kept_gaps = zip(state["gap"], apart, strict=True)
         gaps = tuple(tuple(_along(d, state["gap_decay"], gap)) for gap, d in kept_gaps)
-        # What a client's normalised weight in each mean is multiplied by in the update.
+        # The factor in the update of a client's normalised weight in each mean.
         parts = [1.0 - tf.reduce_sum(shares), *tf.unstack(shares)]
         used = [kept * part * one.kept for part, one in zip(parts, [first, *others], strict=True)]
         result = weighted_mean.report(

@@ -21,7 +21,7 @@ def kept_optimizer(rule: Rule | None = None) -> Rule:
     nothing, keeps what it had.
 
     Args:
-      rule: What is made of the deltas; `plain_mean()` if None.
+      rule: The rule that aggregates the deltas; `plain_mean()` if None.
 
     Returns:
       A `Rule` for `build_fed_avg`.

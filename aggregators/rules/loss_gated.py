@@ -24,10 +24,10 @@ from aggregators.weighting import Weighting, softmax
 
 
 class Round(NamedTuple):
-    """What a gate sees of this round and of those before, all float64 but `round`.
+    """A gate's view of this round and the earlier ones, all float64 except `round`.
 
     Attributes:
-      round: int32 scalar: rounds done before this one.
+      round: int32 scalar: the number of earlier rounds.
       loss: Mean loss of the clients that counted, by their weights.
       previous_loss: The same of the last round in which a client counted; NaN if there was none.
       scores: Their mean score, shape `[num_layers]`.
@@ -81,10 +81,10 @@ def loss_gated(
     NaN, which counts as 0.
 
     Args:
-      weighting: Of the adaptive mean; a softmax that prefers near clients if None.
+      weighting: The weighting of the adaptive mean; a softmax that prefers near clients if None.
       score: As for `adaptive_mean`.
       layers: As for `adaptive_mean`.
-      loss_at: Where the clients' loss is taken; see `Needs`.
+      loss_at: Which loss clients measure; see `Needs`.
       gate: `"not_fallen"`, `"fallen"`, or a function of a `Round` that returns a share or a bool.
       min_decrease: Relative decrease of the loss that counts as a fall, at least 0 and below 1: a
         hyperparameter of the gates by name.

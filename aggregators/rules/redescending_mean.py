@@ -28,16 +28,16 @@ from aggregators.weighted_mean.streaming import (
 
 _LEAST_NORM = 1e-30
 
-# What `Shrinking` counts, and adds up.
+# The counts and sums of `Shrinking`.
 LENGTHS = ("within", "shrunk", "moving", "log_norm")
 
 
 @attrs.frozen
 class Shrinking:
-    """Long updates count less: what `redescending_mean` and `jury_mean` share.
+    """Shrinks long updates, for `redescending_mean` and `jury_mean`.
 
     Attributes:
-      initial_norm: What a typical norm is before the first round; None if nobody knows.
+      initial_norm: The typical norm before the first round; None if unknown.
       hparams: `cutoff`, `power`, `norm_quantile` and `norm_rate`.
     """
 
@@ -235,8 +235,8 @@ def redescending_mean(
       cutoff: Above 0: how many typical norms an update may have before it is shrunk.
       power: From 0 to 1000. 0 is the plain mean; 1 clips to `cutoff C`; above 1 the pull of an update
         falls again the longer it is.
-      initial_norm: What is typical before the first round, above 0; None to find it in that round.
-      norm_quantile: Of the clients' norms, from 0 to 1: the typical one.
+      initial_norm: The typical norm before the first round, above 0; None to find it in that round.
+      norm_quantile: The quantile of the clients' norms, from 0 to 1, that is the typical norm.
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.
 
     Returns:

@@ -21,13 +21,13 @@ Rows = Tensors
 
 
 class Combined(NamedTuple):
-    """What became of a cohort's rows.
+    """The result of combining a cohort's rows.
 
     Attributes:
-      tensors: The update, flat.
-      weights: What each client counted for, float64 of shape `[clients]`, of any scale.
+      tensors: The flat update.
+      weights: The weight of each client, float64 of shape `[clients]`, in any scale.
       unchanged: A bool: whether there is no update, although clients counted.
-      measurements: What is shown besides.
+      measurements: Further measurements.
     """
 
     tensors: Tensors
@@ -134,5 +134,5 @@ def middle(rows: Rows, cut: tf.Tensor) -> list[tf.Tensor]:
 
 
 def half(rows: Rows) -> tf.Tensor:
-    """How many of the smallest and of the largest a median leaves out."""
+    """How many values a median leaves out at each end."""
     return (tf.shape(rows[0])[0] - 1) // 2

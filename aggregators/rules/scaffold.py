@@ -44,7 +44,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     Args:
       num_clients: `N`, at least 1: as many as `ClientStates` is for, else clients refuse to train.
       option: `"I"` or `"II"`.
-      rule: What is made of the deltas; `plain_mean()` if None.
+      rule: The rule that aggregates the deltas; `plain_mean()` if None.
 
     Returns:
       A `Rule` for `build_fed_avg`; see `build_scaffold`.

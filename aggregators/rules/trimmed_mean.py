@@ -27,7 +27,7 @@ def trimmed_mean(share: Number = 0.1) -> Rule:
     time and measurements are those of `coordinate_median`.
 
     Args:
-      share: Of the clients, at least 0 and below 0.5: left out at each end. A hyperparameter.
+      share: The share of clients left out at each end, at least 0 and below 0.5. A hyperparameter.
 
     Returns:
       A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.

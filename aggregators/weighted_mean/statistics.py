@@ -118,7 +118,7 @@ def measure(
     """The measurements of one aggregation, named and typed.
 
     Args:
-      totals: What `statistics_reduction` reports.
+      totals: The result of `statistics_reduction`.
       scale: The divisor of the scores, shape `[num_layers]`; 0 while unknown.
       shares: If there are several means, the share of each in the result, float64 scalars: that of
         `log_weights` first, then those of the others.

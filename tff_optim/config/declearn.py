@@ -28,9 +28,9 @@ _Keras = tf.keras.optimizers.schedules
 
 @attrs.frozen
 class _Rule:
-    """How a named entry is built: from arguments, by declearn's names for them.
+    """Builds a named entry from arguments, which have declearn's names.
 
-    `fixed` are arguments that may only have the one value that has a counterpart.
+    `fixed` arguments may only have the one value that has a counterpart here.
     """
 
     make: Function
@@ -90,7 +90,7 @@ _SCAFFOLD = (
     "It exchanges variables besides the model, which takes a whole learning process: see "
     "`aggregators.build_scaffold`."
 )
-# What to do instead.
+# Advice for modules without a counterpart.
 _NO_COUNTERPART = {
     "scaffold-client": _SCAFFOLD,
     "scaffold-server": _SCAFFOLD,

@@ -22,7 +22,7 @@ def get_config(optimizer: PureOptimizer) -> dict[str, Json]:
     """Describes an optimizer in JSON.
 
     Args:
-      optimizer: What a `build_` function of `tff_optim` returned.
+      optimizer: The result of a `build_` function of `tff_optim`.
 
     Returns:
       A dictionary of plain Python types, from which `from_config` builds an equal optimizer. Each
@@ -116,7 +116,7 @@ def from_config(
 
 
 def _read(entry: Entry) -> Described:
-    """What an entry describes: an optimizer; see `from_config`."""
+    """Reads the description of an optimizer; see `from_config`."""
     value = entry.value
     if isinstance(value, str | list) or keras_objects.is_described(entry):
         keras = keras_objects.optimizer_from_json(entry)

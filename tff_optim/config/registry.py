@@ -1,4 +1,4 @@
-"""Which classes a configuration may name."""
+"""The classes that a configuration may name."""
 
 import inspect
 from types import ModuleType
@@ -73,7 +73,7 @@ def register_transform(cls: type[GradientTransform]) -> type[GradientTransform]:
 
 
 def list_transforms() -> dict[str, type]:
-    """What a configuration may name among `transforms`: classes by name, registered ones included.
+    """Classes by name that a configuration may use as `transforms`, registered ones included.
 
     Example:
       >>> "Adam" in list_transforms()
@@ -83,7 +83,7 @@ def list_transforms() -> dict[str, type]:
 
 
 def list_regularizers() -> dict[str, type]:
-    """What a configuration may name among `regularizers`: this package's and Keras', by name.
+    """Classes by name that a configuration may use as `regularizers`, of this package and Keras.
 
     Example:
       >>> [name for name in list_regularizers() if name in ("FedProx", "L2")]
@@ -94,7 +94,7 @@ def list_regularizers() -> dict[str, type]:
 
 
 def list_projections() -> dict[str, type]:
-    """What a configuration may name among `projection`: this package's and Keras', by name.
+    """Classes by name that a configuration may use as `projection`, of this package and Keras.
 
     Example:
       >>> [name for name in list_projections() if name in ("Box", "NonNeg")]

@@ -1,1 +1,1 @@
-"""What optimizers are made of: leaves, numbers, entries of configurations, tracing, messages."""
+"""Building blocks of optimizers: leaves, numbers, entries of configurations, tracing, messages."""

@@ -21,8 +21,8 @@ def parameters(cls: Value) -> list[inspect.Parameter]:
 def full_config(value: Value) -> Named | None:
     """The configuration of a Keras object, or `None` if it is incomplete.
 
-    It is complete if it holds every named argument of the constructor. Keras' base classes leave it
-    to a subclass to add its own arguments, and nothing reminds the author to do so.
+    It is complete if it has every named argument of the constructor. Keras leaves it to a subclass to
+    add its own arguments, and authors may forget to.
     """
     try:
         config = dict(value.get_config())
@@ -53,9 +53,9 @@ def constructor_arguments(value: Value) -> Named:
 def key(value: object) -> Hashable:
     """A hashable stand-in for `value`: equal for objects that compute the same.
 
-    Keras objects are compared by class and configuration, or by identity where the configuration is
-    incomplete: to take different objects for equal would run the wrong one. Partial functions are
-    compared by their function and arguments.
+    Keras objects are compared by class and configuration, or by identity if the configuration is
+    incomplete, so that different objects are never taken for equal. Partial functions are compared by
+    their function and arguments.
     """
     if tf.is_symbolic_tensor(value):
         return ("tensor", id(value))

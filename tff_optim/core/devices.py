@@ -1,4 +1,4 @@
-"""Where an optimizer's state and step are placed: the only file that says `tf.device`.
+"""The devices of an optimizer's state and step: the only file that uses `tf.device`.
 
 TFF's worker process is built without GPU support. A device scope inside a TFF computation is kept
 in its graph, but the worker places GPU operations on its CPU. A GPU is used by TensorFlow code that
@@ -17,7 +17,7 @@ from tff_optim.core.messages import refusal, shown
 
 @attrs.frozen
 class DevicePolicy:
-    """Which kind of device is used, and which one of that kind.
+    """The kind of device to use, and its number among that kind.
 
     Attributes:
       gpu: True for a GPU, False for a CPU, None to leave the placement to TensorFlow.
@@ -44,7 +44,7 @@ _policy = DevicePolicy()
 
 
 def set_device_policy(gpu: bool | None, index: int | None = None) -> None:
-    """Sets the policy that every optimizer built from now on without `device` follows.
+    """Sets the policy of all optimizers that are later built without `device`.
 
     Args:
       gpu: True for a GPU, False for a CPU, None to leave the placement to TensorFlow.
@@ -61,13 +61,13 @@ def set_device_policy(gpu: bool | None, index: int | None = None) -> None:
       >>> tff_optim.set_device_policy(gpu=None)
     """
     policy = DevicePolicy(gpu, index)
-    select_device(policy)  # raises where there is no such device
+    select_device(policy)  # raises if there is no such device
     global _policy
     _policy = policy
 
 
 def get_device_policy() -> DevicePolicy:
-    """Returns the policy that optimizers built without `device` follow.
+    """Returns the policy of optimizers that are built without `device`.
 
     Example:
       >>> get_device_policy()
@@ -77,14 +77,14 @@ def get_device_policy() -> DevicePolicy:
 
 
 def select_device(device: str | DevicePolicy | None = None) -> str | None:
-    """Returns the device that a request names, after checking that it is there.
+    """Returns the requested device, after checking that it exists.
 
     Args:
       device: A device's name such as `"/GPU:0"` or `"CPU:1"`; a `DevicePolicy`; or None for the
         policy in force.
 
     Returns:
-      `"/KIND:INDEX"`, or None where the placement is left to TensorFlow.
+      `"/KIND:INDEX"`, or None if the placement is left to TensorFlow.
 
     Raises:
       TypeError: If `device` is of another type.
@@ -124,5 +124,5 @@ def select_device(device: str | DevicePolicy | None = None) -> str | None:
 
 
 def device_scope(device: str | None) -> contextlib.AbstractContextManager:
-    """A `tf.device` scope, or none where the placement is left to TensorFlow."""
+    """A `tf.device` scope, or none if the placement is left to TensorFlow."""
     return contextlib.nullcontext() if device is None else tf.device(device)

@@ -31,13 +31,13 @@ MOST_PARTS = 100  # parts of a pipeline, or regular expressions: each takes mill
 
 @attrs.frozen
 class Entry:
-    """A value of a configuration in plain Python types, and where it stands.
+    """A value of a configuration in plain Python types, and its path.
 
     Attributes:
       value: None, a bool, a finite number, a string, or a list or dictionary of these.
       path: Keys and positions from the top, joined by slashes.
       trusted: The top-level packages whose classes may be built, besides Keras and this one.
-      name: The argument that it was given as.
+      name: The name of the argument that holds the configuration.
       torch_python: The Python that runs optimizers of torch, which no entry may name.
     """
 
@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return at(self.name, self.path)
 
     def at(self, key: str | int) -> "Entry":
@@ -58,7 +58,7 @@ class Entry:
         return attrs.evolve(self, value=value, path=self.path_of(key))
 
     def path_of(self, key: str | int) -> str:
-        """Where the entry under a key or position stands."""
+        """The path of the entry under a key or position."""
         return f"{self.path}/{key}" if self.path else str(key)
 
     def refuse(
@@ -69,7 +69,7 @@ class Entry:
         found: object = None,
         advice: str = "",
     ) -> NoReturn:
-        """Raises an error with the entry's path, the rule, and the value or what was found."""
+        """Raises an error with the entry's path, the rule, and the value or `found`."""
         found = shown(self.value) if found is None else found
         raise refusal(self.label, rule, found, advice, error=error)
 
@@ -93,7 +93,7 @@ class Entry:
         return [self.at(i) for i in range(len(self.value))]
 
     def fields(self, known: Collection[str], required: Collection[str] = ()) -> dict[str, "Entry"]:
-        """The entries of a dictionary that may have the keys `known` and must have `required`."""
+        """The entries of a dictionary, whose keys must be `known` and include `required`."""
         if not isinstance(self.value, dict):
             self.refuse("be a mapping", TypeError)
         problems = []
@@ -106,7 +106,7 @@ class Entry:
         return {name: self.at(name) for name in self.value}
 
     def build(self, make: Function, *arguments: Value, **named: Value) -> Value:
-        """Calls `make`, and raises any error of its as one of this entry."""
+        """Calls `make`, and raises its errors as errors of this entry."""
         try:
             return make(*arguments, **named)
         except Exception as error:  # constructors of Keras and of trusted packages raise anything
@@ -121,8 +121,8 @@ class Described:
 
     Attributes:
       entry: The entry.
-      make: What builds it.
-      arguments: What `make` is given by name, in which more may be described.
+      make: The function that builds the object.
+      arguments: The arguments of `make` by name, in which more objects may be described.
     """
 
     entry: Entry
@@ -131,7 +131,7 @@ class Described:
 
 
 def built(value: Value) -> Value:
-    """A value with every description in it built, from the inside out."""
+    """Builds every description in a value, from the inside out."""
     if isinstance(value, Described):
         return value.entry.build(value.make, **built(value.arguments))
     if isinstance(value, list | tuple):
@@ -160,7 +160,7 @@ def check_trusted(
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """A sentence part that names what was probably meant, or nothing."""
+    """A phrase with the name that was probably meant, or nothing."""
     by_case = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=0.75)
     return f" (did you mean {by_case[close[0]]!r}?)" if close else ""

@@ -1,9 +1,9 @@
-"""How messages are worded: "`argument` must RULE; found VALUE. ADVICE"."""
+"""The wording of messages: "`argument` must RULE; found VALUE. ADVICE"."""
 
 import reprlib
 
 _LONGEST = 200
-# Looks at a few elements of each container and at a few levels: what is inside may have no end.
+# Shows a few elements of each container and a few levels, since a value may be endless.
 _short = reprlib.Repr()
 _short.maxlevel = 5
 _short.maxdict = _short.maxlist = _short.maxtuple = _short.maxset = 12
@@ -18,13 +18,13 @@ def refusal(
     *,
     error: type[Exception] = ValueError,
 ) -> Exception:
-    """An error that says what must be, what was found, and what to do.
+    """An error with the rule, the value that was found, and advice.
 
     Args:
-      name: The argument; or how to call it, with backticks where they belong.
-      rule: What it must be or do, after "must".
-      found: What was found, in words or `shown`.
-      advice: Sentences that say what to do.
+      name: The argument; or another name for it, with its own backticks.
+      rule: The rule, after "must".
+      found: The value that was found, in words or `shown`.
+      advice: Advice in whole sentences.
       error: The class of the error.
 
     Example:
@@ -36,7 +36,7 @@ def refusal(
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, shortened; something in words where it cannot be had."""
+    """`repr(value)`, shortened; a description if it fails."""
     try:
         return shorten(_short.repr(value))
     except Exception:  # an integer of thousands of digits, say
@@ -44,7 +44,7 @@ def shown(value: object) -> str:
 
 
 def at(name: str, path: str) -> str:
-    """How a message calls the leaf of the argument `name` at `path`; the argument if it is one leaf."""
+    """The leaf of the argument `name` at `path`, for messages; the argument if it is a lone leaf."""
     return f"`{name}` at '{shorten(path)}'" if path else f"`{name}`"
 
 

@@ -1,4 +1,4 @@
-"""The values of hyper-parameters: which are allowed, how they are checked, and set in a state.
+"""The values of hyper-parameters: allowed intervals, checks, and changes in a state.
 
 The public names are those of `tff_optim.hyperparameters`.
 """
@@ -21,14 +21,14 @@ STEP = "step"
 
 @attrs.frozen
 class Interval:
-    """Which finite numbers are allowed.
+    """An interval of finite numbers.
 
     Attributes:
       words: The rule in words, for messages.
       lower: The lower end.
       upper: The upper end.
-      open_lower: Whether the lower end itself is left out.
-      open_upper: Whether the upper end itself is left out.
+      open_lower: Whether the lower end itself is excluded.
+      open_upper: Whether the upper end itself is excluded.
 
     Example:
       >>> 1.0 in Interval("a number in [0, 1)", 0.0, 1.0, open_upper=True)
@@ -59,14 +59,14 @@ UNIT = Interval("a number in [0, 1]", lower=0.0, upper=1.0)
 
 
 def single(value: float) -> float:
-    """`value` as TensorFlow computes with it in float32, where subnormal numbers are 0."""
+    """`value` in TensorFlow's float32, in which subnormal numbers are 0."""
     with np.errstate(over="ignore"):
         rounded = float(np.float32(value))
     return rounded if abs(rounded) >= np.finfo(np.float32).tiny else 0.0
 
 
 def to_float(value: Number) -> Number:
-    """Integers and NumPy scalars as Python floats; anything else as it is, for the check."""
+    """Integers and NumPy scalars as Python floats; anything else as it is, for a later check."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
@@ -83,11 +83,11 @@ def checked_number(
     """Returns a number as a Python float, after checking it.
 
     Args:
-      owner: Whose hyper-parameter it is, for the message.
+      owner: The owner of the hyper-parameter, for the message.
       name: The name of the hyper-parameter, for the message.
       value: A Python or NumPy number.
-      allowed: The numbers that are allowed, as given and when rounded to float32.
-      also: What else the caller takes, for the message: " or a Keras schedule".
+      allowed: The allowed numbers, as given and when rounded to float32.
+      also: Other values that the caller takes, for the message: " or a Keras schedule".
 
     Raises:
       TypeError: If `value` is not a number.
@@ -110,7 +110,7 @@ def checked_number(
 
 
 def constant(allowed: Interval, default: object = attrs.NOTHING) -> Declared:
-    """Declares a number that stays as it was given: no schedule, not in the state.
+    """Declares a number that never changes: no schedule, not in the state.
 
     Example:
       >>> attrs.make_class("Part", {"size": constant(POSITIVE, 2)})()
@@ -183,17 +183,17 @@ def update(
     intervals: Mapping[str, Interval],
     owner: str,
 ) -> Hparams:
-    """Returns `state` with some of its numbers set: what every `set_hparams` does.
+    """Returns `state` with some of its numbers set; every `set_hparams` uses it.
 
     Args:
       state: A mapping that holds the numbers by name, and possibly more.
-      hparams: New values by name: Python or NumPy numbers, or scalar tensors. What is left out
-        stays as it is.
-      intervals: The names that may be set, and which numbers are allowed for each.
-      owner: Whose hyper-parameters they are, for messages.
+      hparams: New values by name: Python or NumPy numbers, or scalar tensors. The others stay as they
+        are.
+      intervals: The names that may be set, and the allowed numbers for each.
+      owner: The owner of the hyper-parameters, for messages.
 
     Returns:
-      An `OrderedDict`, with every number in the dtype that it has in `state`.
+      An `OrderedDict`, in which every number keeps its dtype in `state`.
 
     Raises:
       TypeError: If a value is neither a number nor a tensor.
@@ -213,14 +213,14 @@ def update(
 
 
 def complete(known: Structure, given: Structure, path: str = "") -> Structure:
-    """The hyper-parameters of a whole process, from some of them.
+    """Completes the hyper-parameters of a process.
 
-    TFF's own processes take nothing but all of them, each in its very dtype.
+    TFF's own processes take only all of them, each in its own dtype.
 
     Args:
-      known: What `get_hparams` of the process returns: numbers in mappings.
+      known: The result of the process's `get_hparams`: numbers in mappings.
       given: Some of them, in the same mappings: Python or NumPy numbers of any width.
-      path: Where they stand, for messages.
+      path: Their path, for messages.
 
     Returns:
       All of them, structured and typed like `known`.

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tff_optim.core.messages import shown
 
 _LONGEST = 1000
-# Python reads these in another way than RE2.
+# Python and RE2 read these differently.
 _OTHER_MEANING = ("{,", "[:")
 
 
@@ -38,7 +38,7 @@ def check(name: str, pattern: str) -> None:
     """Raises `ValueError` unless a pattern is one of RE2's, and of Python's too.
 
     Args:
-      name: What messages call the argument.
+      name: The argument's name, for messages.
       pattern: Its value.
 
     Example:

@@ -1,4 +1,4 @@
-"""Which weights something is done to: by path, rank or a function."""
+"""Selections of weights by path, rank or a function."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -47,7 +47,7 @@ def selects(where: Where, path: str, spec: tf.TensorSpec) -> bool:
 def check_used(
     name: str, where: Where, specs: Specs, cure: str = "", *, not_all: bool = False
 ) -> None:
-    """Raises `ValueError` if none of the weights is selected, or, where that matters, all of them."""
+    """Raises `ValueError` if none of the weights is selected, or all of them with `not_all`."""
     named = leaves.named_leaves(specs)
     # A lone scalar is what TFF initializes an optimizer with when it only wants its hparams.
     if where is None or (len(named) == 1 and named[0][1].shape.rank == 0):

@@ -1,4 +1,4 @@
-"""Traces functions that run other people's code, in TFF's computations as under eager execution."""
+"""Traces functions that run users' code, inside TFF's computations and eagerly."""
 
 import contextlib
 import functools
@@ -10,22 +10,21 @@ from tff_optim.core.types import Function, GraphFunction, Structure, Value
 
 _PACKAGE = __name__.partition(".")[0]
 _autograph = tf.__internal__.autograph
-# Where this module is imported nothing forbids the conversion; around the code to convert it is off.
+# The context at import allows conversion; the context in which users' code is called may forbid it.
 _CONTEXT = _autograph.control_status_ctx()
 
 
 def converted(function: Function) -> Function:
-    """A function of a user as AutoGraph converts it: `if tensor:` is an operation in it.
+    """Converts a user's function by AutoGraph, so that `if tensor:` becomes an operation.
 
-    All that the function calls is converted with it, but for Keras and TensorFlow. The code of this
-    package around it need not be converted, which takes seconds when a process is built first.
+    All functions that it calls are converted too, except those of Keras and TensorFlow. The calling code
+    of this package stays unconverted: converting it takes seconds when a process is first built.
 
     Args:
-      function: What a user has written, a method of a subclass for example, or what this package has.
+      function: A function or method of a user, or of this package.
 
-    Returns:
-      A function of the same arguments: the same one where it is of this package, or where there is no
-      graph.
+    Returns: A function of the same arguments; the same function if it is of this package, or in eager
+      execution.
     """
     module = str(getattr(function, "__module__", None))
     if tf.executing_eagerly() or module.partition(".")[0] == _PACKAGE:
@@ -39,11 +38,11 @@ def converted(function: Function) -> Function:
 
 @contextlib.contextmanager
 def eager_world() -> Iterator[None]:
-    """Steps out of the graph that is built: that of a TFF computation or of a `tf.function`."""
+    """Leaves the graph of a TFF computation or a `tf.function`, for eager execution."""
     if tf.executing_eagerly():
         yield
     else:
-        # A new graph, since TFF and functions look after every variable that is made while theirs is
+        # In a new graph, since TFF and functions track all variables that are made while theirs is
         # current.
         with tf.Graph().as_default(), tf.__internal__.eager_context.eager_mode():
             yield
@@ -51,7 +50,7 @@ def eager_world() -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_graph() -> Iterator[tf.Graph]:
-    """A graph that is thrown away."""
+    """A throw-away graph."""
     graph = tf.__internal__.FuncGraph("scratch")
     with eager_world(), graph.as_default():
         yield graph
@@ -68,10 +67,10 @@ def function(body: Function, **options: object) -> GraphFunction:
 
 
 def call_traced(function: Function, *arguments: Structure) -> Structure:
-    """Calls a function that runs other people's code, traced where its operators need that.
+    """Calls a function that runs users' code, traced if its operators need that.
 
-    Under a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is not
-    an operation but compares identities. So there the function is traced outside of that graph.
+    In a plain `tf.Graph`, which every TFF computation has at its root, `tensor == tensor` is no
+    operation but compares identities. There the function is traced outside of that graph.
     """
     if tf.compat.v1.executing_eagerly_outside_functions():
         return function(*arguments)

@@ -1,11 +1,11 @@
-"""Names for what travels through an optimizer, a process and a run.
+"""Names for the values that travel through an optimizer, a process and a run.
 
-TensorFlow and TFF ship no type hints, and a structure may be nested in any way: a type checker cannot
-look into these, so the names are for the reader.
+TensorFlow and TFF have no type hints, and structures may be nested in any way, so a type checker cannot
+check these. The names are for readers.
 """
 
 import collections
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -53,5 +53,4 @@ Process: TypeAlias = (
 )  # TFF's own processes, and those of this package
 Proto: TypeAlias = Any  # a message of protocol buffers: a computation, a value, a request of TFF's
 Node: TypeAlias = tf.compat.v1.NodeDef  # of a serialized graph
-Nodes: TypeAlias = Mapping[str, Node]  # by name
 Operation: TypeAlias = tf.Operation  # of a graph

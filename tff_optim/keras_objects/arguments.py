@@ -1,8 +1,8 @@
-"""What Keras' own optimizers, schedules, regularizers and constraints take as arguments.
+"""The arguments of Keras' own optimizers, schedules, regularizers and constraints.
 
 Keras checks few of them. A string as `beta_1` fails in the first step, NaN as the norm of a constraint
-makes all weights NaN, and a `clipnorm` of 0 does not clip. Its classes share names of arguments, and
-a name means the same in each.
+makes all weights NaN, and a `clipnorm` of 0 does not clip. A name of an argument means the same in all
+classes.
 """
 
 import inspect
@@ -113,7 +113,7 @@ def parameters(cls: Value) -> dict[str, inspect.Parameter]:
 
 
 def _argument_of(cls: type, name: str) -> _Argument | None:
-    """What Keras' own class among the bases of `cls` takes under this name."""
+    """The argument of this name in Keras' own class among the bases of `cls`."""
     for base in cls.__mro__:
         if of_keras(base) and name in parameters(base):
             return ARGUMENTS.get(name)
@@ -121,13 +121,13 @@ def _argument_of(cls: type, name: str) -> _Argument | None:
 
 
 def interval_of(cls: type, name: str) -> Interval:
-    """Which numbers are allowed as the argument `name` of `cls`."""
+    """The allowed numbers for the argument `name` of `cls`."""
     argument = _argument_of(cls, name)
     return FINITE if argument is None or argument.allowed is None else argument.allowed
 
 
 def check_argument(cls: type, name: str, value: object) -> None:
-    """Raises `TypeError` or `ValueError` unless `value` is one that `cls` can work with."""
+    """Raises `TypeError` or `ValueError` unless `cls` can work with `value`."""
     if isinstance(value, tf.Tensor) and tf.is_symbolic_tensor(value):
         return  # its value is not known
     if isinstance(value, np.ndarray | np.generic | tf.Tensor | tf.Variable):
@@ -156,7 +156,7 @@ def check_argument(cls: type, name: str, value: object) -> None:
 
 
 def as_given_in_json(cls: type, name: str, value: Json) -> Json:
-    """A number of JSON, which may have been written without its point, as `cls` takes it.
+    """A number of JSON, which may lack its decimal point, as `cls` takes it.
 
     Schedules of Keras compute with integers where a rate is one, and fail.
     """
@@ -170,10 +170,10 @@ def as_given_in_json(cls: type, name: str, value: Json) -> Json:
 
 
 def check_object(value: Value) -> None:
-    """Raises unless the arguments of a Keras object are ones that its class can work with.
+    """Raises unless the class of a Keras object can work with its arguments.
 
-    An argument that a subclass has added is checked only for being finite, if it is a number. The
-    rates of a schedule of Keras or of this package are tried up to step 1e9.
+    A number that a subclass adds must only be finite. The rates of a schedule of Keras or of this
+    package are tried up to step 1e9.
     """
     cls = type(value)
     try:

@@ -31,7 +31,7 @@ from tff_optim.keras_objects.classes import (
 
 # Arguments that a schedule is given as, in short forms too.
 _RATES = ("learning_rate", "then")
-# What every Keras optimizer writes and its constructor takes through `**kwargs`.
+# Every Keras optimizer writes this, and its constructor takes it through `**kwargs`.
 _LEGACY_FLAG = "is_legacy_optimizer"
 
 
@@ -103,13 +103,13 @@ def is_described(entry: Entry) -> bool:
 
 
 def from_json(entry: Entry, *kinds: Kind, check: bool = False) -> Described:
-    """Reads what describes a Keras object.
+    """Reads the description of a Keras object.
 
     Args:
       entry: The long form that `object_to_json` writes, in which `module` may be left out for a
         class of Keras, as may arguments at their defaults; or `[name, arguments]`, or a name.
-      *kinds: What it may be.
-      check: Whether to check all arguments of the built object, where nothing else does.
+      *kinds: The kinds that it may be of.
+      check: Whether to check all arguments of the built object, if nothing else does.
 
     Raises:
       TypeError: If an argument is of the wrong type.

@@ -1,6 +1,6 @@
-"""Which classes of Keras there are, and how one is found by its name.
+"""Finds classes of Keras and of trusted packages by name.
 
-Nothing is imported, and no code of a module runs: a class is looked up in what its module holds already.
+Nothing is imported, and no code of a module runs: only modules that are already loaded are searched.
 """
 
 import sys
@@ -21,7 +21,7 @@ class Kind:
     """A kind of Keras object.
 
     Attributes:
-      noun: What it is called in messages.
+      noun: Its name in messages.
       base: Its base class.
       module: The name of Keras' public module of this kind.
       public: That module.
@@ -65,7 +65,7 @@ KINDS = (OPTIMIZER, SCHEDULE, REGULARIZER, CONSTRAINT)
 
 
 def nouns(kinds: Sequence[Kind]) -> str:
-    """What messages call an object of one of these kinds."""
+    """The name of an object of one of these kinds, for messages."""
     return " or ".join(kind.noun for kind in kinds)
 
 
@@ -134,6 +134,6 @@ def _class_in_module(name: Entry, module: Entry, kinds: Sequence[Kind]) -> type:
 
 
 def instead_of(name: object) -> str:
-    """What to use instead of a legacy optimizer, in a sentence; nothing where there is no such thing."""
+    """The advice for a legacy optimizer; empty if it has no successor."""
     known = isinstance(name, str) and name in OPTIMIZER.classes
     return f"Use `tf.keras.optimizers.{name}` instead." if known else ""

@@ -50,7 +50,7 @@ class RMSProp(ElementwiseTransform):
     with the gradients' dtypes.
 
     Attributes:
-      beta: What stays of the average each step; a number in [0, 1) or a Keras schedule.
+      beta: The share of the average that each step keeps; a number in [0, 1) or a Keras schedule.
       epsilon: A number greater than 0, or a Keras schedule, that keeps the division finite.
 
     Example:
@@ -75,7 +75,7 @@ class RMSProp(ElementwiseTransform):
 
 @attrs.frozen
 class _Moments(ElementwiseTransform):
-    """What `Adam` and `Yogi` share: all but how the second moment moves."""
+    """The base of `Adam` and `Yogi`, which differ in the update of the second moment."""
 
     beta_1: Rate = hyperparameters.fraction(0.9)
     beta_2: Rate = hyperparameters.fraction(0.99)
@@ -136,8 +136,8 @@ class Adam(_Moments):
     its `beta_2` is 0.999 by default, not declearn's 0.99, which is taken here.
 
     Attributes:
-      beta_1: What stays of `m` each step; a number in [0, 1) or a Keras schedule.
-      beta_2: What stays of `v` each step; likewise.
+      beta_1: The share of `m` that each step keeps; a number in [0, 1) or a Keras schedule.
+      beta_2: The share of `v` that each step keeps; likewise.
       epsilon: A number greater than 0, or a Keras schedule, that keeps the division finite.
       amsgrad: Whether the divisor may only grow.
 
@@ -163,7 +163,7 @@ class Yogi(_Moments):
     As `Adam`, but `v = v - sign(v - g^2) (1 - beta_2) g^2`.
 
     Attributes:
-      beta_1: What stays of `m` each step; a number in [0, 1) or a Keras schedule.
+      beta_1: The share of `m` that each step keeps; a number in [0, 1) or a Keras schedule.
       beta_2: `1 - beta_2` is the size of a move of `v`; likewise.
       epsilon: A number greater than 0, or a Keras schedule, that keeps the division finite.
       amsgrad: Whether the divisor may only grow.

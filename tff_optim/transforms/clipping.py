@@ -15,7 +15,7 @@ from tff_optim.transforms.interface import GradientTransform
 
 @attrs.frozen
 class _Clip(GradientTransform):
-    """What both share: all but which gradients are measured together."""
+    """The base of both, which differ in the gradients that are measured together."""
 
     max_norm: Rate = hyperparameters.positive(1.0)
 

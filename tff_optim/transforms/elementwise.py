@@ -1,4 +1,4 @@
-"""Gradient transforms that are a rule for each element: what one has to write is the rule."""
+"""The base of gradient transforms that apply a rule to each tensor by itself."""
 
 import abc
 import functools
@@ -56,7 +56,7 @@ class ElementwiseTransform(GradientTransform):
     def scalars(
         self, values: Mapping[str, Number], step: tf.Tensor | None, dtype: tf.DType
     ) -> Scalars:
-        """What `rule` computes with, once for each dtype of the weights.
+        """The scalars of `rule`, computed once for each dtype of the weights.
 
         Args:
           values: The hyper-parameters of this step, by name.
@@ -74,7 +74,7 @@ class ElementwiseTransform(GradientTransform):
         """One step of one tensor.
 
         Args:
-          scalars: What `scalars` returned for the dtype of the gradient.
+          scalars: The result of `scalars` for the dtype of the gradient.
           gradient: The gradient.
           *slots: The slots of this tensor.
 

@@ -10,14 +10,14 @@ from tff_optim.transforms.elementwise import ElementwiseTransform, Scalars, Tens
 
 @attrs.frozen
 class Momentum(ElementwiseTransform):
-    """Adds up gradients, the older the less.
+    """Adds up gradients with weights that fall with their age.
 
     `v = beta v + g`; the result is `v`, or `beta v + g` with `nesterov`. `g` is the gradient, `v`
     the velocity (0 at first), kept in the state under `velocity` with the gradients' dtypes. As
     in declearn and PyTorch, `g` is not scaled by `1 - beta`.
 
     Attributes:
-      beta: What stays of the velocity each step; a number in [0, 1) or a Keras schedule.
+      beta: The share of the velocity that each step keeps; a number in [0, 1) or a Keras schedule.
       nesterov: Whether to look ahead by one more step.
 
     Example:
@@ -50,7 +50,7 @@ class EWMA(ElementwiseTransform):
     first, not corrected for that), kept in the state under `average` with the gradients' dtypes.
 
     Attributes:
-      beta: What stays of the average each step; a number in [0, 1) or a Keras schedule.
+      beta: The share of the average that each step keeps; a number in [0, 1) or a Keras schedule.
 
     Example:
       >>> ewma = EWMA(beta=0.75)
