@@ -42,7 +42,7 @@ VIEWS = r"records|rounds|clients\.|tensorboard"
 
 @functools.cache
 def process_of(place, states):
-    process = build_scaffold() if states else build_process(sample_size=3)
+    process = build_scaffold() if states else build_process()
     return process if place == "plain TFF" else ResidentProcess(process, device=place)
 
 

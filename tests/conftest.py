@@ -1,6 +1,7 @@
 """One TFF runtime for the whole session, ended before the interpreter is."""
 
 import asyncio
+import gc
 import os
 import random
 
@@ -36,6 +37,13 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail where a test without the mark `slow` takes too many processor seconds",
     )
+
+
+def pytest_collection_finish():
+    # Half a million objects of the libraries, which stay: not to be looked through again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def pytest_configure(config):

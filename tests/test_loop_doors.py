@@ -1,6 +1,5 @@
 """What a caller may decide in the loop, against rounds called by hand and plain arithmetic."""
 
-import collections
 import contextlib
 import functools
 import math
@@ -18,7 +17,8 @@ import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 from test_run_folder import files_of
-from test_simulation import SPEC, make_clients, wait_for
+from test_several_runs import build_scaffold
+from test_simulation import build_model, make_clients, wait_for
 
 import aggregators
 from tff_optim import ResidentProcess, simulation
@@ -32,20 +32,9 @@ RATE = "client_work/learning_rate"
 def process():
     """Federated averaging with Adam on the server, which moves on an update of 0 too."""
     return aggregators.build_fed_avg(
-        model(),
+        build_model(),
         tff.learning.optimizers.build_sgdm(0.05),
         tff.learning.optimizers.build_adam(0.1),
-    )
-
-
-@functools.cache
-def model():
-    dense = tf.keras.layers.Dense(1, input_shape=(2,), kernel_initializer="ones")
-    return tff.learning.models.functional_model_from_keras(
-        tf.keras.Sequential([dense]),
-        tf.keras.losses.MeanSquaredError(),
-        SPEC,
-        lambda: collections.OrderedDict(loss=tf.keras.metrics.MeanSquaredError()),
     )
 
 
@@ -145,7 +134,7 @@ def test_poisson_draws_are_independent_with_the_rate_that_was_asked_for():
 def test_clients_that_keep_a_state_may_be_none_in_a_round():
     drawn = {1: ["client 1"], 2: [], 3: ["client 1"]}
     history = run(
-        process=scaffold(),
+        process=build_scaffold(),
         draw=lambda number, ids, rng: drawn[number],
         client_states=aggregators.ClientStates,
     )
@@ -183,13 +172,16 @@ def evaluate_loss(weights, data, client):
     return {"loss": losses(weights, {client: data})[client]}
 
 
+@functools.cache
+def eval_process():
+    return tff.learning.algorithms.build_fed_eval(build_model())
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("kind", ["function", "build_fed_eval"])
 def test_clients_are_evaluated_one_by_one(kind, held_out):
     other = {f"client {i}": data for i, data in zip(range(3, 15), make_clients(12).values())}
-    evaluate = evaluate_loss
-    if kind == "build_fed_eval":
-        evaluate = tff.learning.algorithms.build_fed_eval(model())
+    evaluate = eval_process() if kind == "build_fed_eval" else evaluate_loss
     history = run(per_client=simulation.PerClient(evaluate, other if held_out else None), rounds=2)
     state, clients = process().initialize(), make_clients()
     for number in (0, 1, 2) if held_out else (1, 2):
@@ -278,9 +270,19 @@ def show(weights, round):
     return {"accuracy": SHOWN[round], "seconds": -SHOWN[round], "odd": math.nan}
 
 
-@pytest.mark.parametrize("place", ["plain", "CPU:0"])
+BEST = {
+    f"{name}-{place}": (*case, place)
+    for name, case in {
+        "accuracy": ("evaluation/accuracy", 4),
+        "nan": ("max evaluation/odd", None),
+    }.items()
+    for place in ("plain", "CPU:0")
+}
+
+
 @pytest.mark.parametrize(
-    ("metric", "best"), [("evaluation/accuracy", 4), ("max evaluation/odd", None)]
+    ("metric", "best", "place"),
+    selection.params(BEST, ["accuracy-plain", "accuracy-CPU:0", "nan-plain"], unpack=True),
 )
 def test_the_best_state_is_kept_beside_the_last_ones(tmp_path, place, metric, best):
     alone = run(rounds=4, evaluate=show)  # whose last round is the best one
@@ -357,12 +359,6 @@ def test_a_stop_looks_at_each_record_once():
 # ------------------------------------------------------------------------------- killed with all
 
 
-@functools.cache
-def scaffold():
-    sgd = tff.learning.optimizers.build_sgdm(0.05)
-    return aggregators.build_scaffold(model(), sgd, num_clients=6)
-
-
 def some_or_none(number, ids, rng):
     return simulation.poisson(0.5)(number, ids, rng) if number != 2 else []
 
@@ -391,7 +387,7 @@ class Slow(tff.program.ReleaseManager):
 
 def run_with_all(directory, rounds, device, managers=()):
     """Clients that keep a state, in arrays, and everything that a caller may decide."""
-    one = ResidentProcess(scaffold(), device=device) if device else scaffold()
+    one = ResidentProcess(build_scaffold(), device=device) if device else build_scaffold()
     who = {"clients_per_round": two_or_more} if device else {"draw": some_or_none}
     return run(
         process=one,
@@ -438,9 +434,8 @@ def started(pid):
         return None
 
 
-@pytest.mark.parametrize(
-    "device", selection.params({"plain TFF": "", "CPU:0": "CPU:0"}, ["plain TFF"])
-)
+@pytest.mark.slow  # `test_several_runs.py` kills a run that has less to go on with
+@pytest.mark.parametrize("device", ["", "CPU:0"], ids=["plain TFF", "CPU:0"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, device):
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(ROOT / "tests"), str(tmp_path / "killed"), device],

@@ -12,7 +12,6 @@ import signal
 
 import numpy as np
 import pytest
-import selection
 import tensorflow as tf
 from test_simulation import build_process, evaluate, make_clients, numbers, start, wait_for
 
@@ -183,7 +182,7 @@ def test_a_board_shows_each_round_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def process():
-    return build_process(sample_size=3)
+    return build_process()
 
 
 def run(process, directory, rounds=6, **arguments):
@@ -249,9 +248,8 @@ def files_of(folder):
     return {name: str(content) for name, content in found.items()}
 
 
-@pytest.mark.parametrize(
-    "device", selection.params({"plain TFF": "", "CPU:0": "CPU:0"}, ["plain TFF"])
-)
+@pytest.mark.slow  # as in `test_loop_doors.py`, with less that a caller decides
+@pytest.mark.parametrize("device", ["", "CPU:0"], ids=["plain TFF", "CPU:0"])
 def test_a_killed_run_leaves_the_folder_of_an_undisturbed_one(process, tmp_path, device):
     child = start(tmp_path / "killed", 1000, device)
     try:

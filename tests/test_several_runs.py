@@ -1,5 +1,6 @@
 """Runs side by side, and runs whose clients keep a state: the numbers of one after the other."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -10,9 +11,8 @@ import threading
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import tensorflow_federated as tff
-from test_simulation import build_process, evaluate, make_clients, numbers
+from test_simulation import build_model, build_process, evaluate, make_clients, numbers
 
 import aggregators
 from tff_optim import ResidentProcess, simulation
@@ -34,7 +34,7 @@ class Wrapped:
 
 @pytest.fixture(scope="module")
 def process():
-    return build_process(sample_size=3)
+    return build_process()
 
 
 @pytest.mark.slow
@@ -154,19 +154,10 @@ def test_ctrl_c_ends_all_runs_after_their_rounds(process):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def model():
-    return tff.learning.models.functional_model_from_keras(
-        lambda: tf.keras.Sequential(
-            [tf.keras.layers.Dense(1, input_shape=(2,), kernel_initializer="ones")]
-        ),
-        tf.keras.losses.MeanSquaredError(),
-        next(iter(make_clients().values())).element_spec,
-    )
-
-
+@functools.cache
 def build_scaffold():
     sgd = tff.learning.optimizers.build_sgdm(0.05)
-    return aggregators.build_scaffold(model(), sgd, num_clients=len(make_clients()))
+    return aggregators.build_scaffold(build_model(), sgd, num_clients=len(make_clients()))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Where runs start, and what tells that a folder holds another run."""
 
 import collections
+import functools
 import json
 import warnings
 
@@ -23,8 +24,11 @@ def build_keras_model(initializer="glorot_uniform", outputs=1):
     return tf.keras.Sequential([dense])
 
 
-def build_fed_avg(rate=0.1, initializer="glorot_uniform", functional=False, client_rate=0.05):
+@functools.cache
+def build_fed_avg(rate=0.1, client_rate=0.05, start=1, functional=False):
+    """Federated averaging whose model starts from weights drawn by the seed `start`."""
     loss = tf.keras.losses.MeanSquaredError()
+    initializer = tf.keras.initializers.GlorotUniform(seed=start)
     if functional:
         model = tff.learning.models.functional_model_from_keras(
             lambda: build_keras_model(initializer), loss, SPEC
@@ -78,8 +82,10 @@ def test_all_processes_start_where_they_are_told_by_seed():
 
 
 def test_a_keras_model_gives_its_weights():
-    process, model = build_fed_avg(), build_keras_model()  # TFF builds models in graphs: first it
-    history = simulation.run(process, make_clients(), evaluate=kernel, initial_weights=model, **FEW)
+    model = build_keras_model()
+    history = simulation.run(
+        build_process(), make_clients(), evaluate=kernel, initial_weights=model, **FEW
+    )
     assert history.rounds[0]["evaluation/first"] == model.get_weights()[0][0, 0]
 
 
@@ -101,14 +107,15 @@ def test_weights_that_do_not_fit_are_refused(given, error, message):
 
 
 def test_different_starts_of_what_is_compared_are_told_once():
-    processes = {"one": build_fed_avg(), "two": build_fed_avg(), "three": build_fed_avg()}
+    starts = {"one": 1, "two": 2, "three": 3}
+    processes = {name: build_fed_avg(start=start) for name, start in starts.items()}
     with pytest.warns(UserWarning, match="`initial_weights` should be.*'one' and 'two'") as told:
         simulation.run(processes, make_clients(), seed=[0, 1], **FEW)
     assert len([w for w in told if "initial_weights" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         simulation.run({"one": processes["one"]}, make_clients(), **FEW)
-        same = {name: build_fed_avg(initializer="ones") for name in ("one", "two")}
+        same = {"one": processes["one"], "two": build_fed_avg(functional=True)}
         simulation.run(same, make_clients(), **FEW)
         simulation.run(
             processes, make_clients(), initial_weights=lambda seed: build_keras_model(), **FEW
@@ -211,19 +218,19 @@ def test_metrics_of_a_process_leave_the_columns_of_the_loop_alone(name):
 
 def test_a_history_prints_how_its_runs_ended(monkeypatch):
     history = simulation.run(
-        build_process(sample_size=2),
+        build_process(),
         make_clients(),
-        rounds=30,
+        rounds=21,
         clients_per_round=2,
         seed=[3, 4],
         evaluate=evaluate,
-        rounds_per_evaluation=15,
+        rounds_per_evaluation=7,
     )
     first, *ends = str(history).splitlines()
     last = history.only("process", 4).rounds[-1]
     assert first.split()[:4] == ["process", "seed", "round", "ended"]
     assert [end.split()[:4] for end in ends] == [
-        ["process", seed, "30", "finished"] for seed in "34"
+        ["process", seed, "21", "finished"] for seed in "34"
     ]
     assert f"{last['evaluation/size']:.4g}" in ends[1]
     assert f"{last['client_work/train/loss']:.4g}" in ends[1]
@@ -235,11 +242,11 @@ def test_a_history_prints_how_its_runs_ended(monkeypatch):
     for name in history.rounds.columns:
         assert str(lines).count(name + " ") + str(lines).count(name + "'") >= 1
     block = lines[: lines.index("")]
-    assert len(block) == 1 + 20 + 1 + 20  # of 62 records, the ends
+    assert len(block) == 1 + 20 + 1 + 20  # of 44 records, the ends
     assert block[21].split()[:3] == ["..."] * 3
-    assert "  30" in block[-1]
+    assert "  21" in block[-1]
     two = history.rounds[["round", "client_work/train/loss"]]
     assert two.columns == ["round", "client_work/train/loss"]
-    assert two[-1] == {"round": 30, "client_work/train/loss": last["client_work/train/loss"]}
+    assert two[-1] == {"round": 21, "client_work/train/loss": last["client_work/train/loss"]}
     with pytest.raises(KeyError, match="found 'lost'"):
         history.rounds[["round", "lost"]]
