@@ -92,6 +92,19 @@ def adaptive_mean(
     return weighted_mean(deltas, raw, groups)
 
 
+def fallen(loss, previous):
+    """Whether the loss is below that of the round before, as a share of 0 or 1."""
+    return float(previous is not None and loss < previous)
+
+
+def gated(adaptive, plain, losses, examples, memory, gate):
+    """`plain + s (adaptive - plain)` with `s = gate(loss, loss of the round before)`."""
+    loss = np.dot(np.float64(examples) / np.sum(examples), np.float64(losses))
+    share = gate(loss, memory.get("loss"))
+    memory["loss"] = loss
+    return [p + share * (a - p) for a, p in zip(adaptive, plain, strict=True)]
+
+
 def q_fed_avg(deltas, losses, *, q, learning_rate):
     lipschitz = 1 / learning_rate
     numerator, denominator = [0.0] * len(deltas[0]), 0.0

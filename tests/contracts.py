@@ -199,7 +199,11 @@ def _agrees(case: Case, *places: Callable[..., Any]) -> None:
 
 
 def agrees_in_python(case: Case) -> None:
-    _agrees(case, in_eager_code, in_a_tf_function, in_xla)
+    _agrees(case, in_eager_code, in_a_tf_function)
+
+
+def agrees_in_xla(case: Case) -> None:
+    _agrees(case, in_xla)
 
 
 def agrees_in_tff(case: Case) -> None:
@@ -412,6 +416,7 @@ def names_what_does_not_fit(case: Case) -> None:
 
 LAWS = [
     agrees_in_python,
+    agrees_in_xla,
     agrees_in_tff,
     takes_nested_weights,
     takes_a_scalar_and_nothing,

@@ -1,6 +1,7 @@
 """Federated training of one linear layer, whole, in NumPy: the truth for the learning processes."""
 
 import collections
+import functools
 
 import aggregation_twins as twins
 import numpy as np
@@ -14,6 +15,7 @@ TENSOR = ((0,), (1,))
 MODEL = ((0, 1),)
 
 
+@functools.cache
 def functional_model():
     return tff.learning.models.functional_model_from_keras(
         make_keras_model,

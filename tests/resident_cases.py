@@ -23,6 +23,15 @@ def model_fn():
 
 
 @functools.cache
+def functional_model():
+    return tff.learning.models.functional_model_from_keras(
+        tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(3,))]),
+        tf.keras.losses.MeanSquaredError(),
+        _SPEC,
+    )
+
+
+@functools.cache
 def process():
     return tff.learning.algorithms.build_weighted_fed_avg(
         model_fn,

@@ -207,10 +207,6 @@ def _not_fallen(min_decrease: float) -> Callable[[float, float | None], float]:
     return share
 
 
-def _fallen(loss: float, previous: float | None) -> float:
-    return float(previous is not None and loss < previous)
-
-
 def _gated_twin(
     chosen: weighting.Weighting,
     rule: Callable,
@@ -221,12 +217,9 @@ def _gated_twin(
         adaptive = adaptive_mean(
             chosen, rule, groups, clients, lambda c: c["scores"], weights, memory
         )
-        part = np.float64(weights) / np.sum(weights)
-        loss = np.sum(part * [float(c["loss"]) for c in clients])
-        share = gate(loss, memory.get("loss"))
-        memory["loss"] = loss
         plain = _plain_twin(clients, weights, memory)
-        return [p + share * (a - p) for a, p in zip(adaptive, plain, strict=True)]
+        losses = [c["loss"] for c in clients]
+        return twins.gated(adaptive, plain, losses, weights, memory, gate)
 
     return twin
 
@@ -351,7 +344,7 @@ CASES = [
         "loss-gated-fallen",
         ("loss_gated",),
         rules.loss_gated(_NEAR, gate="fallen", loss_at="initial"),
-        _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), _fallen),
+        _gated_twin(_NEAR, lambda r: np.exp(-r / 0.7), twins.fallen),
     ),
     Case(
         "loss-gated-by-share",

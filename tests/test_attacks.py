@@ -14,8 +14,9 @@ from tff_optim.resident import versions
 from tff_optim.resident.versions import VersionDirectory
 
 PARTS = {attack.name: attack for attack in attacks.all_attacks() if attack.in_tests}
-# Those in which nothing has to be trained; what happens to workers and runs has tests of its own.
-QUICK = ["saves by two writers", "damaged versions", "files that cannot grow"]
+# Those in which nothing has to be trained; what happens to workers, runs and damaged versions has
+# tests of its own.
+QUICK = ["saves by two writers", "files that cannot grow"]
 
 
 @pytest.mark.parametrize("attack", selection.params(PARTS, QUICK))

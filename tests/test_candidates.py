@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import selection
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -355,14 +356,21 @@ def classifier(variable, activation, loss, penalty):
     return tff.learning.models.functional_model_from_keras(keras_model, loss, spec)
 
 
+SCORED = {
+    "functional-logits": (False, "logits"),
+    "variable-logits, -1 left out": (True, "logits, -1 left out"),
+    "variable-probabilities, penalty": (True, "probabilities, penalty"),
+    "functional-probabilities, focal": (False, "probabilities, focal"),
+}
+
+
 @pytest.mark.parametrize(
     ("variable", "name"),
-    [
-        (False, "logits"),
-        (True, "logits, -1 left out"),
-        (True, "probabilities, penalty"),
-        (False, "probabilities, focal"),
-    ],
+    selection.params(
+        SCORED,
+        ["variable-logits, -1 left out", "functional-probabilities, focal"],
+        unpack=True,
+    ),
 )
 def test_clients_score_candidates_by_probabilities_and_not_in_training_mode(variable, name):
     rng = np.random.default_rng(7)

@@ -288,9 +288,8 @@ PASSES = {
         PASSES,
         [
             "variable-jury-DATASET_ITERATOR",
-            "variable-memory-DATASET_REDUCE",
             "functional-initial loss-DATASET_ITERATOR",
-            "functional-memory-DATASET_ITERATOR",
+            "functional-memory-DATASET_REDUCE",
         ],
         unpack=True,
     ),

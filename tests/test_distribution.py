@@ -36,8 +36,10 @@ RUNS = {
     for runtime in runtimes.CONTEXTS
     for case in contracts.CASES
 }
-# The merge of a rule is the same in both; what differs is how its parts travel.
-QUICK = [f"subrounds-{name}" for name in contracts.QUICK] + ["two-workers-jury-two-candidates"]
+# The merge of a rule is the same in both; what differs is how its parts travel. One rule of each
+# kind of reduction: the mean by log-weights, one that adds a largest value, and those in two passes.
+QUICK = ["subrounds-softmax-near", "subrounds-q-fed-avg", "subrounds-redescending-otherwise"]
+QUICK += ["two-workers-jury-two-candidates"]
 
 
 @pytest.mark.parametrize(("case", "runtime"), selection.params(RUNS, QUICK, unpack=True))

@@ -125,7 +125,7 @@ SLOW_OR_HANGING = {
 
 @pytest.mark.parametrize(
     ("code", "status", "busy"),
-    selection.params(SLOW_OR_HANGING, ["waits", "computes"], unpack=True),
+    selection.params(SLOW_OR_HANGING, ["waits"], unpack=True),
 )
 def test_a_part_that_is_slow_is_told_from_one_that_hangs(code, status, busy, monkeypatch, capfd):
     # With every processor taken by others, if `busy`.

@@ -142,7 +142,7 @@ KINDS = {
     ("name", "variable"),
     selection.params(
         KINDS,
-        ["convolutional-functional", "embedding-variable", "recurrent-functional"],
+        ["embedding-variable", "recurrent-functional"],
         unpack=True,
     ),
 )

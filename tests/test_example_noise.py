@@ -165,8 +165,8 @@ def test_with_a_seed_a_restored_run_goes_on_as_the_undisturbed_one(tmp_path):
         state, noise = play(process, state, data)
         undisturbed.append(noise)
     assert_unrelated(*undisturbed)
-    for _ in range(2):  # two restores, each in a process built anew
-        process = build(7)
+    process = build(7)
+    for _ in range(2):  # two restores, in a process built anew
         state = asyncio.run(manager.load(2, process.initialize()))
         for expected in undisturbed[2:]:
             state, noise = play(process, state, data)

@@ -131,12 +131,9 @@ LOOPS = {
 }
 # The loop does not look at the loss, and every loss is measured below. Those whose weighing shows.
 QUICK = [
-    "variable, per element-DATASET_ITERATOR",
     "variable, summed-DATASET_REDUCE",
-    "examples none-DATASET_ITERATOR",
     "several outputs-DATASET_ITERATOR",
     "functional, per example-DATASET_REDUCE",
-    "functional, double-DATASET_ITERATOR",
 ]
 
 

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 
 import contracts
+import federated_twin as twin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +47,8 @@ QUICK = [
     "contrib.prodigy",  # both
 ]
 every_case = pytest.mark.parametrize("case", selection.params(RUNS, QUICK))
+# In 64 bits each is traced anew: a schedule, a key, all in one, numbers, by position, refused, both.
+WIDE = ["adamw", "add_noise", "flatten", "inject_hyperparams", "masked", "contrib.mechanize"]
 ANY_SIGN = [name for name, case in RUNS.items() if not case.positive]
 # As many as go into one process of TFF.
 SOME = {
@@ -158,12 +161,12 @@ IN_TFF = {
     for group, names in (GROUPS | {"positive": SOME["positive"]}).items()
     for kind in ("variable_model", "functional_model")
 }
-IN_TFF["few, variable_model"] = (["adam", "masked", "contrib.prodigy"], "variable_model")
+IN_TFF["one, variable_model"] = (["contrib.prodigy"], "variable_model")
 
 
 @pytest.mark.parametrize(
     ("names", "kind"),
-    selection.params(IN_TFF, ["few, variable_model", "positive, functional_model"], unpack=True),
+    selection.params(IN_TFF, ["one, variable_model", "positive, functional_model"], unpack=True),
 )
 def test_they_train_clients_and_server(names, kind):
     together = side_by_side.SideBySide([RUNS[name].shared for name in names])
@@ -191,7 +194,7 @@ def test_they_train_clients_and_server(names, kind):
 # --------------------------------------------------------------------------------- state and hparams
 
 
-@every_group
+@pytest.mark.parametrize("names", selection.params(SOME | GROUPS, ["some"]))
 def test_saved_runs_go_on_bit_for_bit(names, tmp_path):
     weights = make_problem(RUNS[names[0]])[0]
     gradients = {name: make_problem(RUNS[name])[1] for name in names}
@@ -279,15 +282,18 @@ def _multi_steps():
     return optax.MultiSteps(optax.adam(0.1), every_k_schedule=2)
 
 
+MULTI_STEPS = {
+    "ready": lambda: build_optax_optimizer(_multi_steps()),
+    "made by a function": lambda: build_optax_optimizer(_multi_steps),
+    "by its class": lambda: build_optax_optimizer(
+        optax.MultiSteps, opt=optax.adam(0.1), every_k_schedule=2
+    ),
+    "as a transformation": lambda: build_optax_optimizer(_multi_steps().gradient_transformation()),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda: build_optax_optimizer(_multi_steps()),
-        lambda: build_optax_optimizer(_multi_steps),
-        lambda: build_optax_optimizer(optax.MultiSteps, opt=optax.adam(0.1), every_k_schedule=2),
-        lambda: build_optax_optimizer(_multi_steps().gradient_transformation()),
-    ],
-    ids=["ready", "made by a function", "by its class", "as a transformation"],
+    "make", selection.params(MULTI_STEPS, ["made by a function", "as a transformation"])
 )
 def test_multi_steps_are_those_of_optax(make):
     weights, gradients = contracts.make_problem(steps=5)
@@ -319,7 +325,7 @@ def test_what_a_mask_hides_from_a_scalar_is_set_on_clients():
 
     set_later, built = (
         tff.learning.algorithms.build_weighted_fed_avg(
-            problems.model_fn,
+            twin.functional_model(),
             build_optax_optimizer(optax.adamw, learning_rate=0.1, mask=_matrices, **more),
         )
         for more in ({}, {"weight_decay": 0.5})
@@ -396,7 +402,7 @@ def test_a_rate_of_a_function_is_given_apart():
 
 def test_a_tensor_of_a_computation_is_a_learning_rate():
     process = tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule(
-        problems.model_fn,
+        twin.functional_model(),
         client_learning_rate_fn=lambda i: 0.1 / tf.cast(i + 1, tf.float32),
         client_optimizer_fn=lambda rate: build_optax_optimizer(optax.adam, learning_rate=rate),
     )
@@ -444,7 +450,7 @@ def test_a_state_of_the_weights_is_made_of_them_even_if_the_first_gradient_is_no
         np.testing.assert_array_equal(state["slots"][path], weights[1])
 
 
-@every_case
+@pytest.mark.parametrize("case", selection.params(RUNS, [*WIDE, "contrib.prodigy"]))
 def test_64_bit_weights_are_computed_in_64_bits_or_refused(case):
     weights, gradients = make_problem(case, "float64")
     if case.narrow:
@@ -477,7 +483,7 @@ def test_labels_by_name_train_on_clients_and_keep_their_numbers():
     optimizer = build_optax_optimizer(
         decayed, learning_rate=0.1, weight_names=["dense/kernel", "dense/bias"]
     )
-    process = tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, optimizer)
+    process = tff.learning.algorithms.build_weighted_fed_avg(twin.functional_model(), optimizer)
     state = process.initialize()
     assert list(process.get_hparams(state)["client_work"]) == ["learning_rate"]
     process.next(state, problems.make_clients(1))
@@ -487,10 +493,10 @@ def test_labels_by_name_train_on_clients_and_keep_their_numbers():
         build_optax_optimizer(optax.inject_hyperparams(optax.adamw)(0.1, mask=[True, False])),
     ):
         with pytest.raises(ValueError, match="as functions of the weights, or pass `weight_names`"):
-            tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, positions)
+            tff.learning.algorithms.build_weighted_fed_avg(twin.functional_model(), positions)
     # On the server, where TFF shows the weights, either runs and has its numbers.
     process = tff.learning.algorithms.build_weighted_fed_avg(
-        problems.model_fn, tff.learning.optimizers.build_sgdm(0.1), positions
+        twin.functional_model(), tff.learning.optimizers.build_sgdm(0.1), positions
     )
     assert "learning_rate" in process.get_hparams(process.initialize())["finalizer"]
 

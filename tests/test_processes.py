@@ -52,12 +52,9 @@ def _loss_softmax(weights, clients, memory):
 
 def _fed_med(weights, clients, memory):
     adaptive = twin.adaptive(js, near())(weights, clients, memory)
-    share = np.array([c["examples"] for c in clients]) / sum(c["examples"] for c in clients)
-    loss, previous = np.dot(share, [c["loss"] for c in clients]), memory.get("loss")
-    memory["loss"] = loss
-    if previous is not None and loss < previous:
-        return adaptive
-    return twin.by_examples(weights, clients, memory)
+    plain = twin.by_examples(weights, clients, memory)
+    losses, examples = ([c[name] for c in clients] for name in ("loss", "examples"))
+    return twin.twins.gated(adaptive, plain, losses, examples, memory, twin.twins.fallen)
 
 
 # name: the public builder, its process, the combination of clients in NumPy, and how to simulate.
@@ -182,7 +179,7 @@ IN_PIECES = {
 @pytest.mark.parametrize(
     ("name", "runtime"),
     # Merges of rules are tested with the rules; those of clients' metrics need a process.
-    selection.params(IN_PIECES, ["fed-med-subrounds", "q-fed-avg-two-workers"], unpack=True),
+    selection.params(IN_PIECES, ["fed-med-subrounds"], unpack=True),
 )
 def test_pieces_of_a_cohort_give_the_same_rounds(name, runtime):
     """Pieces of four clients, merged; the second round sees what the first has carried over."""
@@ -305,13 +302,13 @@ def test_numbers_of_a_rule_are_hyperparameters_and_follow_schedules():
 def test_a_schedule_that_leaves_the_range_of_its_number_ends_the_round_that_would_use_it():
     steps = tf.keras.optimizers.schedules.PiecewiseConstantDecay
     with pytest.raises(ValueError, match=r"`temperature` must be .*; found a schedule that starts"):
-        aggregators.build_fed_kl(twin.functional_model(), SGD, temperature=steps([2], [-1.0, 1.0]))
+        weighting.softmax(steps([2], [-1.0, 1.0]))
 
     class OfTensors(tf.keras.optimizers.schedules.LearningRateSchedule):
         def __call__(self, step):
             return tf.cast(step, tf.float32) + tf.cast(step.dtype.is_integer, tf.float32)
 
-    aggregators.build_fed_kl(twin.functional_model(), SGD, temperature=OfTensors())
+    weighting.softmax(OfTensors())
     ends = steps([0, 1], [2.0, 1.0, -1.0])
     model, data = twin.functional_model(), twin.datasets(DATA)
     work = tff.learning.templates.build_functional_model_delta_client_work(

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 TESTS = pathlib.Path(__file__).parent
 CONFTEST = """
 import processor_time
@@ -81,6 +83,7 @@ def test_a_test_that_takes_too_long_fails_the_run_unless_it_is_marked(tmp_path):
     assert run(tmp_path, "-k", "waits or marked", "--strict-durations").returncode == 0
 
 
+@pytest.mark.slow  # a program of its own that imports TFF, for an option that hardly changes
 def test_a_file_that_exists_elsewhere_does_not_move_the_root_directory(tmp_path):
     report = tmp_path / "found.json"
     report.write_text("{}")

@@ -306,6 +306,7 @@ def test_types_that_do_not_fit_are_explained(call, message):
         tff.federated_computation(call, AT_CLIENTS)
 
 
+@pytest.mark.slow  # a program of its own, whose worker prints
 def test_printing_shows_values_where_a_person_sees_them():
     script = """
 import numpy as np, tensorflow_federated as tff

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_close, assert_equal, cohorts, model_fn, plain_run, process
+from resident_cases import (
+    assert_close,
+    assert_equal,
+    cohorts,
+    functional_model,
+    model_fn,
+    plain_run,
+    process,
+)
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import CheckpointError, ResidentCheckpoints, leaves, maker
@@ -200,20 +209,23 @@ def test_broken_and_foreign_checkpoints(resident, tmp_path):
         ResidentCheckpoints(resident, tmp_path / "other").resume()
 
 
-def with_server_optimizer(optimizer):
+@functools.cache
+def with_server_optimizer(kind, rate, **numbers):
+    build = getattr(tff.learning.optimizers, f"build_{kind}")
     return tff.learning.algorithms.build_weighted_fed_avg(
-        model_fn, tff.learning.optimizers.build_sgdm(0.05), server_optimizer_fn=optimizer
+        functional_model(),
+        tff.learning.optimizers.build_sgdm(0.05),
+        server_optimizer_fn=build(rate, **numbers),
     )
 
 
 def test_the_state_of_another_optimizer_with_the_same_names_is_refused(resident, tmp_path):
-    yogi = with_server_optimizer(tff.learning.optimizers.build_yogi(0.1))
-    adam = with_server_optimizer(tff.learning.optimizers.build_adam(0.1))
+    yogi, adam = with_server_optimizer("yogi", 0.1), with_server_optimizer("adam", 0.1)
     with ResidentProcess(yogi) as r, ResidentProcess(adam, device="CPU:0") as other:
         state = r.restore(yogi.initialize())
         ResidentCheckpoints(r, tmp_path).save_now(state, 1)
         # The same with other numbers, in another place, is the same optimizer.
-        again = with_server_optimizer(tff.learning.optimizers.build_yogi(0.3, beta_1=0.5))
+        again = with_server_optimizer("yogi", 0.3, beta_1=0.5)
         with ResidentProcess(again, device="CPU:0") as third:
             assert ResidentCheckpoints(third, tmp_path).resume()[1] == 1
         assert r.state_type.is_equivalent_to(other.state_type)
@@ -239,26 +251,19 @@ def rewrite_made_by(path, change):
 
 
 def test_what_made_a_state_is_its_servers_step():
-    def made_by(optimizer, **kwargs):
-        built = tff.learning.algorithms.build_weighted_fed_avg(
-            model_fn,
-            tff.learning.optimizers.build_sgdm(0.05),
-            server_optimizer_fn=optimizer,
-            **kwargs,
-        )
-        return maker.fingerprint(built.next)
+    def made_by(*arguments, **numbers):
+        return maker.fingerprint(with_server_optimizer(*arguments, **numbers).next)
 
-    adam = made_by(tff.learning.optimizers.build_adam(0.1))
-    assert adam == made_by(tff.learning.optimizers.build_adam(1.0, beta_1=0.2))
-    assert adam == made_by(
-        tff.learning.optimizers.build_adam(0.1),
+    adam = made_by("adam", 0.1)
+    assert adam == made_by("adam", 1.0, beta_1=0.2)
+    elsewhere = tff.learning.algorithms.build_weighted_fed_avg(
+        functional_model(),
+        tff.learning.optimizers.build_sgdm(0.05),
+        server_optimizer_fn=tff.learning.optimizers.build_adam(0.1),
         metrics_aggregator=tff.learning.metrics.sum_then_finalize,
     )
-    others = {
-        made_by(tff.learning.optimizers.build_yogi(0.1)),
-        made_by(tff.learning.optimizers.build_sgdm(1.0, momentum=0.9)),
-        made_by(tff.learning.optimizers.build_rmsprop(0.1)),
-    }
+    assert adam == maker.fingerprint(elsewhere.next)
+    others = {made_by("yogi", 0.1), made_by("sgdm", 1.0, momentum=0.9), made_by("rmsprop", 0.1)}
     assert len(others | {adam}) == 4
 
 

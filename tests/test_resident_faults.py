@@ -25,7 +25,7 @@ from resident_cases import (
     process,
     wait_until,
 )
-from worker_faults import Proxy, after, endless, running_worker
+from worker_faults import Proxy, after, endless, running_worker, slowed
 
 from tff_optim import ResidentProcess
 from tff_optim.resident import ResidentCheckpoints, WorkerLostError, WorkerStartError
@@ -40,16 +40,7 @@ def worker_of(resident, number=0):
 
 def slow(seconds):
     """A cohort that takes its time."""
-
-    def wait(x, y):
-        end = tf.timestamp() + seconds
-        (waited,) = tf.while_loop(
-            lambda i: tf.timestamp() < end, lambda i: [i + 1], [tf.cast(end, tf.int64)]
-        )
-        with tf.control_dependencies([waited]):
-            return tf.identity(x), y
-
-    return [client.map(wait) for client in cohorts()[1]]
+    return [slowed(client, seconds) for client in cohorts()[1]]
 
 
 def test_a_worker_killed_in_a_round_costs_only_time():

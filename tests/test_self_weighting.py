@@ -131,11 +131,12 @@ def test_a_client_that_would_overflow_when_weighted_is_left_out_and_counted(guar
 
 
 def test_an_empty_client_is_not_the_nearest_of_all():
-    uniform = tff.learning.templates.build_model_delta_client_work(
-        model_fn, SGD, tff.learning.ClientWeighting.UNIFORM
+    model = twin.functional_model()
+    uniform = tff.learning.templates.build_functional_model_delta_client_work(
+        model=model, optimizer=SGD, client_weighting=tff.learning.ClientWeighting.UNIFORM
     )
     process = aggregators.compose_fed_avg(
-        model_fn,
+        model,
         aggregators.build_self_weighting_client_work(
             uniform, scores.kl_divergence, weighting.softmax(0.2)
         ),
@@ -165,28 +166,28 @@ def test_only_bad_clients_leave_the_model_unchanged(guarded):
     )
 
 
-def test_weights_that_would_underflow_or_overflow_stay_in_range():
-    for prefer in ("near", "far"):
-        work = aggregators.build_self_weighting_client_work(
-            plain_work(model_fn),
-            scores.l2_distance,
-            weighting.softmax(1e-4, prefer=prefer, scale=None, times_examples=False),
-        )
-        process = aggregators.compose_fed_avg(model_fn, work)
-        before = process.get_model_weights(process.initialize()).trainable
-        weights, outputs = run(process, [DATA])
-        assert outputs[0].metrics["client_work"]["weighting"]["clients"] == len(DATA)
-        # In a first round there is no typical client to start from, and all are beyond the same end
-        # of the clip, as documented: the unweighted mean, and never no update at all.
-        clients = [twin.train([np.float64(w) for w in before], *d) for d in DATA]
-        equal = twin.twins.weighted_mean(
-            [c["delta"] for c in clients], np.ones((len(DATA), 1)), twin.MODEL
-        )
-        close(weights, [b - e for b, e in zip(before, equal, strict=True)])
-        # From then on clients on either side of the typical one differ as far as float32 goes.
-        second = process.next(outputs[0].state, twin.datasets(DATA))
-        effective = second.metrics["client_work"]["weighting"]["effective_clients"]
-        assert effective <= len(DATA) - 1 + 1e-4
+@pytest.mark.parametrize("prefer", selection.params(["near", "far"], ["far"]))
+def test_weights_that_would_underflow_or_overflow_stay_in_range(prefer):
+    work = aggregators.build_self_weighting_client_work(
+        plain_work(twin.functional_model()),
+        scores.l2_distance,
+        weighting.softmax(1e-4, prefer=prefer, scale=None, times_examples=False),
+    )
+    process = aggregators.compose_fed_avg(twin.functional_model(), work)
+    before = process.get_model_weights(process.initialize()).trainable
+    weights, outputs = run(process, [DATA])
+    assert outputs[0].metrics["client_work"]["weighting"]["clients"] == len(DATA)
+    # In a first round there is no typical client to start from, and all are beyond the same end
+    # of the clip, as documented: the unweighted mean, and never no update at all.
+    clients = [twin.train([np.float64(w) for w in before], *d) for d in DATA]
+    equal = twin.twins.weighted_mean(
+        [c["delta"] for c in clients], np.ones((len(DATA), 1)), twin.MODEL
+    )
+    close(weights, [b - e for b, e in zip(before, equal, strict=True)])
+    # From then on clients on either side of the typical one differ as far as float32 goes.
+    second = process.next(outputs[0].state, twin.datasets(DATA))
+    effective = second.metrics["client_work"]["weighting"]["effective_clients"]
+    assert effective <= len(DATA) - 1 + 1e-4
 
 
 def test_hyperparameters_are_those_of_the_inner_work(guarded):
@@ -253,14 +254,15 @@ def test_the_weights_go_through_a_secure_sum():
 
 def test_sharp_weights_survive_a_secure_sum():
     # With raw weights, n exp(-r / 0.03), all would be rounded to 0.
+    model = twin.functional_model()
     work = aggregators.build_self_weighting_client_work(
-        plain_work(model_fn), scores.kl_divergence, weighting.softmax(0.03, bound=100.0)
+        plain_work(model), scores.kl_divergence, weighting.softmax(0.03, bound=100.0)
     )
     # A slow server, so that scores of the second round lie on both sides of the first's mean.
     slow = tff.learning.optimizers.build_sgdm(0.1)
-    plain, outputs = run(aggregators.compose_fed_avg(model_fn, work, None, slow), [DATA] * 2)
+    plain, outputs = run(aggregators.compose_fed_avg(model, work, None, slow), [DATA] * 2)
     secure = tff.learning.secure_aggregator(zeroing=False, clipping=False)
-    process = aggregators.compose_fed_avg(model_fn, work, secure, slow)
+    process = aggregators.compose_fed_avg(model, work, secure, slow)
     with tff.framework.get_context_stack().install(
         tff.backends.test.create_sync_test_cpp_execution_context()
     ):
@@ -272,10 +274,11 @@ def test_sharp_weights_survive_a_secure_sum():
 
 
 def _kl_process(aggregator):
+    model = twin.functional_model()
     work = aggregators.build_self_weighting_client_work(
-        plain_work(model_fn), scores.kl_divergence, weighting.softmax(scale=1e-2)
+        plain_work(model), scores.kl_divergence, weighting.softmax(scale=1e-2)
     )
-    return aggregators.compose_fed_avg(model_fn, work, aggregator)
+    return aggregators.compose_fed_avg(model, work, aggregator)
 
 
 def _kl_clipped(norm):
@@ -298,7 +301,7 @@ def _kl_clipped(norm):
 )
 def test_bad_arguments_raise_when_the_client_work_is_built(call, error, message):
     with pytest.raises(error, match=message):
-        aggregators.build_self_weighting_client_work(*call(plain_work(model_fn)))
+        aggregators.build_self_weighting_client_work(*call(plain_work(twin.functional_model())))
 
 
 def test_a_client_work_whose_update_is_not_of_the_weights_is_refused():
@@ -309,14 +312,10 @@ def test_a_client_work_whose_update_is_not_of_the_weights_is_refused():
         )
 
 
-def test_weights_made_on_the_clients_spread_over_workers():
-    work = aggregators.build_self_weighting_client_work(
-        plain_work(model_fn), scores.l2_distance, weighting.softmax()
-    )
-    process = aggregators.compose_fed_avg(model_fn, work)
-    here, _ = run(process, [DATA] * 2)
+def test_weights_made_on_the_clients_spread_over_workers(guarded):
+    here, _ = run(guarded, [DATA] * 2)
     with runtimes.two_workers():
-        there, _ = run(process, [DATA] * 2)
+        there, _ = run(guarded, [DATA] * 2)
     close(there, here)
 
 

@@ -65,6 +65,7 @@ def test_as_a_program_it_prints_and_ends_its_worker():
     assert "Exception ignored" not in run.stderr
 
 
+@pytest.mark.slow  # by the test after it, from the same start
 def test_old_code_trains_as_it_is_written_now(example):
     losses, evaluated = example("porting").main("6")
     assert losses[-1] < losses[0]
@@ -156,6 +157,7 @@ def test_rules_are_compared_in_a_picture(example, tmp_path):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_keras_optimizers_train(example):
     losses = example("keras_in_five_lines").main("6")
     assert losses[-1] < losses[0]

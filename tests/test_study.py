@@ -153,6 +153,7 @@ def averaging():
         yield process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["results.csv", "first_study.csv"])
 def test_a_run_again_gives_its_numbers_to_the_bit(averaging, name):
     """The first study had the same data, start, cohorts and batches, and other code for attacks."""

@@ -88,7 +88,7 @@ WAYS = list(itertools.product(MODELS, tff.learning.LoopImplementation))
 CASES = {f"everything-{kind}-{loop.name}": (ASKING, kind, loop) for kind, loop in WAYS}
 CASES |= {name: (rule, *way) for (name, rule), way in zip(RULES.items(), itertools.cycle(WAYS))}
 QUICK = ["everything-functional-DATASET_ITERATOR", "everything-variable-DATASET_REDUCE"]
-QUICK += ["nothing", "initial_loss", "steps"]
+QUICK += ["initial_loss"]
 
 
 def trained(process, rounds, states=None):

@@ -7,14 +7,26 @@ import subprocess
 import tempfile
 import threading
 
+import tensorflow as tf
 from resident_cases import children_of, cohorts, wait_until
 
 from tff_optim.resident.clients.in_workers import worker as worker_lib
 
 
+def slowed(data, seconds):
+    """The same data, of which each batch takes its time, in which no processor works."""
+    variant = tf.raw_ops.SleepDataset(
+        input_dataset=tf.data.experimental.to_variant(data),
+        sleep_microseconds=round(seconds * 1e6),
+        output_types=[spec.dtype for spec in tf.nest.flatten(data.element_spec)],
+        output_shapes=[spec.shape for spec in tf.nest.flatten(data.element_spec)],
+    )
+    return tf.data.experimental.from_variant(variant, data.element_spec)
+
+
 def endless():
     """A cohort whose round never ends by itself."""
-    return [client.repeat() for client in cohorts()[0]]
+    return [slowed(client.repeat(), 0.01) for client in cohorts()[0]]
 
 
 def after(seconds, action):
