@@ -325,7 +325,7 @@ def test_what_a_mask_hides_from_a_scalar_is_set_on_clients():
 
     set_later, built = (
         tff.learning.algorithms.build_weighted_fed_avg(
-            twin.functional_model(),
+            problems.model_fn,
             build_optax_optimizer(optax.adamw, learning_rate=0.1, mask=_matrices, **more),
         )
         for more in ({}, {"weight_decay": 0.5})
@@ -483,7 +483,7 @@ def test_labels_by_name_train_on_clients_and_keep_their_numbers():
     optimizer = build_optax_optimizer(
         decayed, learning_rate=0.1, weight_names=["dense/kernel", "dense/bias"]
     )
-    process = tff.learning.algorithms.build_weighted_fed_avg(twin.functional_model(), optimizer)
+    process = tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, optimizer)
     state = process.initialize()
     assert list(process.get_hparams(state)["client_work"]) == ["learning_rate"]
     process.next(state, problems.make_clients(1))
@@ -493,10 +493,10 @@ def test_labels_by_name_train_on_clients_and_keep_their_numbers():
         build_optax_optimizer(optax.inject_hyperparams(optax.adamw)(0.1, mask=[True, False])),
     ):
         with pytest.raises(ValueError, match="as functions of the weights, or pass `weight_names`"):
-            tff.learning.algorithms.build_weighted_fed_avg(twin.functional_model(), positions)
+            tff.learning.algorithms.build_weighted_fed_avg(problems.model_fn, positions)
     # On the server, where TFF shows the weights, either runs and has its numbers.
     process = tff.learning.algorithms.build_weighted_fed_avg(
-        twin.functional_model(), tff.learning.optimizers.build_sgdm(0.1), positions
+        problems.model_fn, tff.learning.optimizers.build_sgdm(0.1), positions
     )
     assert "learning_rate" in process.get_hparams(process.initialize())["finalizer"]
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import collections
-import functools
 
 import contracts
 import numpy as np
@@ -22,14 +21,13 @@ SCHEDULE = K.optimizers.schedules.PiecewiseConstantDecay([0, 1, 2], [0.5, 0.25, 
 VALUES = [0.5, 0.25, 0.125, 0.0625, 0.0625]
 
 
-@functools.cache
 def linear_model():
     """Softmax regression from three features to two classes."""
     layers = [K.layers.InputLayer([3]), K.layers.Dense(2, kernel_initializer="zeros")]
-    return tff.learning.models.functional_model_from_keras(
+    return tff.learning.models.from_keras_model(
         K.Sequential(layers),
-        K.losses.SparseCategoricalCrossentropy(from_logits=True),
-        (tf.TensorSpec([None, 3]), tf.TensorSpec([None], tf.int32)),
+        loss=K.losses.SparseCategoricalCrossentropy(from_logits=True),
+        input_spec=(tf.TensorSpec([None, 3]), tf.TensorSpec([None], tf.int32)),
     )
 
 
@@ -336,7 +334,7 @@ def test_hparams_set_between_rounds_take_effect_in_a_learning_process():
     client = sgd(0.1, regularizers=[regularizers.FedProx(0.5)])
     server = sgd(1.0, transforms=[transforms.Momentum(0.5)], weight_decay=0.25)
     process = tff.learning.algorithms.build_weighted_fed_avg(
-        linear_model(), client_optimizer_fn=client, server_optimizer_fn=server
+        linear_model, client_optimizer_fn=client, server_optimizer_fn=server
     )
     data = client_data()
     start = process.initialize()
@@ -419,13 +417,13 @@ def test_the_rate_and_decay_of_the_clients_are_scheduled_over_rounds(decays):
         return sgd(rate, transforms=[transforms.Momentum(0.5)], **decay)
 
     scheduled = tff.learning.algorithms.build_weighted_fed_avg_with_optimizer_schedule(
-        linear_model(),
+        linear_model,
         client_learning_rate_fn=lambda i: tf.gather([0.25, 0.0, 0.125], i),
         client_optimizer_fn=client_optimizer,
         server_optimizer_fn=sgd(1.0),
     )
     plain = tff.learning.algorithms.build_weighted_fed_avg(
-        linear_model(), client_optimizer_fn=client_optimizer(0.25), server_optimizer_fn=sgd(1.0)
+        linear_model, client_optimizer_fn=client_optimizer(0.25), server_optimizer_fn=sgd(1.0)
     )
 
     def round_of(rate, start):
@@ -517,7 +515,7 @@ PLAIN_SERVER = tff.learning.optimizers.build_sgdm(1.0)
 def trained_with(regularizer, data):
     return three_rounds(
         tff.learning.algorithms.build_weighted_fed_avg(
-            linear_model(),
+            linear_model,
             client_optimizer_fn=sgd(FED_PROX["rate"], regularizers=[regularizer]),
             server_optimizer_fn=PLAIN_SERVER,
         ),
@@ -550,7 +548,7 @@ def test_fed_prox_mirrors_tffs_process():
     data, rate, alpha = client_data(), *FED_PROX.values()
     theirs = three_rounds(
         tff.learning.algorithms.build_weighted_fed_prox(
-            linear_model(),
+            linear_model,
             proximal_strength=alpha,
             client_optimizer_fn=tff.learning.optimizers.build_sgdm(rate),
             server_optimizer_fn=PLAIN_SERVER,
@@ -576,7 +574,7 @@ def test_client_and_server_pipelines_train_together():
         jit_compile=True,
     )
     process = tff.learning.algorithms.build_weighted_fed_avg(
-        linear_model(),
+        linear_model,
         client_optimizer_fn=client,
         server_optimizer_fn=server,
         metrics_aggregator=tff.learning.metrics.sum_then_finalize,
@@ -712,7 +710,7 @@ def test_projections_select_tensors_by_name_or_shape():
 
 def test_server_model_keeps_the_constraints_when_clients_do():
     """Averages of convex sets stay inside; on the server any set is kept by its own projection."""
-    data, model = client_data(), linear_model()
+    data, model = client_data(), linear_model
     bounds = [projections.Projection(HOLDS[name][0]) for name in ("max-norm", "box")]
     on_clients = tff.learning.algorithms.build_weighted_fed_avg(
         model,
