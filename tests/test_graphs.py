@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-import itertools
+import functools
 
 import numpy as np
 import pytest
@@ -12,7 +12,9 @@ from resident_cases import assert_close, assert_equal, cohorts, plain_run, proce
 from tensorflow.python.eager import context
 
 from tff_optim import ResidentProcess
-from tff_optim.resident.graphs.imported import ImportedComputation
+from tff_optim.resident.clients.in_process import cohort, one_by_one
+from tff_optim.resident.graphs.imported import ImportedComputation, call_as_it_is
+from tff_optim.simulation import ClientArrays
 
 WORDS = tff.SequenceType(np.str_)
 
@@ -187,13 +189,15 @@ MOVES = {
 MOVES |= {"Enter", "Merge", "Switch", "NextIteration", "Exit", "Identity", "Const"}
 
 
-def test_every_variable_and_operation_is_on_the_device():
-    """As TensorFlow places them; functions that are called in functions are where the call is."""
-    with ResidentProcess(process(), device="CPU:1") as resident:
+@pytest.mark.parametrize("place", [{}, {"workers": 1}])
+def test_every_variable_and_operation_of_the_server_is_on_the_device(place):
+    """As TensorFlow places them; of functions that are called in functions it shows the call alone."""
+    with ResidentProcess(process(), device="CPU:1", **place) as resident:
         context.enable_run_metadata()
         try:
-            mapped = [data.map(lambda x, y: (x, y)) for data in cohorts()[0]]
-            state, _ = resident.next(resident.initialize(), mapped)
+            # The rows of other data sets are put together on the host.
+            data = [one.map(lambda x, y: (x, y)) for one in cohorts()[0]]
+            state, _ = resident.next(resident.initialize(), data)
             state = resident.set_hparams(state, resident.get_hparams(state))
             resident.get_model_weights(state)
             found = context.export_run_metadata().function_graphs
@@ -204,8 +208,7 @@ def test_every_variable_and_operation_is_on_the_device():
         nodes = [node for one in found for graph in one.partition_graphs for node in graph.node]
     assert all(variable.device.endswith("CPU:1") for variable in variables)
     here = collections.Counter(node.op for node in nodes if node.device.endswith("CPU:1"))
-    # The clients' work and the sum, and a step of Adam.
-    assert here["PartitionedCall"] >= 2
+    # A step of Adam.
     assert {"Sqrt", "RealDiv", "Mul", "AssignVariableOp", "ReadVariableOp"} <= set(here)
     # Data sets are the host's, and the number of the client that comes next.
     others = [node for node in nodes if not node.device.endswith("CPU:1")]
@@ -214,23 +217,93 @@ def test_every_variable_and_operation_is_on_the_device():
         assert "Variable" not in node.op
 
 
-@pytest.mark.parametrize("place", [{}, {"workers": 1}])
-def test_every_operation_of_a_computation_asks_for_the_device(place, monkeypatch):
-    made = []
-    real = ImportedComputation.__init__
+def where_it_runs(function, arguments, data):
+    """The device, the operation, and the dtypes of the results of all that a function runs.
 
-    def remember(self, *arguments, **named):
-        real(self, *arguments, **named)
-        made.append(self)
+    Of eager calls TensorFlow shows no more than the outermost function. So the call is made again in
+    a session, which shows all that is run: with the same graph, its arguments where they were.
+    """
+    config = tf.compat.v1.ConfigProto(device_count={"CPU": 2})
+    config.graph_options.rewrite_options.disable_meta_optimizer = True
+    options = tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.FULL_TRACE)
+    seen = tf.compat.v1.RunMetadata()
+    with tf.Graph().as_default(), tf.compat.v1.Session(config=config) as session:
+        given, feeds = {}, {}
+        for name, argument in zip((x.name for x in function.inputs), arguments, strict=True):
+            with tf.device(argument.device):
+                if argument.dtype == tf.variant:
+                    packed = [[tf.data.experimental.to_variant(one())] for one in data]
+                    given[name] = tf.stack(
+                        [tf.raw_ops.OptionalFromValue(components=one) for one in packed]
+                    )
+                else:
+                    given[name] = tf.compat.v1.placeholder(argument.dtype, argument.shape)
+                    feeds[given[name]] = argument.numpy()
+        graph = function.graph.as_graph_def()
+        results = tf.graph_util.import_graph_def(graph, given, [x.name for x in function.outputs])
+        session.run(results, feeds, options, seen)
+    for device in seen.step_stats.dev_stats:
+        for node in device.node_stats:
+            op = node.timeline_label.partition(" = ")[2].partition("(")[0]
+            dtypes = [one.tensor_description.dtype for one in node.output]
+            yield device.device, op, [tf.as_dtype(one) for one in dtypes if one]
 
-    monkeypatch.setattr(ImportedComputation, "__init__", remember)
-    with ResidentProcess(process(), device="CPU:1", **place) as resident:
-        state, _ = resident.next(resident.initialize(), list(cohorts()[0]))
-        resident.get_model_weights(state)
-    assert len(made) >= 5
-    for one in made:
-        graph = one._function.graph.as_graph_def()
-        bodies = (f.node_def for f in graph.library.function)
-        for node in itertools.chain(graph.node, *bodies):
-            of_data = node.attr["T"].type == tf.variant.as_datatype_enum  # a data set is the host's
-            assert not node.device or of_data or node.device.endswith("CPU:1"), node
+
+def rows(client):
+    rng = np.random.default_rng(client)
+    return tuple(np.float32(rng.normal(size=(6, size))) for size in (3, 1))
+
+
+READ = {
+    "rows": lambda batches: batches,
+    "one read": lambda batches: batches.map(lambda x, y: (x, y)),
+    "an iterator": lambda batches: batches.filter(lambda x, y: True),
+}
+
+
+def data_set(client, how):
+    return READ[how](tf.data.Dataset.from_tensor_slices(rows(client)).batch(3))
+
+
+@pytest.fixture(
+    params=[{}, {"vectorize": True}], ids=["one by one", "side by side"], scope="module"
+)
+def resident(request):
+    with ResidentProcess(process(), device="CPU:1", **request.param) as made:
+        yield made
+
+
+@pytest.mark.parametrize("how", [*READ, "arrays"])
+def test_every_operation_of_the_clients_is_on_the_device(resident, how, monkeypatch):
+    if how == "arrays":
+        data = []
+        clients = ClientArrays({i: rows(i) for i in range(2)}, batch_size=3).cohort([0, 1], 1)
+    else:
+        data = [functools.partial(data_set, i, how) for i in range(2)]
+        clients = [one() for one in data]
+    calls = []
+
+    def call(function, arguments, specs):
+        calls.append((function, list(arguments)))
+        return call_as_it_is(function, arguments, specs)
+
+    for module in (cohort, one_by_one):
+        monkeypatch.setattr(module, "call_as_it_is", call)
+    of_group = getattr(resident._clients, "_add", None)  # side by side
+
+    def call_group(*arguments):
+        calls.append((of_group, [*tf.nest.flatten(arguments), *of_group.captured_inputs]))
+        return of_group(*arguments)
+
+    if of_group is not None:
+        monkeypatch.setattr(resident._clients, "_add", call_group)
+    resident.next(resident.initialize(), clients)
+    ((function, arguments),) = calls
+    seen = list(where_it_runs(function, arguments, data))
+    here = {op for device, op, _ in seen if device.endswith("CPU:1")}
+    assert any("MatMul" in op for op in here)
+    assert {"Mul", "DivNoNan", "IsFinite", "Sum"} <= here
+    for device, op, dtypes in seen:
+        if not device.endswith("CPU:1") and op not in MOVES:
+            assert not any(dtype.is_floating for dtype in dtypes), op
+            assert "Variable" not in op, op
