@@ -584,5 +584,5 @@ def test_what_evaluates_single_clients_is_checked_at_once():
 
 def test_rate_of_poisson_is_a_probability():
     for rate in (0, 1.1, math.nan, True, "0.1"):
-        with pytest.raises(ValueError, match="`rate` must be a number above 0 and of at most 1"):
+        with pytest.raises(ValueError, match=r"`rate` must be a number in \(0, 1\]"):
             simulation.poisson(rate)

@@ -116,8 +116,14 @@ def test_each_client_holds_out_its_share():
     [
         (lambda: splits.dirichlet(LABELS, 0, 1.0, seed=0), "`clients` must be a whole number"),
         (lambda: splits.dirichlet(LABELS, 601, 1.0, seed=0), "`clients` must be at most .*600"),
-        (lambda: splits.dirichlet(LABELS, 6, 0.0, seed=0), "`concentration` must be a finite"),
-        (lambda: splits.dirichlet(LABELS, 6, True, seed=0), "`concentration` must be a finite"),
+        (
+            lambda: splits.dirichlet(LABELS, 6, 0.0, seed=0),
+            "`concentration` must be a number greater",
+        ),
+        (
+            lambda: splits.dirichlet(LABELS, 6, True, seed=0),
+            "`concentration` must be a number greater",
+        ),
         (lambda: splits.dirichlet(LABELS, 60, 1e-3, seed=0), "leave each client at least 1"),
         (lambda: splits.dirichlet(LABELS / 2, 6, 1.0, seed=0), "`labels` must be whole numbers"),
         (lambda: splits.dirichlet(LABELS - 1, 6, 1.0, seed=0), "`labels` must be whole numbers"),

@@ -1,7 +1,6 @@
 """Client states, stored by client id: each client gets its own, and a new one replaces it each round."""
 
 import contextlib
-import numbers
 import os
 import threading
 import uuid
@@ -210,10 +209,7 @@ class ClientStates:
         """
         with self._alone("`restore` must come between two rounds"):
             now = self._contents()
-            whole = isinstance(round_number, numbers.Integral) and not isinstance(
-                round_number, bool
-            )
-            if not whole or not now.oldest <= round_number <= now.round:
+            if not checks.is_whole(round_number) or not now.oldest <= round_number <= now.round:
                 raise ValueError(
                     f"`round_number` must be from {now.oldest} to {now.round}; found {round_number!r}. "
                     f"What was replaced before round {now.oldest} is gone: a state is kept for `keep` "

@@ -95,7 +95,9 @@ class BoundRule:
             (name, self.layers.named(x.values) if isinstance(x, PerLayer) else x)
             for name, x in shown.items()
         )
-        return RuleResult(new, self._update(found.update), named, unchanged)
+        update = list(found.update)
+        _check_tensors("update", update, self.layers.specs)
+        return RuleResult(new, update, named, unchanged)
 
     def _call(self, argument: str, function: Callable[..., _T], *given: Structure) -> _T:
         return call(f"`{argument}` of {self.rule}", function, *given)
@@ -112,11 +114,6 @@ class BoundRule:
             specs = tf.nest.flatten(tff.types.type_to_tf_tensor_specs(kind))
             _check_tensors(f"state {name}", tf.nest.flatten(own[name]), specs)
         return OrderedDict((name, own[name]) for name in kinds)
-
-    def _update(self, update: Tensors) -> list[tf.Tensor]:
-        tensors = list(update)
-        _check_tensors("update", tensors, self.layers.specs)
-        return tensors
 
     def federated_server(
         self,

@@ -6,7 +6,7 @@ import numbers
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import attrs
 import tensorflow as tf
@@ -73,9 +73,14 @@ def whole(argument: str, value: object, least: int) -> int:
     Raises:
       ValueError: If the value is no whole number of at least `least`; a bool is none.
     """
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least:
+    if is_whole(value) and int(value) >= least:
         return int(value)
     raise ValueError(f"`{argument}` must be a whole number of at least {least}; found {value!r}.")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number of Python or NumPy; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def flag(argument: str, value: object) -> None:

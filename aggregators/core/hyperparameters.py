@@ -115,26 +115,25 @@ def read(hparams: Hparams, state: Structure) -> OrderedDict[str, Structure]:
 
 def write(hparams: Hparams, state: Structure, new: State) -> OrderedDict[str, Structure]:
     """The state with new hyperparameters; an error ends the computation if one is out of range."""
-    found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
     checked = settable(hparams)
-    found.update((name, new[name]) for name in checked)
-    return _checked(checked, found, "found")
+    return _checked(checked, state, "found", {name: new[name] for name in checked})
 
 
 def check_schedules(hparams: Hparams, state: Structure) -> OrderedDict[str, Structure]:
     """The state itself; an error ends the round if a schedule has left its range."""
-    found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
     scheduled = OrderedDict((name, one) for name, one in hparams.items() if one.is_scheduled)
-    return _checked(scheduled, found, "its schedule gives")
+    return _checked(scheduled, state, "its schedule gives", {})
 
 
 def _checked(
-    hparams: Hparams, state: OrderedDict[str, Structure], verb: str
+    hparams: Hparams, state: Structure, verb: str, new: State
 ) -> OrderedDict[str, Structure]:
+    found = OrderedDict(state.items() if isinstance(state, Mapping) else state._asdict())
+    found.update(new)
     if not hparams:
-        return state
+        return found
     holds, message = tf.constant(True), []
     for name, one in hparams.items():
-        holds &= one.range.holds(state[name])
-        message += [f"`{name}` must be {one.range}; {verb}", state[name]]
-    return checks.asserted(holds, message, state)
+        holds &= one.range.holds(found[name])
+        message += [f"`{name}` must be {one.range}; {verb}", found[name]]
+    return checks.asserted(holds, message, found)

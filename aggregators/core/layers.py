@@ -1,6 +1,5 @@
 """Layers: groups of a model's tensors that are weighed together, and their names."""
 
-import numbers
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 import tree
 
+from aggregators.core.checks import is_whole
 from aggregators.core.types import Structure, Tensors
 
 Layers = str | Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
@@ -162,9 +162,6 @@ def check_layers(layers: Layers) -> None:
     except TypeError:
         groups = [[]]
     positions = [position for group in groups for position in group]
-    is_valid = all(
-        isinstance(position, numbers.Integral) and not isinstance(position, bool) and position >= 0
-        for position in positions
-    )
+    is_valid = all(is_whole(position) and position >= 0 for position in positions)
     if not groups or not all(groups) or not is_valid or len(set(positions)) != len(positions):
         raise ValueError(f"{_WAYS}, none empty and none repeated; found {layers!r}.")

@@ -4,6 +4,7 @@ import math
 import numbers
 
 from tff_optim.core.messages import refusal, shown
+from tff_optim.core.numbers import FINITE, Interval
 from tff_optim.core.types import Value
 
 
@@ -33,8 +34,8 @@ def check_flag(
         raise refusal(name, rule, shown(value), error=error)
 
 
-def check_finite(name: str, value: Value) -> None:
-    """Raises `ValueError` unless this is a finite number."""
+def check_number(name: str, value: Value, allowed: Interval = FINITE) -> None:
+    """Raises `ValueError` unless this is a finite number in an interval."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value)):
-        raise refusal(name, "be a finite number", shown(value))
+    if not (is_number and value in allowed):
+        raise refusal(name, f"be {allowed.words}", shown(value))

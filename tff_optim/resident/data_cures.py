@@ -16,6 +16,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
+from tff_optim.resident.graphs.nodes import of_data_set
 
 _BATCH = 32  # batch size in cures
 _MOST = 3  # differences in a message
@@ -120,10 +121,7 @@ def _refuse_arrays(arrays: Any, wanted: tff.Type, given: str) -> NoReturn:
 
 def calls_python(dataset: tf.data.Dataset) -> bool:
     """Whether a data set calls functions of the Python process, which workers cannot."""
-    variant = tf.data.experimental.to_variant(dataset)
-    # 1: ignore external states, such as those of random number generators.
-    written = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
-    graph = tf.compat.v1.GraphDef.FromString(written.numpy())
+    graph = of_data_set(dataset)
     nodes = itertools.chain(graph.node, *(one.node_def for one in graph.library.function))
     return any(node.op in ("PyFunc", "EagerPyFunc", "PyFuncStateless") for node in nodes)
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tff_optim.core.types import ClientDataset, ClientId, Value
 from tff_optim.resident.graphs.fingerprints import of_parts
-from tff_optim.resident.graphs.nodes import node_of
+from tff_optim.resident.graphs.nodes import node_of, of_data_set
 
 _LARGEST = 100  # clients with a fingerprint
 # Data sets to leave out, so that elements come in their original order and are computed anew. A shuffled
@@ -54,10 +54,7 @@ def of_data(data: ClientDataset) -> str:
 def _first(data: tf.data.Dataset) -> str:
     """The fingerprint of the first element, before any shuffling."""
     try:
-        variant = tf.data.experimental.to_variant(data)
-        # 1: leave states out, such as how far a generator of random numbers is.
-        written = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
-        graph, passed = _without_order(tf.compat.v1.GraphDef.FromString(written.numpy()))
+        graph, passed = _without_order(of_data_set(data))
         found = {_read(graph, data.element_spec) for _ in range(2)}
     except Exception:  # of any source; drawing the client raises an error that explains it
         return "not read"

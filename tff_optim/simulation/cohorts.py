@@ -1,6 +1,5 @@
 """The clients of a round, and their data."""
 
-import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -8,14 +7,17 @@ import attrs
 import numpy as np
 import tensorflow_federated as tff
 
-from tff_optim.core.checks import check_whole, whole
+from tff_optim.core.checks import check_number, check_whole, whole
 from tff_optim.core.messages import shown
+from tff_optim.core.numbers import Interval
 from tff_optim.core.types import ClientDataset, ClientId, Value
 from tff_optim.resident.client_data import ClientData, data_of_client
 from tff_optim.simulation import client_fingerprints
 from tff_optim.simulation.client_arrays import ClientArrays
 
 Draw: TypeAlias = Callable[[int, Sequence[Hashable], np.random.Generator], Sequence[Hashable]]
+
+_RATE = Interval("a number in (0, 1]", 0.0, 1.0, open_lower=True)
 
 
 def clients_by_id(clients: Value) -> tuple[list[Hashable], Callable[[ClientId], ClientDataset]]:
@@ -110,16 +112,10 @@ class Cohorts:
 class _Poisson:
     """The function that `poisson` returns."""
 
-    rate: float = attrs.field()
+    rate: float
 
-    @rate.validator
-    def _check(self, attribute: attrs.Attribute, value: Value) -> None:
-        del attribute
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (is_number and 0 < value <= 1):
-            raise ValueError(
-                f"`rate` must be a number above 0 and of at most 1; found {shown(value)}."
-            )
+    def __attrs_post_init__(self) -> None:
+        check_number("rate", self.rate, _RATE)
 
     def __call__(
         self, number: int, ids: Sequence[Hashable], rng: np.random.Generator

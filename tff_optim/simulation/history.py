@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import attrs
 import numpy as np
 
-from tff_optim.core.checks import check_finite, check_whole, whole
+from tff_optim.core.checks import check_number, check_whole, whole
 from tff_optim.core.types import Function, Json, Process, Record, State, Value
 from tff_optim.simulation.goals import goal
 from tff_optim.simulation.progress import main_metrics
@@ -310,7 +310,7 @@ class History:
         wanted, last = goal("metric", metric), whole(last)
         check_whole("last", last, 1)
         if target is not None:
-            check_finite("target", target)
+            check_number("target", target)
         curves: dict[str, dict[int, list[tuple[int, float]]]] = {}
         for record in self.rounds:
             if isinstance(record.get(wanted.name), int | float):

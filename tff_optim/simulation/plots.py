@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from tff_optim.core.checks import check_finite
+from tff_optim.core.checks import check_number
 from tff_optim.core.types import ClientId, Record, Value
 from tff_optim.simulation.history import History, Table
 
@@ -142,7 +142,7 @@ def learning_curves(
       The axes.
     """
     if target is not None:
-        check_finite("target", target)
+        check_number("target", target)
     records = _with(history.rounds, metric, "metric")
     axes = _axes(axes)
     names = list(dict.fromkeys(record["process"] for record in records))

@@ -1,16 +1,16 @@
 """Splits of one data set into different clients, drawn from a seed."""
 
 import collections
-import numbers
 from collections.abc import Callable, Mapping
 
 import attrs
 import numpy as np
 import tensorflow as tf
 
-from tff_optim.core.checks import check_whole, whole
+from tff_optim.core.checks import check_number, check_whole, whole
 from tff_optim.core.leaves import named_leaves
 from tff_optim.core.messages import at, refusal, shown
+from tff_optim.core.numbers import POSITIVE
 from tff_optim.core.types import Value
 
 __all__ = ["Split", "by_label", "by_size", "dirichlet"]
@@ -138,7 +138,7 @@ def dirichlet(
     """
     labels = _labels(labels)
     clients = _clients(clients, len(labels))
-    _positive("concentration", concentration)
+    check_number("concentration", concentration, POSITIVE)
     check_whole("least", whole(least), 0)
     rng = _rng(seed)
     kinds = labels.max() + 1
@@ -237,7 +237,7 @@ def by_size(
     examples = whole(examples)
     check_whole("examples", examples, 1)
     clients = _clients(clients, examples)
-    _positive("concentration", concentration)
+    check_number("concentration", concentration, POSITIVE)
     check_whole("least", whole(least), 0)
     rng = _rng(seed)
 
@@ -286,12 +286,6 @@ def _clients(clients: Value, examples: int) -> int:
             f"`clients` must be at most the number of examples, {examples}; found {found}."
         )
     return int(found)
-
-
-def _positive(name: str, value: Value) -> None:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and 0 < value < float("inf")):
-        raise ValueError(f"`{name}` must be a finite number above 0; found {shown(value)}.")
 
 
 def _rng(seed: Value) -> np.random.Generator:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
-from tff_optim.core.checks import check_finite, check_whole, whole
+from tff_optim.core.checks import check_number, check_whole, whole
 from tff_optim.core.types import Json
 from tff_optim.simulation.goals import Goal, goal
 from tff_optim.simulation.history import Table
@@ -77,7 +77,7 @@ def reached(metric: str, value: float) -> Callable[[Table], bool]:
       A function for `stop` of `run`.
     """
     wanted = goal("metric", metric)
-    check_finite("value", value)
+    check_number("value", value)
 
     def stop(table: Table) -> bool:
         table.running(seen, False)

@@ -13,6 +13,13 @@ def unpack(proto: Any) -> tf.compat.v1.GraphDef:
     return graph
 
 
+def of_data_set(dataset: tf.data.Dataset) -> tf.compat.v1.GraphDef:
+    """The graph of a data set, without external states such as those of random number generators."""
+    variant = tf.data.experimental.to_variant(dataset)
+    written = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
+    return tf.compat.v1.GraphDef.FromString(written.numpy())
+
+
 def tensor_names(binding: Any) -> Iterable[str]:
     """Lists the names of the tensors of a binding, in the order of its leaves."""
     kind = binding.WhichOneof("binding")
