@@ -14,6 +14,8 @@ import aggregators
 from tff_optim import ResidentProcess, simulation
 from tff_optim.resident.clients.in_process import data as data_lib
 from tff_optim.resident.clients.in_process import one_by_one, slices
+from tff_optim.resident.clients.in_process.program import NoProgramError
+from tff_optim.resident.parts import RoundParts
 from tff_optim.simulation import ClientArrays
 
 OD = collections.OrderedDict
@@ -133,6 +135,35 @@ def test_a_graph_that_does_more_than_compute_is_given_data_sets(capfd):
     with ResidentProcess(process, device="CPU:0") as resident:
         resident.next(resident.initialize(), clients.cohort(clients.ids, 1))
     assert capfd.readouterr().err.count("a step") == 4
+
+
+@tff.tensorflow.computation(
+    tff.SequenceType(tff.TensorType(np.float32, [None, 2, 2, 1])), np.float32
+)
+def pooling(data, start):
+    @tf.function
+    def step(weight, batch):
+        with tf.GradientTape() as tape:
+            tape.watch(weight)
+            loss = tf.reduce_sum(tf.nn.max_pool2d(batch * weight, 2, 1, "VALID"))
+        return weight - tape.gradient(loss, weight)
+
+    return [data.reduce(start, step)]
+
+
+def test_pooling_keeps_its_fast_kernel():
+    """Which TensorFlow takes in a function, and in a loop only by chance."""
+    parts = RoundParts(
+        prepare=None,
+        zero=tff.tensorflow.computation(lambda: 0.0),
+        work=pooling,
+        accumulate=tff.tensorflow.computation(lambda x, y: x + y, [np.float32, np.float32]),
+        merge=None,
+        report=None,
+        update=None,
+    )
+    with pytest.raises(NoProgramError, match="found MaxPoolGrad"):
+        one_by_one.OneByOne(parts, "/CPU:0", 2)
 
 
 def test_plain_tff_and_a_worker_take_the_same_batches():

@@ -254,7 +254,10 @@ def main():
     rows = [[what, *(found.get(name, "-") for name in names)] for what, found in results.items()]
     print(table(["task", *names], rows))
     if arguments.memory:
-        rows = [[TASKS[t].what, *(peak_of(t, name) for name in names)] for t in arguments.tasks]
+        rows = [
+            [what, *(peak_of(t, name) if name in results[what] else "-" for name in names)]
+            for t, what in ((t, TASKS[t].what) for t in arguments.tasks)
+        ]
         print(table(["peak memory, GB", *names], rows))
 
 

@@ -44,7 +44,7 @@ class InProcess:
         try:
             self._of_arrays = OneByOne(parts, device, min(self._most, sizes.cores()))
         except NoProgramError as error:
-            self._why_not = error
+            self._why_not = error.found
             self._of_data_sets = self._adding()
         self._closed = threading.Event()
 
@@ -58,7 +58,7 @@ class InProcess:
         in_arrays = isinstance(client_data, ArrayClients)
         rows = None
         if self._of_arrays is None and in_arrays:
-            _logger.info("Clients in arrays train as data sets: %s", self._why_not)
+            _logger.info("Clients in arrays train as data sets; found %s.", self._why_not)
         elif self._of_arrays is not None and not in_arrays:
             rows = slices.rows_of(client_data)
         total = self._zero([])

@@ -16,6 +16,7 @@ from tff_optim.resident.clients.in_process.program import (
     NoProgramError,
     Operation,
     Program,
+    kinds,
     parted,
     simplified_across_loops,
 )
@@ -24,6 +25,9 @@ from tff_optim.resident.graphs.imported import call_as_it_is, spec_of
 from tff_optim.resident.parts import RoundParts
 
 _MOST_BYTES = 64 << 20  # of rows that are gathered at a time
+# On a CPU TensorFlow takes oneDNN's kernels of these where it sees the forward operation before them.
+# In a loop it may see them first, and then takes others, half as fast.
+_NOT_IN_LOOPS = {"LRNGrad", "MaxPoolGrad"}
 
 
 class OneByOne:
@@ -47,6 +51,8 @@ class OneByOne:
         work, accumulate = record(parts.work), record(parts.accumulate)
         if work.checks or accumulate.checks:
             raise NoProgramError("checks, whose messages a program does not have")
+        if odd := _NOT_IN_LOOPS & kinds(work.program.operations):
+            raise NoProgramError(f"{min(odd)}, which a loop computes with another kernel")
         self._device, self._at_once = device, at_once
         self._total = total = [spec_of(leaf) for leaf in leaves.leaves_of(parts.aggregate_type)]
         context = [spec_of(leaf) for leaf in leaves.leaves_of(context_type)]

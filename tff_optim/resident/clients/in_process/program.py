@@ -35,6 +35,7 @@ class NoProgramError(ValueError):
     """
 
     def __init__(self, found: str):
+        self.found = found
         super().__init__(
             "`vectorize` needs a process whose clients TensorFlow can train side by side in one "
             f"program; found {found}. Leave `vectorize` out: clients are then trained one by one."
@@ -142,11 +143,17 @@ class Program:
         object.__setattr__(self, "uses", frozenset(needed - made))
 
 
+def kinds(operations: Iterable[Operation]) -> set[str]:
+    """The kinds of operations, and of those in their programs."""
+    found = set()
+    for one in operations:
+        found |= {one.kind}.union(*(kinds(program.operations) for program in one.programs))
+    return found
+
+
 def draws(one: Operation) -> bool:
     """Whether an operation draws random numbers, of which each client has its own."""
-    return one.kind in RANDOM or any(
-        draws(inner) for program in one.programs for inner in program.operations
-    )
+    return not RANDOM.isdisjoint(kinds([one]))
 
 
 def parted(program: Program, own: Iterable[Value] = ()) -> tuple[Program, Program]:
