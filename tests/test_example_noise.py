@@ -97,6 +97,16 @@ def test_without_a_seed_it_is_new_for_each_client_and_round(clients):
     assert_unrelated(*noises)
 
 
+@pytest.mark.slow
+def test_without_a_seed_it_is_new_for_each_client_side_by_side():
+    with tff_optim.ResidentProcess(with_seed(None), device="CPU:0", vectorize=True) as process:
+        state, one = play(process, process.initialize(), [client(0)] * 4)
+        _, other = play(process, state, [client(0)] * 4)
+    for noise in (one, other):
+        assert_normal(noise, STDDEV / math.sqrt(4))
+    assert_unrelated(one, other)
+
+
 def test_with_a_seed_it_differs_by_client_round_and_step():
     process = with_seed(7)
     start = process.initialize()

@@ -119,7 +119,34 @@ def optionals(data, start):
     )[1]
 
 
-@pytest.mark.parametrize("computation", [reduction, variables, optionals])
+@tff.tensorflow.computation(NUMBERS, tff.TensorType(np.float32, [2]))
+def other_forms(data, start):
+    """Operations that TensorFlow vectorises not at all, or wrongly."""
+
+    def step(total, batch):
+        own = batch * total[0]
+        segments = tf.range(tf.shape(batch)[0]) // 2 * 2  # between them empty ones
+        sums = tf.math.segment_sum(own, segments)
+        most = tf.math.segment_max(-tf.abs(own), segments)
+        signs = tf.where(own[:, 0] > 0, 1, -1)  # of those below 0 nothing is summed
+        some = tf.math.unsorted_segment_sum(own, signs, 2)
+        lowest = tf.math.unsorted_segment_min(own, -signs, 2)
+        place = tf.cast(total[0] > 0, tf.int32) - 1  # the first or the last
+        row = own[place]
+        total = tf.tensor_scatter_nd_add(
+            total, [[0], [1], [1]], own[0, 0] * tf.constant([1.0, 2, 3])
+        )
+        total += tf.squeeze(tf.reduce_sum(own, keepdims=True)) + tf.squeeze(own[:1], [0])
+        total += tf.reduce_mean(sums, 0) + 2 * tf.reduce_mean(most, 0) + row
+        total += tf.reduce_sum(some, 0) + tf.reduce_sum(tf.maximum(lowest, -3.0), 0)
+        never = tf.reduce_sum(own) > 1e6
+        sized = tf.cond(never, lambda: tf.cast(tf.size(own), tf.float32), lambda: 1.0)
+        return tf.tanh(total / 10) * sized
+
+    return data.reduce(start, step)
+
+
+@pytest.mark.parametrize("computation", [reduction, variables, optionals, other_forms])
 def test_each_client_gets_what_it_gets_alone(computation):
     context = [np.array([0.5, -1.5], np.float32)]
     together = all_at_once(computation, CLIENTS, context)
@@ -407,9 +434,15 @@ INPUTS = {
     "images": lambda rng, n: rng.normal(size=(n, 6, 6, 1)).astype(np.float32),
     "tokens": lambda rng, n: rng.integers(0, 9, (n, 5)),
 }
+CLIPPINGS = {
+    "examples clipped": aggregators.ExampleClipping(0.3),
+    "examples clipped by tensor": aggregators.ExampleClipping(0.2, 0.0, 3, per_tensor=True),
+    "examples of no finite gradient left out": aggregators.ExampleClipping(np.inf),
+    "noise of a seed": aggregators.ExampleClipping(0.3, 0.5, 4, seed=1),
+}
 MODELS = {
     "dense": ("numbers", lambda: []),
-    "clipped by example": ("numbers", lambda: []),
+    **dict.fromkeys(CLIPPINGS, ("numbers", lambda: [])),
     "batch normalisation": (
         "numbers",
         lambda: [LAYERS.Dense(4, use_bias=False), LAYERS.BatchNormalization()],
@@ -419,7 +452,11 @@ MODELS = {
     "a convolution": ("images", lambda: [LAYERS.Conv2D(2, 3), LAYERS.Flatten()]),
     "a recurrent layer": ("tokens", lambda: [LAYERS.Embedding(9, 4), LAYERS.LSTM(3)]),
 }
-REFUSED = {"clipped by example": "Where", "a convolution": "Conv2D", "a recurrent layer": "While"}
+REFUSED = {
+    "noise of a seed": "Fingerprint",
+    "a convolution": "Conv2D",
+    "a recurrent layer": "While",
+}
 
 
 def model_process(name, first, layers):
@@ -444,11 +481,11 @@ def model_process(name, first, layers):
             tf.TensorSpec([None, 2], tf.float32),
         )
         loss = tf.keras.losses.MeanSquaredError()
-        return tff.learning.models.from_keras_model(model, loss, spec)
+        metrics = [tf.keras.metrics.MeanAbsoluteError()]
+        return tff.learning.models.from_keras_model(model, loss, spec, metrics=metrics)
 
-    if name == "clipped by example":
-        clipping = aggregators.ExampleClipping(0.5)
-        return aggregators.build_fed_avg(model_fn, SGD, example_clipping=clipping)
+    if name in CLIPPINGS:
+        return aggregators.build_fed_avg(model_fn, SGD, example_clipping=CLIPPINGS[name])
     return tff.learning.algorithms.build_weighted_fed_avg(model_fn, SGD)
 
 
@@ -463,13 +500,14 @@ def test_models_give_the_numbers_of_clients_one_by_one_or_are_refused_by_name(na
     else:
         together = ResidentProcess(process, device="CPU:0", vectorize=True)
     rng = np.random.default_rng(2)
-    clients = ClientArrays(
-        [
-            (INPUTS[first](rng, n), rng.normal(size=(n, 2)).astype(np.float32))
-            for n in (9, 4, 0, 11, 1)
-        ],
-        batch_size=4,
-    )
+    data = [
+        (INPUTS[first](rng, n), rng.normal(size=(n, 2)).astype(np.float32))
+        for n in (9, 4, 0, 11, 1, 1)
+    ]
+    if name in CLIPPINGS:  # in batches that are whole, short, and of a single example
+        for client, row in ((0, 2), (1, 0), (1, 3), (3, 9), (5, 0)):
+            data[client][1][row] = np.nan
+    clients = ClientArrays(data, batch_size=4)
     cohort = clients.cohort(clients.ids, 1)
     with ResidentProcess(process, device="CPU:0") as alone:
         state = alone.materialize(alone.initialize())

@@ -64,8 +64,8 @@ class ExampleClipping:
     `aggregators.privacy.epsilon` says what the noise is worth. TensorFlow's generator is not
     cryptographic.
 
-    Without a seed each batch draws new noise from the system's entropy, also after a restore. Rounds
-    that are trained again from a checkpoint therefore reveal their data twice.
+    Without a seed each batch draws new noise, of a generator that the system's entropy has started, also
+    after a restore. Rounds that are trained again from a checkpoint therefore reveal their data twice.
 
     With a seed the noise is a function of the seed, the round in the process's state, the client's
     number in `ClientStates` if there is one, the step, and the bits of the batch. A run that goes on
@@ -240,12 +240,10 @@ def add_counts(total: Counts, found: Counts) -> Counts:
     return tf.nest.map_structure(tf.add, total, found)
 
 
-def _noise_key(seed: int | None, noise_position: Tensors, batch: Batch) -> tf.Tensor:
-    """int64 of shape [2], from which a batch's noise is drawn."""
+def _noise_key(seed: int | None, noise_position: Tensors, batch: Batch) -> tf.Tensor | None:
+    """int64 of shape [2], from which a batch's noise is drawn; None without a seed."""
     if seed is None:
-        # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph,
-        # and all clients would draw the same.
-        return tf.raw_ops.NonDeterministicInts(shape=[2], dtype=tf.int64)
+        return None
     key = tf.constant([seed, 0], tf.int64)
     for number in noise_position:
         key = _fold(key, tf.cast(number, tf.int64))
@@ -259,7 +257,12 @@ def _fold(key: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_fold_in(key, number, alg=_ALGORITHM)
 
 
-def _noise(like: tf.Tensor, stddev: float, key: tf.Tensor, position: int) -> tf.Tensor:
+def _noise(like: tf.Tensor, stddev: float, key: tf.Tensor | None, position: int) -> tf.Tensor:
+    if key is None:
+        # Not `tf.random.normal`: after `tf.random.set_seed` its numbers are frozen into the graph,
+        # and all clients would draw the same. Nor a stateless generator, which TensorFlow does not
+        # vectorise.
+        return stddev * tf.raw_ops.RandomStandardNormal(shape=like.shape, dtype=like.dtype)
     key = _fold(key, tf.constant(position, tf.int64))
     return tf.random.stateless_normal(like.shape, key, 0.0, stddev, like.dtype, alg=_ALGORITHM)
 

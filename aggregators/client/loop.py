@@ -103,15 +103,33 @@ def build_loop(
             lambda: clip_examples(clipping, batch, weights, one, noise_position=noise_position)
         )
 
-        def see_batch() -> tuple[tf.Tensor, Metrics]:
-            rows = take_rows(batch, clipping.shared_parts, lambda x: tf.boolean_mask(x, found.kept))
+        # Branches and loops must return something, even if the model keeps its own metrics.
+        seen = found.examples, metrics
+
+        def see(rows: Batch) -> tuple[tf.Tensor, Metrics]:
             output = model.forward(held, rows, training=True)
             return found.examples, model.update_metrics(metrics, output)
 
-        # A branch must return something, even if the model keeps its own metrics.
-        examples, metrics = tf.cond(
-            found.examples > 0, see_batch, lambda: (found.examples, metrics)
-        )
+        def see_kept() -> tuple[tf.Tensor, Metrics]:
+            # A mask has another shape for each client, and could not be vectorised. So a loop goes
+            # through the numbers of rows that might be kept.
+            size, count = tf.size(found.kept), tf.cast(found.kept, tf.int32)
+            order = tf.math.unsorted_segment_sum(
+                count * tf.range(size), tf.maximum(tf.cumsum(count) - 1, 0), size
+            )
+            kept_first = take_rows(batch, clipping.shared_parts, lambda x: tf.gather(x, order))
+
+            def turn(number: tf.Tensor, seen: Structure) -> Structure:
+                rows = take_rows(kept_first, clipping.shared_parts, lambda x: x[:number])
+                return number + 1, tf.cond(
+                    tf.equal(number, found.examples), lambda: see(rows), lambda: seen
+                )
+
+            start = (tf.constant(1), seen)
+            return tf.while_loop(lambda number, seen: number < size, turn, start)[1]
+
+        all_kept = (found.examples > 0) & tf.reduce_all(found.kept)
+        examples, metrics = tf.cond(all_kept, lambda: see(batch), see_kept)
         return found.gradients, found.loss, examples, metrics, found.counts
 
     def step(

@@ -20,7 +20,7 @@ from tff_optim.resident.clients.in_process.program import (
     simplified,
 )
 
-# What TensorFlow has no vectorised form of, as operations that it has one of.
+# What TensorFlow has no vectorised form of, or a wrong one, as operations that it has a right one of.
 
 
 def _l2_loss(one: Operation, x: tf.Tensor) -> tf.Tensor:
@@ -39,12 +39,33 @@ def _segment_max(one: Operation, x: tf.Tensor, segments: tf.Tensor) -> tf.Tensor
     return tf.where(rows > 0, largest, tf.zeros_like(largest))  # of nothing it is 0
 
 
+def _unsorted_segments(one: Operation, x: tf.Tensor, segments: tf.Tensor, number: tf.Tensor) -> Any:
+    # Rows of negative segments count for nothing. TensorFlow's count for the client before.
+    segments = tf.where(segments < 0, tf.cast(number, segments.dtype), segments)
+    return getattr(tf.raw_ops, one.kind)(data=x, segment_ids=segments, num_segments=number + 1)[
+        :number
+    ]
+
+
 def _scatter_add(one: Operation, x: tf.Tensor, indices: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
     if indices.shape.rank is None or indices.shape[-1] != 1:
         raise NoProgramError(f"{one.kind} ({one.name}) at several indices")
     rows = tf.reshape(indices, [-1])
     by = tf.reshape(by, tf.concat([[-1], tf.shape(x)[1:]], 0))
     return x + tf.math.unsorted_segment_sum(by, rows, tf.shape(x)[0])
+
+
+def _size(one: Operation, x: tf.Tensor) -> tf.Tensor:
+    # TensorFlow's divides by the number of clients, of which a branch may have none.
+    return tf.reduce_prod(tf.shape(x, one.outputs[0].dtype))
+
+
+def _squeeze(one: Operation, x: tf.Tensor) -> tf.Tensor | None:
+    # Without axes, TensorFlow's takes away the dimension of the clients too, if there is one client.
+    if one.attributes["squeeze_dims"].list.i:
+        return None
+    shape = tf.shape(x)
+    return tf.reshape(x, tf.boolean_mask(shape, shape != 1))
 
 
 def _one_slice(one: Operation, x: tf.Tensor, begin: tf.Tensor, *unused: tf.Tensor) -> Any:
@@ -58,9 +79,14 @@ def _one_slice(one: Operation, x: tf.Tensor, begin: tf.Tensor, *unused: tf.Tenso
 _OTHER_FORMS: dict[str, Callable[..., Any]] = {
     "StridedSlice": _one_slice,
     "L2Loss": _l2_loss,
+    "Size": _size,
+    "Squeeze": _squeeze,
     "SegmentSum": _segment_sum,
     "SegmentMax": _segment_max,
     "TensorScatterAdd": _scatter_add,
+    **dict.fromkeys(
+        [f"UnsortedSegment{name}" for name in ("Max", "Min", "Prod", "Sum")], _unsorted_segments
+    ),
 }
 
 
