@@ -1,4 +1,4 @@
-"""The mean over clients, weighed layer by layer by what each client's model scores."""
+"""The mean over clients, weighted layer by layer by the scores of their models."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ ScoreLike: TypeAlias = Score | Function | Literal["loss"]
 
 @attrs.frozen
 class Weighed:
-    """The adaptive weights of a rule, for rules that are made around them.
+    """The adaptive weights of a rule, which other rules use too.
 
     Attributes:
       needs: The measurements that clients take.
@@ -45,7 +45,7 @@ class Weighed:
         return self.weighting.all_hparams
 
     def initial_state(self, layers: ModelLayers) -> OrderedDict[str, Structure]:
-        """`typical_score`: the mean score of earlier rounds, not known yet."""
+        """`typical_score`, the mean score of earlier rounds: zeros, since it is unknown."""
         return OrderedDict(typical_score=tf.zeros([len(layers.names)]))
 
     def weights(self, update: ClientUpdate, state: State) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -61,7 +61,7 @@ class Weighed:
         return relative_scale(self.weighting, state)
 
     def next_state(self, state: State, mean_score: tf.Tensor) -> OrderedDict[str, Structure]:
-        """`typical_score` after a round of this mean score."""
+        """`typical_score` after a round with this mean score."""
         return OrderedDict(typical_score=next_typical_score(self.weighting, state, mean_score))
 
 
@@ -90,36 +90,36 @@ def adaptive_mean(
     layers: Layers = "tensor",
     loss_at: LossAt | None = None,
 ) -> Rule:
-    """The mean over clients, weighed layer by layer by what each client's model scores.
+    """The mean over clients, weighted layer by layer by the scores of their models.
 
     ```
     update[l] = sum_k w[k, l] d[k, l] / sum_k w[k, l]
     ```
 
-    for every layer `l` and client `k`, with `d` the update and `w` as `weighting` makes it of the score
-    of layer `l` and the client's weight. Invariant to the scale of weights; one pass.
+    for every layer `l` and client `k`, with `d` the update. `weighting` computes `w` from the score of
+    layer `l` and the client's weight. The scale of weights does not matter. It takes one pass.
 
     The state holds `typical_score`, the running mean score per layer, and the weighting's
     hyperparameters. With the default running scale, the first round is plain averaging. Measurements:
-    see `aggregators.weighted_mean.statistics.measure`. The `bound` of `weighting` limits how much more
-    one client may weigh than another, not how large its update is: for that put
+    see `aggregators.weighted_mean.statistics.measure`. The `bound` of `weighting` limits the ratio of
+    two clients' weights, not the size of an update: for that put
     `tff.aggregators.clipping_factory(norm, ...)` around the factory.
 
-    When KL near helps: where honest clients are alike (Dirichlet splits of 0.5 and more) and some are
-    bad, by 3 to 8 points of accuracy in `examples/study`; at stronger splits against updates times -1.
-    It hurts where honest clients differ: by 4 points with nobody bad, by 8 with random labels, 18 in the
-    worst setting, since there honest clients are far and those with random labels near. Its gain without
-    that loss is to be had as a candidate of `jury_mean`, whose clients vote on it:
-    `[("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]` with
-    `layers="tensor"`. The rule believes what clients report of themselves: one that reports a distance
-    or a loss of 0 counts for most.
+    KL divergence that prefers near clients helps if honest clients are alike (Dirichlet splits of 0.5
+    and more) and some are bad, by 3 to 8 points of accuracy in `examples/study`; at stronger splits,
+    against updates times -1. It hurts if honest clients differ: by 4 points with nobody bad, by 8 with
+    random labels, 18 in the worst setting, since there honest clients are far and those with random
+    labels are near. To get the gain without the loss, use it as a candidate of `jury_mean`, whose
+    clients vote on it: `[("loss", weighting.softmax()), (scores.kl_divergence, weighting.softmax())]`
+    with `layers="tensor"`. The rule trusts the clients' reports: a client that reports a distance or a
+    loss of 0 counts for most.
 
     Args:
       score: How far a layer is from the server's: one from `aggregators.scores`; your own `Score`; a
-        bare function of `(server_layer, client_layer)`, which is taken to need the server's model; or
+        bare function of `(server_layer, client_layer)`, which is assumed to need the server's model; or
         `"loss"`, the client's loss, in all layers.
       weighting: How scores become weights; from `aggregators.weighting`.
-      layers: Which tensors are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
+      layers: The tensors that are weighed together: `"tensor"`, `"layer"`, `"model"` or groups of
         positions; see `aggregators.core.layers.resolve_layers`.
       loss_at: Which loss is measured, for `score="loss"` and for your own weighting if it uses
         `seen.loss`: `"training"` (the default for the score) or `"initial"`; see `Needs`.

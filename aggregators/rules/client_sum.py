@@ -1,4 +1,4 @@
-"""A sum over clients beside another rule, for rules with a stateful client."""
+"""Rules around another rule: with a stateful client, and with a sum over clients."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -11,18 +11,32 @@ from aggregators.core.hyperparameters import Hparam
 from aggregators.core.layers import ModelLayers
 from aggregators.core.reduction import Reduction, zip_reductions
 from aggregators.core.rule import Rule, RuleResult, check_rule
-from aggregators.core.types import Reduced, State, Structure, Tensors
+from aggregators.core.stateful_client import StatefulClient
+from aggregators.core.types import OptimizerState, Reduced, State, Structure, Tensors, Weights
 from aggregators.core.update import ClientUpdate
+from aggregators.rules.plain_mean import plain_mean
 
 
-def check_base(rule: Rule) -> None:
-    """Raises unless this is a rule without a stateful client."""
-    check_rule(rule)
-    if rule.needs.stateful_client is not None:
+def with_client(rule: Rule | None, client: StatefulClient) -> Rule:
+    """A rule, `plain_mean()` if None, whose clients keep a state; it must not have one already."""
+    base = plain_mean() if rule is None else rule
+    check_rule(base)
+    if base.needs.stateful_client is not None:
         raise ValueError(
             "`rule` must not have a stateful client of its own; found "
-            f"{rule.needs.stateful_client!r}. Clients can keep one state."
+            f"{base.needs.stateful_client!r}. Clients can keep one state."
         )
+    return attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client))
+
+
+def zeros(name: str) -> Callable[[Weights, OptimizerState], State]:
+    """A client's initial state: zeros in the shapes of the weights, under this name."""
+
+    def initial_state(weights: Weights, optimizer_state: OptimizerState) -> State:
+        del optimizer_state  # the state has the shapes of the weights
+        return OrderedDict({name: tuple(tf.zeros(w.shape, w.dtype) for w in weights)})
+
+    return initial_state
 
 
 def add_sum(

@@ -16,19 +16,18 @@ def coordinate_median() -> Rule:
     update_i = median over k of d_k,i
     ```
 
-    for every element `i` of the model and client `k`, with `d_k` the update: of an even number of
-    clients, the mean of the two in the middle. Numbers of examples do not enter; a client of weight 0
-    does not count. Bad clients, if they are fewer than half, leave each element between values of good
-    ones.
+    for every element `i` of the model and client `k`, with `d_k` the update. For an even number of
+    clients it is the mean of the two in the middle. Numbers of examples do not count, nor do clients of
+    weight 0. Fewer than half of bad clients leave each element between values of good ones.
 
-    It is not safe where good clients differ: an element that most of them do not move stays as it is,
+    It is not safe if good clients differ: an element that most of them do not move stays as it is,
     whatever the others learned. In the worst of 30 simulated settings it was 32 points of accuracy below
     plain averaging, with nobody bad.
 
-    Memory and time: see `collected`; and a sort of each element's values, which takes the memory of
-    the largest tensor's rows some five times. Not for a secure sum.
+    Memory and time: see `collected`. A sort of each element's values takes about five times the memory
+    of the largest tensor's rows. A secure sum cannot compute it.
 
-    Measurements: norms in place of scores; `effective_clients` is the number of clients.
+    Measurements: norms as scores; `effective_clients` is the number of clients.
 
     Returns:
       A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
@@ -42,7 +41,7 @@ def coordinate_median() -> Rule:
     """
 
     def combine(given: Rows, weights: tf.Tensor, state: State, cohort: tf.Tensor) -> Combined:
-        del state, cohort  # a median has no numbers
+        del state, cohort  # a median needs neither
         return Combined(rows.middle(given, rows.half(given)), tf.ones_like(weights))
 
     return rule_of_rows(combine)

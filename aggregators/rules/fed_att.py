@@ -32,8 +32,8 @@ def fed_att(
     update[l] = step_size sum_k a[k, l] d[k, l]
     ```
 
-    with `d[k, l]` tensor `l` of client `k`'s update. Numbers of examples do not enter. One pass; needs
-    the update alone, so it drops into TFF's own builders. `step_size` and `temperature` are
+    with `d[k, l]` tensor `l` of client `k`'s update. Numbers of examples do not count. It takes one pass
+    and needs the update alone, so TFF's own builders take it too. `step_size` and `temperature` are
     hyperparameters.
 
     Args:

@@ -2,16 +2,14 @@
 
 from collections import OrderedDict
 
-import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.hyperparameters import Number, hparam
 from aggregators.core.rule import Rule, named_rule
 from aggregators.core.stateful_client import Context, Correction, StatefulClient, Trained
-from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
-from aggregators.rules.client_sum import add_sum, check_base
-from aggregators.rules.plain_mean import plain_mean
+from aggregators.core.types import State, Tensors, Weights
+from aggregators.rules.client_sum import add_sum, with_client, zeros
 
 
 @named_rule
@@ -26,14 +24,14 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
     ```
 
     `g_k` belongs to client `k` and `h` to the server, both zero at first. `N` is the number of all
-    clients there are. (The paper's `h` has the other sign.) If clients train to the end, `g_k` becomes
-    the gradient of client `k`'s loss, and the process settles at the optimum of the mean over clients.
-    So their training should be long; the paper averages them uniformly. A server optimizer other than
-    SGD with rate 1 is another algorithm.
+    clients. (The paper's `h` has the other sign.) If clients train to convergence, `g_k` becomes the
+    gradient of client `k`'s loss, and the process settles at the optimum of the mean over clients.
+    Clients should therefore train long. The paper averages them uniformly. A server optimizer other
+    than SGD with rate 1 is another algorithm.
 
-    A client whose update is not finite, or that trained on nothing, counts for nothing and keeps its
-    `g_k`. One pass over clients; states as large as the trainable weights, on clients (`ClientStates`)
-    and the server.
+    A client without data, or whose update is not finite, does not count and keeps its `g_k`. It takes
+    one pass over clients. Clients (`ClientStates`) and the server keep states as large as the trainable
+    weights.
 
     Args:
       num_clients: `N`, at least 1.
@@ -45,7 +43,7 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
 
     Raises:
       TypeError: If `rule` is no rule.
-      ValueError: If an argument is out of its range, or `rule` has clients keep something already.
+      ValueError: If an argument is out of range, or `rule` has a stateful client of its own.
 
     Example:
       >>> list(fed_dyn(10, alpha=0.1).hparams)
@@ -55,14 +53,6 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
     """
     num_clients = checks.whole("num_clients", num_clients, 1)
     number = hparam("alpha", alpha, 0.0, above=True)
-    base = plain_mean() if rule is None else rule
-    check_base(base)
-
-    def initial_state(
-        weights: Weights, optimizer_state: OptimizerState
-    ) -> OrderedDict[str, Structure]:
-        del optimizer_state
-        return OrderedDict(gradient=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
 
     def correction(context: Context) -> Correction:
         def correct(gradients: Tensors, weights: Weights) -> Tensors:
@@ -95,9 +85,9 @@ def fed_dyn(num_clients: int, alpha: Number = 0.01, *, rule: Rule | None = None)
         moved = tuple(u + h / of(h) for u, h in zip(update, drift, strict=True))
         return OrderedDict(drift=drift), moved
 
-    client = StatefulClient(initial_state, finish, correction, num_clients=num_clients)
+    client = StatefulClient(zeros("gradient"), finish, correction, num_clients=num_clients)
     return add_sum(
-        attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client)),
+        with_client(rule, client),
         of=lambda update: update.delta,
         start=lambda layers: OrderedDict(drift=layers.zeros()),
         end=end,

@@ -15,7 +15,7 @@ from aggregators.core.update import ClientUpdate
 
 @named_rule
 def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None) -> Rule:
-    """FedNova: updates are averaged per step, so that clients with more steps do not pull harder.
+    """FedNova: averages updates per step, so that clients with more steps do not count for more.
 
     ```
     update = (sum_k p_k a_k) sum_k p_k d_k / a_k,   p_k = n_k / sum_j n_j
@@ -24,14 +24,14 @@ def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None) -> Rule:
     ```
 
     with `d_k` the update, `t_k` the number of optimizer steps and `n_k` the client's weight. A
-    client without steps counts for nothing. `score_*` of the measurements is `a_k`. One pass.
+    client without steps does not count. `score_*` of the measurements is `a_k`. It takes one pass.
     `momentum` is a hyperparameter. `a_k` is at least 1, so the division lengthens no update. A client
     that claims many steps lengthens the common step, up to `max_steps`.
 
     Args:
       momentum: Momentum of the clients' SGD, at least 0 and below 1.
-      max_steps: The most steps that a client can have taken, at least 1. A client that claims more, or
-        fewer than 0, counts for nothing, and among `bad_score_clients`. None for no limit.
+      max_steps: The largest number of steps that a client can take, at least 1. A client that claims
+        more, or fewer than 0, does not count, and is one of the `bad_score_clients`. None for no limit.
 
     Returns:
       A `Rule` for `build_fed_avg` or `federated_rule`.
@@ -64,7 +64,7 @@ def fed_nova(momentum: Number = 0.0, *, max_steps: int | None = None) -> Rule:
         )
 
     def finish(state: State, result: RuleResult) -> RuleResult:
-        del state  # nothing is carried from round to round
+        del state  # the rule keeps nothing
         *tensors, effective = result.update
         return result._replace(update=[x * tf.cast(effective, x.dtype) for x in tensors])
 

@@ -1,4 +1,4 @@
-"""Several means, and the clients vote which of them did better."""
+"""A mix of several means, by the clients' votes on which of them did better."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ _STRIDE_MARGIN = 0.5
 
 @attrs.frozen
 class _CandidateMean:
-    """One adaptive mean among those that are voted on, and its part of the rule's state.
+    """One of the adaptive means that clients vote on, and its part of the rule's state.
 
     Attributes:
       name: The prefix of its part of the state, of its hyperparameters and measurements.
@@ -54,7 +54,7 @@ class _CandidateMean:
         return OrderedDict((f"{self.name}_{n}", x) for n, x in own.items())
 
     def view(self, state: State) -> State:
-        """The state as the adaptive mean knows it."""
+        """The state of the adaptive mean by itself."""
         names = ["typical_score", *self.by_score.hparams]
         return {"round": state["round"], **{n: state[f"{self.name}_{n}"] for n in names}}
 
@@ -121,8 +121,8 @@ def jury_mean(
     much weight this mean gets, because it lowers accuracy where honest clients differ.
 
     A client whose score for a candidate is not a finite number of at least 0 has no part in that
-    candidate; a candidate without clients is `A`. A client with an error that is not finite counts for
-    nothing, and is among `non_finite_clients`.
+    candidate; a candidate without clients is `A`. A client with an error that is not finite does not
+    count, and is one of the `non_finite_clients`.
 
     State: `typical_norm`; `gap`, the tensors of a model for each candidate; `share`, `agreement`,
     `vote_size` and `vote_scale` (`s`), float64 of shape `[candidates]`; and for each candidate
@@ -132,18 +132,18 @@ def jury_mean(
     Measurements: those of `redescending_mean`, and, by the candidates' names (one number for one
     candidate), `share`, `votes` (this round's mean), `vote_size`, `trust` and `clients_without_score`
     (int32). With a stride, `votes`, `vote_size` and `trust` have an entry for it, and there is `stride`.
-    For votes by models, `loss_voting_clients` (int32) counts those who fell back to the loss.
+    For votes by models, `loss_voting_clients` (int32) counts clients that fell back to the loss.
 
     Hyperparameters: all numbers but `initial_norm`, and those of the weightings as
     `<candidate>_<number>`.
 
-    The rule guards against bad data and crude faults, not against adversaries. A client's whole weight
-    stands behind all that it says: where clients may lie about their number of examples, count all
-    alike (`client_weighting=UNIFORM`). `vote_limit` limits what a lying vote can do. But a client that
+    The rule guards against bad data and crude faults, not against adversaries. A client's update and
+    votes count with its whole weight. If clients may lie about their number of examples, use
+    `client_weighting=UNIFORM`. `vote_limit` limits the effect of a lying vote. But a client that
     reports a loss of 0 weighs more in that candidate, and enough such clients that vote for it steer
-    the update: in a simulation, two liars of ten cost up to 8.7 points of accuracy against plain
-    averaging and four up to 69, where `redescending_mean` lost at most 0.5; `examples/study` has
-    attackers through TFF that cost more. Not for a secure sum.
+    the update. In a simulation, two liars of ten cost up to 8.7 points of accuracy against plain
+    averaging and four up to 69, while `redescending_mean` lost at most 0.5. `examples/study` has
+    attackers through TFF that cost more. A secure sum cannot compute it.
 
     Args:
       candidates: Pairs of a score and a weighting, as `adaptive_mean` takes them; at most one score
@@ -151,9 +151,9 @@ def jury_mean(
         `(scores.kl_divergence, weighting.softmax())`, with `layers="tensor"`, for a mean by KL
         divergence, or `("loss", weighting.uniform(times_examples=False))` for one in which all clients
         count alike. A candidate is named after its score, or `uniform`.
-      votes: How clients vote. `"model"`: by the errors of the candidate models on their own data, `1 -
-        p(true label)` for a classifier and the loss for other models, with a forward pass for each
-        model; see `Candidates`. A function `(predictions, labels) -> errors`: by these errors;
+      votes: How clients vote. `"model"`: by the errors of the candidate models on their own data, which
+        are `1 - p(true label)` for a classifier and the loss for other models, with a forward pass for
+        each model; see `Candidates`. A function `(predictions, labels) -> errors`: by these errors;
         `class_error` makes one for a classifier whose predictions do not show whether they are logits,
         or which labels are ignored. `"direction"`: by `v_jk = cos(d_k, gap_j)`, that is, whether a
         client moves along the gap; no model is scored, and the rule needs only updates and losses.
@@ -248,17 +248,17 @@ def jury_mean(
             by_loss=tf.cast(counts & by_loss, tf.float64),
             scores=tf.where(has_part[:, tf.newaxis], tf.cast(tf.stack(scores), tf.float64), 0.0),
         )
-        # Candidates of which nothing is known yet take the same operations on the same numbers as the
-        # first mean: they are that mean to the last bit, and the gap stays 0.
+        # Candidates without a typical score use the same operations and numbers as the first mean. They
+        # equal it to the last bit, and the gap stays 0.
         shrunk = [shrunk_mean(update, log, factor) for log in (plain, *logs)]
         return OrderedDict(statistics=found["statistics"], sums=sums, **_numbered(shrunk))
 
     def vote(update: ClientUpdate, norm: tf.Tensor, state: State) -> tf.Tensor:
-        """One client's votes, float64 `[voted on]`, above 0 for what did better."""
+        """One client's votes, float64 `[voted on]`; above 0 for a candidate that did better."""
         if votes != "direction":
             errors = tf.cast(update.candidate_errors, tf.float64)
             return errors[0] - errors[1:]
-        # A gap of rounding has a direction too, which says nothing.
+        # A gap that is mere rounding has a direction too, which must not count.
         least = state["vote_floor"] * state["typical_norm"]
         norm = tf.cast(norm, tf.float64)
         return tf.stack(
@@ -328,10 +328,10 @@ def jury_mean(
         return RuleResult(own, update, measured, result.unchanged)
 
     def next_vote_scale(state: State, clients: tf.Tensor, usual: tf.Tensor) -> tf.Tensor:
-        """The typical votes after a round, of which so many clients cast no larger ones."""
+        """The typical votes after a round in which so many clients cast no larger ones."""
         share = tf.math.divide_no_nan(usual, tf.cast(clients, tf.float64))
         moved = state["vote_scale"] * tf.exp(-state["vote_rate"] * (share - 0.5))
-        # In the first round all candidates are one model, and votes are none.
+        # In the first round all candidates are one model, so there are no votes.
         moved = tf.where(state["round"] > 0, moved, state["vote_scale"])
         return tf.maximum(moved, state["vote_floor"])
 
@@ -416,7 +416,7 @@ def _numbered(means: Sequence[Structure]) -> OrderedDict[str, Structure]:
 
 
 def _by_name(names: Sequence[str], values: tf.Tensor) -> tf.Tensor | OrderedDict[str, tf.Tensor]:
-    """The values by the first of these names; one alone as it is."""
+    """The values by the first of these names; a single value as it is."""
     named = OrderedDict(zip(names, tf.unstack(values), strict=False))
     return named if len(named) > 1 else next(iter(named.values()))
 

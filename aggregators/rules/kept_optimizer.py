@@ -1,24 +1,22 @@
-"""Clients whose optimizer goes on where it stopped in their last round."""
+"""Clients whose optimizer resumes where it stopped in their last round."""
 
 from collections import OrderedDict
 
-import attrs
 import tensorflow as tf
 
 from aggregators.core.rule import Rule, named_rule
 from aggregators.core.stateful_client import Context, StatefulClient, Trained
 from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
-from aggregators.rules.client_sum import check_base
-from aggregators.rules.plain_mean import plain_mean
+from aggregators.rules.client_sum import with_client
 
 
 @named_rule
 def kept_optimizer(rule: Rule | None = None) -> Rule:
     """Any rule, with clients that keep their optimizer's state (momentum, moments, steps).
 
-    In TFF a client's optimizer starts afresh in every round. Hyperparameters in the state are not kept:
-    they stay those of the process. A client whose update or state is not finite, or that trained on
-    nothing, keeps what it had.
+    In TFF a client's optimizer starts afresh in every round. Hyperparameters in the state are not kept,
+    but stay those of the process. A client without data, or whose update or state is not finite, keeps
+    its old state.
 
     Args:
       rule: The rule that aggregates the deltas; `plain_mean()` if None.
@@ -28,14 +26,12 @@ def kept_optimizer(rule: Rule | None = None) -> Rule:
 
     Raises:
       TypeError: If `rule` is no rule.
-      ValueError: If `rule` has clients keep something already.
+      ValueError: If `rule` has a stateful client of its own.
 
     Example:
       >>> kept_optimizer().needs.stateful_client is not None
       True
     """
-    base = plain_mean() if rule is None else rule
-    check_base(base)
 
     def initial_state(
         weights: Weights, optimizer_state: OptimizerState
@@ -50,5 +46,4 @@ def kept_optimizer(rule: Rule | None = None) -> Rule:
     def finish(context: Context, done: Trained) -> tuple[State, Tensors]:
         return initial_state(context.weights, done.optimizer_state), ()
 
-    client = StatefulClient(initial_state, finish, start=start)
-    return attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client))
+    return with_client(rule, StatefulClient(initial_state, finish, start=start))

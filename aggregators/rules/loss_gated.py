@@ -1,4 +1,4 @@
-"""The adaptive mean behind a gate that looks at the round, FedMed-style."""
+"""The adaptive mean behind a gate that depends on the round, FedMed-style."""
 
 import math
 from collections import OrderedDict
@@ -29,9 +29,9 @@ class Round(NamedTuple):
     Attributes:
       round: int32 scalar: the number of earlier rounds.
       loss: Mean loss of the clients that counted, by their weights.
-      previous_loss: The same of the last round in which a client counted; NaN if there was none.
+      previous_loss: The same for the last round in which a client counted; NaN if there was none.
       scores: Their mean score, shape `[num_layers]`.
-      typical_score: Running mean score of earlier rounds, shape `[num_layers]`; 0 where not known.
+      typical_score: Running mean score of earlier rounds, shape `[num_layers]`; 0 where unknown.
     """
 
     round: tf.Tensor
@@ -77,8 +77,8 @@ def loss_gated(
     The state is that of `adaptive_mean` and `previous_loss` (NaN if none). Measurements are those of
     the adaptive mean, in plain rounds too (but `sample_weights` are those in use), and `loss`,
     `previous_loss`, `share`, `adaptive` (int32, 1 if the share was above 0) and `gate_out_of_range`
-    (int32): 1 if the gate returned a number outside of 0 to 1, which was moved to the nearer end, or
-    NaN, which counts as 0.
+    (int32): 1 if the gate returned NaN, which counts as 0, or a number outside of 0 to 1, which is
+    clipped.
 
     Args:
       weighting: The weighting of the adaptive mean; a softmax that prefers near clients if None.
@@ -103,8 +103,8 @@ def loss_gated(
       ('js_divergence', 'training_loss')
 
     Source: the gates by name follow Algorithm 1 of Wu, Liang, Wang, FedMed: A Federated Learning
-    Framework for Language Modeling, 2020. What the algorithm leaves open is an argument here, and
-    the defaults are this package's choice: no claim is made to reproduce the source's numbers.
+    Framework for Language Modeling, 2020. Choices that the algorithm leaves open are arguments here,
+    with defaults of this package: no claim is made to reproduce the source's numbers.
     """
     if not callable(gate) and (not isinstance(gate, str) or gate not in ("not_fallen", "fallen")):
         raise ValueError(
@@ -157,7 +157,7 @@ def loss_gated(
             reduced["adaptive"], by_score.scale(state), shares=(share, 1.0 - share)
         )
         update = [
-            # Neither mean leaves a trace of rounding where the other one is taken whole.
+            # If one mean is taken whole, the other must leave no rounding behind.
             tf.where(share == 1.0, a, p + tf.cast(share, p.dtype) * (a - p))
             for a, p in zip(result.update, plain, strict=True)
         ]

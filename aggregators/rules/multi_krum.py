@@ -20,27 +20,26 @@ def multi_krum(num_bad: int, num_kept: int = 1) -> Rule:
     update  = mean of d_k over the num_kept clients of the smallest scores
     ```
 
-    with `d_k` the update, over all tensors, of the `K` clients that count. Each counts once: numbers of
-    examples do not enter. One client kept is Krum. Of equal scores, the client that comes first is kept.
+    with `d_k` the update over all tensors and `K` the number of clients that count, each once, whatever
+    its number of examples. With one client kept it is Krum. Of equal scores, the first client is kept.
 
-    It is not safe where good clients differ, because it always leaves out the rare ones. In the worst of
+    It is not safe if good clients differ, because it always leaves out the rare ones. In the worst of
     30 simulated settings with 2 bad clients of 10, Krum was 65 points of accuracy below plain averaging
     and multi-Krum 24. Against updates times -1 at strong splits it gained more than most rules.
 
     A cohort must have `max(2 num_bad + 3, num_kept)` clients; a smaller one ends the round with an
-    error. If too few are left of a cohort, since the others were not finite or had no data, the model
-    stays as it is, and `unchanged` and `too_few_clients` are 1. So a client that sends NaN cannot end a
-    training.
+    error. If too few clients are left because the others were not finite or had no data, the model
+    stays as it is, and `unchanged` and `too_few_clients` are 1. A client that sends NaN therefore cannot
+    end a training.
 
-    Memory: see `collected`; while distances are taken, twice that. Time: `K^2` passes over a model.
-    Not for a secure sum.
+    Memory: see `collected`, and twice that while distances are computed. Time: `K^2` passes over a
+    model. A secure sum cannot compute it.
 
-    Measurements: norms in place of scores; `effective_clients` is how many were kept;
-    `too_few_clients` (int32).
+    Measurements: norms as scores; `effective_clients` is how many were kept; `too_few_clients` (int32).
 
     Args:
       num_bad: How many clients of a cohort may be bad, at least 0.
-      num_kept: How many are averaged, at least 1.
+      num_kept: How many clients are averaged, at least 1.
 
     Returns:
       A `Rule` for `RuleFactory`, `federated_rule` or `build_fed_avg`.
@@ -60,7 +59,7 @@ def multi_krum(num_bad: int, num_kept: int = 1) -> Rule:
     needed = max(2 * num_bad + 3, num_kept)
 
     def combine(given: Rows, weights: tf.Tensor, state: State, cohort: tf.Tensor) -> Combined:
-        del state  # no number changes between rounds
+        del state  # it has no hyperparameters
         message = [
             "`num_bad` and `num_kept` must leave a cohort of at least",
             needed,

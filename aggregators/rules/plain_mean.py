@@ -8,7 +8,7 @@ from aggregators.core.rule import Rule, named_rule
 
 @named_rule
 def plain_mean() -> Rule:
-    """The mean by clients' weights, as `tff.aggregators.MeanFactory` takes it, in the stream.
+    """The mean by clients' weights in one pass, as of `tff.aggregators.MeanFactory`.
 
     ```
     update = sum_k n_k d_k / sum_k n_k

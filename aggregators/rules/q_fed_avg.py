@@ -23,14 +23,15 @@ def q_fed_avg(q: Number, learning_rate: Number) -> Rule:
     D_k = F_k^q L d_k,   h_k = q F_k^(q-1) |L d_k|^2 + L F_k^q
     ```
 
-    with `F_k` the client's loss at the server's weights (plus 1e-10), `d_k` its update, and `L`
-    one over the client's learning rate. Computed as `mean(d) / mean(1 + q L |d|^2 / F)`, both means
-    with log-weight `q log F`, which no loss over- or underflows. `q = 0` is the unweighted mean.
+    with `F_k` the client's loss at the server's weights (plus 1e-10), `d_k` its update, and `L` one
+    over the client's learning rate. It is computed as `mean(d) / mean(1 + q L |d|^2 / F)`, where both
+    means have log-weights `q log F`, so that no loss over- or underflows. `q = 0` is the unweighted
+    mean.
 
-    A client's weight says only whether it counts: 0 means no. Of the measurements, `score_*` is the
+    A client's weight only decides whether it counts: 0 means no. Of the measurements, `score_*` is the
     loss, `step` the factor `1 / mean(1 + q L |d|^2 / F)`, and `largest_term` the largest term of that
-    mean. It shows a client with a huge update or a tiny loss, which can shrink the common step to
-    nothing. One pass. `q` and `learning_rate` are hyperparameters.
+    mean. It reveals a client with a huge update or a tiny loss, which can shrink the common step to
+    nothing. It takes one pass. `q` and `learning_rate` are hyperparameters.
 
     Args:
       q: At least 0; 0 is plain averaging, large values even out clients' losses.
@@ -57,7 +58,7 @@ def q_fed_avg(q: Number, learning_rate: Number) -> Rule:
         tensors = update.delta
         square = 2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(x, tf.float32)) for x in tensors])
         shrink = 1.0 + tf.cast(state["q"] / state["learning_rate"], tf.float32) * square / loss
-        # A negative loss has no power, and an infinite term would end the round for all.
+        # A negative loss has no power, and an infinite term would spoil the round for all clients.
         has_weight = update.weight > 0.0
         is_valid = ((loss > 0.0) & finite_tensors([shrink])) | ~has_weight
         logs = state["q"] * tf.math.log(tf.cast(tf.where(loss > 0.0, loss, 1.0), tf.float64))
@@ -68,7 +69,7 @@ def q_fed_avg(q: Number, learning_rate: Number) -> Rule:
         return OrderedDict(mean=mean, largest=tf.where(is_valid & has_weight, shrink, 0.0))
 
     def server(state: State, reduced: Reduced) -> RuleResult:
-        del state  # nothing is carried from round to round
+        del state  # the rule keeps nothing
         result = weighted_mean.report(reduced["mean"])
         *tensors, shrink = result.update
         step = tf.math.reciprocal_no_nan(shrink)

@@ -45,11 +45,11 @@ class Shrinking:
     hparams: Mapping[str, Hparam]
 
     def initial_state(self) -> OrderedDict[str, Structure]:
-        """`typical_norm`, float64; 0 if not known."""
+        """`typical_norm`, float64; 0 if unknown."""
         return OrderedDict(typical_norm=tf.constant(self.initial_norm or 0.0, tf.float64))
 
     def log_factor(self, norm: tf.Tensor, state: State) -> tf.Tensor:
-        """The logarithm of what an update of this norm is multiplied by, float64, at most 0."""
+        """The logarithm of the factor of an update with this norm, float64, at most 0."""
         typical = state["typical_norm"]
         longest = tf.math.log(state["cutoff"] * typical / tf.cast(norm, tf.float64))
         return tf.where(typical > 0.0, state["power"] * tf.minimum(longest, 0.0), 0.0)
@@ -57,10 +57,7 @@ class Shrinking:
     def counts(
         self, norm: tf.Tensor, counts: tf.Tensor, state: State
     ) -> OrderedDict[str, tf.Tensor]:
-        """Whether a client's update is no longer than typical, and whether it is shrunk.
-
-        And if it has a length, whether that counts, and its logarithm.
-        """
+        """Whether a client's update is at most typical, shrunk, or above 0; and the norm's logarithm."""
         norm, typical = tf.cast(norm, tf.float64), state["typical_norm"]
         within = norm <= typical
         shrunk = (norm > state["cutoff"] * typical) & (typical > 0.0)
@@ -84,7 +81,7 @@ class Shrinking:
     def next_state(
         self, state: State, clients: tf.Tensor, sums: Mapping[str, tf.Tensor]
     ) -> OrderedDict[str, Structure]:
-        """The typical norm after a round: as it was if nobody counted."""
+        """The typical norm after a round; unchanged if nobody counted."""
         found = tf.math.divide_no_nan(sums["within"], tf.cast(clients, tf.float64))
         step = tf.exp(-state["norm_rate"] * (found - state["norm_quantile"]))
         typical = state["typical_norm"]
@@ -95,7 +92,7 @@ class Shrinking:
     def shortened(
         self, tensors: Tensors, state: State, sums: Mapping[str, tf.Tensor]
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """A round's mean, shortened in the first round; and the factor, float64, of 1 afterwards."""
+        """A round's mean, shortened in the first round, and the factor, float64; 1 in later rounds."""
         if self.initial_norm is not None:
             return list(tensors), tf.constant(1.0, tf.float64)
         most = tf.math.divide_no_nan(self._first(sums), tf.cast(length(tensors), tf.float64))
@@ -103,7 +100,7 @@ class Shrinking:
         return [tf.cast(kept, x.dtype) * x for x in tensors], kept
 
     def _first(self, sums: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """The geometric mean of the norms of updates that have a length; 0 if there is none."""
+        """The geometric mean of the updates' norms above 0; 0 if there is none."""
         mean = tf.exp(tf.math.divide_no_nan(sums["log_norm"], sums["moving"]))
         return tf.where(sums["moving"] > 0.0, mean, 0.0)
 
@@ -153,10 +150,10 @@ class ShrunkMean(NamedTuple):
 
 
 def shrunk_reduction(layers: ModelLayers) -> Reduction:
-    """Reduces what `shrunk_mean` gives to a `ShrunkMean`.
+    """Reduces results of `shrunk_mean` to a `ShrunkMean`.
 
-    The mean is taken by the shrunk weights, and multiplied at the end by the share that they keep: no
-    client's tensors are written once more.
+    The mean has the shrunk weights, and is multiplied at the end by the share that they keep, so that no
+    client's tensors are written again.
     """
     none, size = [-math.inf] * len(layers.groups), len(layers.groups)
     both = zip_reductions(
@@ -200,7 +197,7 @@ def redescending_mean(
     norm_quantile: Number = 0.5,
     norm_rate: Number = 0.2,
 ) -> Rule:
-    """The mean by clients' weights, with updates that are much too long shrunk below the right length.
+    """The mean by clients' weights, with very long updates shrunk below the typical length.
 
     ```
     f_k    = min(1, cutoff C / |d_k|)^power
@@ -211,11 +208,11 @@ def redescending_mean(
     with `d_k` the update, `|d_k|` its norm over all tensors, `n_k` its weight, and `C` the typical
     norm, float64 in the state as `typical_norm`: a running quantile over clients that counted, each
     counting once. Shorter updates are averaged as they are. With the default power an update ten times
-    too long pulls less than one of the right length. With any power above 1 no update pulls further
+    too long counts for less than one of typical length. With any power above 1 no update counts for more
     than `cutoff C`, its client's share of examples aside. The rule needs the update alone, in one pass.
 
-    The typical norm moves by a factor of at most `exp(norm_rate)` a round. If updates are much longer
-    than `cutoff initial_norm`, the first rounds therefore learn next to nothing, which `typical_norm`,
+    The typical norm moves by a factor of at most `exp(norm_rate)` per round. If updates are much longer
+    than `cutoff initial_norm`, the first rounds therefore learn almost nothing, which `typical_norm`,
     `score_mean` and `shrunk_clients` show. With `initial_norm=None` the first round finds the norm:
 
     ```
@@ -223,18 +220,18 @@ def redescending_mean(
     update = m min(1, C / |m|),   m = sum_k n_k d_k / sum_k n_k
     ```
 
-    No update is shrunk in that round. So a client with a huge update decides the direction of the first
-    step, and makes `C` too long for a while (by the k-th root of the excess, of k clients). If clients
-    may be hostile, give a number.
+    No update is shrunk in that round. A client with a huge update therefore decides the direction of
+    the first step, and makes `C` too large for a while (one of k clients, by the k-th root of the
+    excess). If clients may be hostile, give a number.
 
-    Measurements: norms in place of scores; weights after shrinking; `typical_norm` (float32, the one
-    that was used), and `shrunk_clients` (int32, clients with a factor below 1). All numbers but
-    `initial_norm` are hyperparameters.
+    Measurements: norms as scores; weights after shrinking; `typical_norm` (float32, as used), and
+    `shrunk_clients` (int32, clients with a factor below 1). All numbers but `initial_norm` are
+    hyperparameters.
 
     Args:
-      cutoff: Above 0: how many typical norms an update may have before it is shrunk.
-      power: From 0 to 1000. 0 is the plain mean; 1 clips to `cutoff C`; above 1 the pull of an update
-        falls again the longer it is.
+      cutoff: Above 0: the number of typical norms above which an update is shrunk.
+      power: From 0 to 1000. 0 is the plain mean; 1 clips to `cutoff C`; above 1 longer updates count for
+        less.
       initial_norm: The typical norm before the first round, above 0; None to find it in that round.
       norm_quantile: The quantile of the clients' norms, from 0 to 1, that is the typical norm.
       norm_rate: How fast the typical norm moves, from 0 (never) to 100.

@@ -1,4 +1,4 @@
-"""Rules that see all updates at once, as rows on the server."""
+"""Rules that need all updates at once, as rows on the server."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -40,11 +40,11 @@ def rule_of_rows(
     combine: Callable[[Rows, tf.Tensor, State, tf.Tensor], Combined],
     hparams: Mapping[str, Hparam] | None = None,
 ) -> Rule:
-    """A rule that makes the update of all clients' updates at once.
+    """A rule that combines all clients' updates at once.
 
     Args:
       combine: `(rows, weights, state, cohort) -> Combined`. There is at least one row (of zeros, if no
-        client counts), of at least single precision; `cohort` is how many clients there were in all.
+        client counts), in single precision or wider. `cohort` is the number of all clients.
       hparams: The rule's hyperparameters.
 
     Returns:
@@ -52,7 +52,7 @@ def rule_of_rows(
     """
 
     def client(update: ClientUpdate, state: State) -> Part:
-        del state  # what depends on it is done on the server
+        del state  # only the server needs it
         norm, log_weight = length(update.delta), tf.math.log(update.weight)
         found = weighted_mean.weigh(update, log_weight, scores=norm)
         return OrderedDict(rows=(update.delta, update.weight), statistics=found["statistics"])
@@ -96,7 +96,7 @@ def rule_of_rows(
 
 
 def _some(rows: tf.Tensor) -> tf.Tensor:
-    """The rows; if there is none, one of zeros."""
+    """The rows, or a row of zeros if there are none."""
     return tf.pad(
         rows, [[0, tf.cast(tf.shape(rows)[0] < 1, tf.int32)], *[[0, 0]] * (rows.shape.rank - 1)]
     )
@@ -114,7 +114,7 @@ def mean_of(rows: Rows, weights: tf.Tensor) -> list[tf.Tensor]:
 
 
 def squared_distances(rows: Rows, point: Rows) -> tf.Tensor:
-    """Of each row from a point, over all tensors: float64 of shape `[clients]`; may be infinite."""
+    """The squared distance of each row from a point, float64 of shape `[clients]`; may be infinite."""
     squares = [
         tf.reduce_sum(tf.math.squared_difference(x, y), tf.range(1, tf.rank(x)))
         for x, y in zip(rows, point, strict=True)

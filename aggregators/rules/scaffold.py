@@ -3,15 +3,13 @@
 from collections import OrderedDict
 from typing import Literal
 
-import attrs
 import tensorflow as tf
 
 from aggregators.core import checks
 from aggregators.core.rule import Rule, named_rule
 from aggregators.core.stateful_client import Context, Correction, StatefulClient, Trained
-from aggregators.core.types import OptimizerState, State, Structure, Tensors, Weights
-from aggregators.rules.client_sum import add_sum, check_base
-from aggregators.rules.plain_mean import plain_mean
+from aggregators.core.types import State, Tensors
+from aggregators.rules.client_sum import add_sum, with_client, zeros
 
 Option = Literal["I", "II"]
 
@@ -28,21 +26,21 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     ```
 
     `c_k` belongs to client `k` and `c` to the server, both in the shapes of the trainable weights and
-    zero at first. `N` is the number of all clients there are. With SGD, option II is the paper's
+    zero at first. `N` is the number of all clients. With SGD, option II is the paper's
     `c_k - c + (w - w_k)/(steps * rate)`, number for number. As a mean of gradients it also holds for
-    other client optimizers (momentum, Adam, schedules), which are given the corrected gradient. Option I
+    other client optimizers (momentum, Adam, schedules), which get the corrected gradient. Option I
     costs one more pass over the client's data.
 
-    The update is what `rule` makes of the clients' deltas. The process settles where `c`, the plain mean
-    over all clients' gradients, is zero: at the optimum of the mean over clients, not over examples,
-    whatever the weights of the rule.
+    `rule` aggregates the clients' deltas. The process settles where `c`, the plain mean over all
+    clients' gradients, is zero: at the optimum of the mean over clients, not over examples, whatever
+    the weights of the rule.
 
-    A client whose update or variate is not finite, or that trained on nothing, counts for nothing and
-    keeps its variate. One pass over clients. Server: one more tensor per weight, sent with the model;
-    clients: one more tensor per weight kept (`ClientStates`), and one sent.
+    A client without data, or whose update or variate is not finite, does not count and keeps its
+    variate. It takes one pass over clients. The server has one more tensor per weight, sent with the
+    model. Clients keep one more tensor per weight (`ClientStates`), and send one.
 
     Args:
-      num_clients: `N`, at least 1: as many as `ClientStates` is for, else clients refuse to train.
+      num_clients: `N`, at least 1. Clients of a `ClientStates` with another number refuse to train.
       option: `"I"` or `"II"`.
       rule: The rule that aggregates the deltas; `plain_mean()` if None.
 
@@ -51,7 +49,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
 
     Raises:
       TypeError: If `rule` is no rule.
-      ValueError: If an argument is out of its range, or `rule` has clients keep something already.
+      ValueError: If an argument is out of range, or `rule` has a stateful client of its own.
 
     Example:
       >>> scaffold(10).needs.names
@@ -62,14 +60,6 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
     """
     num_clients = checks.whole("num_clients", num_clients, 1)
     checks.word("option", option, "I", "II")
-    base = plain_mean() if rule is None else rule
-    check_base(base)
-
-    def initial_state(
-        weights: Weights, optimizer_state: OptimizerState
-    ) -> OrderedDict[str, Structure]:
-        del optimizer_state  # the variate has the shapes of the weights
-        return OrderedDict(control=tuple(tf.zeros(w.shape, w.dtype) for w in weights))
 
     def correction(context: Context) -> Correction:
         both = zip(context.shared["control"], context.state["control"], strict=True)
@@ -89,7 +79,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         return OrderedDict(control=control), update
 
     client = StatefulClient(
-        initial_state,
+        zeros("control"),
         finish,
         correction,
         mean_gradient=option == "II",
@@ -97,7 +87,7 @@ def scaffold(num_clients: int, *, option: Option = "II", rule: Rule | None = Non
         num_clients=num_clients,
     )
     return add_sum(
-        attrs.evolve(base, needs=attrs.evolve(base.needs, stateful_client=client)),
+        with_client(rule, client),
         of=lambda update: update.sent,
         start=lambda layers: OrderedDict(control=layers.zeros()),
         end=end,

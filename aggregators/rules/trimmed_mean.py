@@ -20,7 +20,7 @@ def trimmed_mean(share: Number = 0.1) -> Rule:
     ```
 
     for every element `i` of the model and the `K` clients that count, each once, with `d_k` the update.
-    Numbers of examples do not enter. With `share=0` it is the mean of all.
+    Numbers of examples do not count. With `share=0` it is the mean of all.
 
     It is not safe where good clients differ, as `coordinate_median` is not: with 20 % it was 23 points
     of accuracy below plain averaging in the worst of 30 simulated settings, with nobody bad. Memory,
@@ -45,7 +45,7 @@ def trimmed_mean(share: Number = 0.1) -> Rule:
     hparams = OrderedDict(share=hparam("share", share, 0.0, 0.5, below=True))
 
     def combine(given: Rows, weights: tf.Tensor, state: State, cohort: tf.Tensor) -> Combined:
-        del cohort  # those that do not count are not there
+        del cohort  # clients that do not count have no rows
         clients = tf.cast(tf.shape(weights)[0], tf.float64)
         cut = tf.cast(tf.floor(state["share"] * clients + 1e-9), tf.int32)  # 0.29 of 100 are 29
         return Combined(
