@@ -368,8 +368,8 @@ def test_a_state_that_holds_a_data_set_is_refused():
             ValueError,
             "`clients_at_once` must be a whole number of at least 1",
         ),
-        ({"heartbeat": 0}, ValueError, "`heartbeat` must be a positive number"),
-        ({"start_timeout": "1"}, ValueError, "`start_timeout` must be a positive number"),
+        ({"heartbeat": 0}, ValueError, "`heartbeat` must be a number greater than 0"),
+        ({"start_timeout": "1"}, ValueError, "`start_timeout` must be a number greater than 0"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

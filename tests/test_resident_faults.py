@@ -163,11 +163,7 @@ def test_a_port_taken_by_another_program(monkeypatch):
 def test_a_port_shared_with_another_tff_worker(monkeypatch):
     with running_worker() as (port, _):
         # Nothing stops a second worker there, and each connection reaches one of them.
-        monkeypatch.setattr(
-            worker_lib.LocalWorker,
-            "_start",
-            lambda self, port: worker_lib._Watched(["sleep", "60"], self.directory),
-        )
+        monkeypatch.setattr(worker_lib, "_WATCHED", "exec sleep 60")
         monkeypatch.setattr(worker_lib, "reserve_port", lambda: (port, socket.socket()))
         with (
             ResidentProcess(process(), workers=1) as r,

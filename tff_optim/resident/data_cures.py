@@ -17,6 +17,7 @@ import tensorflow_federated as tff
 
 from tff_optim.core.messages import shown
 from tff_optim.resident.graphs.nodes import of_data_set
+from tff_optim.resident.leaves import paths_of
 
 _BATCH = 32  # batch size in cures
 _MOST = 3  # differences in a message
@@ -64,7 +65,7 @@ def check_dataset(dataset: tf.data.Dataset, wanted: tff.Type, code: str = "datas
             _check_first_texts(dataset, wanted)
         codes = [
             _mended(found[path], path, leaf_type, reasons, _same_dtype)
-            for path, leaf_type in _leaves_of(wanted)
+            for path, leaf_type in paths_of(wanted)
         ]
         if not reasons:
             reasons.append("The parts are in another container, or in an order that may not last.")
@@ -140,7 +141,7 @@ def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -
         raise Unlike(f"It is None. Give `[batch for batch in {code} if batch is not None]`.")
     found = dict(_walk(batch, wanted))
     if found.keys() == {()} and isinstance(wanted, tff.StructType):
-        names = [_at(path) for path, _ in _leaves_of(wanted)]
+        names = [_at(path) for path, _ in paths_of(wanted)]
         if len(data) == len(names) and all(np.ndim(one) for one in data):
             _refuse_arrays(tuple(data), wanted, f"tuple({code})")
         is_array = isinstance(batch, np.ndarray | tf.Tensor | tf.Variable)
@@ -148,12 +149,12 @@ def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -
         raise Unlike(f"It must hold {', '.join(names)} together; found {one}. {_INSTEAD}")
     reasons: list[str] = []
     found = _paired(found, wanted, reasons)
-    arrays = [_read(found[path].value) for path, _ in _leaves_of(wanted)]
+    arrays = [_read(found[path].value) for path, _ in paths_of(wanted)]
     found = {
         path: _Leaf(_spec_of(array), found[path].code)
         if not isinstance(array, tf.RaggedTensor) or tf.is_tensor(found[path].value)
         else _Leaf(_spec_of(array), f"tf.ragged.constant({found[path].code})")
-        for (path, _), array in zip(_leaves_of(wanted), arrays, strict=True)
+        for (path, _), array in zip(paths_of(wanted), arrays, strict=True)
     }
     one_example = _is_example(found, wanted)
     if one_example:
@@ -165,11 +166,11 @@ def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -
             )
             for path, leaf in found.items()
         }
-    for array, (path, leaf_type) in zip(arrays, _leaves_of(wanted), strict=True):
+    for array, (path, leaf_type) in zip(arrays, paths_of(wanted), strict=True):
         _check_text(array, path, leaf_type)
     codes = [
         _mended(found[path], path, leaf_type, reasons, _safe_dtype)
-        for path, leaf_type in _leaves_of(wanted)
+        for path, leaf_type in paths_of(wanted)
     ]
     if reasons:
         each = _packed(iter(codes), wanted)
@@ -178,17 +179,8 @@ def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -
         )
     return [
         _converted(array, path, leaf_type)
-        for array, (path, leaf_type) in zip(arrays, _leaves_of(wanted), strict=True)
+        for array, (path, leaf_type) in zip(arrays, paths_of(wanted), strict=True)
     ]
-
-
-def _leaves_of(wanted: tff.Type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
-    """The paths and types of the tensors of a type, in TFF's order."""
-    if not isinstance(wanted, tff.StructType):
-        yield path, wanted
-        return
-    for i, (name, member) in enumerate(tff.structure.iter_elements(wanted)):
-        yield from _leaves_of(member, (*path, name or str(i)))
 
 
 def _walk(
@@ -249,7 +241,7 @@ def _keeps_order(spec: Any, wanted: tff.Type) -> bool:
 
 def _paired(found: _Leaves, wanted: tff.Type, reasons: list[str]) -> _Leaves:
     """The parts at the paths of the type; differences are added to the reasons."""
-    paths = [path for path, _ in _leaves_of(wanted)]
+    paths = [path for path, _ in paths_of(wanted)]
     missing = [path for path in paths if path not in found]
     besides = [path for path in found if path not in paths]
     if not missing:
@@ -290,7 +282,7 @@ def _batched(
     reasons: list[str],
 ) -> tuple[str, tf.data.Dataset]:
     """Batches a data set of examples; unbatches one of batches of batches, or of other sizes."""
-    shapes = {path: tf.TensorShape(leaf.shape) for path, leaf in _leaves_of(wanted)}
+    shapes = {path: tf.TensorShape(leaf.shape) for path, leaf in paths_of(wanted)}
     pairs = [(shape, _shape(found[path].value)) for path, shape in shapes.items()]
     sizes = {shape[0] for shape in shapes.values() if shape.rank}
     size = next(iter(sizes)) if len(sizes) == 1 else None
@@ -316,7 +308,7 @@ def _batched(
 def _is_example(found: _Leaves, wanted: tff.Type) -> bool:
     """Whether each part lacks a dimension, and one of them lacks exactly that of the batch."""
     pairs = [
-        (tf.TensorShape(leaf.shape), _shape(found[path].value)) for path, leaf in _leaves_of(wanted)
+        (tf.TensorShape(leaf.shape), _shape(found[path].value)) for path, leaf in paths_of(wanted)
     ]
     if any(None in (have.rank, shape.rank) or have.rank >= shape.rank for shape, have in pairs):
         return False
@@ -334,7 +326,7 @@ def _is_known_as(have: tf.TensorShape, shape: tf.TensorShape) -> bool:
 
 
 def _dimensions_of_first(found: _Leaves, wanted: tff.Type) -> str:
-    path, leaf_type = next(_leaves_of(wanted))
+    path, leaf_type = next(paths_of(wanted))
     rank = _shape(found[path].value).rank
     plural = "s" * (rank != 1)
     return f"{_at(path)} has {rank} dimension{plural} and not {len(leaf_type.shape)}"
@@ -435,7 +427,7 @@ def _has_dtype(leaf: _Leaf) -> bool:
 def _check_first_texts(dataset: tf.data.Dataset, wanted: tff.Type) -> None:
     for batch in dataset.take(1):
         first = _paired(dict(_walk(batch, wanted)), wanted, [])
-        for path, leaf_type in _leaves_of(wanted):
+        for path, leaf_type in paths_of(wanted):
             _check_text(_read(first[path].value), path, leaf_type)
 
 

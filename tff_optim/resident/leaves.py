@@ -1,6 +1,6 @@
 """A value of a TFF type as a flat list of named tensors, and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -46,15 +46,18 @@ class Leaf:
 
 def leaves_of(type_spec: tff.Type) -> list[Leaf]:
     """Lists the leaves of an unplaced type, in TFF's order."""
-    return [Leaf("/".join(path) or "value", leaf) for path, leaf in _walk_type(type_spec, ())]
+    return [Leaf("/".join(path) or "value", leaf) for path, leaf in paths_of(type_spec)]
 
 
-def _walk_type(type_spec: tff.Type, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
+def paths_of(
+    type_spec: tff.Type, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The paths and types of the leaves of an unplaced type, in TFF's order."""
     if not isinstance(type_spec, tff.StructType):
         yield path, type_spec
         return
     for i, (name, element) in enumerate(tff.structure.iter_elements(type_spec)):
-        yield from _walk_type(element, (*path, name or str(i)))
+        yield from paths_of(element, (*path, name or str(i)))
 
 
 def flatten(value: Any, type_spec: tff.Type, name: str = "state", path: str = "") -> list[Any]:

@@ -10,18 +10,14 @@ from tff_optim.resident import leaves, parts
 from tff_optim.resident.graphs import fingerprints
 
 
-def fingerprint(next_computation: Any) -> str | None:
+def fingerprint(next_computation: Any) -> str:
     """Returns a text that is equal for processes whose server takes the same kind of step.
 
     It is a hash of the operations that compute the new state, without clients and metrics. Constants do
     not count, since another learning rate is the same optimizer. Adam and Yogi, whose states have equal
-    names and shapes, have different fingerprints. None for a process without a MapReduce form, whose
-    server's half cannot be told from the clients'.
+    names and shapes, have different fingerprints.
     """
-    try:
-        update = parts.cut(next_computation).update
-    except parts.NoMapReduceFormError:
-        return None
+    update = parts.cut(next_computation).update
     count = len(leaves.leaves_of(update.type_signature.result[0]))
     return fingerprints.of_results(update, range(count), constants=False)
 

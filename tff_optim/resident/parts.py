@@ -17,10 +17,6 @@ from tff_optim.resident.graphs.first_values import without_unread
 _SECURE = "federated_secure_"
 
 
-class NoMapReduceFormError(ValueError):
-    """The rounds of a process cannot be split into clients' parts that are added up."""
-
-
 @attrs.frozen(eq=False)
 class RoundParts:
     """`next` of a process, cut at its broadcast and at its aggregation.
@@ -91,7 +87,7 @@ def cut(next_computation: Any) -> RoundParts:
     This takes seconds, so results are cached.
 
     Raises:
-      NoMapReduceFormError: If one aggregation depends on the result of another, or the process has no
+      ValueError: If one aggregation depends on the result of another, or the process has no
         MapReduce form.
     """
     if next_computation not in _cuts:
@@ -114,12 +110,12 @@ def _cut(next_computation: Any) -> RoundParts:
     ) as error:
         chain = dependent_aggregations(next_computation)
         if chain is not None:
-            raise NoMapReduceFormError(
+            raise ValueError(
                 "`process` must be one whose aggregations do not depend on each other; found "
                 f"{chain[1]}, which depends on the result of {chain[0]}. Use a one-pass aggregation "
                 "rule, or run it in plain TFF."
             ) from error
-        raise NoMapReduceFormError(
+        raise ValueError(
             "`process` must be one that TFF can split at its broadcast and its aggregation; found "
             f"that it cannot: {error}"
         ) from error

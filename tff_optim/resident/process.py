@@ -9,8 +9,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_optim import hyperparameters
-from tff_optim.core.checks import check_flag, check_whole
+from tff_optim.core.checks import check_flag, check_number, check_whole
 from tff_optim.core.devices import DevicePolicy, select_device
+from tff_optim.core.numbers import POSITIVE
 from tff_optim.core.types import (
     Cohort,
     Computation,
@@ -111,8 +112,8 @@ class ResidentProcess:
                 f"{type(process).__name__}. Build one with `tff.learning.algorithms` or "
                 "`tff.learning.templates.compose_learning_process`."
             )
-        _check_positive("heartbeat", heartbeat)
-        _check_positive("start_timeout", start_timeout)
+        check_number("heartbeat", heartbeat, POSITIVE)
+        check_number("start_timeout", start_timeout, POSITIVE)
         check_whole("clients_at_once", clients_at_once, 1, optional=True)
         check_flag("compile_step", compile_step, optional=True)
         check_flag("vectorize", vectorize)
@@ -266,18 +267,12 @@ class ResidentProcess:
             return "<ResidentProcess on nothing: closed>"
         return f"<ResidentProcess on {self.device}, clients in {self._clients.name}>"
 
-    def __copy__(self) -> "ResidentProcess":
+    def __reduce__(self) -> Value:  # for copies too
         raise TypeError(
             "A `ResidentProcess` cannot be copied or pickled: states live where it runs, once. Use "
             "the same object, or build another with `ResidentProcess(resident.process)`; states "
             "move between the two."
         )
-
-    def __deepcopy__(self, memo: Value) -> "ResidentProcess":
-        return self.__copy__()
-
-    def __reduce__(self) -> Value:
-        return self.__copy__()
 
     def _get(self, computation: Computation, state: State) -> Structure:
         result = self._server.get(computation, state)
@@ -296,11 +291,6 @@ def _chosen(device: str | DevicePolicy | None) -> str:
         chosen = "/GPU:0" if tf.config.list_logical_devices("GPU") else "/CPU:0"
         logging.getLogger(__name__).info("A `ResidentProcess` runs on %s.", chosen[1:])
     return chosen
-
-
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"`{name}` must be a positive number of seconds; found {value!r}.")
 
 
 def _targets(workers: int | Sequence[str] | None) -> list[str | None] | None:

@@ -40,62 +40,36 @@ class _AbandonedError(RuntimeError):
     """Nobody waits for this call any more."""
 
 
-class _Silent:
-    """A channel without a watching thread, since gRPC's may fail when a channel closes."""
+class _Channel:
+    """The connection to a worker as TFF's stub uses it.
 
-    def __init__(self, channel: grpc.Channel):
-        self.unary_unary = channel.unary_unary
-
-    def subscribe(self, *unused: Any, **also_unused: Any) -> None:
-        pass
-
-
-class _Stub(tff.framework.RemoteExecutorStub):
-    """TFF's stub, which disposes of values in a thread of its own.
-
-    Values are disposed of when Python collects them, at any point of the program. That must neither
-    wait for the network nor raise.
+    Values are thrown away when Python collects them, at any point of the program: that must neither
+    wait for the network nor raise, so a thread does it. Values outlive the connection that they came by.
     """
 
     def __init__(self, channel: grpc.Channel):
-        self.use(channel)
+        self.channel = channel
         self._garbage: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         threading.Thread(target=_throw_away, args=(self._garbage,), daemon=True).start()
 
-    def use(self, channel: grpc.Channel) -> None:
-        """Goes on through another connection; values outlive the one that made them."""
-        self._stub = tff.framework.RemoteExecutorGrpcStub(_Silent(channel))
+    def subscribe(self, *unused: Any, **also_unused: Any) -> None:
+        """Watches nothing: gRPC's watching thread may fail when a channel closes."""
 
-    def _ask(self, method: Callable[[Any], Any], request: Any) -> Any:
-        if getattr(threading.current_thread(), "abandoned", False):
-            raise _AbandonedError
-        return method(request)
+    def unary_unary(self, method: str, *codecs: Any, **named: Any) -> Callable[[Any], Any]:
+        """What makes a call of a method."""
 
-    def get_executor(self, request: Any) -> Any:
-        return self._ask(self._stub.get_executor, request)
+        def call(request: Any) -> Any:
+            if getattr(threading.current_thread(), "abandoned", False):
+                raise _AbandonedError
+            return self.channel.unary_unary(method, *codecs, **named)(request)
 
-    def create_value(self, request: Any) -> Any:
-        return self._ask(self._stub.create_value, request)
+        def call_later(request: Any) -> None:
+            self._garbage.put(lambda: call(request))
 
-    def create_call(self, request: Any) -> Any:
-        return self._ask(self._stub.create_call, request)
-
-    def create_struct(self, request: Any) -> Any:
-        return self._ask(self._stub.create_struct, request)
-
-    def create_selection(self, request: Any) -> Any:
-        return self._ask(self._stub.create_selection, request)
-
-    def compute(self, request: Any) -> Any:
-        return self._ask(self._stub.compute, request)
-
-    def dispose(self, request: Any) -> None:
-        self._garbage.put(lambda: self._stub.dispose(request))
-
-    def dispose_executor(self, request: Any) -> None:
-        self._garbage.put(lambda: self._stub.dispose_executor(request))
+        return call_later if "/Dispose" in method else call
 
     def close(self) -> None:
+        """Ends the thread once it has thrown away what it was told of."""
         self._garbage.put(None)
 
 
@@ -117,7 +91,7 @@ class Connection:
     def __init__(self, worker: worker_lib.Worker, heartbeat: float):
         self.worker = worker
         self._heartbeat = heartbeat
-        self._stub = _Stub(worker.channel)
+        self._channel = _Channel(worker.channel)
         self._executor: Any = None
         self._functions: dict[int, tuple[Any, Any]] = {}
         self._closed = False
@@ -145,12 +119,8 @@ class Connection:
         function = await self.function(computation)
         if not args:
             return await self._values().create_call(function)
-        argument = args[0] if len(args) == 1 else await self.struct(*args)
+        argument = args[0] if len(args) == 1 else await self._values().create_struct(list(args))
         return await self._values().create_call(function, argument)
-
-    async def struct(self, *elements: Any) -> Any:
-        """Makes an unnamed structure of handles."""
-        return await self._values().create_struct(list(elements))
 
     def _values(self) -> Any:
         if self._executor is None:
@@ -159,7 +129,9 @@ class Connection:
             # any number, so this takes one that nobody else will use.
             number = random.SystemRandom().randrange(1 << 20, 1 << 31)
             # Each dropped value is disposed of at once; by default the last 20 are kept.
-            self._executor = tff.framework.RemoteExecutor(self._stub, dispose_batch_size=1)
+            self._executor = tff.framework.RemoteExecutor(
+                tff.framework.RemoteExecutorGrpcStub(self._channel), dispose_batch_size=1
+            )
             self._executor.set_cardinalities({tff.CLIENTS: number})
             weakref.finalize(self, self._executor.close).atexit = False
         return self._executor
@@ -212,7 +184,7 @@ class Connection:
             # A channel that failed waits up to minutes before it tries again.
             self.worker.channel.close()
             self.worker.channel = worker_lib.open_channel(self.worker.target)
-            self._stub.use(self.worker.channel)
+            self._channel.channel = self.worker.channel
             raise ConnectionCutError(
                 f"The connection to the {self.worker.name} was cut in the middle of a call."
             ) from error
@@ -225,7 +197,7 @@ class Connection:
             self._closed = True
             self._executor = None
             self._functions.clear()
-            self._stub.close()
+            self._channel.close()
             self.worker.close()
 
 

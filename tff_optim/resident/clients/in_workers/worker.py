@@ -12,7 +12,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -107,24 +107,35 @@ class _Watched:
     """A process that notices when this one ends, and then removes a directory.
 
     Args:
-      command: The command to start, with the reading end of a pipe as its input.
-      directory: The directory.
+      script: What a shell is to do. It gets the directory, and then the command, as arguments, and the
+        reading end of a pipe as its input.
+      command: The command.
       streams: The streams for the process's output.
+
+    Attributes:
+      directory: The directory, made here.
+      owner: The id of this process.
     """
 
-    def __init__(self, command: list[str], directory: str, **streams: Any):
-        self.owner = os.getpid()
-        self._directory = directory
+    def __init__(self, script: str, command: Sequence[str] = (), **streams: Any):
+        self.owner, self.directory = os.getpid(), shared_directory()
         reading, self._pipe = os.pipe()
         # A forked child must not keep the pipe open after this process has ended.
         forks.keep_here(self._pipe)
         try:
             self.process = subprocess.Popen(
-                command, stdin=reading, cwd=directory, start_new_session=True, **streams
+                ["/bin/sh", "-c", script, "worker", self.directory, *command],
+                stdin=reading,
+                cwd=self.directory,
+                start_new_session=True,
+                **streams,
             )
-        except OSError as error:
+        except BaseException as error:
             forks.close(self._pipe)
-            raise WorkerStartError(f"`{command[0]}` could not be started: {error}.") from error
+            shutil.rmtree(self.directory, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise WorkerStartError(f"`/bin/sh` could not be started: {error}.") from error
+            raise
         finally:
             os.close(reading)
 
@@ -137,10 +148,59 @@ class _Watched:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         forks.close(self._pipe)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
-class LocalWorker:
+class Worker:
+    """A worker that answers.
+
+    Args:
+      name: How messages call it.
+      target: `'host:port'`.
+      watched: The process that ends, at the latest, when Python does.
+      start_timeout: Seconds that the worker has to answer.
+
+    Attributes:
+      directory: Where values are written for it; `handover` finds out whether it sees them.
+      channel: The connection.
+      owner: The id of the Python process that uses it.
+    """
+
+    def __init__(self, name: str, target: str, watched: _Watched, start_timeout: float):
+        self.name, self.target, self._watched = name, target, watched
+        self.directory, self.owner = watched.directory, watched.owner
+        self._finalizer = weakref.finalize(self, watched.end)
+        try:
+            self.channel = _connect(target, start_timeout, self._exit_reason)
+        except BaseException:
+            self.close()
+            raise
+
+    def lost_reason(self, timeout: float) -> str | None:
+        """Says why this worker is gone; None if it answers."""
+        deadline = time.monotonic() + timeout
+        while self._finalizer.alive and not self._exit_reason():
+            if _answers(self.target, timeout):
+                return None
+            if time.monotonic() > deadline:
+                return f"it did not answer within {timeout:g} seconds"
+            # The connection is cut an instant before the kernel reports the end of the process.
+            time.sleep(0.05)
+        return self._exit_reason() or "it was closed"
+
+    def _exit_reason(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        """Ends what was started here and removes the directory; does nothing in a forked child."""
+        if os.getpid() != self.owner:
+            return
+        if hasattr(self, "channel"):
+            self.channel.close()
+        self._finalizer()
+
+
+class LocalWorker(Worker):
     """A worker process on this machine, which ends when this object is closed or Python ends.
 
     Args:
@@ -149,25 +209,6 @@ class LocalWorker:
     """
 
     def __init__(self, start_timeout: float = 60.0, command: tuple[str, ...] = ()):
-        self._command = command or (worker_binary(),)
-        self.directory = shared_directory()
-        self._reserved: socket.socket | None = None
-        try:
-            port, self._reserved = reserve_port()
-            self.target = f"localhost:{port}"
-            self._watched = self._start(port)
-        except BaseException:
-            self._free_port()
-            shutil.rmtree(self.directory, ignore_errors=True)
-            raise
-        self._finalizer = weakref.finalize(self, self._watched.end)
-        try:
-            self.channel = _connect(self.target, start_timeout, self._exit_reason)
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self, port: int) -> _Watched:
         # As in TFF, the worker's output goes where Python's own output goes.
         streams = {}
         for name in ("stdout", "stderr"):
@@ -175,23 +216,21 @@ class LocalWorker:
                 streams[name] = getattr(sys, name).fileno()
             except (AttributeError, OSError, ValueError):
                 streams[name] = None
-        shell = ["/bin/sh", "-c", _WATCHED, "worker", self.directory]
-        return _Watched([*shell, *self._command, f"--port={port}"], self.directory, **streams)
-
-    @property
-    def name(self) -> str:
-        """How messages call this worker."""
-        return f"local worker (process {self._watched.process.pid}, {self.target})"
+        command = command or (worker_binary(),)
+        port, self._reserved = reserve_port()
+        try:
+            watched = _Watched(_WATCHED, [*command, f"--port={port}"], **streams)
+            target = f"localhost:{port}"
+            name = f"local worker (process {watched.process.pid}, {target})"
+            super().__init__(name, target, watched, start_timeout)
+        except BaseException:
+            self._reserved.close()
+            raise
 
     @property
     def pid(self) -> int:
         """The worker's process id."""
         return self._watched.process.pid
-
-    @property
-    def owner(self) -> int:
-        """The id of the Python process that started it."""
-        return self._watched.owner
 
     def _exit_reason(self) -> str | None:
         code = self._watched.process.poll()
@@ -201,35 +240,14 @@ class LocalWorker:
             return f"it was ended by signal {signal.Signals(-code).name}"
         return f"it exited with code {code}"
 
-    def lost_reason(self, timeout: float) -> str | None:
-        """Says why this worker is gone; None if it answers."""
-        # The connection is cut an instant before the kernel reports the end of the process.
-        for _ in range(5):
-            reason = self._exit_reason()
-            if reason or not self._finalizer.alive:
-                return reason or "it was closed"
-            if _answers(self.target, min(timeout, 0.25)):
-                return None
-            time.sleep(0.05)
-        if _answers(self.target, timeout):
-            return None
-        return self._exit_reason() or f"it did not answer within {timeout:g} seconds"
-
     def close(self) -> None:
         """Ends the worker and removes its directory; does nothing in a forked child."""
-        if os.getpid() != self._watched.owner:
-            return
-        if hasattr(self, "channel"):
-            self.channel.close()
-        self._finalizer()
-        self._free_port()
-
-    def _free_port(self) -> None:
-        if self._reserved is not None:
+        super().close()
+        if os.getpid() == self.owner:
             self._reserved.close()
 
 
-class RemoteWorker:
+class RemoteWorker(Worker):
     """The connection to a worker that runs elsewhere; closing it leaves the worker running.
 
     Args:
@@ -238,54 +256,8 @@ class RemoteWorker:
     """
 
     def __init__(self, target: str, start_timeout: float = 60.0):
-        self.target = target
-        # `handover` finds out whether the worker sees this directory.
-        self.directory = shared_directory()
-        try:
-            quiet = {name: subprocess.DEVNULL for name in ("stdout", "stderr")}
-            shell = ["/bin/sh", "-c", _WATCH, "directory", self.directory]
-            self._watched = _Watched(shell, self.directory, **quiet)
-        except BaseException:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            raise
-        self._finalizer = weakref.finalize(self, self._watched.end)
-        try:
-            self.channel = _connect(target, start_timeout, lambda: None)
-        except BaseException:
-            self._finalizer()
-            raise
-
-    @property
-    def name(self) -> str:
-        """How messages call this worker."""
-        return f"remote worker {self.target}"
-
-    @property
-    def owner(self) -> int:
-        """The id of the Python process that connected."""
-        return self._watched.owner
-
-    def lost_reason(self, timeout: float) -> str | None:
-        """Says why this worker is gone; None if it answers."""
-        if not self._finalizer.alive:
-            return "the connection to it was closed"
-        deadline = time.monotonic() + timeout
-        while not _answers(self.target, timeout):
-            if time.monotonic() > deadline:
-                return f"it did not answer within {timeout:g} seconds"
-            time.sleep(0.1)
-        return None
-
-    def close(self) -> None:
-        """Closes the connection; does nothing in a forked child."""
-        if os.getpid() != self._watched.owner:
-            return
-        if hasattr(self, "channel"):
-            self.channel.close()
-        self._finalizer()
-
-
-Worker = LocalWorker | RemoteWorker
+        watched = _Watched(_WATCH, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        super().__init__(f"remote worker {target}", target, watched, start_timeout)
 
 
 def _answers(target: str, timeout: float) -> bool:
