@@ -104,9 +104,9 @@ WRONG = {
     ),
     "a score called steps": (
         lambda: Needs(score_called("steps"), steps=True),
-        "`score` must have a name that nothing else measured has; found 'steps'",
+        "`score` must have a name that no other measurement has; found 'steps'",
     ),
-    "a score called 3": (lambda: score_called(3), "`name` must be a name .*; found 3"),
+    "a score called 3": (lambda: score_called(3), "`name` must be a Python identifier; found 3"),
     "a score of everything": (
         lambda: scores.Score(tf.norm, needs="all"),
         '`needs` must be "model" or "update"; found \'all\'',

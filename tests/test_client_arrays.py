@@ -299,7 +299,7 @@ BAD = {
     "ragged": ({"ann": [[1], [2, 3]]}, {}, "client 'ann' must be arrays of numbers or text"),
     "objects": ({"ann": (X, [None] * 4)}, {}, "client 'ann' must be arrays .* at '1'"),
     "a number": ({"ann": 3.0}, {}, "client 'ann' must be arrays .* found 3.0 at the only part"),
-    "ids": ({1: X, "1": X}, {}, "another id for each client, as a text too; found 1 and '1'"),
+    "ids": ({1: X, "1": X}, {}, "ids that differ, also as strings; found 1 and '1'"),
     "no client": ({}, {}, "at least one client"),
     "batch size": (
         {"ann": X},

@@ -535,12 +535,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, device):
         (
             {"per_client": simulation.PerClient(lambda w, d: {}, {"a": 1})},
             ValueError,
-            "`per_client` must return a number at least; found none for client 'a'",
+            "`per_client` must return at least one number; found none for client 'a'",
         ),
         (
             {"stop": simulation.reached("evaluation/loss", 0.5)},
             ValueError,
-            "`stop` must be of a metric .* found 'evaluation/loss' and neither",
+            "`stop` must name a metric .* found 'evaluation/loss' and neither",
         ),
         (
             {"managers": lambda process, seed: 3},

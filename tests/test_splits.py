@@ -138,7 +138,7 @@ def test_each_client_holds_out_its_share():
         ),
         (
             lambda: SPLIT.datasets(3.0, 2),
-            "`columns` must have a row for each of 600 .*found \\[\\]",
+            "`columns` must have a row for each of at least 600 .*found \\[\\]",
         ),
         (lambda: SPLIT.datasets(LABELS, 0), "`batch_size` must be a whole number of at least 1"),
         (lambda: SPLIT.counts(LABELS[:9]), r"`labels` must have a row .*; found \[9\]"),

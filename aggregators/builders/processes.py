@@ -296,5 +296,5 @@ def _check_hparam(optimizer: Optimizer, name: str, value: float) -> None:
     if found.dtype.kind in "fiu" and not np.allclose(found, value, rtol=1e-5, atol=0.0):
         raise ValueError(
             f"`{name}` must be that of `client_optimizer_fn`; found {value!r}, and {found} in the "
-            "optimizer. Give both the same."
+            "optimizer. Use the same value for both."
         )

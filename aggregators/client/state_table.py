@@ -161,7 +161,7 @@ class Table:
             if number != _FORMAT:
                 raise ValueError(
                     f"`path` must hold client states of format {_FORMAT}; found format {number} in "
-                    f"{self._where}, which another version has written. Open it with that one."
+                    f"{self._where}, from another version. Open it with that version."
                 )
             token, done, oldest, checksum = self._row(
                 "SELECT token, round, oldest, checksum FROM store"

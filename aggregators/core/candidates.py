@@ -193,7 +193,7 @@ def class_error(*, from_logits: bool, ignore_class: int | None = None) -> Error:
         if not all(tf.is_tensor(x) and x.shape.rank for x in (predictions, labels)):
             raise TypeError(
                 "`predictions` and `labels` must be one tensor each, of known rank, for `class_error`; "
-                f"found {predictions!r} and {labels!r}. Write a function of your own."
+                f"found {predictions!r} and {labels!r}. Write your own function."
             )
         outputs = tf.cast(predictions, tf.float32)
         if outputs.shape[-1] == 1:

@@ -126,7 +126,7 @@ def resolve_layers(layers: Layers, names: Sequence[str]) -> OrderedDict[str, tup
         owners = [name.rpartition("/")[0] for name in names]
         if not all(owners):
             raise ValueError(
-                '`layers="layer"` must meet tensors whose names tell the layer, such as dense/kernel; '
+                '`layers="layer"` must be used with tensors named after layers, such as dense/kernel; '
                 f"found {list(names)}. A functional model keeps no names: give groups of positions."
             )
         return OrderedDict(

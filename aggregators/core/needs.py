@@ -58,7 +58,7 @@ class Needs:
     def __attrs_post_init__(self) -> None:
         if len(set(self.names)) < len(self.names):
             raise ValueError(
-                "`score` must have a name that nothing else measured has; found "
+                "`score` must have a name that no other measurement has; found "
                 f"{self.score.name!r}. Give it another: `Score(f, name=...)`."  # type: ignore[union-attr]
             )
 
@@ -92,6 +92,6 @@ def check_no_process(argument: str, needs: Needs) -> None:
     ):
         if found is not None:
             raise ValueError(
-                f"`{argument}` must not need {what}, for which there must be a whole process; found "
+                f"`{argument}` must not need {what}, which only a whole process supports; found "
                 f"{found!r}. Build it with `build_fed_avg(..., rule=rule)`.{hint}"
             )

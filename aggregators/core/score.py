@@ -35,9 +35,7 @@ def _check_function(argument: str, value: object) -> None:
 
 def _check_name(argument: str, value: object) -> None:
     if not isinstance(value, str) or not value.isidentifier():
-        raise ValueError(
-            f"`{argument}` must be a name as Python's variables have; found {value!r}."
-        )
+        raise ValueError(f"`{argument}` must be a Python identifier; found {value!r}.")
 
 
 def _name_of(function: object) -> str:

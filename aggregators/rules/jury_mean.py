@@ -196,8 +196,8 @@ def jury_mean(
     strides = stride_step is not None
     if strides and votes == "direction":
         raise ValueError(
-            '`stride_step` must be None with `votes="direction"`: how far to go is not a matter of '
-            f"directions; found {stride_step!r}. Take votes by models, or leave it out."
+            '`stride_step` must be None with `votes="direction"`, since directions say nothing about '
+            f"the length of a step; found {stride_step!r}. Take votes by models, or leave it out."
         )
     means = _checked(candidates, layers)
     voted_on = [*(mean.name for mean in means), *(["stride"] if strides else [])]

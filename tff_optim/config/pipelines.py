@@ -103,8 +103,8 @@ def _part(entry: Entry, known: Mapping[str, type], read_optimizer: ReadOptimizer
     if name.value not in known:
         name.refuse(
             f"be the name of a part{entries.suggestion(name.value, known)}",
-            advice="`tff_optim.list_transforms()`, `list_regularizers()` and `list_projections()` say "
-            "which there are. Import the package that registers it, if it is not built in.",
+            advice="`tff_optim.list_transforms()`, `list_regularizers()` and `list_projections()` list "
+            "them. Import the package that registers it, if it is not built in.",
         )
     cls: Value = known[name.value]
     if keras_arguments.of_keras(cls):

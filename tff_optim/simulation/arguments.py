@@ -61,7 +61,7 @@ def _is_evaluated(plan: Value, attribute: attrs.Attribute, value: Value) -> None
         return
     if wanted.name.startswith("evaluation/"):
         raise ValueError(
-            f"`{attribute.name}` must be of a metric of the run; found {wanted.name!r} and neither "
+            f"`{attribute.name}` must name a metric of the run; found {wanted.name!r} and neither "
             "`evaluate` nor `per_client`. Give one of them."
         )
 

@@ -298,7 +298,7 @@ def _positions(ids: Sequence[Hashable]) -> dict[Hashable, int]:
     for client in ids:
         if str(client) in texts:
             raise ValueError(
-                "`data` must have another id for each client, as a text too; found "
+                "`data` must have ids that differ, also as strings; found "
                 f"{texts[str(client)]!r} and {client!r}."
             )
         texts[str(client)] = client

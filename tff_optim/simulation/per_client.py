@@ -128,7 +128,7 @@ def numbers_of(found: Value, client: ClientId) -> Record:
     flat = metrics.flatten(found)
     if not flat:
         raise ValueError(
-            "`per_client` must return a number at least; found none for client "
+            "`per_client` must return at least one number; found none for client "
             f"{client!r}. A functional model shows none unless it has a `metrics_constructor`."
         )
     for name, value in flat.items():

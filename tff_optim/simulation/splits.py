@@ -98,7 +98,7 @@ class Split:
         least = 1 + max(int(its.max(initial=-1)) for its in self.indices)
         if not array.ndim or len(array) < least:
             raise refusal(
-                name, f"have a row for each of {least} examples at least", list(array.shape)
+                name, f"have a row for each of at least {least} examples", list(array.shape)
             )
 
 
@@ -198,7 +198,7 @@ def by_label(labels: Value, clients: int, labels_per_client: int, *, seed: int) 
         if len(its) < len(holders):
             raise ValueError(
                 f"`labels` must have an example for each client that holds a label; found {len(its)} of "
-                f"label {kind} for {len(holders)} clients. Take fewer clients, or labels for each."
+                f"label {kind} for {len(holders)} clients. Take fewer clients, or fewer labels for each."
             )
         for holder, part in zip(holders, np.array_split(its, max(len(holders), 1))):
             parts[holder].append(part)

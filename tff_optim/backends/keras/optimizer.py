@@ -238,7 +238,7 @@ def resolve(optimizer: Value) -> Keras:
             raise refusal("optimizer", rule, f"the legacy {name}", instead_of(name))
         if isinstance(optimizer, tff.learning.optimizers.Optimizer):
             raise TypeError(
-                f"`optimizer` must be a Keras optimizer; found {name}, which is one of TFF already. "
+                f"`optimizer` must be a Keras optimizer; found {name}, a TFF optimizer already. "
                 "Use it as it is."
             )
         if not isinstance(optimizer, tf.keras.optimizers.Optimizer):

@@ -231,7 +231,7 @@ def build_optax_optimizer(
     except ImportError as error:
         raise ImportError(
             "`build_optax_optimizer` needs optax 0.2.1; it cannot be imported. Install the locked "
-            "set (README, section Install), which holds what goes with TFF's jax 0.4.13."
+            "set (README, section Install), whose packages fit TFF's jax 0.4.13."
         ) from error
     made = transformation_or_factory
     arguments = dict(kwargs)

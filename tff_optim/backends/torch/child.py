@@ -163,7 +163,7 @@ class Recipe:
         for key, value in attributes.items():
             if not key.startswith("_") and getattr(optimizer, key) != value:
                 raise RefusedError(
-                    f"`optimizer` must keep all that changes in its `state` or its groups; found that "
+                    f"`optimizer` must keep changing values in its `state` or its groups; found that "
                     f"a step changes the attribute {key!r}."
                 )
         specs = []
