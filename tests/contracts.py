@@ -341,7 +341,8 @@ def carries_hparams(case: Case) -> None:
     assert all(isinstance(value, int | float | np.number) for value in hparams.values())
     assert_equal(optimizer.set_hparams(state, hparams), state)
     assert_equal(optimizer.set_hparams(state, {}), state)
-    _, usual = run(optimizer.next, state, weights, gradients)
+    step, problem = tf.function(optimizer.next), (tensors(weights), tensors(gradients))
+    _, usual = run(step, tensors(state), *problem)
     for name, value in hparams.items():
         effects = []
         for other in (value * 0.5 + 0.03, value + 2.0):
@@ -352,7 +353,7 @@ def carries_hparams(case: Case) -> None:
                 continue  # out of range, and refused by name
             assert np.isclose(float(optimizer.get_hparams(changed)[name]), other), name
             assert_equal(optimizer.set_hparams(changed, hparams), state)
-            _, found = run(optimizer.next, changed, weights, gradients)
+            _, found = run(step, tensors(changed), *problem)
             effects.append(any(np.any(a != b) for a, b in zip(found, usual)))
         assert any(effects), f"{name} has no effect"
 

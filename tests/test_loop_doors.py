@@ -131,13 +131,16 @@ def test_poisson_draws_are_independent_with_the_rate_that_was_asked_for():
     assert abs(np.corrcoef(sizes[1:], sizes[:-1])[0, 1]) < 5 / math.sqrt(rounds)
 
 
-def test_clients_that_keep_a_state_may_be_none_in_a_round():
+def test_clients_that_keep_a_state_may_be_none_in_a_round(tmp_path):
     drawn = {1: ["client 1"], 2: [], 3: ["client 1"]}
-    history = run(
-        process=build_scaffold(),
-        draw=lambda number, ids, rng: drawn[number],
-        client_states=aggregators.ClientStates,
-    )
+    for rounds in (2, 3):
+        history = run(
+            process=build_scaffold(),
+            rounds=rounds,
+            draw=lambda number, ids, rng: drawn[number],
+            client_states=aggregators.ClientStates,
+            directory=tmp_path,
+        )
     assert history.rounds["drawn_clients"].tolist() == [1, 0, 1]
 
 

@@ -469,7 +469,7 @@ def test_memory_grows_with_neither_rounds_nor_clients(place, monkeypatch):
         for n in (2, 2, 2, 6):
             state, _ = r.next(state, [client] * n)
             used.append(sum(map(memory_in_use, pids)))
-    # Kept, each round would add four tensors, and each client two: 12 of them, and 8 more.
+    # Kept, each round would add four tensors, and each client two: 12 of them, and 20.
     assert used[-1] - used[0] < 4 * size * 8, used
 
 

@@ -82,10 +82,8 @@ def test_all_processes_start_where_they_are_told_by_seed():
 
 
 def test_a_keras_model_gives_its_weights():
-    model = build_keras_model()
-    history = simulation.run(
-        build_process(), make_clients(), evaluate=kernel, initial_weights=model, **FEW
-    )
+    process, model = build_process(), build_keras_model()  # TFF builds models in graphs: first it
+    history = simulation.run(process, make_clients(), evaluate=kernel, initial_weights=model, **FEW)
     assert history.rounds[0]["evaluation/first"] == model.get_weights()[0][0, 0]
 
 
@@ -123,15 +121,16 @@ def test_different_starts_of_what_is_compared_are_told_once():
 
 
 def test_another_rate_model_or_optimizer_is_another_run(tmp_path):
+    process = build_fed_avg()  # before a model, as above
     arguments = {"directory": tmp_path, "initial_weights": build_keras_model(), **FEW}
-    simulation.run(build_fed_avg(), make_clients(), **arguments)
-    simulation.run(build_fed_avg(), make_clients(), **arguments)
+    for _ in range(2):
+        simulation.run(process, make_clients(), **arguments)
     for change in ({"rate": 0.2}, {"client_rate": 0.2}):
         with pytest.raises(ValueError, match=r"learning_rate': 0\.2.*, or none; found one with"):
             simulation.run(build_fed_avg(**change), make_clients(), **arguments)
     with pytest.raises(ValueError, match=r"state_type.*is another model, optimizer or rule\."):
         simulation.run(build_process(), make_clients(), directory=tmp_path, **FEW)
-    with ResidentProcess(build_fed_avg()) as resident:  # another place is the same run
+    with ResidentProcess(process) as resident:  # another place is the same run
         simulation.run(resident, make_clients(), **{**arguments, "directory": tmp_path / "new"})
         with pytest.raises(ValueError, match=r"client_work/learning_rate': 0\.2"):
             simulation.run(
