@@ -6,7 +6,6 @@ A step works on a shallow copy of the optimizer, in which cells (`cells.py`) rep
 
 import collections
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -235,17 +234,10 @@ def build_template(
     return attrs.evolve(template, from_weights=from_weights)
 
 
-def template_maker(
-    optimizer: Keras,
-    initial: Mapping[int, np.ndarray],
-    specs: Sequence[tf.TensorSpec],
-    names: Sequence[str],
-) -> Callable[[], Template]:
+def template_maker(build: Callable[[], Template]) -> Callable[[], Template]:
     """A function that returns a template for one step: if possible, a copy of one that is built now."""
-    template = build_template(optimizer, initial, specs, names)
-    if template.can_be_copied:
-        return template.copy
-    return functools.partial(build_template, optimizer, initial, specs, names)
+    template = build()
+    return template.copy if template.can_be_copied else build
 
 
 def constructor_arguments(optimizer: Keras) -> Named:

@@ -135,9 +135,10 @@ class KerasOptimizer(PureOptimizer):
         """A template for such weights, for one step only, since threads may take steps at once."""
         specs = tuple(leaves.spec_of(weight) for weight in weights)
         if (names, specs) not in self._templates:
-            self._templates[names, specs] = copies.template_maker(
-                self.keras_optimizer, self._initial, specs, names
+            build = functools.partial(
+                copies.build_template, self.keras_optimizer, self._initial, specs, names
             )
+            self._templates[names, specs] = copies.template_maker(build)
         return self._templates[names, specs]()
 
     def _run(
