@@ -65,7 +65,7 @@ def test_other_versions_and_missing_packages_are_errors(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = {finding.name: finding for finding in doctor.check_versions()}
     assert found["jax"].text.startswith("not installed. Install the locked set")
-    assert found["tensorflow"].text.startswith("2.15.0, but 2.14 or later, before 2.15")
+    assert found["tensorflow"].text.startswith("2.15.0, but only versions from 2.14, before 2.15")
     assert found["tensorflow-federated"].status == "ok"
 
 

@@ -90,7 +90,7 @@ def check_versions() -> list[Finding]:
         if _numbers(first) <= _numbers(found) < _numbers(beyond):
             findings.append(Finding(name, OK, f"{found}."))
         else:
-            text = f"{found}, but {first} or later, before {beyond}, is known to work. {cure}"
+            text = f"{found}, but only versions from {first}, before {beyond}, are known to work. {cure}"
             findings.append(Finding(name, ERROR, text))
     return [*findings, check_typing_extensions()]
 
@@ -103,12 +103,12 @@ def check_typing_extensions() -> Finding:
         return Finding(name, OK, f"{found}.")
     if os.environ.get("WRAPT_DISABLE_EXTENSIONS"):
         text = (
-            f"{found}, newer than TensorFlow 2.14 goes with; WRAPT_DISABLE_EXTENSIONS is set, "
-            "which cures it."
+            f"{found}, newer than TensorFlow 2.14 supports, but WRAPT_DISABLE_EXTENSIONS is "
+            "set, which cures it."
         )
         return Finding(name, OK, text)
     text = (
-        f"{found}, as Jupyter or torch bring it. From 4.6 on it breaks `tf.saved_model.save` of "
+        f"{found}, as Jupyter or torch install it. Versions from 4.6 break `tf.saved_model.save` of "
         'TensorFlow 2.14, and with it `tff.program.FileProgramStateManager` ("this __dict__ '
         "descriptor does not support '_DictWrapper' objects\"). `pip install --no-deps "
         "typing_extensions==4.5.0`, or set WRAPT_DISABLE_EXTENSIONS=1 before TensorFlow is imported."
@@ -122,17 +122,17 @@ def check_sigint() -> Finding:
         return Finding("SIGINT", OK, "handled, so that TFF can end its worker.")
     text = (
         "ignored, as in a background job of a script or under `nohup`. TFF's worker inherits that, "
-        "and TFF waits for its end for ever. Start Python with `env --default-signal=INT python "
+        "and TFF waits forever for its end. Start Python with `env --default-signal=INT python "
         "...`, or call `signal.signal(signal.SIGINT, signal.default_int_handler)` first."
     )
     return Finding("SIGINT", ERROR, text)
 
 
 def check_shared_memory(path: str = "/dev/shm") -> Finding:
-    """Whether states can be handed over through memory."""
+    """Whether states can be transferred through memory."""
     name, least = "shared memory", 64 << 20
     if not os.access(path, os.W_OK):
-        text = f"{path} cannot be written. States are handed over through files on disk: slower."
+        text = f"{path} cannot be written. States go through files on disk, which is slower."
         return Finding(name, WARNING, text)
     free = shutil.disk_usage(path).free
     text = f"{free / 2**30:.1f} GB free in {path}."
@@ -154,7 +154,7 @@ def check_devices(timeout: float) -> Finding:
         return Finding("devices", ERROR, f"TensorFlow sees {names}, but fails on {reasons}")
     text = f"TensorFlow can use {names}."
     if os.path.exists("/dev/nvidiactl") and "GPU" not in names:
-        text += " There is an NVIDIA driver, but no GPU for TensorFlow: CUDA 11.8 is what it needs."
+        text += " There is an NVIDIA driver, but no GPU for TensorFlow, which needs CUDA 11.8."
         return Finding("devices", WARNING, text)
     return Finding("devices", OK, text)
 
@@ -190,7 +190,7 @@ def check_rounds(timeout: float) -> list[Finding]:
 
 
 def examine(timeout: float, report: Callable[[Finding], None]) -> list[Finding]:
-    """Looks at everything, and reports each finding as it comes."""
+    """Runs all checks, and reports each finding at once."""
     findings: list[Finding] = []
 
     def add(*found: Finding) -> None:
