@@ -167,7 +167,7 @@ def damage(count, seed):
     with (
         tempfile.TemporaryDirectory() as path,
         ResidentProcess(process(), workers=1) as in_worker,
-        ResidentProcess(process(), device="CPU:1") as here,
+        ResidentProcess(process(), device="CPU:0") as here,
     ):
         good, newer = plain_run()[1][0], plain_run()[2][0]
         kept = ResidentCheckpoints(in_worker, f"{path}/kept")

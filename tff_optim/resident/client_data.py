@@ -176,22 +176,18 @@ def _dataset_of(batches: list[list[Any]], wanted: tff.Type) -> tf.data.Dataset:
 
 
 def _nothing(wanted: tff.Type) -> list[np.ndarray]:
-    """A batch without examples."""
-    if isinstance(wanted, tff.StructType):
-        parts = [_nothing(member) for _, member in tff.structure.iter_elements(wanted)]
-        return list(itertools.chain(*parts))
-    shape = [size or 0 for size in wanted.shape or []]
-    return [np.zeros(shape, tf.as_dtype(wanted.dtype.type).as_numpy_dtype)]
+    """A batch of no examples."""
+    return [
+        np.zeros([size or 0 for size in leaf.type.shape or ()], leaf.dtype.as_numpy_dtype)
+        for leaf in leaves.leaves_of(wanted)
+    ]
 
 
 def _packed(values: Iterator[Any], wanted: tff.Type) -> Any:
-    """Values in TFF's containers, which keep the order of names."""
-    if not isinstance(wanted, tff.StructType):
-        return next(values)
-    members = [
-        (name, _packed(values, member)) for name, member in tff.structure.iter_elements(wanted)
-    ]
-    return tff.structure.to_odict_or_tuple(tff.structure.Struct(members), recursive=False)
+    """Packs values into the containers in which TFF keeps the order of names."""
+    packed = leaves.structured(values, wanted)
+    is_part = not isinstance(packed, tff.structure.Struct)
+    return packed if is_part else tff.structure.to_odict_or_tuple(packed)
 
 
 def _outline(data: Any) -> str:

@@ -45,10 +45,9 @@ def check_dataset(dataset: tf.data.Dataset, wanted: tff.Type, code: str = "datas
 
     At most one element is read, and only to find the cure.
     """
-    found = dict(_walk(dataset.element_spec, wanted))
-    if _fits(dataset, found, wanted):
+    if _fits(dataset, wanted):
         return
-    specs = [leaf.value for leaf in found.values()]
+    specs = [leaf.value for leaf in _parts(dataset.element_spec, wanted).values()]
     if calls_python(dataset):
         _refuse_read([dataset], wanted, f"list({code})", OF_PYTHON)
     if any(isinstance(one, tf.TensorSpec) and one.shape.rank is None for one in specs):
@@ -57,20 +56,17 @@ def check_dataset(dataset: tf.data.Dataset, wanted: tff.Type, code: str = "datas
     if specs and all(isinstance(one, tf.data.DatasetSpec) for one in specs):
         reasons.append("The elements are windows, data sets themselves.")
         code, dataset = _without_windows(code, dataset)
-    found = _paired(dict(_walk(dataset.element_spec, wanted)), wanted, reasons)
+    found = _paired(_parts(dataset.element_spec, wanted), wanted, reasons)
     code, dataset = _batched(code, dataset, found, wanted, reasons)
-    found = _paired(dict(_walk(dataset.element_spec, wanted)), wanted, [])
-    if not _fits(dataset, dict(_walk(dataset.element_spec, wanted)), wanted):
-        if any(leaf.value.dtype == tf.string for leaf in found.values() if _has_dtype(leaf)):
+    found = _paired(_parts(dataset.element_spec, wanted), wanted, [])
+    if not _fits(dataset, wanted):
+        if any(getattr(leaf.value, "dtype", None) == tf.string for leaf in found.values()):
             _check_first_texts(dataset, wanted)
-        codes = [
-            _mended(found[path], path, leaf_type, reasons, _same_dtype)
-            for path, leaf_type in paths_of(wanted)
-        ]
+        each = _mended_batch(found, wanted, reasons, _same_dtype)
         if not reasons:
             reasons.append("The parts are in another container, or in an order that may not last.")
         argument = "*batch" if type(dataset.element_spec) is tuple else "batch"
-        code = f"{code}.map(lambda {argument}: {_packed(iter(codes), wanted)})"
+        code = f"{code}.map(lambda {argument}: {each})"
     raise Unlike(_told(reasons, code))
 
 
@@ -139,7 +135,7 @@ def _refuse_read(datasets: list[Any], wanted: tff.Type, code: str, reason: str) 
 def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -> list[Any]:
     if batch is None:
         raise Unlike(f"It is None. Give `[batch for batch in {code} if batch is not None]`.")
-    found = dict(_walk(batch, wanted))
+    found = _parts(batch, wanted)
     if found.keys() == {()} and isinstance(wanted, tff.StructType):
         names = [_at(path) for path, _ in paths_of(wanted)]
         if len(data) == len(names) and all(np.ndim(one) for one in data):
@@ -168,12 +164,8 @@ def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -
         }
     for array, (path, leaf_type) in zip(arrays, paths_of(wanted), strict=True):
         _check_text(array, path, leaf_type)
-    codes = [
-        _mended(found[path], path, leaf_type, reasons, _safe_dtype)
-        for path, leaf_type in paths_of(wanted)
-    ]
+    each = _mended_batch(found, wanted, reasons, _safe_dtype)
     if reasons:
-        each = _packed(iter(codes), wanted)
         raise Unlike(
             _told(reasons, f"[{each}]" if one_example else f"[{each} for batch in {code}]")
         )
@@ -183,9 +175,9 @@ def _arrays_of_batch(batch: Any, data: list[Any], wanted: tff.Type, code: str) -
     ]
 
 
-def _walk(
+def _parts(
     found: Any, wanted: tff.Type | None, code: str = "batch", path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], _Leaf]]:
+) -> _Leaves:
     """The parts of a batch or of a specification, at the paths of a type.
 
     As in TFF, parts without names take the type's names by position. A list is a batch, or a part of
@@ -208,18 +200,20 @@ def _walk(
     elif isinstance(found, tuple) or (isinstance(found, list) and members):
         parts = [(None, part, f"{code}[{i}]") for i, part in enumerate(found)]
     else:
-        yield path, _Leaf(found, code)
-        return
+        return {path: _Leaf(found, code)}
     by_position = [name or str(i) for i, (name, _) in enumerate(members)]
     types = {name: member for name, (_, member) in zip(by_position, members, strict=True)}
+    leaves: _Leaves = {}
     for i, (name, part, part_code) in enumerate(parts):
         if name is None:
             name = by_position[i] if len(parts) == len(members) else str(i)
-        yield from _walk(part, types.get(name), part_code, (*path, str(name)))
+        leaves |= _parts(part, types.get(name), part_code, (*path, str(name)))
+    return leaves
 
 
-def _fits(dataset: tf.data.Dataset, found: _Leaves, wanted: tff.Type) -> bool:
-    if not all(isinstance(leaf.value, tf.TensorSpec) for leaf in found.values()):
+def _fits(dataset: tf.data.Dataset, wanted: tff.Type) -> bool:
+    specs = _parts(dataset.element_spec, wanted).values()
+    if not all(isinstance(leaf.value, tf.TensorSpec) for leaf in specs):
         return False  # TFF knows no other parts
     if not wanted.is_assignable_from(tff.types.tensorflow_to_type(dataset.element_spec)):
         return False
@@ -282,9 +276,8 @@ def _batched(
     reasons: list[str],
 ) -> tuple[str, tf.data.Dataset]:
     """Batches a data set of examples; unbatches one of batches of batches, or of other sizes."""
-    shapes = {path: tf.TensorShape(leaf.shape) for path, leaf in paths_of(wanted)}
-    pairs = [(shape, _shape(found[path].value)) for path, shape in shapes.items()]
-    sizes = {shape[0] for shape in shapes.values() if shape.rank}
+    pairs = _shapes(found, wanted)
+    sizes = {shape[0] for shape, _ in pairs if shape.rank}
     size = next(iter(sizes)) if len(sizes) == 1 else None
     batch = f".batch({size}, drop_remainder=True)" if size else f".batch({_BATCH})"
 
@@ -305,11 +298,18 @@ def _batched(
     return code, dataset
 
 
+def _shapes(found: _Leaves, wanted: tff.Type) -> list[tuple[tf.TensorShape, tf.TensorShape]]:
+    """For each part the shape of the type, and the one that was found."""
+    unknown = tf.TensorShape(None)
+    return [
+        (tf.TensorShape(leaf.shape), getattr(found[path].value, "shape", unknown))
+        for path, leaf in paths_of(wanted)
+    ]
+
+
 def _is_example(found: _Leaves, wanted: tff.Type) -> bool:
     """Whether each part lacks a dimension, and one of them lacks exactly that of the batch."""
-    pairs = [
-        (tf.TensorShape(leaf.shape), _shape(found[path].value)) for path, leaf in paths_of(wanted)
-    ]
+    pairs = _shapes(found, wanted)
     if any(None in (have.rank, shape.rank) or have.rank >= shape.rank for shape, have in pairs):
         return False
     return any(
@@ -326,10 +326,24 @@ def _is_known_as(have: tf.TensorShape, shape: tf.TensorShape) -> bool:
 
 
 def _dimensions_of_first(found: _Leaves, wanted: tff.Type) -> str:
-    path, leaf_type = next(paths_of(wanted))
-    rank = _shape(found[path].value).rank
-    plural = "s" * (rank != 1)
-    return f"{_at(path)} has {rank} dimension{plural} and not {len(leaf_type.shape)}"
+    path, _ = next(paths_of(wanted))
+    shape, have = _shapes(found, wanted)[0]
+    plural = "s" * (have.rank != 1)
+    return f"{_at(path)} has {have.rank} dimension{plural} and not {shape.rank}"
+
+
+def _mended_batch(
+    found: _Leaves,
+    wanted: tff.Type,
+    reasons: list[str],
+    change_dtype: Callable[[str, tf.DType, tf.DType], str | None],
+) -> str:
+    """The code for a batch as the type has it."""
+    codes = [
+        _mended(found[path], path, leaf_type, reasons, change_dtype)
+        for path, leaf_type in paths_of(wanted)
+    ]
+    return _packed(iter(codes), wanted)
 
 
 def _mended(
@@ -420,13 +434,9 @@ def _read(value: Any) -> Any:
     return array
 
 
-def _has_dtype(leaf: _Leaf) -> bool:
-    return hasattr(leaf.value, "dtype")
-
-
 def _check_first_texts(dataset: tf.data.Dataset, wanted: tff.Type) -> None:
     for batch in dataset.take(1):
-        first = _paired(dict(_walk(batch, wanted)), wanted, [])
+        first = _paired(_parts(batch, wanted), wanted, [])
         for path, leaf_type in paths_of(wanted):
             _check_text(_read(first[path].value), path, leaf_type)
 
@@ -494,10 +504,6 @@ def _packed(codes: Iterator[str], wanted: tff.Type) -> str:
 
 def _told(reasons: list[str], code: str) -> str:
     return f"{' '.join(reasons[:_MOST])} Give `{code}`."
-
-
-def _shape(spec: Any) -> tf.TensorShape:
-    return getattr(spec, "shape", tf.TensorShape(None))
 
 
 def _dims(shape: tf.TensorShape) -> str:

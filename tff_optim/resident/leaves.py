@@ -117,15 +117,16 @@ def _listed(elements: list[tuple[str | None, Any]]) -> str:
 
 def pack(values: Sequence[Any], type_spec: tff.Type) -> Any:
     """Puts flat values into the Python containers of `type_spec`."""
-    return tff.types.type_to_py_container(_structured(iter(values), type_spec), type_spec)
+    return tff.types.type_to_py_container(structured(iter(values), type_spec), type_spec)
 
 
-def _structured(values: Iterator[Any], type_spec: tff.Type) -> Any:
+def structured(values: Iterator[Any], type_spec: tff.Type) -> Any:
+    """Puts flat values into TFF's own containers, with the names of a type."""
     if not isinstance(type_spec, tff.StructType):
         return next(values)
     return tff.structure.Struct(
         [
-            (name, _structured(values, element))
+            (name, structured(values, element))
             for name, element in tff.structure.iter_elements(type_spec)
         ]
     )

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 import grpc  # type: ignore[import-untyped]
@@ -136,7 +136,7 @@ class Connection:
             weakref.finalize(self, self._executor.close).atexit = False
         return self._executor
 
-    def start(self, work: Callable[[], Awaitable[_T]]) -> "Call[_T]":
+    def start(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> "Call[_T]":
         """Starts work on this worker in a thread of its own."""
         self._check()
         call = Call(work)
@@ -204,9 +204,9 @@ class Connection:
 class Call(threading.Thread, Generic[_T]):
     """Work in a daemon thread, which never keeps Python from ending."""
 
-    def __init__(self, work: Callable[[], Awaitable[_T]]):
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, _T]]):
         super().__init__(daemon=True)
-        self._work: Callable[[], Awaitable[_T]] | None = work
+        self._work: Callable[[], Coroutine[Any, Any, _T]] | None = work
         self.abandoned = False
         self.done = threading.Event()
         self.result: Any = None
@@ -216,13 +216,9 @@ class Call(threading.Thread, Generic[_T]):
         """Runs the work and keeps its result or error."""
         assert self._work is not None
         try:
-            self.result = asyncio.run(_await(self._work))
+            self.result = asyncio.run(self._work())
         except BaseException as error:
             self.error = error
         finally:
             self._work = None  # else its values would live as long as the call
             self.done.set()
-
-
-async def _await(work: Callable[[], Awaitable[_T]]) -> _T:
-    return await work()
