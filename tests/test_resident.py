@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import functools
 import gc
 import os
 
@@ -16,8 +17,8 @@ from resident_cases import (
     cohort,
     cohorts,
     connections_of,
+    functional_model,
     is_running,
-    model_fn,
     plain_run,
     process,
 )
@@ -195,10 +196,11 @@ def test_tffs_own_loop_with_managers(resident, tmp_path):
         loop.close()
 
 
-@pytest.mark.parametrize("place", [{"device": "CPU:0"}, {"workers": 1}])
-def test_how_many_clients_run_at_once_makes_no_difference(place):
+# Fewer than are in the largest cohort, and more.
+@pytest.mark.parametrize(("place", "several"), [({"device": "CPU:0"}, 4), ({"workers": 1}, 8)])
+def test_how_many_clients_run_at_once_makes_no_difference(place, several):
     found = []
-    for number in (1, 4, 8):
+    for number in (1, several):
         with ResidentProcess(process(), clients_at_once=number, **place) as r:
             state, metrics = r.initialize(), []
             for clients in cohorts():
@@ -206,7 +208,6 @@ def test_how_many_clients_run_at_once_makes_no_difference(place):
                 metrics.append(measured)
             found.append((r.materialize(state), metrics))
     assert_equal(found[1], found[0])
-    assert_equal(found[2], found[0])
 
 
 @pytest.mark.parametrize("clients_at_once", [2, 4])
@@ -277,15 +278,19 @@ def test_a_process_with_dependent_aggregations_is_refused_by_the_names_of_both(a
         ResidentProcess(two_pass_process(), **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"workers": 1}])
-def test_a_process_with_secure_sums_is_refused(arguments):
-    secure = tff.learning.algorithms.build_weighted_fed_avg(
-        model_fn,
+@functools.cache
+def with_secure_sums():
+    return tff.learning.algorithms.build_weighted_fed_avg(
+        functional_model(),
         tff.learning.optimizers.build_sgdm(0.05),
         model_aggregator=tff.learning.secure_aggregator(),
     )
+
+
+@pytest.mark.parametrize("arguments", [{}, {"workers": 1}])
+def test_a_process_with_secure_sums_is_refused(arguments):
     with pytest.raises(ValueError, match="`process` must be without secure sums"):
-        ResidentProcess(secure, **arguments)
+        ResidentProcess(with_secure_sums(), **arguments)
 
 
 def counting_process(start, step, weights=lambda state: state):
