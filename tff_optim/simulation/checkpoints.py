@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the files in which its states were saved, and whether they are still those."""
+"""Checkpoints of a run: the files of its states, and whether they are unchanged."""
 
 import hashlib
 import os
@@ -19,18 +19,17 @@ _KEPT = 2
 
 
 class Checkpoints:
-    """States by round, saved by `ResidentCheckpoints`, or by TFF for a process without its own way.
+    """States by round, saved by `ResidentCheckpoints`, or by TFF for other processes.
 
-    Each save gives a digest of its files, by which files that were changed, exchanged or put there by
-    others are told.
+    Each save returns a digest of its files, which reveals files that were changed, exchanged or added.
 
     Args:
-      process: Whose states are saved.
-      path: The folder; made if it is not there.
+      process: The process whose states are saved.
+      path: The folder, created if missing.
       accept_changes: Whether the states may be of another process.
 
     Raises:
-      OSError: It cannot be made.
+      OSError: If the folder cannot be created.
     """
 
     def __init__(self, process: Process, path: str, *, accept_changes: bool):
@@ -57,7 +56,7 @@ class Checkpoints:
         """Loads the state after a round."""
         try:
             return await self._manager.load(number, structure)
-        except (TypeError, ValueError):  # TFF's words for other names
+        except (TypeError, ValueError):  # TFF's errors for other names
             loaded = await self._manager.load(number, old_runs.renamed(structure, EARLIER))
             return old_runs.renamed(loaded, {before: now for now, before in EARLIER.items()})
 
@@ -66,13 +65,13 @@ class Checkpoints:
         return _digest(self._path_of(number))
 
     def found(self) -> list[int]:
-        """The rounds that there is something for, whatever it holds."""
+        """The rounds that have an entry, even a damaged one."""
         numbers = re.compile(re.escape(self._prefix) + "(0|[1-9][0-9]*)", re.ASCII)
         matches = map(numbers.fullmatch, os.listdir(self._path))
         return sorted(int(match[1]) for match in matches if match)
 
     def fault(self, number: int, digest: str) -> str:
-        """What is wrong with the files of a round; empty if they are as they were saved."""
+        """The fault of a round's files; empty if they are as they were saved."""
         path = self._path_of(number)
         try:
             if not os.path.lexists(path):
@@ -84,14 +83,14 @@ class Checkpoints:
         return ""
 
     def clear(self, saved: Collection[int], killed: Collection[int]) -> list[str]:
-        """Takes out of the way what is not among the states that count.
+        """Removes or renames all entries but the states that count.
 
         Args:
           saved: The rounds whose states count.
           killed: The rounds whose states a kill may have left, whole or not; they are removed.
 
         Returns:
-          What else there was; it is renamed to `left_out_...`.
+          The names of the other entries, which are renamed to `left_out_...`.
         """
         own = {self._name(number): number for number in self.found()}
         renamed = []
@@ -133,4 +132,4 @@ def _files(folder: str) -> Iterator[str]:
         elif stat.S_ISREG(mode):
             yield path
         else:
-            raise OSError(0, f"{name} is not a file", path)  # a pipe would be waited for
+            raise OSError(0, f"{name} is not a file", path)  # reading a pipe would wait

@@ -1,4 +1,4 @@
-"""Folder: what a run keeps in its directory, or in memory alone."""
+"""The files of a run in its directory, or its records in memory only."""
 
 import contextlib
 import os
@@ -29,31 +29,32 @@ _KINDS: dict[str, Callable[[str], bool]] = {
 
 
 class Folder(tff.program.ProgramStateManager):
-    """The records, curves and checkpoints of one run, all of one round; `close` it in the end.
+    """The records, curves and checkpoints of one run, kept at the same round; `close` it at the end.
 
-    `records.jsonl` decides: it says what each round has shown, and after which rounds the state was
-    saved in which files. A run goes on from the newest state whose files are as they were saved.
-    Records of later rounds are dropped, and CSV files and curves are made anew from the others. Damage
-    is told; where it leaves no state to go on from, nothing is changed.
+    `records.jsonl` decides: it has the metrics of each round, and the rounds after which the state was
+    saved, with digests of the files. A run resumes from the newest state whose files are as they were
+    saved. Records of later rounds are dropped, and CSV files and curves are made anew from the others.
+    Damage is reported. If it leaves no state to resume from, nothing is changed.
 
     It is the `program_state_manager` of TFF's loop, after `find` and `begin`.
 
     Args:
-      path: The directory, made if it is not there; None to keep the records in memory alone.
-      keep_best: What the best state is told by; None to keep none.
+      path: The directory, created if missing; None to keep the records in memory only.
+      keep_best: The metric that decides which state is best; None to keep none.
 
     Attributes:
-      path: As given.
+      path: The directory.
       best: The best round so far; None if none is kept.
-      saved: The round to go on from; None to begin anew.
-      reach: How many rounds before that one lies the one that counts if that one is damaged.
-      changed: Names of functions that return something else than before, to be written down.
+      saved: The round to resume from; None to begin anew.
+      reach: The number of rounds between the two last checkpoints, whose older one counts if the newer
+        one is damaged.
+      changed: Names of functions whose results have changed, to be written down.
       rounds: A record for each round.
       clients: A record for each client of each round.
 
     Raises:
-      RuntimeError: Another run has the directory.
-      ValueError: It cannot be made.
+      RuntimeError: If another run uses the directory.
+      ValueError: If it cannot be created.
     """
 
     def __init__(self, path: str | None, keep_best: Goal | None):
@@ -69,7 +70,7 @@ class Folder(tff.program.ProgramStateManager):
         self._state: State = None
         self._left_out: list[str] = []
         self._board: Board | None = None
-        self._is_old = False  # whether it is to be given records
+        self._is_old = False  # whether it still needs records
         self._close = contextlib.ExitStack()
         if path is not None:
             self._close.enter_context(_owned(path))
@@ -84,17 +85,17 @@ class Folder(tff.program.ProgramStateManager):
         *,
         resume: bool | str,
     ) -> None:
-        """Finds what the same run has left in the directory, and changes nothing of it.
+        """Finds the files of the same run in the directory, and changes nothing.
 
         Args:
-          run: What makes a run the same run; see `same_run.describe`.
-          process: Whose states are saved.
-          state: One of them.
-          ids: Of all clients.
-          resume: Whether to go on with what is there; "changed" if it may differ.
+          run: The identity of the run; see `same_run.describe`.
+          process: The process whose states are saved.
+          state: One of its states.
+          ids: The ids of all clients.
+          resume: Whether to resume the run in the directory; "changed" if it may differ.
 
         Raises:
-          ValueError: The directory holds another run, or one that is damaged.
+          ValueError: If the directory holds another run, or one that is damaged.
         """
         assert self.path is not None
         self._run, self._by_text = dict(run), _by_text(ids)
@@ -131,11 +132,11 @@ class Folder(tff.program.ProgramStateManager):
 
     @property
     def last_change(self) -> int:
-        """The round after which the run has gone on as another one; 0 if it never has."""
+        """The round after which the run was last resumed with changes; 0 if it never was."""
         return same_run.last_change(self._found or {})
 
     def _choose(self) -> dict[int, str]:
-        """Decides which state to go on from; returns the digests of those saved up to it."""
+        """Decides which state to resume from; returns the digests of the states up to it."""
         wrong = self._read()
         values = self._records.values
         saves = {value["saved"]: value["files"] for value in values if "saved" in value}
@@ -147,7 +148,7 @@ class Folder(tff.program.ProgramStateManager):
                 break
             self._left_out.append(fault)
         done = max((value["round"] for value in values if "round" in value), default=0)
-        # A save of the last rounds may have been killed before it was written down.
+        # A kill may have come after a save of the last rounds, before its record was written.
         self._killed = range(max(saves, default=-1) + 1, done + 1)
         unknown = [number for number in self._checkpoints.found() if number > done]
         if self.saved is None and (self._left_out or unknown):
@@ -175,7 +176,7 @@ class Folder(tff.program.ProgramStateManager):
                 )
 
     def _read(self) -> str:
-        """Reads the records; returns what is wrong with them."""
+        """Reads the records; returns their fault."""
         path = self._path_of(_RECORDS)
         if self._is_old:
             return self._read_csv(self._path_of(_ROUNDS), self._path_of(_CLIENTS))
@@ -190,7 +191,7 @@ class Folder(tff.program.ProgramStateManager):
         return f"{_RECORDS}: {wrong}, {after}" if wrong else ""
 
     def _read_csv(self, rounds: str, clients: str) -> str:
-        """Reads what the first version of this package wrote, which had no records, as records."""
+        """Reads files of this package's first version, which had no records, as records."""
         digests = {number: self._checkpoints.digest(number) for number in self._checkpoints.found()}
         try:
             of_rounds, of_clients = (
@@ -203,7 +204,7 @@ class Folder(tff.program.ProgramStateManager):
         return ""
 
     def _take(self, last: int | None) -> None:
-        """Takes the records of rounds up to one from what the file holds."""
+        """Takes the records of rounds up to `last` from the file's values."""
         self.rounds, self.clients = [], []
         for value in self._records.values:
             if "round" in value and last is not None and value["round"] <= last:
@@ -215,16 +216,16 @@ class Folder(tff.program.ProgramStateManager):
                 ]
 
     def begin(self) -> None:
-        """Brings all that the directory holds to the round to go on from.
+        """Brings all files of the directory to the round to resume from.
 
         Raises:
-          ValueError: Something in the directory cannot be written.
+          ValueError: If a file in the directory cannot be written.
         """
         if self.path is None:
             return
         with _in_words():
             if self._is_old:
-                self._records.start(self._records.values)  # before its arguments are those of today
+                self._records.start(self._records.values)  # before its arguments are converted
             if self._found is not None:
                 same_run.take_over(self.path, self._run, self._found, self.saved or 0, self.changed)
             odd = self._checkpoints.clear(self._counts, self._killed)
@@ -270,7 +271,7 @@ class Folder(tff.program.ProgramStateManager):
     def add(
         self, number: int, record: Mapping[str, Json], of_clients: Sequence[Mapping[str, Json]]
     ) -> None:
-        """Keeps what a round has shown."""
+        """Adds the records of a round."""
         rounds = [{"round": number, **record}]
         clients = [{"round": number, **one} for one in of_clients]
         if self._board is not None:
@@ -288,7 +289,7 @@ class Folder(tff.program.ProgramStateManager):
         self.clients += clients
 
     async def save(self, program_state: State, version: int) -> None:
-        """Saves the state after a round, unless it is saved; drops the records of later rounds."""
+        """Saves the state after a round if necessary; drops the records of later rounds."""
         if self.path is None or version in self._counts:
             return
         digest = await self._checkpoints.save(program_state, version)
@@ -303,11 +304,11 @@ class Folder(tff.program.ProgramStateManager):
         self._counts.add(version)
 
     async def get_versions(self) -> list[int] | None:
-        """The round to go on from, or None."""
+        """The round to resume from, or None."""
         return None if self.saved is None else [self.saved]
 
     async def load(self, version: int, structure: State) -> State:
-        """Gives the state that was found, once."""
+        """Returns the state that was found, once."""
         del structure
         if version != self.saved:
             raise tff.program.ProgramStateNotFoundError(version)
@@ -315,7 +316,7 @@ class Folder(tff.program.ProgramStateManager):
         return state
 
     def close(self) -> None:
-        """Ends writing, and lets others have the directory."""
+        """Closes the files, and releases the directory."""
         if self._board is not None:
             self._board.close()
         self._close.close()
@@ -327,7 +328,7 @@ class Folder(tff.program.ProgramStateManager):
 
 @contextlib.contextmanager
 def _owned(path: str) -> Iterator[None]:
-    """Has a directory, which is made if it is not there, for this run alone."""
+    """Locks a directory, which is created if missing, for this run."""
     with contextlib.ExitStack() as stack:
         with _in_words():
             try:
@@ -363,7 +364,7 @@ def _check_kind(path: str, is_kind: Callable[[str], bool]) -> None:
 
 
 def _by_text(ids: Sequence[ClientId]) -> Record:
-    """The ids of clients by the texts that files hold."""
+    """The ids of clients by their strings, which files hold."""
     found: Record = {}
     for client in ids:
         other = found.setdefault(str(client), client)

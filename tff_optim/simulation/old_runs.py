@@ -1,6 +1,6 @@
-"""Runs of the first version of this package, whose folders had no records, as runs of today.
+"""Converts runs of this package's first version, whose folders had no records.
 
-It wrote `arguments.json`, two CSV files and checkpoints, which say as much as is needed to go on.
+It wrote `arguments.json`, two CSV files and checkpoints, which suffice to resume a run.
 """
 
 import collections
@@ -17,18 +17,18 @@ from tff_optim.resident.leaves import earlier
 
 
 def arguments(found: Record, run: Record, process: Process, saved: Iterable[str]) -> Record:
-    """What such a folder says of its run, in the words of today.
+    """The identity of such a run in today's form.
 
     Args:
-      found: What it says.
-      run: What is compared with it; see `same_run.describe`.
+      found: The identity in the folder.
+      run: The identity to compare it with; see `same_run.describe`.
       process: The process.
-      saved: The names of what lies among the checkpoints.
+      saved: The names of the checkpoints.
     """
     found = dict(found)
     state_type = str(getattr(process, "process", process).initialize.type_signature.result)
     digest = hashlib.sha256(state_type.encode()).hexdigest()[:8]
-    # Where names have changed, what loads the state compares it with the type.
+    # If names have changed, loading the state compares it with the type.
     if found["state_type"] == digest or re.search(r"\bdecay=|\bstep=\w+,slots=", state_type):
         found["state_type"] = run["state_type"]
     for name, kind in (("version_", "resident"), ("program_state_", "plain")):
@@ -45,16 +45,16 @@ def arguments(found: Record, run: Record, process: Process, saved: Iterable[str]
 
 
 def records(rounds: str, clients: str, written: float, digests: Mapping[int, str]) -> list[Record]:
-    """What the files of such a run hold, as records.
+    """The files of such a run as records.
 
     Args:
       rounds: The text of the file with a row for each round.
-      clients: That of the file with a row for each client of each round.
-      written: When.
-      digests: Those of the checkpoints' files, by round.
+      clients: The text of the file with a row for each client of each round.
+      written: The time of the files.
+      digests: The digests of the checkpoints' files, by round.
 
     Raises:
-      ValueError: A row is of no round.
+      ValueError: If a row has no round.
     """
     of_clients: dict[int, list[Record]] = {}
     for number, row in _rows(clients):
@@ -69,7 +69,7 @@ def records(rounds: str, clients: str, written: float, digests: Mapping[int, str
 
 
 def renamed(state: State, names: Mapping[str, str]) -> State:
-    """A state in which some keys have other names; `step` only beside `slots`, in Keras' optimizers."""
+    """A state with some keys renamed; `step` only next to `slots`, as in Keras' optimizers."""
     if isinstance(state, Mapping):
         here = {key: names.get(key, key) for key in state if key != "step" or "slots" in state}
         pairs = ((here.get(key, key), renamed(one, names)) for key, one in state.items())
@@ -84,10 +84,10 @@ def renamed(state: State, names: Mapping[str, str]) -> State:
 
 
 def _rows(text: str) -> Iterator[tuple[int, Record]]:
-    whole, _, _ = text.rpartition("\n")  # what follows was cut off
+    whole, _, _ = text.rpartition("\n")  # the rest was cut off
     for row in csv.DictReader(io.StringIO(whole, newline="")):
         number = row.pop("round", "none")
-        # A column without a value is one that the round does not have.
+        # An empty column is missing in this round.
         found = {name: one if name == "client" else _value(one) for name, one in row.items() if one}
         yield int(number), found
 

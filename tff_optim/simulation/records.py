@@ -1,4 +1,4 @@
-"""Records of a run: a file of typed lines that nothing changes unseen, and CSV files made of it."""
+"""Records of a run: a file of typed lines that reveals changes, and CSV files made from it."""
 
 import csv
 import hashlib
@@ -23,10 +23,10 @@ class _Line:
 
 
 class RecordFile:
-    """A JSON object in each line, each with a digest of itself and of all lines before it.
+    """A JSON object in each line, with a digest of itself and of all lines before it.
 
-    So a line that is missing or that was changed is found out. JSON keeps types and every character;
-    not a number and infinite are `NaN` and `Infinity`, as Python writes them.
+    The digest reveals missing and changed lines. JSON keeps types and all characters; `NaN` and
+    `Infinity` are written as Python does.
 
     Args:
       path: The file.
@@ -38,17 +38,17 @@ class RecordFile:
 
     @property
     def values(self) -> list[Record]:
-        """What the lines hold, without the first one, which names the format."""
+        """The values of the lines, without the first one, which names the format."""
         return [line.value for line in self._lines[1:]]
 
     def read(self) -> str:
         """Reads up to the first line that is not as it was written.
 
         Returns:
-          What is wrong with that line; empty if nothing is, or if a kill has cut the last one off.
+          The fault of that line; empty if there is none, or if a kill cut off the last line.
 
         Raises:
-          OSError: The file cannot be read.
+          OSError: If the file cannot be read.
         """
         with open(self._path, "rb") as file:
             *lines, cut_off = file.read().split(b"\n")
@@ -62,7 +62,7 @@ class RecordFile:
         return ""
 
     def hold(self, values: Sequence[Record]) -> bytes:
-        """Takes values for those that the file holds; returns the text of such a file."""
+        """Sets the values; returns the text of a file that holds them."""
         self._lines, text = [], b""
         for value in (_FORMAT, *values):
             written, line = _written(value, self._lines[-1:])
@@ -92,7 +92,7 @@ class RecordFile:
 
 
 def _written(value: Record, before: Sequence[_Line]) -> tuple[bytes, _Line]:
-    """A line as bytes, and as it will be read."""
+    """A line as bytes, and as `_parse` will read it."""
     body = json.dumps(value).encode()
     check = _digest(body, before)
     text = body[:-1] + _CHECK + check.encode() + b'"}\n'
@@ -122,7 +122,7 @@ class CsvView:
 
     Args:
       path: The file, which is written anew.
-      records: Those that there are already.
+      records: The first records.
     """
 
     def __init__(self, path: str, records: Sequence[Record]):
@@ -131,7 +131,7 @@ class CsvView:
         self._write_all()
 
     def append(self, records: Sequence[Record]) -> None:
-        """Adds rows; the file is written anew where a name is new."""
+        """Adds rows; the file is written anew if a name is new."""
         self._records += records
         if any(name not in self._columns for record in records for name in record):
             self._write_all()

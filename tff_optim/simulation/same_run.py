@@ -1,4 +1,4 @@
-"""What makes a run the same run: written down in its folder, and compared by whoever goes on."""
+"""The identity of a run: written to its folder, and compared when the run is resumed."""
 
 import functools
 import json
@@ -19,30 +19,30 @@ from tff_optim.simulation import metrics
 FILE = "arguments.json"
 VERSIONS = "versions"
 _CHANGES, _OWN, _DATA = "changes", "own_weights", "data"
-# Of a learning process; a plain one has the first two.
+# The computations of a learning process; an `IterativeProcess` has the first two.
 _COMPUTATIONS = (
     *("initialize", "next"),
     *("get_model_weights", "set_model_weights", "get_hparams", "set_hparams"),
 )
-# What another version of a package may make in another way without another number.
+# Entries that may differ between versions of packages without changing a number.
 _MADE = ("computations", "evaluate")
 _HINTS = {
     "state_type": "Another `state_type` is another model, optimizer or rule.",
     "computations": "Other `computations` are another model, loss, optimizer, rule or number in one.",
     "checkpoints": "Another kind of `checkpoints` is that of a `ResidentProcess`, or of a plain one.",
 }
-_NEVER = ("state_type", "checkpoints")  # a state of another kind cannot be gone on from
+_NEVER = ("state_type", "checkpoints")  # a state of another kind cannot be resumed
 _SHOWN = 3  # clients whose data differ
 
 
 def describe(process: Process, state: State, *, given: Value, **arguments: Value) -> Record:
-    """What is compared, in short texts and numbers by name.
+    """The identity of a run, as short texts and numbers by name.
 
     Args:
       process: The process.
       state: Its initial state.
-      given: The initial weights that it was given; None if they are its own.
-      **arguments: Of the run.
+      given: The `initial_weights` of the run; None if the process has its own.
+      **arguments: Arguments of the run.
     """
     wrapped = getattr(process, "process", process)
     weights = getattr(process, "get_model_weights", None)
@@ -66,9 +66,9 @@ def describe(process: Process, state: State, *, given: Value, **arguments: Value
 
 
 def of_function(function: Function | None) -> str | None:
-    """The name of a function and a fingerprint of its code; what the code refers to does not count.
+    """The name of a function and a fingerprint of its code, without values that the code refers to.
 
-    A function that is frozen data, as `poisson(0.1)`, is what it prints.
+    Frozen data that can be called, such as `poisson(0.1)`, are represented by their `repr`.
 
     Example:
       >>> one, same, other = (eval(f"lambda w: {{'n': {n}}}") for n in (1, 1, 2))
@@ -90,24 +90,24 @@ def of_function(function: Function | None) -> str | None:
 
 
 def of_ids(ids: Sequence[ClientId]) -> str:
-    """The number of clients, and a fingerprint of their ids in this order."""
+    """The number of clients, and a fingerprint of their ids in order."""
     return f"{len(ids)} from {ids[0]!r} to {ids[-1]!r}, {_short(*map(repr, ids))}"
 
 
 def check(
     folder: str, run: Record, found: Record | None, *, resume: bool | str, files: Sequence[str]
 ) -> None:
-    """Writes down what makes a run the same run, or compares it with what is there.
+    """Writes the identity of a run, or compares it with that of the run in the folder.
 
     Args:
-      folder: The run's.
+      folder: The folder of the run.
       run: See `describe`.
-      found: What `read` has found.
-      resume: Whether a run that is there may go on; "changed" for one that differs.
+      found: The result of `read`.
+      resume: Whether to resume the run in the folder; "changed" accepts one that differs.
       files: Names that the run will write.
 
     Raises:
-      ValueError: The folder holds another run, or files that no run has written.
+      ValueError: If the folder holds another run, or files that no run wrote.
     """
     if found is None:
         others = [name for name in files if os.path.exists(os.path.join(folder, name))]
@@ -150,20 +150,20 @@ def check(
 
 
 def last_change(found: Record) -> int:
-    """The round after which a run has gone on as another one; 0 if it never has."""
+    """The round after which a run was last resumed with changes; 0 if it never was."""
     changes = found.get(_CHANGES, [])
     return int(changes[-1]["after_round"]) if changes else 0
 
 
 def take_over(folder: str, run: Record, found: Record, number: int, others: Sequence[str]) -> None:
-    """Writes down that a run goes on after a round with what differs, if something does.
+    """Writes down the changes with which a run is resumed after a round, if there are any.
 
     Args:
-      folder: The run's.
+      folder: The folder of the run.
       run: See `describe`.
-      found: What there was.
+      found: The earlier identity.
       number: The round.
-      others: Names of functions that return something else than before.
+      others: Names of functions whose results have changed.
     """
     names = list(dict.fromkeys([*_differences(run, found), *others]))
     if found.get(VERSIONS) != run[VERSIONS]:
@@ -179,7 +179,7 @@ def take_over(folder: str, run: Record, found: Record, number: int, others: Sequ
 
 
 def _differences(run: Mapping[str, Json], found: Mapping[str, Json]) -> list[str]:
-    """Names of what is not the same; of data, one name for each client."""
+    """The names of entries that differ; for data, a name for each client."""
     same_versions = run[VERSIONS] == found.get(VERSIONS)
     names = []
     for name in {**run, **found}:
@@ -198,14 +198,14 @@ def _differences(run: Mapping[str, Json], found: Mapping[str, Json]) -> list[str
 
 
 def _stable(text: str, other: str) -> str:
-    """What is compared of a client's data: less where the first element is another each time."""
+    """The part of a data fingerprint to compare; without the first element if that is not stable."""
     changing = ("another each time", "not read")
     is_unknown = text.endswith(changing) or other.endswith(changing)
     return text.rpartition(", first ")[0] if is_unknown else text
 
 
 def _shown(run: Mapping[str, Json], names: Sequence[str]) -> Record:
-    """The values of some names, of a few clients if the data of many differ."""
+    """The values of some names; if the data of many clients differ, those of a few."""
     prefix = f"{_DATA} of "
     of_clients = [name for name in names if name.startswith(prefix)]
     shown = {name: run.get(name) for name in names if name not in of_clients}
@@ -230,10 +230,10 @@ def _warn_of_versions(folder: str, run: Mapping[str, Json], found: Mapping[str, 
 
 
 def read(folder: str) -> Record | None:
-    """What a folder says of its run, or None.
+    """The identity of the run in a folder, or None.
 
     Raises:
-      ValueError: It cannot be read.
+      ValueError: If it cannot be read.
     """
     path = os.path.join(folder, FILE)
     if not os.path.exists(path):
@@ -271,7 +271,7 @@ def _of_arrays(weights: Weights) -> str:
 
 
 def _code(code: types.CodeType) -> list[Value]:
-    """What a function's code does, wherever it stands in a file."""
+    """The behaviour of a function's code, independent of its position in a file."""
     parts: list[Value] = [code.co_code, code.co_names]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

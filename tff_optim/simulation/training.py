@@ -1,4 +1,4 @@
-"""One run: TFF's training loop with the files, the bar and the stops around it."""
+"""One run: TFF's training loop with files, a progress bar and stops around it."""
 
 import collections
 import contextlib
@@ -25,10 +25,10 @@ from tff_optim.simulation.progress import ProgressBar
 from tff_optim.simulation.threads import on_a_loop, wait
 
 _TIME = tff.simulation.TRAINING_TIME_KEY
-_DRAWN = "drawn_clients"  # where a round may have another number of them
-_IS_DRAWN = "drawn"  # where a row may be of a client that is evaluated alone
+_DRAWN = "drawn_clients"  # a column if rounds may differ in their number of clients
+_IS_DRAWN = "drawn"  # a column if clients may be evaluated without taking part
 _TAKEN = ("round", "process", "seed", _TIME, _EVALUATION, hparams.COLUMN, _DRAWN)
-_STUCK = 3  # rounds without a change that are told
+_STUCK = 3  # rounds without a change before a warning
 
 
 class _StopTraining(Exception):  # noqa: N818
@@ -54,7 +54,7 @@ def train(
 
 
 class _Run:
-    """What TFF's loop calls: the process, the draws, the evaluation and the release of metrics."""
+    """The functions that TFF's loop calls: process, draws, evaluation and release of metrics."""
 
     def __init__(
         self,
@@ -76,18 +76,18 @@ class _Run:
             self._managers = list(managers)
         if folder.path is not None:
             self._find(seed)
-        self._store: Value = None  # of the states of clients
-        self._state: State = None  # after the last round of this call, whose number is `_done`
+        self._store: Value = None  # the store of clients' states
+        self._state: State = None  # the state after round `_done`, the last one of this call
         self._done = folder.saved or 0
         self._in_round = False
-        self._told = False  # that the model does not change
+        self._told = False  # whether it has warned that the model does not change
         self._cohort: list[ClientId] = []
         self._of_clients: list[Record] = []
         self._of_evaluation: dict[ClientId, Record] = {}  # by client
         self._bar: ProgressBar | None = None
 
     def _find(self, seed: int) -> None:
-        """Finds what the same run has left in the folder."""
+        """Finds the files of the same run in the folder."""
         plan, cohorts, folder = self._plan, self._cohorts, self._folder
         assert folder.path is not None
         with plan.lock:
@@ -117,7 +117,7 @@ class _Run:
             self._check_rounds(folder.last_change)
 
     def _check_rounds(self, last_change: int) -> None:
-        """Raises `ValueError` if rounds since a change had other clients or numbers set."""
+        """Raises `ValueError` if rounds since the last change had other clients or hyperparameters."""
         drawn: dict[int, list[ClientId]] = {}
         for row in self._folder.clients:
             if row.get(_IS_DRAWN, True):
@@ -135,7 +135,7 @@ class _Run:
             self._check_same("hparams", number, self._numbers(number), before)
 
     def _check_same(self, name: str, number: int, now: Value, before: Value) -> None:
-        """Raises `ValueError` if a function returns something else for a round, or notes that."""
+        """Raises `ValueError`, or takes a note, if a function's result for a round has changed."""
         if now == before:
             return
         if self._plan.resume != "changed":
@@ -148,7 +148,7 @@ class _Run:
             self._folder.changed.append(name)
 
     def _numbers(self, number: int) -> Record:
-        """The hyperparameters that are set before a round, by name."""
+        """The hyperparameters to set before a round, by name."""
         if self._plan.hparams is None:
             return {}
         process, seed = self._run
@@ -157,7 +157,7 @@ class _Run:
         return hparams.named(given)
 
     def history(self) -> History:
-        """Trains, saves what is not saved yet, and tells."""
+        """Trains, saves the last state, and returns the history."""
         keeps = self._cohorts.keeps_states
         with self._open_store() if keeps else contextlib.nullcontext() as self._store:
             self._folder.begin()
@@ -173,7 +173,7 @@ class _Run:
         between = self._plan.rounds_per_checkpoint
         # Two checkpoints are kept, and the older one counts if the newer one is damaged.
         keep = 1 if folder.path is None else between + max(between, folder.reach)
-        # A round without clients is none for the store, nor for the server's state.
+        # Rounds without clients count neither for the store nor in the server's state.
         empty = sum(record.get(_DRAWN, 1) == 0 for record in folder.rounds)
         done = (folder.saved or 0) - empty
         return stores.opened(factory, self._cohorts.ids, folder.path, keep, done)
@@ -225,7 +225,7 @@ class _Run:
             return
         try:
             wait(self._folder.save(self._state, self._done))
-        except Exception as another:  # the first one is the reason
+        except Exception as another:  # the first error is the reason
             error.add_note(f"Round {self._done} could not be saved: {shown(another)}")
 
     def initialize(self) -> State:
@@ -236,7 +236,7 @@ class _Run:
         return self._initial
 
     def next(self, state: State, data: Cohort) -> tuple[State, Record]:
-        """A round, with flat metrics; clients' states count once it has ended."""
+        """A round, with flat metrics; clients' states are committed when it ends."""
         if self._state is None and self._folder.saved is not None:
             self._check_evaluate(state)
         number = self._done + 1
@@ -247,13 +247,13 @@ class _Run:
         with plain if self._store is None or not ids else self._store.cohort(ids, data) as cohort:
             self._in_round = True
             try:
-                # Without clients there is nothing that a server's optimizer should step on.
+                # Without clients the server's optimizer must not take a step.
                 state, found = _pair(self._process.next(state, cohort)) if ids else (state, {})
             except Exception as error:
                 client_data.explain(error, zip(self._cohort, data, strict=True))
                 raise
             self._in_round = False
-        workers.watch()  # TFF starts another one where one is lost
+        workers.watch()  # TFF replaces lost workers
         self._of_clients = metrics.client_records(found, self._cohort)
         self._next_state, self._initial = state, None
         flat = metrics.flatten(found)
@@ -283,7 +283,7 @@ class _Run:
         return bool(found)
 
     def _check_evaluate(self, state: State) -> None:
-        """Raises `ValueError` if the same weights are evaluated to other numbers than the run's."""
+        """Raises `ValueError` if the evaluation of the same weights has changed since the run."""
         found = {
             name.removeprefix(_EVALUATION): value
             for record in self._folder.rounds
@@ -335,7 +335,7 @@ class _Run:
         await self._bar.release(record, number)
 
     def _rows(self, number: int) -> list[Record]:
-        """A row for each client that was drawn or evaluated."""
+        """A row for each client that took part or was evaluated."""
         rows, evaluated = self._of_clients if number else [], self._of_evaluation
         self._of_evaluation = {}
         if self._plan.per_client is None or self._plan.per_client.clients is None:
@@ -345,7 +345,7 @@ class _Run:
         return drawn + [{"client": one, _IS_DRAWN: False, **found} for one, found in others]
 
     def _warn_if_stuck(self) -> None:
-        """Warns once of a model that several rounds in a row have left alone."""
+        """Warns once if several rounds in a row left the model unchanged."""
         last = self._folder.rounds[-_STUCK:]
         reasons = [metrics.why_unchanged(record) for record in last]
         if self._told or len(last) < _STUCK or not all(reasons):
@@ -378,7 +378,7 @@ class _Release(tff.program.ReleaseManager):
 
 
 def _pair(output: Value) -> tuple[Value, Value]:
-    """State and metrics, of a `LearningProcessOutput` or of what an `IterativeProcess` returns."""
+    """State and metrics of a `LearningProcessOutput`, or of an `IterativeProcess`' result."""
     if hasattr(output, "metrics"):
         return output.state, output.metrics
     state, found = output
@@ -386,5 +386,5 @@ def _pair(output: Value) -> tuple[Value, Value]:
 
 
 def _written(size: Value) -> Value:
-    """A number as it is, and a function in short."""
+    """A number as it is; a function in short."""
     return same_run.of_function(size) if callable(size) else size
