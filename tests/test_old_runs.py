@@ -13,7 +13,7 @@ import tensorflow_federated as tff
 from old_runs import study
 
 from tff_optim import ResidentProcess
-from tff_optim.resident import ResidentCheckpoints
+from tff_optim.resident import CheckpointError, ResidentCheckpoints
 from tff_optim.simulation import same_run
 
 HERE = pathlib.Path(__file__).parent / "old_runs"
@@ -103,6 +103,18 @@ def test_another_run_is_refused_by_name_and_nothing_is_changed(name, folder, res
     with pytest.raises(ValueError, match=message):
         study.run(process() if name == "place" else resident, path, **changed)
     assert digests(path) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*unknown version")
+def test_a_state_of_another_model_is_refused(folder):
+    other = study.process(units=3)
+    with pytest.raises(TypeError, match=r"`state` must hold float32\[3,3\] .*float32\[3, 2\]"):
+        study.run(other, folder("plain"))
+    with (
+        ResidentProcess(other) as resident,
+        pytest.raises(CheckpointError, match=r"saved by another process: .* at .*trainable/0"),
+    ):
+        study.run(resident, folder("resident"))
 
 
 def without_rows(path):

@@ -20,10 +20,10 @@ import tff_optim
 from tff_optim import simulation
 
 
-def model_fn():
+def model_fn(units=2):
     layers = [
         tf.keras.layers.Dense(n, kernel_initializer=tf.keras.initializers.GlorotUniform(seed=n))
-        for n in (2, 1)
+        for n in (units, 1)
     ]
     return tff.learning.models.from_keras_model(
         tf.keras.Sequential([tf.keras.layers.InputLayer(input_shape=(3,)), *layers]),
@@ -41,11 +41,11 @@ def clients(count=6):
     return found
 
 
-def process(server=tf.keras.optimizers.Adam):
+def process(units=2):
     return aggregators.build_fed_avg(
-        model_fn,
+        lambda: model_fn(units),
         tff_optim.build_keras_optimizer(tf.keras.optimizers.SGD(0.05)),
-        tff_optim.build_keras_optimizer(server(0.05)),
+        tff_optim.build_keras_optimizer(tf.keras.optimizers.Adam(0.05)),
         rule=aggregators.rules.loss_gated(),
     )
 

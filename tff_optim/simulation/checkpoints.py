@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterator
 import tensorflow_federated as tff
 
 from tff_optim.core.types import Process, State
-from tff_optim.resident import ResidentCheckpoints, ResidentProcess
-from tff_optim.resident.leaves import EARLIER
+from tff_optim.resident import ResidentCheckpoints, ResidentProcess, leaves
 from tff_optim.simulation import old_runs
 
 _KEPT = 2
@@ -42,6 +41,7 @@ class Checkpoints:
                 process, path, keep=_KEPT, accept_changes=accept_changes
             )
         else:
+            self._type = process.initialize.type_signature.result.member
             self._prefix = "program_state_"
             self._manager = tff.program.FileProgramStateManager(
                 path, self._prefix, keep_total=_KEPT, keep_first=False
@@ -57,8 +57,11 @@ class Checkpoints:
         try:
             return await self._manager.load(number, structure)
         except (TypeError, ValueError):  # TFF's errors for other names
-            loaded = await self._manager.load(number, old_runs.renamed(structure, EARLIER))
-            return old_runs.renamed(loaded, {before: now for now, before in EARLIER.items()})
+            loaded = await self._manager.load(number, old_runs.renamed(structure, leaves.EARLIER))
+            today = {before: now for now, before in leaves.EARLIER.items()}
+            state = old_runs.renamed(loaded, today)
+            leaves.as_arrays(leaves.flatten(state, self._type), self._type)  # compares
+            return state
 
     def digest(self, number: int) -> str:
         """A digest of the files of a round."""

@@ -29,7 +29,7 @@ def arguments(found: Record, run: Record, process: Process, saved: Iterable[str]
     state_type = str(getattr(process, "process", process).initialize.type_signature.result)
     digest = hashlib.sha256(state_type.encode()).hexdigest()[:8]
     # If names have changed, loading the state compares it with the type.
-    if found["state_type"] == digest or re.search(r"\bdecay=|\bstep=\w+,slots=", state_type):
+    if found.get("state_type") == digest or re.search(r"\bdecay=|\bstep=\w+,slots=", state_type):
         found["state_type"] = run["state_type"]
     for name, kind in (("version_", "resident"), ("program_state_", "plain")):
         if any(one.startswith(name) for one in saved):
