@@ -12,9 +12,9 @@ from resident_cases import assert_equal, assert_near, cohorts, plain_run, proces
 import aggregators
 from tff_optim import ResidentProcess
 from tff_optim.resident.clients.in_process import side_by_side, vectorised
-from tff_optim.resident.clients.in_process.batches import Reader
+from tff_optim.resident.clients.in_process.batches import Reader, cut
 from tff_optim.resident.clients.in_process.evaluation import evaluate, loop
-from tff_optim.resident.clients.in_process.program import simplified
+from tff_optim.resident.clients.in_process.program import simplified, simplified_across_loops
 from tff_optim.resident.clients.in_process.recording import record
 from tff_optim.resident.clients.in_process.side_by_side import SideBySide, sum_over
 from tff_optim.resident.graphs.imported import ImportedComputation
@@ -48,8 +48,11 @@ def one_by_one(computation, clients, context):
 
 def all_at_once(computation, clients, context):
     """The results of each client; at the end whether the graph's assertions hold, if it has any."""
-    recorded = record(computation)
-    together = SideBySide(recorded.program, [False] * len(context))
+    return at_once(record(computation).program, clients, context)
+
+
+def at_once(program, clients, context):
+    together = SideBySide(program, [False] * len(context))
     batches, _ = Reader(NUMBERS.element)([variant(data) for data in clients])
 
     @tf.function(autograph=False)
@@ -63,11 +66,12 @@ def all_at_once(computation, clients, context):
 @tff.tensorflow.computation(NUMBERS, tff.TensorType(np.float32, [2]))
 def reduction(data, start):
     def step(state, batch):
-        weights, rows, steps = state
+        weights, rows, steps, rate = state  # the rate stays as it is
         gradient = tf.reduce_mean(batch * tf.tanh(weights), 0) - weights * tf.nn.l2_loss(batch)
-        return weights - 0.1 * gradient, rows + tf.shape(batch)[0], steps + 1
+        weights -= tf.cond(weights[0] > 0, lambda: rate, lambda: 2 * rate) * gradient
+        return weights, rows + tf.shape(batch)[0], steps + 1, rate
 
-    weights, rows, steps = data.reduce((start, 0, 0), step)
+    weights, rows, steps, _ = data.reduce((start, 0, 0, 0.1), step)
     # A second pass, which begins with what the first has found.
     loss = data.reduce(0.0, lambda total, batch: total + tf.reduce_mean((batch - weights) ** 2))
     return weights, rows, steps, loss, start * 2
@@ -211,38 +215,91 @@ def test_a_batch_is_what_the_data_set_has_in_every_structure_and_dtype(at_once):
                 np.testing.assert_array_equal(np.asarray(a).astype(str), np.asarray(e).astype(str))
 
 
-def test_every_client_draws_numbers_of_its_own():
-    @tff.tensorflow.computation(NUMBERS)
-    def dropped(data):
-        return data.reduce(0.0, lambda s, x: s + tf.reduce_sum(tf.nn.dropout(tf.ones([64]), 0.5)))
-
-    same = [batched(4)] * 20
-    found = np.array(all_at_once(dropped, same, [])).ravel()
-    assert len(set(found)) > 5
-    assert np.all(np.abs(found - 64) < 40)
+def test_clients_that_are_short_of_rows_wait_for_others():
+    read, number = Reader(NUMBERS.element)([variant(batched(n)) for n in (1, 5, 5)])
+    assert number == 3
+    assert read.ends.numpy().tolist() == [2, 5]
+    assert read.everyone.numpy().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("is_a_sum", [True, False])
-def test_updates_are_added_up_as_one_after_the_other(is_a_sum):
-    pair = tff.to_type([np.float32, np.int32])
+def test_no_client_is_added_to_a_group_that_has_its_bytes():
+    rows = [8, 5, 5]
+    data = {i: np.zeros([n, 2], np.float32) for i, n in enumerate(rows)}
+    clients = ClientArrays(data, batch_size=4).cohort(data, 1)
+    data_sets = [variant(batched(n)) for n in rows]
+    size = 8 * 2 * 4
+    for first, most, number in ((0, size, 1), (0, size + 1, 2), (0, size * 2, 3), (1, size, 2)):
+        order, edges, counts = cut(clients, first, 3, most)
+        assert len(counts) == number
+        assert order.tolist() == list(range(8 * first, 8 * first + sum(rows[first:][:number])))
+        assert edges[-1] == len(order)
+        if first == 0:  # where the shapes of two batches come with each client
+            of_shapes = 2 * 2 * 4 * (most // size)
+            assert Reader(NUMBERS.element)(data_sets, most + of_shapes)[1] == number
+
+
+@pytest.mark.parametrize("form", [simplified, simplified_across_loops])
+def test_every_client_draws_numbers_of_its_own(form):
+    """In each step and each branch, by operations that are written alike."""
+
+    def draw():
+        return tf.raw_ops.RandomUniform(shape=[1], dtype=tf.float32)
+
+    @tff.tensorflow.computation(NUMBERS, np.bool_)
+    def drawn(data, flag):
+        def draw_in_a_branch():
+            return tf.cond(flag, draw, lambda: tf.zeros([1]))
+
+        def step(state, batch):
+            return tf.concat([state[3:], draw(), draw(), draw_in_a_branch()], 0)
+
+        return data.reduce(tf.zeros([6]), step), draw(), draw_in_a_branch()
+
+    program = form(record(drawn).program)
+    same = [batched(8)] * 5
+    found = at_once(program, same, [True])
+    numbers = np.concatenate([x for of_client in found for x in of_client])
+    assert len(set(numbers)) == 5 * (2 * 3 + 2)
+    assert np.all((numbers > 0) & (numbers < 1))
+
+
+ACCUMULATIONS = {
+    "a sum": lambda total, update: total + update * 2,
+    "a sum of texts": lambda total, update: total + update,
+    "a difference": lambda total, update: total - update,
+    "a product": lambda total, update: total * update,
+    "of a product": lambda total, update: (total + 1) * update,
+    "with a product": lambda total, update: total + total * update,
+    "twice": lambda total, update: total + total,
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATIONS)
+def test_updates_are_added_up_as_one_after_the_other(name):
+    values, first = [0.5, -2.0, 3.0], 0.25
+    if name == "a sum of texts":
+        values, first = ["a", "b", "c"], "z"
+    pair = tff.to_type([np.float32 if isinstance(first, float) else np.str_, np.int32])
 
     @tff.tensorflow.computation(pair, pair)
     def accumulate(total, update):
-        value = total[0] + update[0] * 2 if is_a_sum else (total[0] + 1) * update[0]
-        return value, total[1] + update[1]
+        return ACCUMULATIONS[name](total[0], update[0]), total[1] + update[1]
 
     program = record(accumulate).program
-    updates = [tf.constant([0.5, -2.0, 3.0]), tf.constant([1, 2, 4])]
-    total = [np.float32(0.25), np.int32(1)]
-    traced = tf.function(
-        lambda: sum_over(program, [tf.constant(x) for x in total], updates, tf.constant(3))
-    )
+    updates = [tf.constant(values), tf.constant([1, 2, 4])]
+    total = [tf.constant(first), tf.constant(1)]
+    traced = tf.function(lambda: sum_over(program, total, updates, tf.constant(3)))
     kinds = {op.type for op in traced.get_concrete_function().graph.get_operations()}
-    assert ("While" in kinds or "StatelessWhile" in kinds) is not is_a_sum
-    for a, b in zip(*(x.numpy() for x in updates), strict=True):
-        total = [total[0] + a * 2 if is_a_sum else (total[0] + 1) * a, total[1] + b]
-    np.testing.assert_allclose(traced()[0], total[0], rtol=1e-6)
-    assert traced()[1] == total[1]
+    assert ("While" in kinds or "StatelessWhile" in kinds) is (name != "a sum")
+    expected = total
+    for i in range(3):
+        expected = [ACCUMULATIONS[name](expected[0], updates[0][i]), expected[1] + updates[1][i]]
+    found = [x.numpy() for x in traced()]
+    if name == "a sum of texts":
+        assert found[0] == b"zabc"
+    else:
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert found[1] == 8
 
 
 def test_operations_that_give_back_an_input_are_left_out_to_the_bit():
@@ -539,6 +596,9 @@ def test_what_a_graph_asserts_is_asserted_of_each_client():
     found = all_at_once(variables, clients, [np.ones(2, np.float32)])
     fine = [of_client[-1] for of_client in found]
     assert fine == [True, False, True, False]
+    program = record(variables).program
+    assert program.first(1, True).outputs == (program.outputs[0], program.outputs[-1])
+    assert program.first(1, False).outputs == program.outputs[:1]
     vectorised._check([tf.constant([True, True])], 0, ("assert_less",))
     told = r"for the clients at \[41, 43\], one of assert_less"
     with pytest.raises(tf.errors.InvalidArgumentError, match=told):

@@ -5,6 +5,9 @@ process. Figures are processor milliseconds of all threads, medians over rounds 
 turns.
 
     python examples/benchmarks/reading.py [--rounds 15]
+
+With `--hidden 32 133 333 667 1333 2667`, the same clients in arrays, one by one and side by side, for
+networks of hidden layers of these sizes.
 """
 
 import argparse
@@ -15,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_places import TASKS, arrays, fed_avg, in_arrays, rounds_of
+from resident_places import TASKS, arrays, fed_avg, in_arrays, keras_model, rounds_of
 from timing import table, time_side_by_side
 
 from tff_optim import ResidentProcess
@@ -37,10 +40,34 @@ def data_sets(*, known=True, mapped=""):
     return made
 
 
+def layers_of(hidden):
+    return lambda: [tf.keras.layers.Dense(hidden, "relu"), tf.keras.layers.Dense(10)]
+
+
+def by_size(hidden, rounds):
+    """A row for each size of the hidden layer: one by one, side by side, and their quotient."""
+    for size in hidden:
+        task = TASK._replace(layers=layers_of(size))
+        clients, process = in_arrays(task), fed_avg(task)
+        places = [ResidentProcess(process, device="CPU:0", vectorize=v) for v in (False, True)]
+        runs = {i: rounds_of(place, clients) for i, place in enumerate(places)}
+        one, side = time_side_by_side(runs, rounds=rounds, clock=time.process_time).values()
+        for place in places:
+            place.close()
+        numbers = sum(w.size for w in keras_model(task).get_weights())
+        yield [f"{numbers:,}", f"{1e3 * one:.0f}", f"{1e3 * side:.0f}", f"{side / one:.2f}"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hidden", type=int, nargs="+")
     options = parser.parse_args()
+    if options.hidden:
+        headers = ["numbers", "ms one by one", "ms side by side", "divided by one by one"]
+        print(table(headers, list(by_size(options.hidden, options.rounds))))
+        tff.test.set_no_default_context()  # ends the worker, if there is one
+        return
     one_by_one, side_by_side = (
         ResidentProcess(fed_avg(TASK), device="CPU:0", vectorize=vectorize)
         for vectorize in (False, True)

@@ -270,12 +270,12 @@ def _summands(accumulate: Program, num_total: int) -> Program | None:
     added = []
     for before, after in zip(total, accumulate.outputs, strict=True):
         one = made_by.get(after)
-        if one is None or one.kind not in ("Add", "AddV2") or before not in one.inputs:
+        if one is None or one.kind not in ("Add", "AddV2"):
             return None
-        (position,) = (i for i, value in enumerate(one.inputs) if value is before)
-        added.append(one.inputs[1 - position])
-        if not before.dtype.is_floating and not before.dtype.is_integer:
+        others = [value for value in one.inputs if value is not before]
+        if len(others) != 1 or not (before.dtype.is_floating or before.dtype.is_integer):
             return None
+        added += others
     program = Program(updates, accumulate.operations, tuple(added))
     return None if program.uses else program
 
