@@ -1,6 +1,7 @@
 """ClientArrays: batches of rows, the same in every place; and data sets that are read in one go."""
 
 import collections
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from resident_cases import assert_equal
 
 import aggregators
 from tff_optim import ResidentProcess, simulation
+from tff_optim.resident.clients import sizes
 from tff_optim.resident.clients.in_process import data as data_lib
 from tff_optim.resident.clients.in_process import one_by_one, slices
 from tff_optim.resident.clients.in_process.program import NoProgramError
@@ -502,3 +504,57 @@ def test_the_rules_of_aggregators_add_up_arrays_as_they_add_up_data_sets(read):
             states = [resident.next(s, data).state for s, data in zip(states, given, strict=True)]
         one, two = map(resident.materialize, states)
     assert_equal(one, two)
+
+
+class Meeting:
+    """Holds whoever comes first until a second one is there."""
+
+    def __init__(self):
+        self.seen, self.met = 0, []
+        self._lock, self._second = threading.Lock(), threading.Event()
+
+    def __call__(self, value):
+        with self._lock:
+            self.seen += 1
+            if self.seen > 1:
+                self._second.set()
+        self.met.append(self._second.wait(timeout=20))
+        return value
+
+
+@pytest.mark.skipif(sizes.cores() < 2, reason="TensorFlow has a thread for each core")
+def test_a_few_small_clients_are_trained_at_once(monkeypatch):
+    meeting, graphs = Meeting(), []
+
+    def model_fn():
+        with tf.init_scope():  # the graph keeps the function, but nothing keeps the graph
+            graphs.append(tf.compat.v1.get_default_graph())
+        model = resident_cases.model_fn()
+        plain = model.forward_pass
+
+        def forward_pass(batch, **named):
+            x = tf.ensure_shape(tf.numpy_function(meeting, [batch[0]], tf.float32), [None, 3])
+            return plain((x, batch[1]), **named)
+
+        model.forward_pass = forward_pass
+        return model
+
+    plain_client = one_by_one._client
+
+    def client(program, uses, shared, span):
+        begin = tf.ensure_shape(tf.numpy_function(meeting, [span[0]], tf.int32), [])
+        return plain_client(program, uses, shared, [begin, span[1]])
+
+    monkeypatch.setattr(one_by_one, "_client", client)
+    meets = tff.learning.algorithms.build_weighted_fed_avg(
+        model_fn, tff.learning.optimizers.build_sgdm(0.05)
+    )
+    for of_arrays, process in ((True, resident_cases.process()), (False, meets)):
+        with ResidentProcess(process, device="CPU:0") as resident:
+            for number in (3, 15):
+                clients = ClientArrays(arrays([4] * number), batch_size=4)
+                cohort = clients.cohort(clients.ids, 1)
+                meeting.__init__()
+                resident.next(resident.initialize(), cohort if of_arrays else list(cohort))
+                assert meeting.seen == number
+                assert all(meeting.met), "the first client ended before another one began"

@@ -584,10 +584,8 @@ def test_models_give_the_numbers_of_clients_one_by_one_or_are_refused_by_name(na
 
 
 def test_a_large_model_is_warned_of():
-    large = tff.to_type([np.float32, (np.float32, [100_001])])
-    with pytest.warns(
-        UserWarning, match="a client is sent more than 100,000 numbers; found 100,002"
-    ):
+    large = tff.to_type([np.float32, (np.float32, [40_001])])
+    with pytest.warns(UserWarning, match="a client is sent more than 40,000 numbers; found 40,002"):
         vectorised._warn_if_large(large)
 
 

@@ -79,9 +79,10 @@ class ResidentProcess:
         worker, which bounds the memory needed; None to choose by cores and memory. It does not change
         the numbers.
       vectorize: Whether groups of at most `clients_at_once` clients train in one vectorised program.
-        Small models of dense layers train several times as fast, large models more slowly. Numbers equal
-        those of clients trained one by one to rounding, and building takes seconds longer. A client's
-        data are read once for all passes over them.
+        Small models of dense layers train several times as fast, those of more than about 40,000
+        numbers more slowly on a CPU, of which there is a warning. Numbers equal those of clients
+        trained one by one to rounding, and building takes seconds longer. A client's data are read once
+        for all passes over them.
       compile_step: Whether XLA compiles the server's step. None compiles it if the state has 4 MB or
         more in large tensors, XLA can compile it, and there are no workers.
       heartbeat: Seconds between two checks of a worker while it computes, and the time in which it must
