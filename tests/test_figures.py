@@ -31,7 +31,7 @@ FIGURE = re.compile(r"^[+-]?\d[\d.,e+-]*( \(.*\)| ± [\d.]+| %)?$")
 
 def is_of_figures(table):
     """Whether most cells of a table, but for its first column, are numbers."""
-    cells = [cell for row in table.splitlines()[2:] for cell in renew._split(row)[1:]]
+    cells = [cell for row in table.splitlines()[2:] for cell in renew.split_row(row)[1:]]
     return 2 * sum(bool(FIGURE.match(cell)) for cell in cells) > len(cells)
 
 

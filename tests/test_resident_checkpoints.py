@@ -182,7 +182,7 @@ def test_a_killed_save_leaves_the_last_good_version(tmp_path):
         checkpoints.save_now(state, 1)
         child = os.fork()
         if child == 0:  # a process that is killed between the two files of a version
-            with checkpoints._directory.new(2) as path:
+            with VersionDirectory(str(tmp_path), keep=None).new(2) as path:
                 pathlib.Path(path, "state.index").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
         os.waitpid(child, 0)

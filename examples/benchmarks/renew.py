@@ -80,12 +80,12 @@ def figures_of(path: pathlib.Path) -> list[Figures]:
 
 def names_of(table: str) -> list[str]:
     """The cells of a table's first row."""
-    return _split(table.splitlines()[0])
+    return split_row(table.splitlines()[0])
 
 
 def cells_of(table: str) -> Cells:
     """A table's cells, by their column and as many first cells of their row as tell it apart."""
-    names, _, *rows = map(_split, table.strip().splitlines())
+    names, _, *rows = map(split_row, table.strip().splitlines())
     widths = (n for n in range(1, len(names)) if len({tuple(r[:n]) for r in rows}) == len(rows))
     width = next(widths, 1)
     return {
@@ -186,7 +186,7 @@ def main() -> None:
     sys.exit(int(failed))
 
 
-def _split(row: str) -> list[str]:
+def split_row(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip().strip("|").split("|")]
 
 
