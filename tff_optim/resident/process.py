@@ -141,7 +141,7 @@ class ResidentProcess:
                 cut,
                 Workers(targets, heartbeat, start_timeout),
                 clients_at_once,
-                self._server.merging(cut.merge),
+                self._server.imported(cut.merge),
             )
         # The variables of the clients' functions serve one round at a time. Reading or making states
         # needs no lock, since each state has variables of its own.

@@ -64,9 +64,9 @@ class Server:
         self._sets = VariableSets(process.initialize.type_signature.result.member, device)
         if compile_step is None and exact:
             compile_step = False
-        report, update = map(self._imported, (parts.report, parts.update))
+        report, update = map(self.imported, (parts.report, parts.update))
         self.step: Value = ServerStep(report, update, self._sets, device, compile_step)
-        self.prepare: Value = self._imported(parts.prepare)
+        self.prepare: Value = self.imported(parts.prepare)
         self._functions: dict[Computation, ImportedComputation] = {}
         self._building = threading.RLock()
 
@@ -119,10 +119,6 @@ class Server:
         ]
         return self._sets.hold(self._function(computation)([*held.variables, *tensors]))
 
-    def merging(self, merge: Computation) -> ImportedComputation:
-        """Returns `<A, A> -> A` as a function of the leaves of two aggregates."""
-        return self._imported(merge)
-
     def write(self, held: OnDevice, prefix: str) -> None:
         """Writes a state as the TensorFlow checkpoint `prefix`."""
         leaves.write_checkpoint(prefix, self._sets.leaves, held.variables)
@@ -137,7 +133,8 @@ class Server:
         self._functions.clear()
         self.prepare = self.step = _gone
 
-    def _imported(self, computation: Computation) -> ImportedComputation:
+    def imported(self, computation: Computation) -> ImportedComputation:
+        """Makes a computation without placements a function of leaves on the device."""
         if self._exact:
             computation = parts_lib.compile_native(computation)
         return ImportedComputation(computation, self._device)
@@ -150,7 +147,7 @@ class Server:
                     unplaced = tff.backends.mapreduce.get_state_initialization_computation(
                         computation, grappler_config=parts_lib.no_grappler()
                     )
-                self._functions[computation] = self._imported(unplaced)
+                self._functions[computation] = self.imported(unplaced)
             return self._functions[computation]
 
 
