@@ -1,4 +1,4 @@
-"""The batches of many clients as a few tensors, and the order in which clients take steps together."""
+"""Batches of many clients in a few tensors, and the order in which clients take steps together."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from tff_optim.resident.graphs.imported import spec_of
 
 
 class Batches(NamedTuple):
-    """The batches of a group of clients at one leaf of their data, in the order in which they are taken.
+    """The batches of a group of clients at one leaf of their data, in the order of the steps.
 
-    Clients whose next batches have equal shapes take a step together. A batch is never padded: it is
-    its client's graph that takes the mean over its rows.
+    Clients whose next batches have equal shapes take a step together. Batches are never padded, since
+    a client's graph takes means over all rows.
 
     Attributes:
-      rows: For each part of a batch, that part of all batches, one below the other.
+      rows: For each part of a batch, the rows of all batches.
       bounds: For each part, the row where each step begins, and the end.
       shapes: For each part, the shape of a batch at each step.
-      ends: Where each step's clients end in `clients`.
+      ends: For each step, where its clients end in `clients`.
       clients: The clients of all steps.
       everyone: At each step, whether all clients take it, in their order.
     """
@@ -38,10 +38,10 @@ class Batches(NamedTuple):
 
 
 class Reader:
-    """Reads the data sets of clients.
+    """Reads clients' data sets.
 
     Args:
-      element_type: The type of their elements.
+      element_type: The type of an element.
     """
 
     def __init__(self, element_type: tff.Type):
@@ -54,7 +54,7 @@ class Reader:
 
     @property
     def specs(self) -> Batches:
-        """What `__call__` returns."""
+        """The specs of the batches that `__call__` returns."""
         numbers = tf.TensorSpec([None], tf.int32)
         return Batches(
             [tf.TensorSpec([None, *_row_shape(spec)], spec.dtype) for spec in self._specs],
@@ -72,10 +72,10 @@ class Reader:
 
         Args:
           data: The variant of each client's data set.
-          most_bytes: After how many no further client is read.
+          most_bytes: The size of data after which no further client is read.
 
         Returns:
-          The batches, and of how many clients they are.
+          The batches, and the number of clients that were read.
         """
         rows, shapes, counts = self._read(tf.stack(data), tf.constant(most_bytes, tf.int64))
         sizes = shapes.numpy()
@@ -92,7 +92,7 @@ class Reader:
     def _some(
         self, data: tf.Tensor, most_bytes: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """The rows of all batches of clients, the batches' shapes, and how many each client has."""
+        """The rows of all batches, the batches' shapes, and the number of batches of each client."""
 
         def of_client(client: tf.Tensor, size: tf.Tensor, counts: Any, *arrays: Any) -> Any:
             found = self._of_client(data[client])
@@ -109,12 +109,12 @@ class Reader:
         return rows, shapes, counts.stack()
 
     def _arrays(self) -> list[tf.TensorArray]:
-        """One for the rows of each part, and one for the batches' shapes."""
+        """An array for the rows of each part, and one for the batches' shapes."""
         rows = [_array(spec.dtype, [None, *_row_shape(spec)]) for spec in self._specs]
         return [*rows, _array(tf.int32, [None, sum(spec.shape.rank for spec in self._specs)])]
 
     def _of_client(self, data: tf.Tensor) -> list[tf.Tensor]:
-        """The rows of all batches of a client, and the batches' shapes."""
+        """The rows of a client's batches, and the batches' shapes."""
         stacked = Stacked([x.dtype for x in self._specs], [x.shape for x in self._specs])
         known = all(_is_by_rows(x) or x.shape.is_fully_defined() for x in self._specs)
         if not (known and stacked.are_possible):
@@ -127,7 +127,7 @@ class Reader:
         return tf.nest.flatten(found)
 
     def _at_once(self, held: list[tf.Tensor]) -> list[tf.Tensor]:
-        """The same, of all batches as one padded element."""
+        """What `_of_client` returns, from all batches as one padded element."""
         sizes = iter(held[: len(held) - len(self._specs)])  # of parts with an unknown size
         stacks = held[len(held) - len(self._specs) :]
         rows, shapes = [], []
@@ -143,7 +143,7 @@ class Reader:
         return [*rows, tf.concat(shapes, 1)]
 
     def _one_by_one(self, data: tf.Tensor) -> list[tf.Tensor]:
-        """The same, by an iterator."""
+        """What `_of_client` returns, read by an iterator."""
         dtypes = [spec.dtype for spec in self._specs]
         shapes = [spec.shape for spec in self._specs]
         iterator = tf.raw_ops.AnonymousIteratorV3(output_types=dtypes, output_shapes=shapes)
@@ -180,7 +180,7 @@ class Reader:
 
 
 def _unless(rows: tf.Tensor, used: tf.Tensor) -> tuple[Any, Any]:
-    """What gives all rows, and what gives those that are used."""
+    """Two branches: all rows, and the used rows alone."""
     return lambda: tf.identity(rows), lambda: tf.boolean_mask(rows, used)
 
 
@@ -193,7 +193,7 @@ class Cut(NamedTuple):
 
     Attributes:
       order: The rows of the arrays, in the order in which the clients take them.
-      edges: int32 `[batches + 1]`: where each batch begins in it, and the end.
+      edges: int32 `[batches + 1]`: where each batch begins in `order`, and the end.
       counts: The number of batches of each client.
     """
 
@@ -203,13 +203,13 @@ class Cut(NamedTuple):
 
 
 def cut(clients: ArrayClients, first: int, most: int, most_bytes: int) -> Cut:
-    """The batches of some clients.
+    """Cuts the rows of some clients into batches.
 
     Args:
       clients: The cohort.
-      first: The first of the clients.
-      most: How many at most.
-      most_bytes: After how many no further client is taken.
+      first: The position of the first client.
+      most: The largest number of clients.
+      most_bytes: The size of data after which no further client is taken.
     """
     batches, bounds = clients.batches, clients.batches.order_bounds
     rows_before = bounds[:-1][first : first + most] - bounds[first]
@@ -233,13 +233,13 @@ def from_arrays(
 
     Args:
       clients: The cohort.
-      device: Where the arrays are.
-      first: The first of the clients.
-      most: How many at most.
-      most_bytes: After how many no further client is taken.
+      device: The device of the arrays.
+      first: The position of the first client.
+      most: The largest number of clients.
+      most_bytes: The size of data after which no further client is taken.
 
     Returns:
-      The batches, and of how many clients they are.
+      The batches, and the number of clients.
     """
     arrays = clients.arrays.on(device)
     order, edges, counts = cut(clients, first, most, most_bytes)
@@ -260,7 +260,7 @@ def _is_by_rows(spec: tf.TensorSpec) -> bool:
 
 
 def _row_shape(spec: tf.TensorSpec) -> list[int]:
-    """The shape of a row; a part of which more than its first size is unknown is kept in numbers."""
+    """The shape of a row. Parts with further unknown sizes are kept as single numbers."""
     return spec.shape[1:].as_list() if _is_by_rows(spec) else []
 
 
@@ -274,13 +274,12 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
 
 
 class _Steps:
-    """The steps of a group: who takes each, and which batches they take.
+    """The steps of a group of clients: who takes each step, and with which batches.
 
-    Each client takes its batches in their order. Of those that could be next, a step takes the kind
-    that most clients wait for.
+    Each client takes its batches in order. A step is for the batch shape that most clients wait for.
 
     Args:
-      shapes: Of each batch, the sizes of all parts, one client's after the other's.
+      shapes: The sizes of all parts of each batch, one client after the other.
       counts: The number of batches of each client.
     """
 
@@ -303,7 +302,7 @@ class _Steps:
         )
 
     def rows(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The rows of all batches in the order of the steps, of batches that begin at `starts`."""
+        """The rows of all batches in the order of the steps, if batches begin at `starts`."""
         lengths = lengths[self._taken]
         shifts = starts[self._taken] - _starts(lengths)
         return np.repeat(shifts, lengths) + np.arange(lengths.sum())
@@ -313,8 +312,8 @@ class _Steps:
 
         Args:
           rows: The rows of each part, in the order of the steps.
-          lengths: For each part, how many of them each batch has.
-          ranks: How many sizes of a batch belong to each part.
+          lengths: For each part, the number of rows of each batch.
+          ranks: The number of sizes in `shapes` that belong to each part.
         """
         shapes = self._kinds[self._kind_of[self._taken[self._ends[:-1]]]]
         bounds = [np.append(0, np.cumsum(one[self._taken]))[self._ends] for one in lengths]

@@ -24,13 +24,12 @@ _logger = logging.getLogger(__name__)
 
 
 class InProcess:
-    """Trains clients side by side, and adds up what they return in their order.
+    """Trains clients, some at a time, and adds up their updates in the order of the cohort.
 
     Args:
       parts: The round.
       device: Where the clients' operations go.
-      at_once: The largest number of clients that are trained at once; None to choose by cores and
-        memory.
+      at_once: The largest number of clients that train at once; None to choose by cores and memory.
     """
 
     def __init__(self, parts: RoundParts, device: str, at_once: int | None):
@@ -38,7 +37,7 @@ class InProcess:
         self._zero = ImportedComputation(parts.zero, device)
         self._data = ClientTensors(parts.work.type_signature.parameter[0])
         self._most = at_once or sizes.at_once(parts.context_type, per_core=2, small=32)
-        # What adds the work of some clients to a total.
+        # Functions that add the work of some clients to a total.
         self._of_arrays: Any = None
         self._of_data_sets: Any = None
         try:
@@ -77,7 +76,7 @@ class InProcess:
         return total
 
     def close(self) -> None:
-        """Lets go of the functions; a round that is running ends after the clients in training."""
+        """Releases the functions. A running round ends after the clients in training."""
         self._closed.set()
         self._of_arrays = self._of_data_sets = None
 
@@ -91,7 +90,7 @@ class InProcess:
         return self._of_data_sets(total, context, packed)
 
     def _adding(self) -> Any:
-        """Builds what adds the work of some clients, each packed, to a total."""
+        """Builds the function that adds the work of some packed clients to a total."""
         parts = self._parts
         work = ImportedComputation(parts.work, self._device, apart=True)
         accumulate = ImportedComputation(parts.accumulate, self._device, apart=True)
@@ -126,7 +125,7 @@ class InProcess:
         )
 
         def call(total: list[Any], context: list[Any], clients: tf.Tensor) -> list[tf.Tensor]:
-            # The call of a concrete function takes longer, and optimises the loop.
+            # Calling a concrete function takes longer, and optimises the loop.
             return call_as_it_is(function, [*total, *context, clients], zero)
 
         return call

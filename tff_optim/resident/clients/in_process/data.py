@@ -1,4 +1,4 @@
-"""What clients have, as tensors of the Python process."""
+"""Clients' data as tensors of the Python process."""
 
 import math
 
@@ -13,10 +13,10 @@ from tff_optim.resident.graphs.imported import spec_of
 
 
 class ClientTensors:
-    """Lists the tensors of what clients have, data sets as variants.
+    """Lists the tensors of clients' data, with data sets as variants.
 
     Args:
-      data_type: The type of what a client has.
+      data_type: The type of a client's data.
     """
 
     def __init__(self, data_type: tff.Type):
@@ -28,11 +28,12 @@ class ClientTensors:
         """Lists the tensors of one client.
 
         Args:
-          data: What `ClientData` has made of them: a data set, or a structure of data sets and tensors.
-          kept: Takes up the data sets: a variant does not keep Python's functions in its pipeline.
+          data: A data set, or a structure of data sets and tensors, as `ClientData` returns it.
+          kept: A list that takes up the data sets. A variant does not keep the Python functions of its
+            pipeline alive.
 
         Raises:
-          TypeError: A tensor is not what the process takes.
+          TypeError: If the process does not take a tensor.
         """
         values = leaves.flatten(data, self._type, "client_data")
         return [
@@ -49,12 +50,12 @@ class ClientTensors:
 
 
 def _as_it_is(dataset: tf.data.Dataset) -> tf.Tensor:
-    """The variant of a pipeline, left as its author wrote it, unless he asked for more.
+    """The variant of a pipeline, without optimisation unless its author asked for it.
 
-    TensorFlow looks for a faster form of every client's pipeline, and for the best number of
-    threads: 1 to 5 ms for each client, which a pipeline of a few batches never earns back.
+    For every client TensorFlow would look for a faster form of the pipeline and for the best number of
+    threads. That takes 1 to 5 ms, which a pipeline of a few batches never earns back.
 
-    Its number of elements is hidden where they might be too many to be read in one go.
+    The number of elements is hidden where there may be too many to read in one go.
     """
     given = dataset.options()
     options = dataset_options_pb2.Options()
@@ -73,7 +74,7 @@ def _as_it_is(dataset: tf.data.Dataset) -> tf.Tensor:
             output_types=types,
             output_shapes=shapes,
         )
-    # What `dataset.with_options` does takes 0.2 ms, ten times as long.
+    # `dataset.with_options` takes 0.2 ms, ten times as long.
     return tf.raw_ops.OptionsDataset(
         input_dataset=variant,
         serialized_options=options.SerializeToString(),
@@ -83,7 +84,7 @@ def _as_it_is(dataset: tf.data.Dataset) -> tf.Tensor:
 
 
 def _bytes_of_element(dataset: tf.data.Dataset, specs: list[tf.TensorSpec]) -> float:
-    """The size of an element, with as many rows as the last batching of the pipeline gives."""
+    """The size of an element with as many rows as the pipeline's last `batch` gives."""
     size = 0.0
     for spec in specs:
         if spec.shape.rank is None or not spec.shape[1:].is_fully_defined():
@@ -95,7 +96,7 @@ def _bytes_of_element(dataset: tf.data.Dataset, specs: list[tf.TensorSpec]) -> f
 
 
 def _rows_of_batch(dataset: tf.data.Dataset) -> float:
-    """The batch size of a pipeline, infinity if it cannot be told."""
+    """The batch size of a pipeline; infinity if it is unknown."""
     if hasattr(dataset, "_batch_size"):
         return int(dataset._batch_size)
     rows = _known_rows(dataset)
@@ -108,7 +109,7 @@ def _rows_of_batch(dataset: tf.data.Dataset) -> float:
 
 
 def _known_rows(dataset: tf.data.Dataset) -> int | None:
-    """How many rows every element has."""
+    """The number of rows of every element; None if it is unknown."""
     shapes = [spec.shape for spec in tf.nest.flatten(dataset.element_spec)]
     if not all(shape.is_fully_defined() for shape in shapes):
         return None
@@ -116,7 +117,7 @@ def _known_rows(dataset: tf.data.Dataset) -> int | None:
 
 
 def _none_of_unknown_number(types: list[tf.DType], shapes: list[tf.TensorShape]) -> tf.Tensor:
-    """A data set without elements, of which TensorFlow does not know that it has none."""
+    """A data set without elements, whose number TensorFlow does not know."""
     empty = [tf.zeros([0, *(n or 0 for n in shape)], dtype) for dtype, shape in zip(types, shapes)]
     source = tf.raw_ops.TensorDataset(components=empty, output_shapes=[x.shape for x in empty])
     return tf.raw_ops.UnbatchDataset(input_dataset=source, output_types=types, output_shapes=shapes)

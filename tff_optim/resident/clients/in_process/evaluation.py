@@ -9,8 +9,8 @@ import tensorflow as tf
 from tff_optim.resident.clients.in_process.program import IF, WHILE, Operation, Program, Value
 
 Tensors = dict[Value, tf.Tensor]
-# By the kind of an operation, what takes its place: it is given the operation and its inputs, and
-# returns the result, or None to leave it as it is.
+# Replacements by the kind of an operation. Each takes the operation and its inputs, and returns the
+# result, or None to leave the operation as it is.
 Forms = Mapping[str, Callable[..., Any]]
 _frames = itertools.count()
 
@@ -27,7 +27,7 @@ def evaluate(
       program: A program without a `SCAN`.
       inputs: Its inputs.
       others: The values from outside.
-      forms: What takes the place of operations.
+      forms: Replacements of operations.
     """
     found = {**others, **dict(zip(program.inputs, inputs, strict=True))}
     add(program.operations, found, forms)
@@ -68,9 +68,9 @@ def _while(
     one: Operation, inputs: list[tf.Tensor], found: Tensors, forms: Forms
 ) -> list[tf.Tensor]:
     condition, body = one.programs
-    # To vectorise it, shapes have to be known; in a `loop` they are not.
+    # Vectorising needs known shapes; in a `loop` they are unknown.
     shapes = [value.shape if forms else tf.TensorShape(None) for value in body.inputs]
-    # So that its constants are in a loop around it, and end with that.
+    # This puts its constants into the loop around it, so that they end with it.
     with tf.control_dependencies([found[value] for value in one.uses]):
         return list(
             tf.while_loop(
@@ -94,20 +94,20 @@ def loop(
 ) -> list[tf.Tensor]:
     """Adds a loop to a graph without automatic control dependencies.
 
-    `tf.while_loop` hands on all that its body uses from turn to turn, by three operations each, which
-    for small models is half of the time. Here only the state is handed on.
+    `tf.while_loop` passes every tensor that its body uses from one iteration to the next, by three
+    operations each, which takes half of the time for small models. This loop passes the state alone.
 
     Args:
-      condition: Takes the state and `others`; returns whether there is another turn.
-      body: Takes the same; returns the new state. As `condition` it may use nothing from outside, and
-        add no operation without inputs.
-      state: The state before the first turn. Its first part must be computed anew of itself in every
-        turn, as a counter is.
-      others: What both use besides: a structure of tensors.
-      parallel_iterations: How many turns may be running at a time.
+      condition: Takes the state and `others`; returns whether there is another iteration.
+      body: Takes the state and `others`; returns the new state. Neither `condition` nor `body` may use
+        tensors from outside, or add operations without inputs.
+      state: The state before the first iteration. Each iteration must compute its first part from
+        itself, as in a counter.
+      others: A structure of the tensors that `condition` and `body` use besides.
+      parallel_iterations: The largest number of iterations that run at a time.
 
     Returns:
-      The state after the last turn.
+      The state after the last iteration.
     """
     frame = f"loop_{next(_frames)}"
 
@@ -121,13 +121,14 @@ def loop(
 
     inside = tf.nest.map_structure(lambda tensor: enter(tensor, True), others)
     entered = [enter(tensor, False) for tensor in state]
-    # The second input, which does not exist yet, is what the turn before has handed on.
+    # The second input, which does not exist yet, comes from the iteration before.
     merged = [tf.raw_ops.Merge(inputs=[one, one]).output for one in entered]
     goes_on = tf.raw_ops.LoopCond(input=condition(merged, inside))
     parted = [tf.raw_ops.Switch(data=one, pred=goes_on) for one in merged]
     new = body([one.output_true for one in parted], inside)
     merged[0].op._update_input(1, tf.raw_ops.NextIteration(data=new[0]))
-    # What does not depend on the state is there after the last turn, too, and would begin another.
+    # A value that does not depend on the state also exists after the last iteration, and would
+    # begin another.
     with tf.control_dependencies(new[:1]):
         for before, after in zip(merged[1:], new[1:], strict=True):
             before.op._update_input(1, tf.raw_ops.NextIteration(data=after))

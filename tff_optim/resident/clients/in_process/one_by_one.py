@@ -1,4 +1,4 @@
-"""Clients whose data are in arrays, one after the other, in one loop without calls or data sets."""
+"""Training of clients whose data are in arrays, in one loop without calls and data sets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,23 +25,23 @@ from tff_optim.resident.graphs.imported import call_as_it_is, spec_of
 from tff_optim.resident.parts import RoundParts
 
 _MOST_BYTES = 64 << 20  # of rows that are gathered at a time
-# On a CPU TensorFlow takes oneDNN's kernels of these where it sees the forward operation before them.
-# In a loop it may see them first, and then takes others, half as fast.
+# On a CPU TensorFlow uses oneDNN's kernels of these if it visits the forward operation first. In a loop
+# it may visit them first, and then uses slower kernels.
 _NOT_IN_LOOPS = {"LRNGrad", "MaxPoolGrad"}
 
 
 class OneByOne:
-    """Adds what clients return to an aggregate.
+    """Adds clients' updates to an aggregate.
 
-    The operations are those of the clients' graph, in its order: so are the results, to the bit.
+    Operations and their order are those of the clients' graph, so results are equal to the bit.
 
     Args:
       parts: The round.
       device: Where the clients' operations go.
-      at_once: The largest number of clients that are trained at once.
+      at_once: The largest number of clients that train at once.
 
     Raises:
-      NoProgramError: No program stands for the clients' graph.
+      NoProgramError: If no program can stand for the clients' graph.
     """
 
     def __init__(self, parts: RoundParts, device: str, at_once: int):
@@ -67,7 +67,7 @@ class OneByOne:
             tf.TensorSpec([None], tf.int64),
             _specs_of_rows(data_type),
         ]
-        # Unlike a `tf.function` it makes no operation wait for others, which loops do not allow.
+        # Unlike a `tf.function`, it adds no control dependencies, which these loops do not allow.
         self._add = tf.compat.v1.wrap_function(
             lambda *flat: self._added(*tf.nest.pack_sequence_as(specs, flat)),
             tf.nest.flatten(specs),
@@ -80,9 +80,9 @@ class OneByOne:
 
         Args:
           total: The leaves of an aggregate.
-          context: Those of what the clients are sent.
+          context: The leaves of the clients' context.
           clients: The cohort.
-          some: Which of its clients.
+          some: The positions of the clients.
         """
         arrays = clients.arrays.on(self._device)
         first = some.start
@@ -91,7 +91,7 @@ class OneByOne:
             with tf.device("/CPU:0"):
                 ends = tf.constant([0, *counts.cumsum()], tf.int32)
                 given = [ends, tf.constant(edges[:, None]), tf.constant(order)]
-            # Optimised, it would round in another way.
+            # Grappler would change the rounding.
             total = call_as_it_is(self._add, [*total, *context, *given, *arrays], self._total)
             first += len(counts)
         return total
@@ -109,10 +109,10 @@ class OneByOne:
 
         Args:
           total: The aggregate before.
-          context: What the clients are sent.
+          context: The clients' context.
           ends: Where each client's batches begin in `edges`, and the end.
           edges: Where each batch begins in `order`, and the end.
-          order: The rows of the arrays that are taken.
+          order: The rows of the clients' batches in the arrays.
           arrays: The rows of all clients.
         """
         with device_scope(self._device):
@@ -120,7 +120,7 @@ class OneByOne:
             found = dict(zip(self._client.inputs, context, strict=True))
             add(once.operations, found)
             uses = list(each.uses)
-            # Constants of the sum, too, must be outside of the loop.
+            # Constants of the sum must be outside of the loop, too.
             constant, summing = parted(self._accumulate, self._accumulate.inputs)
             constants: Tensors = {}
             add(constant.operations, constants)
@@ -155,16 +155,16 @@ class OneByOne:
 
 @attrs.frozen
 class _Shared:
-    """What loops use that is the same in all turns.
+    """Tensors that are the same in all iterations of the loops.
 
     Attributes:
       zero: 0.
       one: 1.
       stride: [1].
       edges: Where each batch begins in `rows`, and the end.
-      rows: Those of all clients.
-      values: What a client's program uses from outside.
-      constants: What the sum uses from outside.
+      rows: The rows of all clients.
+      values: Values from outside that a client's program uses.
+      constants: Values from outside that the sum uses.
     """
 
     zero: tf.Tensor
@@ -179,7 +179,7 @@ class _Shared:
 def _client(
     program: Program, uses: list[Any], shared: _Shared, span: Sequence[tf.Tensor]
 ) -> list[tf.Tensor]:
-    """Adds a client's program; `uses` names the shared values, and `span` its batches."""
+    """Adds a client's program. `uses` lists the shared values, and `span` bounds its batches."""
     found = dict(zip(uses, shared.values, strict=True))
     for one in program.operations:
         if one.kind == SCAN:
@@ -224,7 +224,7 @@ def _element(tensor: tf.Tensor, i: tf.Tensor, shared: _Shared) -> tf.Tensor:
 
 
 def _specs_of_rows(data_type: Any) -> list[tf.TensorSpec]:
-    """The arrays of which clients' batches are made, in the order of a data set's parts."""
+    """The specs of the arrays of clients' data, in the order of a data set's parts."""
     (sequence,) = leaves.leaves_of(data_type)
     element = sequence.type.element
     specs = [spec_of(leaf) for leaf in leaves.leaves_of(element)]

@@ -1,6 +1,6 @@
 """Programs of operations on values: no calls, no variables, no data sets.
 
-What a client does, `recording` writes down as such a program. It is then run for many clients at once
+`recording` makes such a program of a client's graph. It then runs for many clients at once
 (`side_by_side`), or for one client after the other (`one_by_one`).
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 IF, WHILE, SCAN = "If", "While", "Scan"
-# Operations with a state that only makes them draw other numbers each time.
+# Operations whose state only makes them draw other numbers each time.
 RANDOM = frozenset(
     [
         "Multinomial",
@@ -28,10 +28,10 @@ _REDUCTIONS = frozenset(["All", "Any", "Max", "Mean", "Min", "Prod", "Sum"])
 
 
 class NoProgramError(ValueError):
-    """A client's graph that no program, or none for many clients at once, can stand for.
+    """No program, or none for many clients at once, can stand for a client's graph.
 
     Args:
-      found: The operation.
+      found: The operation that cannot be part of it.
     """
 
     def __init__(self, found: str):
@@ -46,9 +46,9 @@ class Value:
     """A tensor of a program.
 
     Attributes:
-      dtype: Its dtype.
-      shape: What is known of its shape.
-      known: The number, if it is a constant scalar.
+      dtype: The dtype.
+      shape: The shape, as far as it is known.
+      known: The number of a constant scalar, else None.
     """
 
     def __init__(self, dtype: Any, shape: Any, known: Any = None):
@@ -68,13 +68,14 @@ class Operation:
 
     Attributes:
       kind: TensorFlow's name, or one of `IF`, `WHILE`, `SCAN`.
-      name: What it was called in the graph.
-      inputs: An `IF` has the condition, the others what they begin with.
+      name: Its name in the graph.
+      inputs: The condition of an `IF`; the initial state of a `WHILE` or `SCAN`.
       outputs: The results.
-      attributes: TensorFlow's.
-      programs: The branches, if true and if false; the condition and the body; or the body. They may
-        use values from outside. The body of a `SCAN` takes the state and a batch.
-      source: Of a `SCAN`, the leaf of the client's data over which it goes.
+      attributes: TensorFlow's attributes.
+      programs: The two branches of an `IF`, first the one for true; the condition and the body of a
+        `WHILE`; the body of a `SCAN`, which takes the state and a batch. Values from outside may be
+        used in all of them.
+      source: For a `SCAN`, the leaf of the client's data that it iterates over.
     """
 
     kind: str
@@ -87,7 +88,7 @@ class Operation:
 
     @property
     def uses(self) -> set[Value]:
-        """The values that it needs."""
+        """The values that the operation needs."""
         found = set(self.inputs)
         for program in self.programs:
             found |= program.uses
@@ -99,8 +100,8 @@ class Program:
     """Operations in the order of their evaluation.
 
     Attributes:
-      inputs: Values that are given.
-      operations: The operations; what no result needs is left out.
+      inputs: The given values.
+      operations: The operations, without those that no result needs.
       outputs: The results.
       uses: Values from outside.
     """
@@ -111,12 +112,12 @@ class Program:
     uses: frozenset[Value] = attrs.field(init=False)
 
     def first(self, number: int, and_last: bool) -> "Program":
-        """The same program with its first results alone, and the last one where that is asked for."""
+        """The same program with its first results alone, and with the last one if `and_last`."""
         outputs = (*self.outputs[:number], *self.outputs[len(self.outputs) - and_last :])
         return Program(self.inputs, self.operations, outputs)
 
     def with_others(self, names: dict[Value, Value]) -> "Program":
-        """The same program, which uses other values from outside."""
+        """The same program with other values from outside."""
         if self.uses.isdisjoint(names):
             return self
         return Program(
@@ -152,16 +153,16 @@ def kinds(operations: Iterable[Operation]) -> set[str]:
 
 
 def draws(one: Operation) -> bool:
-    """Whether an operation draws random numbers, of which each client has its own."""
+    """Whether an operation draws random numbers, which differ between clients."""
     return not RANDOM.isdisjoint(kinds([one]))
 
 
 def parted(program: Program, own: Iterable[Value] = ()) -> tuple[Program, Program]:
-    """Parts a client's program into what is the same for all clients, and what is each one's own.
+    """Splits a client's program into the part that all clients share, and the part of each client.
 
     Args:
       program: The program.
-      own: Its inputs of which each client has its own.
+      own: The inputs that differ between clients.
     """
     varying = set(own)
     once, each = [], []
@@ -177,19 +178,15 @@ def parted(program: Program, own: Iterable[Value] = ()) -> tuple[Program, Progra
 
 
 def simplified(program: Program) -> Program:
-    """The same program, which computes nothing twice in the same loop or branch.
+    """The same program, without repeated operations in the same loop or branch.
 
-    The operations that are left are the same ones on the same values: so are their results, to the
-    bit.
+    The remaining operations and their inputs are the same, so results are equal to the bit.
     """
     return _without_repetition(program, {}, None)
 
 
 def simplified_across_loops(program: Program) -> Program:
-    """The same program, which computes nothing twice, and before a loop over data what it can.
-
-    TensorFlow does not see in a loop what is constant outside of it, which it needs to vectorise.
-    """
+    """The same program, without repeated operations, and with constants outside of loops over data."""
     return _without_repetition(_with_constants_outside(program), {}, {})
 
 
@@ -212,7 +209,7 @@ def _with_constants_outside(program: Program) -> Program:
 
 
 def _given_back(one: Operation, inputs: Sequence[Value]) -> Value | None:
-    """The input that an operation returns, to the bit, if it is seen to do that."""
+    """The input that an operation returns unchanged; None if it may change it."""
     if one.kind in _REDUCTIONS or one.kind == "Tile":
         return inputs[0] if inputs[1].shape == [0] else None  # over no axis; of a scalar
     if one.kind == "Reshape":
@@ -225,12 +222,12 @@ def _given_back(one: Operation, inputs: Sequence[Value]) -> Value | None:
 def _without_repetition(
     program: Program, names: dict[Value, Value], before: dict[Any, tuple[Value, ...]] | None
 ) -> Program:
-    """Leaves out operations whose results there are.
+    """Leaves out operations whose results exist already.
 
     Args:
       program: The program.
-      names: What stands for values from outside.
-      before: The results of operations outside; None to repeat those.
+      names: Replacements of values from outside.
+      before: The results of operations outside; None to repeat them inside.
     """
     names, made = dict(names), dict(before or {})
     operations = []

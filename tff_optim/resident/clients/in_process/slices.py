@@ -1,9 +1,9 @@
 """Data sets whose batches are rows of tensors that the Python process holds.
 
 A pipeline such as `tf.data.Dataset.from_tensor_slices(arrays).batch(20)` cuts tensors into rows, each a
-tensor of its own, and stacks them again. For small models that takes longer than training. Where a
-pipeline does nothing else, clients are given the rows as those of arrays are: in the same batches, and
-so with the same results, to the bit.
+tensor of its own, and stacks the rows again. For small models this takes longer than training. If a
+pipeline does nothing else, clients get rows of the tensors, as clients in arrays do. The batches are
+the same, and so are the results, to the bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class Rows:
     """The elements of a data set.
 
     Attributes:
-      parts: The tensors, which have a row in common for each entry of their first dimension.
+      parts: The tensors, with equal numbers of rows.
       order: The rows, in the order of the elements.
       cuts: Where in `order` each batch begins, and the end; None if each row is an element.
       spec: The data set's `element_spec`.
@@ -35,7 +35,7 @@ class Rows:
 
 
 def rows_of(cohort: Sequence[Any]) -> list[Rows] | None:
-    """The batches of each client; None unless all data sets are such pipelines, of equal rows."""
+    """The batches of each client; None unless all are such pipelines, with rows of one shape."""
     found: list[Rows] = []
     for data in cohort:
         rows = _elements(data)
@@ -67,7 +67,7 @@ def _kinds(rows: Rows) -> list[Any]:
 
 
 def _elements(data: Any) -> Rows | None:
-    """The elements of a data set, None if more is done to them than is known here."""
+    """The elements of a data set; None if its pipeline has other steps."""
     kind = type(data).__name__
     if kind in ("_TensorSliceDataset", "_TensorDataset"):
         return _of_tensors(data, kind == "_TensorDataset")
@@ -78,7 +78,7 @@ def _elements(data: Any) -> Rows | None:
 
 
 def _of_tensors(data: Any, are_one: bool) -> Rows | None:
-    """The rows of some tensors, or these as one element."""
+    """The rows of tensors, or whole tensors as one element."""
     tensors = data._tensors
     if not all(isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(data.element_spec)):
         return None  # ragged or sparse
@@ -148,7 +148,7 @@ def _concatenated(first: Rows | None, second: Rows | None) -> Rows | None:
 
 
 def _in_batches(rows: Rows) -> Rows | None:
-    """The same elements, whose own rows are the rows."""
+    """The same elements as batches of their own rows; None if they have no rows."""
     if rows.cuts is not None:
         return rows
     if any(part.shape.rank < 2 for part in rows.parts):

@@ -24,19 +24,19 @@ from tff_optim.resident.parts import RoundParts
 _MOST_NUMBERS = 40_000  # from about here on clients one by one are faster, on a CPU
 _MOST_CLIENTS = 128
 _MOST_BYTES = 512 << 20
-_COPIES = 6  # of a model for each client: weights, their gradients, what an optimizer keeps
+_COPIES = 6  # of a model for each client: weights, gradients, the optimizer's slots
 
 
 class Vectorised:
-    """Trains groups of clients in one program each, and adds up what they return.
+    """Trains groups of clients, each in one program, and adds up their updates.
 
     Args:
       parts: The round.
       device: Where the clients' operations go.
-      at_once: How many clients a group has at most; None to choose by memory.
+      at_once: The largest number of clients in a group; None to choose by memory.
 
     Raises:
-      ValueError: TensorFlow cannot vectorise what a client does. The message names the operation.
+      ValueError: If TensorFlow cannot vectorise a client's graph. The message names the operation.
     """
 
     def __init__(self, parts: RoundParts, device: str, at_once: int | None):
@@ -115,16 +115,16 @@ class Vectorised:
         return total
 
     def _from_arrays(self, clients: Any, first: int) -> tuple[list[Any], list[Batches], int]:
-        """The data of a group from `first` on: tensors, batches, and how many clients it has."""
+        """The data of a group from `first` on: tensors, batches, and the number of clients."""
         batches, number = from_arrays(clients, self._device, first, self._most, _MOST_BYTES)
         return [], [batches], number
 
     def _from_rows(self, clients: Any, first: int) -> tuple[list[Any], list[Batches], int]:
-        """The same of data sets that are rows of tensors."""
+        """The data of a group whose data sets are rows of tensors."""
         return self._from_arrays(slices.joined(clients[first : first + self._most]), 0)
 
     def _from_data_sets(self, clients: Any, first: int) -> tuple[list[Any], list[Batches], int]:
-        """The same of data sets."""
+        """The data of a group with data sets of other kinds."""
         kept: list[tf.data.Dataset] = []
         group = [self._data.of(data, kept) for data in clients[first : first + self._most]]
         batches: list[Batches] = []
@@ -142,12 +142,12 @@ class Vectorised:
         return tensors, batches, len(group)
 
     def close(self) -> None:
-        """Ends the round after the clients that are being trained."""
+        """Ends the round after the clients in training."""
         self._closed.set()
 
 
 def _check(fine: list[tf.Tensor], first: int, names: tuple[str, ...]) -> None:
-    """Raises if an assertion of the graph, one of `names`, fails for a client of a group."""
+    """Raises if an assertion of the graph fails for a client of a group."""
     for ok in fine:
         bad = [first + i for i, good in enumerate(ok.numpy()) if not good]
         if bad:
