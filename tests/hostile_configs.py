@@ -352,9 +352,10 @@ def _change_pattern(rng: random.Random, value: Any) -> Any:
 
 def _change_library(rng: random.Random, value: Any) -> Any:
     """Another name or other arguments in an entry of optax or torch."""
-    if not isinstance(value, dict) or value.get("kind") not in ("optax", "torch"):
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in ("optax", "torch"):  # an array has no truth value
         return rng.choice(NAMES)
-    key = "optimizer" if value["kind"] == "torch" else "transformation"
+    key = "optimizer" if kind == "torch" else "transformation"
     if rng.random() < 0.5:
         value[key] = rng.choice(NAMES)
     if rng.random() < 0.5 and isinstance(value.get("arguments"), dict):
