@@ -7,7 +7,7 @@ import pytest
 import selection
 import tensorflow as tf
 import tensorflow_federated as tff
-from resident_cases import assert_equal, assert_near, cohorts, plain_run, process
+from resident_cases import assert_equal, assert_near, cohorts, model_fn, plain_run, process
 
 import aggregators
 from tff_optim import ResidentProcess
@@ -99,6 +99,10 @@ class Counter:
                 self.weights.assign(self.weights / 2)
                 power += 1
             self.steps.assign_add(power)
+            if tf.shape(batch)[0] < 4:
+                power = 0
+            else:  # a variable that one branch alone changes
+                self.steps.assign_add(100)
         return self.weights.read_value(), self.steps.read_value()
 
 
@@ -355,6 +359,22 @@ def own_pipeline(data):
     return data.skip(1).reduce(0.0, lambda s, x: s + 1)
 
 
+def repeated(data):
+    return data.repeat(2).reduce(0.0, lambda s, x: s + 1)
+
+
+@tf.function(autograph=False)
+def two_at_a_time(data):
+    iterator = iter(data)
+
+    def turn(optional, total):
+        iterator.get_next_as_optional()
+        return iterator.get_next_as_optional(), total + tf.reduce_sum(optional.get_value())
+
+    start = (iterator.get_next_as_optional(), 0.0)
+    return tf.while_loop(lambda optional, _: optional.has_value(), turn, start)[1]
+
+
 @tf.function
 def ends_early(data):
     total = 0.0
@@ -395,6 +415,8 @@ def convolution(data):
     [
         (printing, "PrintV2"),
         (own_pipeline, "SkipDataset"),
+        (repeated, "RepeatDataset"),
+        (two_at_a_time, "IteratorGetNextAsOptional"),
         (ends_early, "a loop over data that may end before the data do"),
         (in_pairs, "IteratorGetNext"),
         (in_a_loop, "a pass over the data in a loop"),
@@ -601,6 +623,12 @@ def test_what_a_graph_asserts_is_asserted_of_each_client():
     told = r"for the clients at \[41, 43\], one of assert_less"
     with pytest.raises(tf.errors.InvalidArgumentError, match=told):
         vectorised._check([tf.constant(fine)], 40, ("assert_less",))
+
+
+def test_clients_with_states_in_files_are_refused_by_name():
+    process = aggregators.build_scaffold(model_fn, SGD, num_clients=2)
+    with pytest.raises(ValueError, match=r"`vectorize` needs .* found RestoreV2"):
+        ResidentProcess(process, device="CPU:0", vectorize=True)
 
 
 def test_bad_arguments_are_refused():
