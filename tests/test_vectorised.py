@@ -146,7 +146,7 @@ def other_forms(data, start):
         )
         total += tf.squeeze(tf.reduce_sum(own, keepdims=True)) + tf.squeeze(own[:1], [0])
         total += tf.reduce_mean(sums, 0) + 2 * tf.reduce_mean(most, 0) + row
-        total += tf.reduce_sum(some, 0) + tf.reduce_sum(tf.maximum(lowest, -3.0), 0)
+        total += tf.reduce_sum(some, 0) + tf.reduce_sum(tf.clip_by_value(lowest, -3.0, 3.0), 0)
         never = tf.reduce_sum(own) > 1e6
         sized = tf.cond(never, lambda: tf.cast(tf.size(own), tf.float32), lambda: 1.0)
         return tf.tanh(total / 10) * sized
