@@ -365,3 +365,10 @@ def test_entries_are_copied_down_to_the_last_list():
     assert entry.value == {**BASE, "transforms": [["Adam", {"beta_1": 0.5}]]}
     assert type(entry.at("transforms").at(0).at(1).at("beta_1").value) is float
     assert entry.at("transforms").at(0).at(1).at("beta_1").path == "transforms/0/1/beta_1"
+
+
+@pytest.mark.parametrize("name", ["self", "make"])
+def test_an_argument_may_have_any_name(name):
+    config = {"kind": "optax", "transformation": "adam", "arguments": {"learning_rate": 1, name: 2}}
+    with pytest.raises(TypeError, match="cannot be built: .*unexpected keyword argument"):
+        tff_optim.from_config(config)

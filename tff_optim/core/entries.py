@@ -105,7 +105,7 @@ class Entry:
             raise refusal(self.label, "have the entries that it takes", ", ".join(problems))
         return {name: self.at(name) for name in self.value}
 
-    def build(self, make: Function, *arguments: Value, **named: Value) -> Value:
+    def build(self, make: Function, /, *arguments: Value, **named: Value) -> Value:
         """Calls `make`, and raises its errors as errors of this entry."""
         try:
             return make(*arguments, **named)
