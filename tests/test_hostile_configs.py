@@ -370,5 +370,5 @@ def test_entries_are_copied_down_to_the_last_list():
 @pytest.mark.parametrize("name", ["self", "make"])
 def test_an_argument_may_have_any_name(name):
     config = {"kind": "optax", "transformation": "adam", "arguments": {"learning_rate": 1, name: 2}}
-    with pytest.raises(TypeError, match="cannot be built: .*unexpected keyword argument"):
+    with pytest.raises(TypeError, match=r"cannot be built: .*unexpected keyword argument"):
         tff_optim.from_config(config)
