@@ -136,15 +136,16 @@ def other_forms(data, start):
         segments = tf.range(tf.shape(batch)[0]) // 2 * 2  # between them empty ones
         sums = tf.math.segment_sum(own, segments)
         most = tf.math.segment_max(-tf.abs(own), segments)
-        signs = tf.where(own[:, 0] > 0, 1, -1)  # of those below 0 nothing is summed
-        some = tf.math.unsorted_segment_sum(own, signs, 2)
-        lowest = tf.math.unsorted_segment_min(own, -signs, 2)
+        # Of those below 0 nothing is taken.
+        some = tf.math.unsorted_segment_sum(own, tf.where(own[:, 0] > 0, 1, -2), 2)
+        lowest = tf.math.unsorted_segment_min(own, tf.where(own[:, 0] > 0, -2, 1), 2)
         place = tf.cast(total[0] > 0, tf.int32) - 1  # the first or the last
         row = own[place]
         total = tf.tensor_scatter_nd_add(
             total, [[0], [1], [1]], own[0, 0] * tf.constant([1.0, 2, 3])
         )
-        total += tf.squeeze(tf.reduce_sum(own, keepdims=True)) + tf.squeeze(own[:1], [0])
+        total += tf.stack([tf.squeeze(tf.reduce_sum(own, keepdims=True)), own[0, 0]])
+        total += tf.squeeze(own[:1], [0])
         total += tf.reduce_mean(sums, 0) + 2 * tf.reduce_mean(most, 0) + row
         total += tf.reduce_sum(some, 0) + tf.reduce_sum(tf.clip_by_value(lowest, -3.0, 3.0), 0)
         never = tf.reduce_sum(own) > 1e6
@@ -359,6 +360,14 @@ def own_pipeline(data):
     return data.skip(1).reduce(0.0, lambda s, x: s + 1)
 
 
+def by_case(data):
+    def step(total, batch):
+        ways = [lambda: total, lambda: total + 1, lambda: tf.reduce_sum(batch)]
+        return tf.switch_case(tf.shape(batch)[0], ways)
+
+    return data.reduce(0.0, step)
+
+
 def repeated(data):
     return data.repeat(2).reduce(0.0, lambda s, x: s + 1)
 
@@ -416,6 +425,7 @@ def convolution(data):
         (printing, "PrintV2"),
         (own_pipeline, "SkipDataset"),
         (repeated, "RepeatDataset"),
+        (by_case, "Case"),
         (two_at_a_time, "IteratorGetNextAsOptional"),
         (ends_early, "a loop over data that may end before the data do"),
         (in_pairs, "IteratorGetNext"),
