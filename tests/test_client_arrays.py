@@ -541,9 +541,10 @@ def test_a_few_small_clients_are_trained_at_once(monkeypatch):
 
     plain_client = one_by_one._client
 
-    def client(program, uses, shared, span):
-        begin = tf.ensure_shape(tf.numpy_function(meeting, [span[0]], tf.int32), [])
-        return plain_client(program, uses, shared, [begin, span[1]])
+    def client(*given):
+        *others, begin, end = given
+        begin = tf.ensure_shape(tf.numpy_function(meeting, [begin], tf.int32), [])
+        return plain_client(*others, begin, end)
 
     monkeypatch.setattr(one_by_one, "_client", client)
     meets = tff.learning.algorithms.build_weighted_fed_avg(

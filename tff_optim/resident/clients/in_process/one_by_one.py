@@ -1,10 +1,11 @@
 """Training of clients whose data are in arrays, in one loop without calls and data sets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import tensorflow as tf
+from tensorflow.python.eager.wrap_function import VariableHolder, WrappedFunction
 
 from tff_optim.core.devices import device_scope
 from tff_optim.resident import leaves
@@ -67,11 +68,7 @@ class OneByOne:
             tf.TensorSpec([None], tf.int64),
             _specs_of_rows(data_type),
         ]
-        # Unlike a `tf.function`, it adds no control dependencies, which these loops do not allow.
-        self._add = tf.compat.v1.wrap_function(
-            lambda *flat: self._added(*tf.nest.pack_sequence_as(specs, flat)),
-            tf.nest.flatten(specs),
-        )
+        self._add = _function(self._added, specs)
 
     def __call__(
         self, total: list[Any], context: list[Any], clients: ArrayClients, some: range
@@ -125,37 +122,51 @@ class OneByOne:
             constants: Tensors = {}
             add(constant.operations, constants)
             used = list(summing.uses)
-            shared = _Shared(
-                zero=tf.constant(0),
-                one=tf.constant(1),
-                stride=tf.constant([1]),
-                edges=edges,
-                rows=[tf.gather(array, order) for array in arrays],
-                values=[found[value] for value in uses],
-                constants=[constants[value] for value in used],
+            given = [
+                edges,
+                [tf.gather(array, order) for array in arrays],
+                [found[value] for value in uses],
+            ]
+
+            def of_client(*given: Any) -> list[tf.Tensor]:
+                with device_scope(self._device):
+                    return _client(each, uses, *given)
+
+            inlined = _function(of_client, [*given, ends[0], ends[0]])
+            self._work = work = WrappedFunction(
+                inlined.graph, VariableHolder(), {"_noinline": True}
             )
+            specs = [tf.TensorSpec(x.shape, x.dtype) for x in work.outputs]
+            zero, one = tf.constant(0), tf.constant(1)
+            outside = [constants[value] for value in used]
 
             def turn(state: list[tf.Tensor], others: list[Any]) -> list[tf.Tensor]:
                 at, *total = state
-                _, ends, shared = others
-                following = at + shared.one
-                span = [_element(ends, i, shared) for i in (at, following)]
-                update = _client(each, uses, shared, span)
-                outside = dict(zip(used, shared.constants, strict=True))
-                return [following, *evaluate(summing, [*total, *update], outside)]
+                _, ends, zero, one, given, outside = others
+                following = at + one
+                span = [
+                    tf.raw_ops.GatherV2(params=ends, indices=i, axis=zero) for i in (at, following)
+                ]
+                # A function, whose operations are another thread's, for a loop's are all in one.
+                # By its name: TensorFlow cannot tell the shapes in a function with a `loop`.
+                update = call_as_it_is(work.name, tf.nest.flatten([given, span]), specs)
+                known = dict(zip(used, outside, strict=True))
+                return [following, *evaluate(summing, [*total, *update], known)]
 
-            return loop(
+            results = loop(
                 lambda state, others: state[0] < others[0],
                 turn,
-                [shared.zero, *total],
-                [tf.size(ends) - 1, ends, shared],
+                [zero, *total],
+                [tf.size(ends) - 1, ends, zero, one, given, outside],
                 self._at_once,
             )[1:]
+            work.add_to_graph(tf.compat.v1.get_default_graph())
+            return results
 
 
 @attrs.frozen
 class _Shared:
-    """Tensors that are the same in all iterations of the loops.
+    """Tensors that are the same in all iterations of a client's loops.
 
     Attributes:
       zero: 0.
@@ -163,8 +174,7 @@ class _Shared:
       stride: [1].
       edges: Where each batch begins in `rows`, and the end.
       rows: The rows of all clients.
-      values: Values from outside that a client's program uses.
-      constants: Values from outside that the sum uses.
+      values: Values from outside that the loop uses.
     """
 
     zero: tf.Tensor
@@ -173,14 +183,37 @@ class _Shared:
     edges: tf.Tensor
     rows: list[tf.Tensor]
     values: list[tf.Tensor]
-    constants: list[tf.Tensor]
+
+
+def _function(build: Callable[..., Any], arguments: list[Any]) -> Any:
+    """A function of arguments like these, without control dependencies, which `loop` does not allow."""
+    flat = tf.nest.flatten(arguments)
+    return tf.compat.v1.wrap_function(
+        lambda *given: build(*tf.nest.pack_sequence_as(arguments, given)),
+        [tf.TensorSpec(x.shape, x.dtype) for x in flat],
+    )
 
 
 def _client(
-    program: Program, uses: list[Any], shared: _Shared, span: Sequence[tf.Tensor]
+    program: Program,
+    uses: list[Any],
+    edges: tf.Tensor,
+    rows: list[tf.Tensor],
+    values: list[tf.Tensor],
+    *span: tf.Tensor,
 ) -> list[tf.Tensor]:
-    """Adds a client's program. `uses` lists the shared values, and `span` bounds its batches."""
-    found = dict(zip(uses, shared.values, strict=True))
+    """Adds a client's program.
+
+    Args:
+      program: The program.
+      uses: The values that it uses from outside.
+      edges: Where each batch begins in `rows`, and the end.
+      rows: The rows of all clients.
+      values: The tensors that `uses` stand for.
+      *span: Where the client's batches begin in `edges`, and their end.
+    """
+    shared = _Shared(tf.constant(0), tf.constant(1), tf.constant([1]), edges, rows, [])
+    found = dict(zip(uses, values, strict=True))
     for one in program.operations:
         if one.kind == SCAN:
             found.update(zip(one.outputs, _scan(one, found, shared, span), strict=True))
@@ -201,7 +234,10 @@ def _scan(
         at, *state = state
         _, shared = others
         following = at + shared.one
-        begin, end = (_element(shared.edges, i, shared) for i in (at, following))
+        begin, end = (
+            tf.raw_ops.GatherV2(params=shared.edges, indices=i, axis=shared.zero)
+            for i in (at, following)
+        )
         batch = [
             tf.raw_ops.StridedSlice(input=rows, begin=begin, end=end, strides=shared.stride)
             for rows in shared.rows[:num_batch]
@@ -217,10 +253,6 @@ def _scan(
         [end, attrs.evolve(shared, values=[found[value] for value in used])],
         1,
     )[1:]
-
-
-def _element(tensor: tf.Tensor, i: tf.Tensor, shared: _Shared) -> tf.Tensor:
-    return tf.raw_ops.GatherV2(params=tensor, indices=i, axis=shared.zero)
 
 
 def _specs_of_rows(data_type: Any) -> list[tf.TensorSpec]:
