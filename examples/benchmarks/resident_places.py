@@ -258,7 +258,7 @@ def main():
             [what, *(peak_of(t, name) if name in results[what] else "-" for name in names)]
             for t, what in ((t, TASKS[t].what) for t in arguments.tasks)
         ]
-        print(table(["peak memory, GB", *names], rows))
+        print("\n" + table(["peak memory, GB", *names], rows))
 
 
 if __name__ == "__main__":

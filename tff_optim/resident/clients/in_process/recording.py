@@ -1,10 +1,9 @@
 """Records a client's graph as a program.
 
 TensorFlow can vectorise operations on tensors, but neither variables nor a loop over a data set. TFF's
-graphs have both. Here such a graph is run once with symbols in place of tensors. Calls are followed,
-so that none is left. A variable becomes the value that it has at that point. A loop over the data,
-in each of the forms in which TFF and this package write it, becomes one `SCAN`, whose body takes the
-state and a batch to a new state.
+graphs have both. The recorder runs such a graph once with symbols in place of tensors. It follows all
+calls. A variable becomes its value at that point. TFF and this package write a loop over data in
+several forms; each becomes one `SCAN`, whose body takes the state and a batch to a new state.
 """
 
 import contextlib
@@ -40,8 +39,8 @@ class Recorded:
     """A computation as a program.
 
     Attributes:
-      program: Its inputs are the tensors among the leaves of the parameter. Its outputs are the
-        leaves of the result; at the end, where the graph checks something, whether all is well.
+      program: Its inputs are the tensors among the leaves of the parameter, and its outputs the leaves
+        of the result. If the graph has assertions, the last output says whether all of them hold.
       checks: The names of the graph's assertions.
     """
 
@@ -53,7 +52,7 @@ def record(computation: Any) -> Recorded:
     """Records a computation without placements.
 
     Raises:
-      NoProgramError: Something in it cannot be part of a program.
+      NoProgramError: If some operation cannot be part of a program.
     """
     proto = tensorflow_proto(computation)
     parameter = computation.type_signature.parameter
@@ -70,7 +69,7 @@ def record(computation: Any) -> Recorded:
 
 
 class _Source:
-    """The data set at one leaf of what a client has."""
+    """The data set at one leaf of a client's data."""
 
     def __init__(self, index: int):
         self.index = index
@@ -85,7 +84,7 @@ class _Iterator:
 
     Attributes:
       source: The data set.
-      optionals: What it gives next, until a loop takes the rest.
+      optionals: The next optionals, until a loop takes the rest.
     """
 
     def __init__(self) -> None:
@@ -97,7 +96,7 @@ class _Element:
     """An optional that holds an element.
 
     Attributes:
-      values: Its tensors, once something has asked for them.
+      values: Its tensors, once they were asked for.
     """
 
     def __init__(self) -> None:
@@ -179,7 +178,7 @@ class _Recorder:
         return Recorded(program, tuple(self._checked))
 
     def _run(self, ends: Sequence[Any], known: dict[Any, Any]) -> None:
-        """Runs some operations of a graph, and before each what it depends on."""
+        """Runs some operations of a graph, each after all that it depends on."""
         done: set[Any] = known.setdefault("done", set())
         stack = list(reversed(ends))
         while stack:
@@ -204,7 +203,7 @@ class _Recorder:
         return self._handlers.get(op.type, self._plain)(op, inputs)
 
     def _plain(self, op: Any, inputs: list[Any]) -> list[Any]:
-        """Takes over an operation on tensors."""
+        """Records an operation on tensors."""
         definition = op.op_def
         if definition.is_stateful and op.type not in RANDOM:
             raise NoProgramError(f"{op.type} ({op.name}), which does more than compute")
@@ -325,7 +324,7 @@ class _Recorder:
 
     @contextlib.contextmanager
     def _apart(self, where: str) -> Iterator[list[Operation]]:
-        """Collects the operations of a program in the program; variables end as they began."""
+        """Collects the operations of an inner program, and restores the variables' values after it."""
         outer, state = self._operations, dict(self._state)
         self._operations = []
         self._inside.append(where)
@@ -391,14 +390,14 @@ class _Recorder:
         condition: Callable[[list[Value]], list[Value]] | None = None,
         source: _Source | None = None,
     ) -> list[Value]:
-        """Adds a loop, whose state are some values and all variables.
+        """Adds a loop, whose state is some values and all variables.
 
         Args:
-          op: The operation that is replaced.
-          start: The values before it.
-          turn: Records a turn. Returns the new values, and those that stand for a batch.
-          condition: Records the condition, of a loop that is none over data.
-          source: The data set, of a loop over data.
+          op: The operation that it replaces.
+          start: The values before the loop.
+          turn: Records an iteration. Returns the new values, and those that stand for a batch.
+          condition: Records the condition of a loop that is not over data.
+          source: The data set of a loop over data.
         """
         variables = list(self._state)
         before = [*start, *self._state.values()]
@@ -418,7 +417,7 @@ class _Recorder:
                     f"{op.type} ({op.name}) with the first value of a variable in it"
                 )
             results = [*found, *(self._state[variable] for variable in variables)]
-        # What stays as it is is no state, but used from outside.
+        # A value that does not change is not state but comes from outside.
         moving = [i for i, value in enumerate(inner) if results[i] is not value]
         same = {inner[i]: before[i] for i in range(len(inner)) if i not in moving}
         inputs = tuple(inner[i] for i in moving)
@@ -512,8 +511,8 @@ class _Recorder:
     def _loop_over_data(self, op: Any, inputs: list[Any]) -> list[Any]:
         """Records a loop over an iterator, as AutoGraph writes it, or over its optionals.
 
-        AutoGraph's asks for an element in its body, once more than there are any. The other begins
-        with an element, and asks for the next one at the end.
+        AutoGraph's loop asks for an element in its body, once more than there are elements. The other
+        begins with an element, and asks for the next one at the end.
         """
         test, body = op.get_attr("cond").name, op.get_attr("body").name
         odd = NoProgramError(

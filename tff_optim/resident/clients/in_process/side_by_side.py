@@ -1,4 +1,4 @@
-"""Programs of clients run for many clients at once."""
+"""A client's program for many clients at once."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +69,7 @@ def _squeeze(one: Operation, x: tf.Tensor) -> tf.Tensor | None:
 
 
 def _one_slice(one: Operation, x: tf.Tensor, begin: tf.Tensor, *unused: tf.Tensor) -> Any:
-    """`x[i]`, where it may be that each client has an `i` of its own."""
+    """`x[i]` with an `i` that may differ between clients."""
     if begin.op.type == "Const" or begin.shape != [1] or one.attributes["shrink_axis_mask"].i != 1:
         return None
     i = begin[0]
@@ -93,12 +93,12 @@ _OTHER_FORMS: dict[str, Callable[..., Any]] = {
 class SideBySide:
     """A client's program for many clients at once.
 
-    What is the same for all clients is computed once. The rest is vectorised, in pieces between the
-    loops over data; in a loop it is the step that is vectorised.
+    The part that all clients share is computed once. The rest is vectorised: each step of a loop over
+    data, and each piece between such loops.
 
     Args:
       program: The program of one client.
-      stacked: For each of its inputs, whether each client has its own.
+      stacked: For each input, whether each client has its own.
     """
 
     def __init__(self, program: Program, stacked: Sequence[bool]):
@@ -121,12 +121,12 @@ class SideBySide:
         """Adds the program to the current graph.
 
         Args:
-          inputs: Of those of which each client has its own, one for each client.
+          inputs: The inputs; those that differ between clients are stacked.
           batches: The batches at each leaf of the clients' data.
-          number: How many clients there are.
+          number: The number of clients.
 
         Returns:
-          The results, one for each client.
+          The results, stacked over clients.
         """
         found = dict(zip(self._program.inputs, inputs, strict=True))
         add(self._once.operations, found)
@@ -210,13 +210,13 @@ class SideBySide:
 def parts_of_step(
     batches: Batches, at: tf.Tensor, number: tf.Tensor, shapes: Sequence[tf.TensorShape]
 ) -> list[tf.Tensor]:
-    """The parts of the batches that some clients take in a step.
+    """The parts of the batches in a step.
 
     Args:
       batches: All batches.
       at: The step.
-      number: How many clients take it.
-      shapes: What is known of the shapes of a batch's parts.
+      number: The number of clients that take it.
+      shapes: The shapes of a batch's parts, as far as they are known.
     """
     every = zip(batches.rows, batches.bounds, batches.shapes)
     return [
@@ -233,14 +233,14 @@ def sum_over(
 ) -> list[tf.Tensor]:
     """Adds the updates of many clients to an aggregate.
 
-    Where `accumulate` is seen to add something to each part of the aggregate, the clients' sums are
-    taken. Otherwise it is called for one client after the other.
+    If `accumulate` adds a value to each part of the aggregate, this adds the values' sums over clients.
+    Otherwise it evaluates `accumulate` for one client after the other.
 
     Args:
       accumulate: `<A, U> -> A`.
       total: The leaves of an `A`.
-      updates: Those of a `U`, one for each client.
-      number: How many clients there are.
+      updates: The leaves of a `U`, stacked over clients.
+      number: The number of clients.
     """
     summands = _summands(accumulate, len(total))
     if summands is not None:
@@ -264,7 +264,7 @@ def sum_over(
 
 
 def _summands(accumulate: Program, num_total: int) -> Program | None:
-    """`U` to what is added to each leaf of `A`, if that is what `accumulate` does."""
+    """`U` to the values that `accumulate` adds to the leaves of `A`; None if it does anything else."""
     total, updates = accumulate.inputs[:num_total], accumulate.inputs[num_total:]
     made_by = {value: one for one in accumulate.operations for value in one.outputs}
     added = []
@@ -306,7 +306,7 @@ def _vectorised(program: Program, found: Mapping[Value, Any]) -> Callable[..., l
 
 
 def _found(error: Exception, program: Program) -> str:
-    """What TensorFlow cannot vectorise in a program, by its message."""
+    """Names the operation that TensorFlow cannot vectorise, from its message."""
     text = str(error)
     for pattern in (r"No pfor vectorization defined for (\w+)", r"of op '(\w+)' expected"):
         if match := re.search(pattern, text):
