@@ -108,11 +108,9 @@ def run(
         the ids: their specification, number of elements and first element. This takes a few milliseconds
         per client.
       progress: Whether to show a progress bar on a terminal or in a notebook. If stderr is a log file,
-      it
-        gets at most a line every ten seconds.
+        it gets at most a line every ten seconds.
       stop: A function that is called after each round with the rounds so far; a true result ends the
-      run.
-        See `no_better` and `reached`.
+        run. See `no_better` and `reached`.
       keep_best: A metric, such as "evaluation/accuracy", whose best round is kept besides the last two:
         its state is in `History.kept`, and in `best/`. If the name does not contain "accuracy" or
         "loss", write "max NAME" or "min NAME" to say which values are better.
@@ -128,10 +126,9 @@ def run(
         same for all seeds, but different ones for each process, unless the layers' initializers have a
         seed. A warning says so.
       runs_at_once: How many runs go on side by side, each in a thread, with the same numbers as one
-      after
-        the other; None for one run per two cores. Your own functions (which build or evaluate), data,
-        `stop` and managers serve one run at a time. So does a `ResidentProcess`: give a function of the
-        seed that makes one.
+        after the other; None for one run per two cores. Your own functions (which build or evaluate),
+        data, `stop` and managers serve one run at a time. So does a `ResidentProcess`: give a function
+        of the seed that makes one.
 
     `evaluate` and `hparams` may also have parameters named `process` (its name) and `seed`, without
     defaults, and `evaluate` one named `round`, for which they get these values. One process can so be

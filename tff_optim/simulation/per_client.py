@@ -58,9 +58,8 @@ class PerClient:
         the result of `tff.learning.algorithms.build_fed_eval`, which is called for one client at a
         time.
       clients: The clients to evaluate on, as for `run`, such as the same ids with held-out data, or
-      other
-        clients. A column `drawn` then says who took part in the round. None for the round's clients
-        and their training data.
+        other clients. A column `drawn` then says who took part in the round. None for the round's
+        clients and their training data.
 
     Raises:
       TypeError: If an argument is of the wrong type.
