@@ -484,6 +484,9 @@ def test_rows_are_alike_and_not_too_many(monkeypatch):
     assert slices.rows_of([data, other]) is None
     monkeypatch.setattr(slices, "MOST_BYTES", SIX.nbytes)
     assert slices.rows_of([data]) is not None
+    # Nothing is copied to find that it is too large.
+    for large in (data.repeat(10**12).take(1), data.repeat(2), data.concatenate(data)):
+        assert slices.rows_of([large]) is None
     monkeypatch.setattr(slices, "MOST_BYTES", SIX.nbytes - 1)
     assert slices.rows_of([data]) is None
 

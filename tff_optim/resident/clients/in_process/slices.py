@@ -42,8 +42,6 @@ def rows_of(cohort: Sequence[Any]) -> list[Rows] | None:
         rows = None if rows is None else _in_batches(rows)
         if rows is None or _kinds(rows) != _kinds(found[0] if found else rows):
             return None
-        if sum(part.dtype.size * part.shape.num_elements() for part in rows.parts) > MOST_BYTES:
-            return None
         found.append(rows)
     return found
 
@@ -60,6 +58,12 @@ def joined(clients: Sequence[Rows]) -> ArrayClients:
     order_bounds, cut_bounds = bounds
     batches = Batches(np.concatenate(orders), order_bounds, np.concatenate(cuts), cut_bounds)
     return ArrayClients.of(range(len(clients)), Arrays(parts, clients[0].spec), batches)
+
+
+def _fit(parts: Sequence[tf.Tensor], number: int) -> bool:
+    """Whether so many rows may be copied: of tensors, or of all batches."""
+    row = sum(part.dtype.size * part.shape[1:].num_elements() for part in parts)
+    return number * row <= MOST_BYTES
 
 
 def _kinds(rows: Rows) -> list[Any]:
@@ -86,7 +90,9 @@ def _of_tensors(data: Any, are_one: bool) -> Rows | None:
         return None
     if are_one:
         with tf.device("/CPU:0"):
-            tensors = [tensor[tf.newaxis] for tensor in tensors]
+            tensors = [tf.expand_dims(tensor, 0) for tensor in tensors]  # which copies nothing
+    if not _fit(tensors, len(tensors[0])):
+        return None
     return Rows(tensors, np.arange(len(tensors[0])), None, data.element_spec)
 
 
@@ -122,7 +128,7 @@ def _between(rows: Rows, first: int | None, last: int | None) -> Rows:
 
 def _repeated(rows: Rows, data: Any) -> Rows | None:
     count = int(data._count)
-    if count < 0:
+    if count < 0 or not _fit(rows.parts, count * len(rows.order)):
         return None
     order, cuts = np.tile(rows.order, count), rows.cuts
     if cuts is not None:
@@ -138,6 +144,9 @@ def _concatenated(first: Rows | None, second: Rows | None) -> Rows | None:
         first, second = _in_batches(first), _in_batches(second)
         if first is None or second is None or _kinds(first) != _kinds(second):
             return None
+    number = max(len(first.order) + len(second.order), len(first.parts[0]) + len(second.parts[0]))
+    if not _fit(first.parts, number):
+        return None
     with tf.device("/CPU:0"):
         parts = [tf.concat(both, 0) for both in zip(first.parts, second.parts, strict=True)]
     order = np.append(first.order, second.order + len(first.parts[0]))
