@@ -100,7 +100,7 @@ class ClientData:
         wanted = data_of_client(self._type)[0]
         if not isinstance(wanted, tff.SequenceType):
             return
-        if (repr(element_spec), id(wanted.element)) in self._accepted:
+        if _key(element_spec, wanted.element) in self._accepted:
             return
         try:
             empty = tf.nest.map_structure(
@@ -129,7 +129,7 @@ class ClientData:
                 return _dataset_of(data_cures.arrays_of_list(data, wanted), wanted)
             if not isinstance(data, tf.data.Dataset):
                 data_cures.refuse(data, wanted)
-            key = (repr(data.element_spec), id(wanted))
+            key = _key(data.element_spec, wanted)
             if key not in self._accepted:
                 data_cures.check_dataset(data, wanted)
                 self._accepted.add(key)
@@ -139,6 +139,10 @@ class ClientData:
                 f"The data of client {client!r} must be batches of {wanted}; found "
                 f"{_outline(data)}. {problem}"
             ) from None
+
+
+def _key(element_spec: Any, wanted: tff.Type) -> tuple[str, int]:
+    return repr(element_spec), id(wanted)
 
 
 def explain(error: BaseException, data: Iterable[tuple[Any, Any]]) -> None:

@@ -55,10 +55,10 @@ class InProcess:
     def add_up(self, context: list[Any], client_data: Sequence[Any]) -> list[Any]:
         """Returns the leaves of the aggregate of a cohort."""
         in_arrays = isinstance(client_data, ArrayClients)
-        rows = None
-        if self._of_arrays is None and in_arrays:
+        of_arrays, rows = self._of_arrays, None  # which `close` takes from `self`
+        if of_arrays is None and in_arrays:
             _logger.info("Clients in arrays train as data sets; found %s.", self._why_not)
-        elif self._of_arrays is not None and not in_arrays:
+        elif of_arrays is not None and not in_arrays:
             rows = slices.rows_of(client_data)
         total = self._zero([])
         positions = range(len(client_data))
@@ -68,9 +68,9 @@ class InProcess:
                 raise RuntimeError("This `ResidentProcess` was closed.")
             if rows is not None:
                 clients = slices.joined([rows[i] for i in some])
-                total = self._of_arrays(total, context, clients, range(len(some)))
-            elif in_arrays and self._of_arrays is not None:
-                total = self._of_arrays(total, context, client_data, some)
+                total = of_arrays(total, context, clients, range(len(some)))
+            elif in_arrays and of_arrays is not None:
+                total = of_arrays(total, context, client_data, some)
             else:
                 total = self._add_data_sets(total, context, [client_data[i] for i in some])
         return total

@@ -1,4 +1,4 @@
-"""Training of clients whose data are in arrays, in one loop without calls and data sets."""
+"""Training of clients whose data are in arrays, in one loop that reads no data set."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,7 +132,8 @@ class OneByOne:
                 with device_scope(self._device):
                     return _client(each, uses, *given)
 
-            inlined = _function(of_client, [*given, ends[0], ends[0]])
+            inlined = _function(of_client, [*given, *[tf.TensorSpec([], tf.int32)] * 2])
+            # Kept, since the loop calls it by its name alone.
             self._work = work = WrappedFunction(
                 inlined.graph, VariableHolder(), {"_noinline": True}
             )
@@ -174,7 +175,6 @@ class _Shared:
       stride: [1].
       edges: Where each batch begins in `rows`, and the end.
       rows: The rows of all clients.
-      values: Values from outside that the loop uses.
     """
 
     zero: tf.Tensor
@@ -182,7 +182,6 @@ class _Shared:
     stride: tf.Tensor
     edges: tf.Tensor
     rows: list[tf.Tensor]
-    values: list[tf.Tensor]
 
 
 def _function(build: Callable[..., Any], arguments: list[Any]) -> Any:
@@ -212,7 +211,7 @@ def _client(
       values: The tensors that `uses` stand for.
       *span: Where the client's batches begin in `edges`, and their end.
     """
-    shared = _Shared(tf.constant(0), tf.constant(1), tf.constant([1]), edges, rows, [])
+    shared = _Shared(tf.constant(0), tf.constant(1), tf.constant([1]), edges, rows)
     found = dict(zip(uses, values, strict=True))
     for one in program.operations:
         if one.kind == SCAN:
@@ -232,7 +231,7 @@ def _scan(
 
     def turn(state: list[tf.Tensor], others: list[Any]) -> list[tf.Tensor]:
         at, *state = state
-        _, shared = others
+        _, shared, values = others
         following = at + shared.one
         begin, end = (
             tf.raw_ops.GatherV2(params=shared.edges, indices=i, axis=shared.zero)
@@ -242,15 +241,15 @@ def _scan(
             tf.raw_ops.StridedSlice(input=rows, begin=begin, end=end, strides=shared.stride)
             for rows in shared.rows[:num_batch]
         ]
-        values = dict(zip(used, shared.values, strict=True))
-        return [following, *evaluate(body, [*state, *batch], values)]
+        known = dict(zip(used, values, strict=True))
+        return [following, *evaluate(body, [*state, *batch], known)]
 
     begin, end = span
     return loop(
         lambda state, others: state[0] < others[0],
         turn,
         [begin, *(found[value] for value in one.inputs)],
-        [end, attrs.evolve(shared, values=[found[value] for value in used])],
+        [end, shared, [found[value] for value in used]],
         1,
     )[1:]
 
