@@ -56,8 +56,12 @@ class Checkpoints:
         """Loads the state after a round."""
         try:
             return await self._manager.load(number, structure)
-        except (TypeError, ValueError):  # TFF's errors for other names
-            loaded = await self._manager.load(number, old_runs.renamed(structure, leaves.EARLIER))
+        except (TypeError, ValueError) as error:  # TFF's errors for other names
+            earlier = old_runs.renamed(structure, leaves.EARLIER)
+            try:
+                loaded = await self._manager.load(number, earlier)
+            except (TypeError, ValueError):
+                raise error from None  # which has the names of today
             today = {before: now for now, before in leaves.EARLIER.items()}
             state = old_runs.renamed(loaded, today)
             leaves.as_arrays(leaves.flatten(state, self._type), self._type)  # compares
